@@ -1,0 +1,110 @@
+"""What a conversion does to each site: the bias policy and the optional parts of the paper's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from sigswap.errors import ConfigError
+
+_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "qk_norm", "layer_scale", "hybrid_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidConfig:
+    """How a softmax attention becomes ``sigmoid(score + b)``, with ``b = b0 + c_h + w_h . q``.
+
+    ``SigmoidConfig()`` is for a pretrained model; :meth:`from_scratch` is the recipe of the paper
+    (arXiv 2409.04431) for a model that is trained anew.
+
+    Attributes:
+        bias: ``b0``. ``"visible"``: ``-ln(n_i)``, where ``n_i`` is the number of keys visible to row i;
+            an ``int`` n: ``-ln(n)`` for every row (the paper's: n is the training length);
+            a ``float``: that very number for every row.
+        learn_bias: adds ``c_h``, one trainable number per head, 0 at first.
+        query_bias: adds ``w_h . q_i``, one trainable vector [head_dim] per head, 0 at first.
+        qk_norm: ``"rms"`` or ``"layer"`` normalises query and key over head_dim, with trainable weights
+            [heads, head_dim], before their product. ``None``: no norm.
+        layer_scale: multiplies the attention module's output by a trainable vector [channels] that
+            starts at this value (1.0 leaves a pretrained model as it is; the paper's is 1e-4).
+        hybrid_norm: puts a LayerNorm on the attention module's output (the paper's hybrid-norm).
+        overrides: per module path: ``{glob pattern: {field: value}}``; of several patterns that match
+            a path, later ones win.
+    """
+
+    bias: Literal["visible"] | int | float = "visible"
+    learn_bias: bool = True
+    query_bias: bool = False
+    qk_norm: Literal["rms", "layer"] | None = None
+    layer_scale: float | None = None
+    hybrid_norm: bool = False
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_bias(self.bias)
+        for name in ("learn_bias", "query_bias", "hybrid_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        if self.qk_norm not in (None, "rms", "layer"):
+            raise ConfigError(f"qk_norm must be None, 'rms' or 'layer', not {self.qk_norm!r}.")
+        scale = self.layer_scale
+        if scale is not None:
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise ConfigError(f"layer_scale must be None or a finite number, not {scale!r}.")
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must be a mapping of path pattern to fields, not {self.overrides!r}.")
+        for pattern, fields in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(fields, Mapping):
+                raise ConfigError(f"overrides[{pattern!r}] must be a mapping of field to value, not {fields!r}.")
+            unknown = sorted(set(fields) - set(_OVERRIDABLE))
+            if unknown:
+                raise ConfigError(
+                    f"overrides[{pattern!r}] names {unknown}; the fields are {list(_OVERRIDABLE)}."
+                )
+            SigmoidConfig(**fields)  # checks the values
+
+    @classmethod
+    def from_scratch(cls, n: int, **changes: Any) -> SigmoidConfig:
+        """The paper's recipe for training from scratch at sequence length ``n`` (arXiv 2409.04431, section 5).
+
+        ``b = -ln(n)`` in every row, also under a causal mask, QK-norm, and LayerScale from 1e-4.
+        ``changes`` replace single fields.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ConfigError(f"n must be the training length, a positive int, not {n!r}.")
+        recipe: dict[str, Any] = {"bias": n, "learn_bias": False, "qk_norm": "layer", "layer_scale": 1e-4}
+        return cls(**{**recipe, **changes})
+
+    def for_path(self, path: str) -> SigmoidConfig:
+        """This config with the overrides that match the module ``path`` applied, and none left over."""
+        fields = {name: getattr(self, name) for name in _OVERRIDABLE}
+        for pattern, changes in self.overrides.items():
+            if fnmatchcase(path, pattern):
+                fields.update(changes)
+        return SigmoidConfig(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold; :meth:`from_dict` reads it back."""
+        fields = {name: getattr(self, name) for name in _OVERRIDABLE}
+        return {**fields, "overrides": {pattern: dict(changes) for pattern, changes in self.overrides.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SigmoidConfig:
+        """The config that :meth:`to_dict` wrote. Raises ConfigError on a field that does not exist."""
+        unknown = sorted(set(data) - {*_OVERRIDABLE, "overrides"})
+        if unknown:
+            raise ConfigError(f"unknown fields {unknown}; the fields are {[*_OVERRIDABLE, 'overrides']}.")
+        return cls(**data)
+
+
+def _check_bias(bias: object) -> None:
+    if bias == "visible":
+        return
+    if isinstance(bias, int) and not isinstance(bias, bool):
+        if bias < 1:
+            raise ConfigError(f"bias={bias}: an int is a number of keys, and must be at least 1.")
+    elif not isinstance(bias, float) or not math.isfinite(bias):
+        raise ConfigError(f"bias must be 'visible', a positive int or a finite float, not {bias!r}.")
