@@ -61,9 +61,7 @@ class SigmoidConfig:
                 raise ConfigError(f"overrides[{pattern!r}] must be a mapping of field to value, not {fields!r}.")
             unknown = sorted(set(fields) - set(_OVERRIDABLE))
             if unknown:
-                raise ConfigError(
-                    f"overrides[{pattern!r}] names {unknown}; the fields are {list(_OVERRIDABLE)}."
-                )
+                raise ConfigError(f"overrides[{pattern!r}] names {unknown}; the fields are {list(_OVERRIDABLE)}.")
             SigmoidConfig(**fields)  # checks the values
 
     @classmethod

@@ -1,0 +1,1 @@
+"""FX passes: normalize (to one spelling), find (the attention sites), swap (softmax to sigmoid)."""

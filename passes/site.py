@@ -1,0 +1,82 @@
+"""What the passes talk about: a softmax attention found in a graph, and a softmax that was left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch.fx
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLayout:
+    """Where the heads are in a tensor: ``axis`` holds ``heads``, or, if ``merged``, batch*heads with heads inner.
+
+    ``axis`` counts from 0; None: one head and no axis for it.
+    """
+
+    axis: int | None
+    heads: int
+    merged: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The product of query and key: which argument of ``node`` is which, and the axes that matter.
+
+    ``query_arg`` and ``key_arg`` count the two factors (0 or 1). ``query_head`` and ``key_head`` say where
+    the heads are in the factors, ``query_dim_axis`` and ``key_dim_axis`` which axis is head_dim.
+    """
+
+    node: torch.fx.Node
+    query_arg: int
+    key_arg: int
+    query_dim_axis: int
+    key_dim_axis: int
+    query_head: HeadLayout
+    key_head: HeadLayout
+    head_dim: int
+    rows_in_order: bool  # query without head_dim reshapes to the scores without their key axis
+    query_scale: float = 1.0  # by which the query was multiplied before the product
+    key_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One softmax attention.
+
+    ``anchor`` is the softmax, or the scaled_dot_product_attention that holds it; ``key_axis`` and ``head``
+    are axes of the scores (of a softmax) or of the query (of a scaled_dot_product_attention).
+    ``products`` are the q.k products whose sum the scores are (empty for scaled_dot_product_attention).
+    ``output`` is the product with the value.
+    """
+
+    kind: Literal["softmax", "sdpa"]
+    anchor: torch.fx.Node
+    output: torch.fx.Node
+    products: tuple[Product, ...]
+    key_axis: int
+    head: HeadLayout
+    head_dim: int | None
+    key_heads: int | None
+    mask: str
+    scale: float | None = None
+    softcap: bool = False
+    dropout: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """A softmax that is not swapped. ``attention``: it is one, but of a form that cannot be swapped."""
+
+    anchor: torch.fx.Node
+    reason: str
+    attention: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FindResult:
+    """What the find pass saw in a graph, in the graph's order."""
+
+    sites: tuple[AttentionSite, ...]
+    left_alone: tuple[LeftAlone, ...]

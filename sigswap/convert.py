@@ -1,0 +1,387 @@
+"""Conversion of a model in place: find its softmax attentions, plan them, and make their owners run them as sigmoid."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigswap.config import SigmoidConfig
+from sigswap.discover import run
+from sigswap.errors import (
+    AlreadyConvertedError,
+    ArgumentError,
+    ConversionError,
+    ExampleInputsError,
+    NoAttentionError,
+    NotConvertedError,
+    UnswappableSiteError,
+)
+from sigswap.example_inputs import resolve_inputs
+from sigswap.mode import base_class, guarded_class, swapped_class
+from sigswap.plan import Sites, merge, plan_run
+from sigswap.report import Report, SiteRecord
+from sigswap.state import OwnerPlan, OwnerState
+
+_RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """All that is needed to convert an equal model again without looking at it: plain data, also as JSON."""
+
+    config: SigmoidConfig
+    owners: tuple[OwnerPlan, ...]
+    guarded: tuple[str, ...]
+    report: Report
+    attn_implementation: str | None = None  # of a transformers model, before it was set to sdpa
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "owners": [owner.to_dict() for owner in self.owners],
+            "guarded": list(self.guarded),
+            "report": self.report.to_dict(),
+            "attn_implementation": self.attn_implementation,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Conversion:
+        return cls(
+            SigmoidConfig.from_dict(data["config"]),
+            tuple(OwnerPlan.from_dict(owner) for owner in data["owners"]),
+            tuple(data["guarded"]),
+            Report.from_dict(data["report"]),
+            data["attn_implementation"],
+        )
+
+
+def convert(
+    model: nn.Module,
+    config: SigmoidConfig | None = None,
+    *,
+    example_inputs: Any = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Swaps the softmax attentions of ``model`` for sigmoid attention, in place, and returns the same object.
+
+    The sites are found by one run on fake tensors (no memory or compute of the model's size; a model on the meta
+    device works as well). Every module that owns a site gets a child ``sigswap`` with the new parameters
+    (``<owner>.sigswap.*`` in state_dict); the base parameters keep their names. From then on the model computes
+    ``sigmoid(score + b)`` there, in eager, under any compile backend and in export (:class:`SigmoidConfig` says what b is).
+
+    Args:
+        model: the model; it may be on any device, also meta.
+        config: what becomes of each site; ``SigmoidConfig()`` by default.
+        example_inputs: what the model is run on to find its sites: a tensor, a tuple of positional arguments, a dict of
+            keyword arguments, or a list of those, one for each path through the code that is to be converted. By
+            default what the model knows of itself (transformers, timm).
+        include: glob patterns of module paths; only the attention modules that match one are swapped.
+        exclude: glob patterns of module paths that stay as they are.
+        strict: an attention that cannot be swapped is an error; otherwise it stays softmax and the report says why.
+
+    Raises:
+        NoAttentionError: there is nothing to swap.
+        UnswappableSiteError: ``strict``, and an attention cannot be swapped.
+        AlreadyConvertedError: the model is converted already.
+        ExampleInputsError: no inputs are known, or the model's forward fails on them.
+        ConfigError: the config cannot be applied to a site.
+        ConversionError: the model is compiled or scripted, or a module cannot be converted.
+        Whatever is raised, the model is as it was.
+
+    Source: arXiv 2409.04431, with the bias ``-ln(n)`` per row (its section 3) over the visible keys.
+    """
+    config = SigmoidConfig() if config is None else config
+    if not isinstance(config, SigmoidConfig):
+        raise ArgumentError(f"config must be a SigmoidConfig, not a {type(config).__name__}.")
+    _check_convertible(model)
+    with _ReachableAttention(model) as attention:
+        sites, report = _look(model, example_inputs, include, exclude)
+        stuck = [left for left in sites.left if left.attention and _selected(left.path, include, exclude)]
+        if stuck and strict:
+            raise UnswappableSiteError(
+                f"{len(stuck)} softmax attention(s) of {type(model).__name__} cannot be swapped: "
+                + "; ".join(f"{left.path or '(the model)'}: {left.reason}" for left in stuck[:5])
+                + ("; ..." if len(stuck) > 5 else "")
+                + ". Pass strict=False to leave them as softmax, or exclude=[...] to say which."
+            )
+        if not sites.owners:
+            raise NoAttentionError(_why_none(model, report, include, exclude))
+        swapped = [dataclasses.replace(r, status="swapped") if r.status == "swappable" else r for r in report.sites]
+        conversion = Conversion(
+            config,
+            tuple(sites.owners.values()),
+            tuple(sorted(sites.guarded)),
+            Report(swapped, report.notes),
+            attention.before,
+        )
+        apply_conversion(model, conversion)
+        attention.keep()
+    return model
+
+
+def inspect(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Report:
+    """The dry run of :func:`convert`: what would be swapped, what not, and why. The model is not changed.
+
+    Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
+    """
+    _check_convertible(model)
+    with _ReachableAttention(model):
+        return _look(model, example_inputs, include, exclude)[1]
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes :func:`convert`, in place: the original model, bit for bit. Raises NotConvertedError.
+
+    The parameters under ``*.sigswap.*`` are gone; base parameters keep whatever training made of them.
+    """
+    conversion = conversion_of(model)
+    modules = [module for module in model.modules() if base_class(module) is not None]
+    for module in modules:
+        if not isinstance(module.__dict__.get("_modules", {}).get("sigswap"), OwnerState | None):
+            raise ConversionError(
+                f"{type(module).__name__}: its child sigswap is not sigswap's; revert is not possible."
+            )
+    for module in modules:
+        module.__class__ = base_class(module)
+        module._modules.pop("sigswap", None)
+    del model.__dict__[_RECORD]
+    if conversion.attn_implementation is not None:
+        model.set_attn_implementation(conversion.attn_implementation)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What :func:`convert` did to ``model``. Raises NotConvertedError."""
+    return conversion_of(model).report
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``model``, or a module in it, has been converted."""
+    return any(base_class(module) is not None for module in model.modules())
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The conversion that ``model`` carries. Raises NotConvertedError, also for a part of a converted model."""
+    conversion = model.__dict__.get(_RECORD)
+    if conversion is None:
+        hint = " (a part of it is: pass the model that was given to sigswap.convert)" if is_converted(model) else ""
+        raise NotConvertedError(f"{type(model).__name__} is not converted{hint}; call sigswap.convert first.")
+    return conversion
+
+
+def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
+    """Installs ``conversion`` on an unconverted ``model`` of the architecture it was made for, in place.
+
+    New parameters take dtype and device from their owner (also meta). Raises ConversionError if a module is missing,
+    and leaves the model as it was.
+    """
+    states: dict[str, OwnerState] = {}
+    for plan in conversion.owners:
+        owner = _owner(model, plan.path)
+        states[plan.path] = OwnerState(plan, conversion.config.for_path(plan.path), *_dtype_and_device(owner, model))
+    guarded = [_owner(model, path) for path in conversion.guarded]
+    unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
+    if unused:
+        raise ConversionError(f"config.overrides names {unused}, which match no converted module of {sorted(states)}.")
+    done: list[tuple[nn.Module, type]] = []
+    try:
+        for path, state in states.items():
+            owner = model.get_submodule(path)
+            done.append((owner, type(owner)))
+            owner.add_module("sigswap", state.train(owner.training))
+            owner.__class__ = swapped_class(type(owner))
+        for module in guarded:
+            done.append((module, type(module)))
+            module.__class__ = guarded_class(type(module))
+    except Exception as error:
+        for module, cls in reversed(done):
+            module.__class__ = cls
+            module._modules.pop("sigswap", None)
+        raise ConversionError(f"{type(done[-1][0]).__name__} cannot be converted: {error}") from error
+    model.__dict__[_RECORD] = conversion
+    return model
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError as error:
+        raise ConversionError(f"{type(model).__name__} has no module {path!r}, which was converted.") from error
+    where = path or "the model"
+    if "forward" in vars(owner):
+        raise ConversionError(
+            f"{where}: its forward is replaced on the instance (by accelerate's hooks, say), which would bypass the swap; "
+            "convert the model first."
+        )
+    if hasattr(owner, "sigswap"):
+        raise ConversionError(f"{where} has an attribute named sigswap, which the conversion needs; rename it.")
+    if isinstance(owner, torch.jit.ScriptModule):
+        raise ConversionError(f"{where} is scripted; convert the model before torch.jit.script.")
+    return owner
+
+
+def _dtype_and_device(owner: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    for module in (owner, model):
+        for tensor in module.parameters():
+            if tensor.is_floating_point():
+                return tensor.dtype, tensor.device
+    return torch.get_default_dtype(), torch.get_default_device()
+
+
+def _check_convertible(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, not a {type(model).__name__}.")
+    if is_converted(model):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is converted already; call sigswap.revert first to convert it in another way."
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise ConversionError(
+                f"{path or 'the model'} is compiled. Convert the model first and compile it afterwards: "
+                "torch.compile(sigswap.convert(model))."
+            )
+
+
+def _look(
+    model: nn.Module, example_inputs: Any, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> tuple[Sites, Report]:
+    """The sites that are to be swapped, and the report of a dry run."""
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ArgumentError(f"{name} must be a list of patterns, not a string: {name}=[{patterns!r}].")
+    notes: list[str] = []
+    runs = []
+    inputs = resolve_inputs(model, example_inputs)
+    for call in inputs:
+        runs.append(run(model, call))
+    for name, prepare in _variants(model):
+        for call in inputs:
+            try:
+                runs.append(run(model, call, prepare))
+            except ExampleInputsError as error:
+                notes.append(f"not looked at with {name}: {error.__cause__ or error}")
+    if any(recorded.real for recorded in runs):
+        notes.append("The forward depends on values of its inputs: it was run on the real parameters.")
+
+    everything = _merged(model, runs, None, notes)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not fnmatch.filter([*everything.owners, *(left.path for left in everything.left)], pattern):
+                raise ArgumentError(
+                    f"{name}: {pattern!r} matches no attention module; they are {sorted(everything.owners)}."
+                )
+    chosen = [path for path in everything.owners if _selected(path, include, exclude)]
+    sites = everything if len(chosen) == len(everything.owners) else _merged(model, runs, chosen, [])
+    return sites, Report(_records(everything, chosen), list(dict.fromkeys(notes)))
+
+
+def _merged(model: nn.Module, runs: Sequence[Any], wanted: Sequence[str] | None, notes: list[str]) -> Sites:
+    """One plan from all runs. An owner whose calls two runs number differently cannot be addressed."""
+    sites = plan_run(model, runs[0], wanted)
+    for recorded in runs[1:]:
+        sites, clashes = merge(sites, plan_run(model, recorded, wanted))
+        notes += [f"{path}: only the calls of its first path through the code are known" for path in clashes]
+    executed = frozenset().union(*(recorded.executed for recorded in runs))
+    classes = {type(model.get_submodule(path)) for path in sites.owners}
+    for path, module in model.named_modules():
+        if path not in executed and type(module) in classes:
+            notes.append(
+                f"{path} ({type(module).__name__}) did not run on the example inputs, so it was not looked at and stays "
+                "softmax; add an input that reaches it."
+            )
+    return sites
+
+
+def _selected(path: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    wanted = include is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in include)
+    return wanted and not any(fnmatch.fnmatchcase(path, pattern) for pattern in exclude or ())
+
+
+def _records(sites: Sites, chosen: Sequence[str]) -> list[SiteRecord]:
+    records = []
+    for path, plan in sites.owners.items():
+        status, reason = ("swappable", "") if path in chosen else ("left", "excluded")
+        for site in plan.sites:
+            records.append(SiteRecord(path, site.kind, site.heads, site.head_dim, site.mask, status, reason))
+    for left in sites.left:
+        records.append(SiteRecord(left.path, left.kind, None, None, "", "left", left.reason))
+    return records
+
+
+def _why_none(model: nn.Module, report: Report, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
+    if any(site.reason == "excluded" for site in report.sites):
+        return f"include={include} and exclude={exclude} leave no attention of {type(model).__name__} to swap."
+    reasons = "; ".join(dict.fromkeys(f"{s.path or '(the model)'}: {s.reason}" for s in report.sites[:5]))
+    return f"no softmax attention was found in {type(model).__name__}" + (f" ({reasons})." if reasons else ".")
+
+
+# Other paths through the same code, that a user may switch to after the conversion.
+
+
+def _variants(model: nn.Module) -> Iterator[tuple[str, Callable[[nn.Module], None]]]:
+    implementation = _attn_implementation(model)
+    if implementation in ("sdpa", "eager"):
+        other = "eager" if implementation == "sdpa" else "sdpa"
+        yield f"attn_implementation={other!r}", lambda clone: clone.set_attn_implementation(other)
+    if any(isinstance(getattr(module, "fused_attn", None), bool) for module in model.modules()):
+        yield "fused_attn toggled", _toggle_fused_attn
+
+
+def _toggle_fused_attn(clone: nn.Module) -> None:
+    for module in clone.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = not module.fused_attn
+
+
+def _attn_implementation(model: nn.Module) -> str | None:
+    """The attention implementation of a transformers model; None for any other."""
+    if not hasattr(model, "set_attn_implementation"):
+        return None
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+class _ReachableAttention:
+    """Sets a transformers model whose attention runs inside one opaque op to sdpa; back again unless ``keep`` is called.
+
+    ``before`` is the implementation that it had, or None if it was left.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before: str | None = None
+        self.kept = False
+
+    def __enter__(self) -> _ReachableAttention:
+        implementation = _attn_implementation(self.model)
+        if implementation is not None and implementation not in ("sdpa", "eager"):
+            self._set("sdpa")
+            self.before = implementation
+        return self
+
+    def keep(self) -> None:
+        self.kept = True
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None and not self.kept:
+            self._set(self.before)
+
+    def _set(self, implementation: str) -> None:
+        """Past set_attn_implementation's checks: flash attention need not be installed to be put back."""
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_attn_implementation"):
+                config._attn_implementation = implementation

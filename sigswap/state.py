@@ -1,0 +1,282 @@
+"""What a converted module carries: the plan of its calls, and the new parameters, under ``<owner>.sigswap.*``.
+
+A plan is plain data that JSON can hold, so that a saved model is rebuilt without looking for its sites again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigswap.config import SigmoidConfig
+from sigswap.errors import ConfigError, UnknownCallError
+
+NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisPlan:
+    """Axes of one factor of a q.k product, counted from the end: where head_dim is, and where the heads are.
+
+    ``head_axis`` None: one head. ``merged``: the axis holds batch*heads, heads inner. ``scale`` is the number by
+    which the module has multiplied the factor before the product; a norm has to put it back.
+    """
+
+    dim_axis: int
+    head_axis: int | None
+    merged: bool
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductPlan:
+    """The product of query and key at a site that computes its own scores."""
+
+    query_arg: int
+    key_arg: int
+    query: AxisPlan
+    key: AxisPlan
+    rows_in_order: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePlan:
+    """One attention of an owner. ``head_axis`` counts from the end of the scores; None: one head."""
+
+    kind: str
+    heads: int
+    key_heads: int
+    head_dim: int | None
+    head_axis: int | None = None
+    merged: bool = False
+    mask: str = "none"
+    product: ProductPlan | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerPlan:
+    """The calls of one owner: ``calls["softmax:0"]`` is the site of its first softmax, or NOT_ATTENTION.
+
+    ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of
+    any further call. ``channel_axis`` (from the end) is the channels' axis of the owner's output, ``channels`` its size.
+    """
+
+    path: str
+    sites: tuple[SitePlan, ...]
+    calls: Mapping[str, int]
+    repeats: Mapping[str, int]
+    channel_axis: int = -1
+    channels: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> OwnerPlan:
+        sites = []
+        for site in data["sites"]:
+            product = site["product"]
+            if product is not None:
+                axes = {name: AxisPlan(**product[name]) for name in ("query", "key")}
+                product = ProductPlan(**{**product, **axes})
+            sites.append(SitePlan(**{**site, "product": product}))
+        return cls(**{**data, "sites": tuple(sites), "calls": dict(data["calls"]), "repeats": dict(data["repeats"])})
+
+
+class OwnerState(nn.Module):
+    """The child module ``sigswap`` of an owner: one :class:`SiteState` per site, and what acts on its output."""
+
+    layer_scale: nn.Parameter | None
+
+    def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.plan = plan
+        self.calls = dict(plan.calls)
+        self.repeats = dict(plan.repeats)
+        self.intercepts_products = config.query_bias or config.qk_norm is not None
+        for index, site in enumerate(plan.sites):
+            self.add_module(str(index), SiteState(site, config, plan.path, dtype, device))
+        channels = plan.channels
+        if (config.layer_scale is not None or config.hybrid_norm) and channels is None:
+            raise ConfigError(
+                f"{plan.path or 'the model'}: layer_scale and hybrid_norm need an output whose first item is a tensor "
+                "with a channel axis, and this module's is not; switch them off for it with overrides."
+            )
+        self.layer_scale = None
+        if config.layer_scale is not None:
+            self.layer_scale = nn.Parameter(torch.full((channels,), config.layer_scale, dtype=dtype, device=device))
+        self.norm = nn.LayerNorm(channels, dtype=dtype, device=device) if config.hybrid_norm else None
+
+    def site(self, index: int) -> SiteState:
+        return self._modules[str(index)]  # type: ignore[return-value]
+
+    def site_of(self, family: str, position: int) -> int:
+        """The site of the ``position``-th call of ``family``, or NOT_ATTENTION. Raises UnknownCallError."""
+        index = self.calls.get(f"{family}:{position}")
+        if index is None:
+            index = NOT_ATTENTION if family == "product" else self.repeats.get(family)
+        if index is None:
+            raise UnknownCallError(
+                f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make when "
+                "it was converted: this input takes another path through its code. Revert the model and convert it "
+                "again with example_inputs=[...] that holds an input for each path."
+            )
+        return index
+
+    def finish(self, output: Any) -> Any:
+        """The owner's output, or the first item of it, after hybrid-norm and LayerScale (paper, section 3)."""
+        if self.layer_scale is None and self.norm is None:
+            return output
+        if isinstance(output, tuple | list):
+            items = [self.finish(output[0]), *output[1:]]
+            return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
+        if self.norm is not None:
+            output = self.norm(output.movedim(self.plan.channel_axis, -1)).movedim(-1, self.plan.channel_axis)
+        if self.layer_scale is not None:
+            output = output * self.layer_scale.view(-1, *[1] * (-1 - self.plan.channel_axis))
+        return output
+
+    def extra_repr(self) -> str:
+        scale = "" if self.layer_scale is None else f", layer_scale[{self.layer_scale.numel()}]"
+        return f"sites={len(self.plan.sites)}{scale}"
+
+
+class SiteState(nn.Module):
+    """The bias of one site, ``b = const_bias - [ln n_i] + c_h + w_h . q_i``, and its QK-norm.
+
+    Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``query_norm.weight`` and
+    ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for it.
+    """
+
+    bias: nn.Parameter | None
+    query_weight: nn.Parameter | None
+
+    def __init__(
+        self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.visible_bias = config.bias == "visible"
+        self.const_bias = 0.0
+        if isinstance(config.bias, int):
+            self.const_bias = -math.log(config.bias)
+        elif isinstance(config.bias, float):
+            self.const_bias = config.bias
+        self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
+        self.acts_on_product = config.query_bias or config.qk_norm is not None
+        self.query_weight = None
+        self.query_norm: HeadNorm | None = None
+        self.key_norm: HeadNorm | None = None
+        if not config.query_bias and config.qk_norm is None:
+            return
+        wanted = "query_bias" if config.query_bias else "qk_norm"
+        if plan.head_dim is None or (plan.kind == "softmax" and plan.product is None):
+            raise ConfigError(
+                f"{path or 'the model'}: {wanted} needs the one product of query and key that makes the scores, and here "
+                "they are a sum of several or not a matmul, bmm, baddbmm or einsum; "
+                f"switch it off for this module with overrides={{{path!r}: ...}}."
+            )
+        if config.query_bias and plan.product is not None and not plan.product.rows_in_order:
+            raise ConfigError(
+                f"{path or 'the model'}: query_bias cannot follow the queries from their product to the softmax; "
+                f"switch it off for this module with overrides={{{path!r}: ...}}."
+            )
+        if config.query_bias:
+            self.query_weight = nn.Parameter(torch.zeros(plan.heads, plan.head_dim, dtype=dtype, device=device))
+        if config.qk_norm is not None:
+            self.query_norm = HeadNorm(config.qk_norm, plan.heads, plan.head_dim, dtype, device)
+            self.key_norm = HeadNorm(config.qk_norm, plan.key_heads, plan.head_dim, dtype, device)
+
+    def sdpa_bias(self, query: Tensor) -> Tensor | None:
+        """c_h + w_h . q_i for a query [..., H, M, D] (or [batch*H, M, D]), to be added to scores [..., H, M, N]."""
+        bias = None
+        if self.bias is not None:
+            bias = _at_axis(self.bias, query, -3 if query.dim() > 2 else None)
+        if self.query_weight is not None:
+            weight = _at_axis(self.query_weight, query, -3 if query.dim() > 2 else None, -1)
+            projected = (query * weight).sum(-1, keepdim=True)
+            bias = projected if bias is None else bias + projected
+        return bias
+
+    def normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        head_axis = -3 if query.dim() > 2 else None
+        axes = AxisPlan(dim_axis=-1, head_axis=head_axis, merged=False)
+        return self.query_norm(query, axes), self.key_norm(key, axes)
+
+    def row_bias(self, scores: Tensor, key_axis: int, merged: bool, query_bias: Tensor | None) -> Tensor | None:
+        """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``.
+
+        ``merged``: the scores are [batch*heads, M, N] whatever the plan says (multi_head_attention_forward).
+        """
+        bias = None
+        if self.bias is not None:
+            bias = _at_axis(self.bias, scores, -3 if merged else self.plan.head_axis)
+        if query_bias is not None:
+            rows = list(scores.shape)
+            rows[key_axis] = 1
+            query_bias = query_bias.reshape(rows)
+            bias = query_bias if bias is None else bias + query_bias
+        return bias
+
+    def transformed_factors(
+        self, query: Tensor, key: Tensor, plan: ProductPlan
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query and key of a product after QK-norm, and w_h . q_i for its rows (or None)."""
+        query_bias = None
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query, plan.query), self.key_norm(key, plan.key)
+        if self.query_weight is not None:
+            weight = _at_axis(self.query_weight, query, plan.query.head_axis, plan.query.dim_axis)
+            # w_h acts on the query itself, not on what the module has already multiplied by the scale.
+            query_bias = (query * weight).sum(plan.query.dim_axis) / plan.query.scale
+        return query, key, query_bias
+
+    def extra_repr(self) -> str:
+        return f"kind={self.plan.kind}, heads={self.plan.heads}, const_bias={self.const_bias:.4g}, visible={self.visible_bias}"
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm or LayerNorm over head_dim in float32, with a weight [heads, head_dim] and no bias."""
+
+    def __init__(self, kind: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, axes: AxisPlan) -> Tensor:
+        moved = x.movedim(axes.dim_axis, -1)
+        norm = F.rms_norm if self.kind == "rms" else F.layer_norm
+        eps = torch.finfo(torch.float32).eps
+        normed = norm(moved.float(), moved.shape[-1:], eps=eps).to(x.dtype).movedim(-1, axes.dim_axis)
+        return normed * _at_axis(self.weight, x, axes.head_axis, axes.dim_axis) * axes.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, weight={list(self.weight.shape)}"
+
+
+def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None = None) -> Tensor:
+    """``values`` [heads] or [heads, head_dim], shaped to broadcast over ``like`` along the axes given.
+
+    If ``like`` has batch*heads at ``head_axis`` (heads inner), the values are repeated over the batch.
+    """
+    shape = [1] * like.dim()
+    if head_axis is not None:
+        size = like.shape[head_axis]
+        heads = values.shape[0]
+        if size != heads:
+            values = values.repeat(size // heads, *[1] * (values.dim() - 1))
+        shape[head_axis] = size
+    if dim_axis is not None:
+        shape[dim_axis] = values.shape[-1]
+        if head_axis is not None and dim_axis % like.dim() < head_axis % like.dim():
+            values = values.transpose(0, 1)
+    return values.reshape(shape)
