@@ -22,12 +22,13 @@ from sigswap.errors import (
     UnswappableSiteError,
 )
 from sigswap.example_inputs import resolve_inputs
-from sigswap.mode import base_class, guarded_class, swapped_class
+from sigswap.mode import base_class, swapped_class
 from sigswap.plan import Sites, merge, plan_run
 from sigswap.report import Report, SiteRecord
 from sigswap.state import OwnerPlan, OwnerState
 
 _RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
+_FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,8 @@ def revert(model: nn.Module) -> nn.Module:
     for module in modules:
         module.__class__ = base_class(module)
         module._modules.pop("sigswap", None)
+    for module in model.modules():
+        module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
     del model.__dict__[_RECORD]
     if conversion.attn_implementation is not None:
         model.set_attn_implementation(conversion.attn_implementation)
@@ -203,16 +206,26 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
             done.append((owner, type(owner)))
             owner.add_module("sigswap", state.train(owner.training))
             owner.__class__ = swapped_class(type(owner))
-        for module in guarded:
-            done.append((module, type(module)))
-            module.__class__ = guarded_class(type(module))
     except Exception as error:
         for module, cls in reversed(done):
             module.__class__ = cls
             module._modules.pop("sigswap", None)
         raise ConversionError(f"{type(done[-1][0]).__name__} cannot be converted: {error}") from error
+    for module in guarded:
+        _switch_off_fast_path(module)
     model.__dict__[_RECORD] = conversion
     return model
+
+
+# What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
+# never calls the attention module in them.
+_FAST_PATH = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}
+
+
+def _switch_off_fast_path(module: nn.Module) -> None:
+    before = {name: vars(module)[name] for name in _FAST_PATH if name in vars(module)}
+    module.__dict__[_FAST_PATH_BEFORE] = before
+    module.__dict__.update({name: _FAST_PATH[name] for name in before})
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:

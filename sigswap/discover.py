@@ -11,11 +11,13 @@ import contextlib
 import copy
 import dataclasses
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
@@ -24,12 +26,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sigswap.errors import ExampleInputsError
-from sigswap.mode import FAMILIES, mha_body
+from sigswap.mode import FAMILIES
 from sigswap.passes.find import PARAMETER, find
 from sigswap.passes.site import FindResult
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call of the model
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
+# F.multi_head_attention_forward hands itself to an active mode as a whole, and the softmax inside it is then out of
+# the mode's reach. This is the same function, torch's own code, that always runs its body: for looking only.
+_mha_body = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+_mha_body.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
 _CALL = "sigswap_call"  # node.meta key: the innermost recorded call that made the node
 _STACK = "sigswap_stack"  # node.meta key: the modules inside whose forward the node was made, outermost first
 
@@ -257,7 +269,7 @@ class _Recorder(TorchFunctionMode):
         try:
             if family == "mha":
                 with self:
-                    return mha_body(*args, **kwargs)
+                    return _mha_body(*args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self.stamp()

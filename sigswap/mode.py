@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sigswap.attention import attend, probabilities
 from sigswap.errors import UnknownCallError
-from sigswap.state import AxisPlan, OwnerState, ProductPlan, SiteState
+from sigswap.functions import scaled_dot_product_attention, softmax
+from sigswap.multihead import multi_head_attention_forward, native_multi_head_attention
+from sigswap.state import OwnerState, SiteState
 
 # The functions that a plan addresses, by family.
 FAMILIES: dict[Any, str] = {
@@ -31,6 +30,7 @@ FAMILIES: dict[Any, str] = {
     torch.Tensor.softmax: "softmax",
     F.scaled_dot_product_attention: "sdpa",
     F.multi_head_attention_forward: "mha",
+    torch._native_multi_head_attention: "mha",
     torch.matmul: "product",
     torch.Tensor.matmul: "product",
     torch.Tensor.__matmul__: "product",
@@ -42,16 +42,6 @@ FAMILIES: dict[Any, str] = {
     torch.einsum: "product",
 }
 
-# F.multi_head_attention_forward hands itself to an active mode as a whole, and the softmax inside it is then out of
-# the mode's reach. This is the same function, torch's own code, that always runs its body instead.
-mha_body = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)
-mha_body.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
-
 
 class SwapMode(TorchFunctionMode):
     """Swaps the planned softmax calls made while it is active; one instance serves one forward of one owner."""
@@ -60,10 +50,8 @@ class SwapMode(TorchFunctionMode):
         super().__init__()
         self.state = state
         self.counts = {"softmax": 0, "sdpa": 0, "mha": 0, "product": 0}
-        self.inside_mha = -1  # the site of the multi_head_attention_forward whose body is running, or -1
-        self.mha_products = 0
-        self.product_of = -1  # the site whose product has just been made
-        self.query_bias: Tensor | None = None  # w_h . q_i, between the product and its softmax
+        self.product_of: SiteState | None = None  # the site whose product has just been made
+        self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
         self.swapped = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,101 +59,64 @@ class SwapMode(TorchFunctionMode):
         family = FAMILIES.get(func)
         if family is None or (family == "product" and not self.state.intercepts_products):
             return func(*args, **kwargs)
-        if self.inside_mha >= 0:
-            site_index = self.inside_mha  # the function is addressed as a whole, the calls within it do not count
-        else:
-            position = self.counts[family]
-            self.counts[family] = position + 1
-            site_index = self.state.site_of(family, position)
+        position = self.counts[family]
+        self.counts[family] = position + 1
+        site_index = self.state.site_of(family, position)
         if site_index < 0:
             return func(*args, **kwargs)
+        site = self.state.site(site_index)
         if family == "product":
-            return self._product(site_index, func, args, kwargs)
+            return self._product(site, func, args, kwargs)
         self.swapped = True
         if family == "softmax":
-            return self._softmax(site_index, func, *args, **kwargs)
+            return self._softmax(site, args, kwargs)
         if family == "sdpa":
-            return self._sdpa(site_index, *args, **kwargs)
-        self.inside_mha, self.mha_products = site_index, 0
-        with self:
-            output = mha_body(*args, **kwargs)
-        self.inside_mha = -1
-        return output
+            return self._sdpa(site, *args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return multi_head_attention_forward(site.attention, *args, **kwargs)
+        return native_multi_head_attention(site.attention, *args, **kwargs)
 
-    def _softmax(
-        self,
-        site_index: int,
-        func: Any,
-        input: Tensor,
-        dim: int | None = None,
-        _stacklevel: int = 3,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        if func is not F.softmax and isinstance(_stacklevel, torch.dtype):
-            dtype = _stacklevel  # torch.softmax(input, dim, dtype)
+    def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
+        scores = args[0] if args else kwargs["input"]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if dim is None:
-            dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
-        site = self.state.site(site_index)
-        if site.acts_on_product and self.product_of != site_index:
+            dim = 0 if scores.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+        if site.acts_on_product and self.product_of is not site:
             raise UnknownCallError(
                 f"{self.state.plan.path or 'the model'}: the product of query and key was not seen before its softmax, so "
                 "QK-norm and query_bias cannot act; convert the model in the form (attention implementation) you run it."
             )
-        self.product_of = -1
-        bias = site.row_bias(input, dim % input.dim(), merged=self.inside_mha >= 0, query_bias=self.query_bias)
-        self.query_bias = None
-        return probabilities(
-            input, dim, bias=bias, visible_bias=site.visible_bias, const_bias=site.const_bias, dtype=dtype
-        )
+        bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
+        self.product_of = self.query_bias = None
+        return softmax(*args, **kwargs, bias=bias, visible_bias=site.visible_bias, const_bias=site.const_bias)
 
     def _sdpa(
         self,
-        site_index: int,
+        site: SiteState,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        site = self.state.site(site_index)
         query, key = site.normalized(query, key)
-        return attend(
+        return scaled_dot_product_attention(
             query,
             key,
             value,
+            *args,
+            **kwargs,
             bias=site.sdpa_bias(query),
             visible_bias=site.visible_bias,
             const_bias=site.const_bias,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            dropout_p=dropout_p,
-            softcap=None,
-            window=None,
-            enable_gqa=enable_gqa,
         )
 
-    def _product(self, site_index: int, func: Any, args: Any, kwargs: Any) -> Tensor:
-        if self.inside_mha >= 0:
-            # The first product of the body is the one of query and key; the second is with the value.
-            self.mha_products += 1
-            if self.mha_products > 1:
-                return func(*args, **kwargs)
-        site = self.state.site(site_index)
-        plan = site.plan.product if self.inside_mha < 0 else _mha_product(site)
+    def _product(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
+        plan = site.plan.product
         factors, rebuild = _factors(func, args, kwargs)
-        self.product_of = site_index
+        self.product_of = site
         query, key, self.query_bias = site.transformed_factors(factors[plan.query_arg], factors[plan.key_arg], plan)
         return rebuild(*((query, key) if plan.query_arg == 0 else (key, query)))
-
-
-def _mha_product(site: SiteState) -> ProductPlan:
-    """The product in multi_head_attention_forward: queries [batch*heads, M, D], scaled, by keys [batch*heads, D, N]."""
-    scale = math.sqrt(1.0 / site.plan.head_dim)
-    return ProductPlan(0, 1, AxisPlan(-1, -3, True, scale), AxisPlan(-2, -3, True), rows_in_order=True)
 
 
 def _factors(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]:
@@ -197,15 +148,7 @@ _PRODUCT_ARGUMENTS: dict[Any, tuple[str, ...]] = {
 }
 
 
-class NoFastPath(TorchFunctionMode):
-    """Does nothing but be there: torch.nn's fused inference paths, which hold a softmax, then stay off."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 _SWAPPED: dict[type, type] = {}
-_GUARDED: dict[type, type] = {}
 
 
 def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -226,34 +169,21 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
                 )
             return state.finish(output)
 
-        _SWAPPED[base] = _subclass(base, forward, swapped_class)
+        _SWAPPED[base] = _subclass(base, forward)
     return _SWAPPED[base]
 
 
-def guarded_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base`` whose forward keeps torch.nn's fused inference paths off."""
-    if base not in _GUARDED:
-
-        @functools.wraps(base.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with NoFastPath():
-                return base.forward(self, *args, **kwargs)
-
-        _GUARDED[base] = _subclass(base, forward, guarded_class)
-    return _GUARDED[base]
-
-
 def base_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that ``module`` had before :func:`swapped_class` or :func:`guarded_class`, or None if it had neither."""
+    """The class that ``module`` had before :func:`swapped_class`, or None."""
     return type(module).__dict__.get("_sigswap_base")
 
 
-def _subclass(base: type[nn.Module], forward: Callable[..., Any], maker: Callable[[type], type]) -> type[nn.Module]:
+def _subclass(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The subclass exists only at run time: pickle and deepcopy name its base, and make it anew.
         reduced = base.__reduce_ex__(self, protocol)
         if reduced[0] is copyreg.__newobj__ and reduced[1][0] is type(self):  # type: ignore[attr-defined]
-            return (_new_instance, (maker, base, *reduced[1][1:]), *reduced[2:])
+            return (_new_instance, (base, *reduced[1][1:]), *reduced[2:])
         return reduced
 
     body = {
@@ -267,6 +197,6 @@ def _subclass(base: type[nn.Module], forward: Callable[..., Any], maker: Callabl
     return type(base)(base.__name__, (base,), body)
 
 
-def _new_instance(maker: Callable[[type], type], base: type[nn.Module], *args: Any) -> nn.Module:
-    cls = maker(base)
+def _new_instance(base: type[nn.Module], *args: Any) -> nn.Module:
+    cls = swapped_class(base)
     return cls.__new__(cls, *args)

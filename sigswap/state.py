@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
 from sigswap.errors import ConfigError, UnknownCallError
+from sigswap.multihead import sigmoid_heads
 
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
 
@@ -87,6 +88,13 @@ class OwnerPlan:
                 product = ProductPlan(**{**product, **axes})
             sites.append(SitePlan(**{**site, "product": product}))
         return cls(**{**data, "sites": tuple(sites), "calls": dict(data["calls"]), "repeats": dict(data["repeats"])})
+
+
+def bias_terms(config: SigmoidConfig) -> tuple[bool, float]:
+    """``config.bias`` as (whether -ln n_i is added per row, the number added to every score)."""
+    if config.bias == "visible":
+        return True, 0.0
+    return False, -math.log(config.bias) if isinstance(config.bias, int) else config.bias
 
 
 class OwnerState(nn.Module):
@@ -162,12 +170,7 @@ class SiteState(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
-        self.visible_bias = config.bias == "visible"
-        self.const_bias = 0.0
-        if isinstance(config.bias, int):
-            self.const_bias = -math.log(config.bias)
-        elif isinstance(config.bias, float):
-            self.const_bias = config.bias
+        self.visible_bias, self.const_bias = bias_terms(config)
         self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
         self.acts_on_product = config.query_bias or config.qk_norm is not None
         self.query_weight = None
@@ -212,14 +215,38 @@ class SiteState(nn.Module):
         axes = AxisPlan(dim_axis=-1, head_axis=head_axis, merged=False)
         return self.query_norm(query, axes), self.key_norm(key, axes)
 
-    def row_bias(self, scores: Tensor, key_axis: int, merged: bool, query_bias: Tensor | None) -> Tensor | None:
-        """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``.
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """This site's attention as :class:`sigswap.multihead.Attention` describes it."""
+        query, key = self.normalized(query, key)
+        bias = self.sdpa_bias(query)
+        return sigmoid_heads(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+            bias=bias,
+            visible_bias=self.visible_bias,
+            const_bias=self.const_bias,
+        )
 
-        ``merged``: the scores are [batch*heads, M, N] whatever the plan says (multi_head_attention_forward).
-        """
+    def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:
+        """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
         bias = None
         if self.bias is not None:
-            bias = _at_axis(self.bias, scores, -3 if merged else self.plan.head_axis)
+            bias = _at_axis(self.bias, scores, self.plan.head_axis)
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1

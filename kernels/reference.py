@@ -1,0 +1,353 @@
+"""Sigmoid attention in plain PyTorch: defines the result, on any device, in memory linear in the sequence length.
+
+For query row i of one head, over the keys j that it sees (:func:`forward` has the arguments)::
+
+    s_ij = scale * q_i . k_j;  s_ij = softcap * tanh(s_ij / softcap), if softcap;  s_ij += mask_ij, if additive
+    b_i  = const_bias - ln(max(n_i, 1)) if visible_bias + bias_i        n_i: the number of keys that row i sees
+    p_ij = sigmoid(s_ij + b_i), exactly 0 where not visible; then dropout
+    o_i  = sum_j p_ij v_j
+
+The backward recomputes p, and needs neither o nor a row statistic (with dP = dO V^T, undone dropout in it)::
+
+    dS = p (1 - p) dP;  dbias = sum_j dS;  dmask = dS;  dX = dS (1 - tanh^2), if softcap
+    dQ = scale dX K;  dK = scale dX^T Q;  dV = p^T dO
+
+Scores are never held for more than one tile: some heads, some query rows, and the keys they can see.
+Half precision is computed in float32 throughout, float64 in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sigswap.kernels import MASKED_SCORE
+
+MAX_TILE_SCORES = 1 << 20
+"""Scores per tile, at most (a single query row may hold more). 4 MiB in float32: about a core's cache."""
+
+
+MAX_BAND_ROWS = 256
+"""Query rows per tile, at most, under a causal mask or a window."""
+
+
+class Options(NamedTuple):
+    """The arguments of ``sigswap::sigmoid_attention`` that are not tensors, with the schema's defaults."""
+
+    scale: float
+    const_bias: float = 0.0
+    visible_bias: bool = True
+    is_causal: bool = False
+    bottom_right: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+    def band(self, q_len: int, kv_len: int) -> tuple[int, int | None, int | None]:
+        """Row i sees the keys i + shift - left ... i + shift + right; None: no limit on that side."""
+        shift = kv_len - q_len if self.bottom_right else 0
+        left = self.window_left if self.window_left >= 0 else None
+        right = self.window_right if self.window_right >= 0 else None
+        return shift, left, 0 if self.is_causal else right
+
+
+class _Heads(NamedTuple):
+    """A group of (batch, key/value head) pairs that is computed at once, with rows_per_tile query rows."""
+
+    batch: slice
+    kv_head: slice
+    head: slice
+    rows_per_tile: int
+
+
+class _Tile(NamedTuple):
+    """A block of scores: [batch, head, row, key]."""
+
+    batch: slice
+    head: slice
+    row: slice
+    key: slice
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """``sigswap::sigmoid_attention``; the arguments are documented there, and valid here."""
+    out = empty_output(query, value)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_()
+    for heads in _head_groups(query, key, options):
+        k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
+        v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
+        for tile in _tiles(heads, query.shape[2], key.shape[2], options):
+            q = _rows(query, tile, k) * options.scale
+            p, _ = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
+            if options.dropout_p > 0.0:
+                p = p * _dropout_factor(query, key, seed, tile, options.dropout_p)
+            o = torch.bmm(p.view(k.shape[0], q.shape[1], p.shape[-1]), _keys(v, tile))
+            _cut(out, *tile[:3]).copy_(o.view(*p.shape[:3], -1))
+    return out
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    output_mask: list[bool],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here."""
+    grads = empty_gradients(query, key, value, bias, attn_mask, output_mask)
+    grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
+    if grad_out.numel() == 0 or key.shape[2] == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    need_query, need_key, need_value, need_bias, need_mask = output_mask
+    dtype = _compute_dtype(query)
+    row_sums = query.new_zeros((*query.shape[:3], 1), dtype=dtype) if need_bias else None
+    mask_sums = query.new_zeros(attn_mask.shape, dtype=dtype) if need_mask and attn_mask is not None else None
+
+    for heads in _head_groups(query, key, options):
+        k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
+        v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
+        grad_k = torch.zeros_like(k) if need_key else None
+        grad_v = torch.zeros_like(v) if need_value else None
+        for tile in _tiles(heads, query.shape[2], key.shape[2], options):
+            q = _rows(query, tile, k) * options.scale
+            grad_o = _rows(grad_out, tile, k)
+            p, tanh = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
+            factor = _dropout_factor(query, key, seed, tile, options.dropout_p) if options.dropout_p > 0.0 else None
+            if grad_v is not None:
+                dropped = p if factor is None else p * factor
+                _keys(grad_v, tile).baddbmm_(dropped.view(k.shape[0], q.shape[1], p.shape[-1]).mT, grad_o)
+            if not (need_query or need_key or need_bias or need_mask):
+                continue
+            grad_s = torch.bmm(grad_o, _keys(v, tile).mT).view(p.shape)
+            if factor is not None:
+                grad_s *= factor
+            grad_s *= p * (1 - p)
+            if row_sums is not None:
+                _cut(row_sums, *tile[:3]).copy_(grad_s.sum(-1, keepdim=True))
+            if mask_sums is not None:
+                part = _cut(mask_sums, *tile)
+                part += grad_s.sum_to_size(part.shape)
+            if tanh is not None:
+                grad_s *= 1 - tanh * tanh
+            grad_s = grad_s.view(k.shape[0], q.shape[1], p.shape[-1])
+            if need_query:
+                grad_q = torch.bmm(grad_s, _keys(k, tile)).mul_(options.scale)
+                _cut(grad_query, *tile[:3]).copy_(grad_q.view(*p.shape[:3], -1))
+            if grad_k is not None:
+                _keys(grad_k, tile).baddbmm_(grad_s.mT, q)
+        if grad_k is not None:
+            part = _cut(grad_key, heads.batch, heads.kv_head)
+            part.copy_(grad_k.view(part.shape))
+        if grad_v is not None:
+            part = _cut(grad_value, heads.batch, heads.kv_head)
+            part.copy_(grad_v.view(part.shape))
+
+    if row_sums is not None and bias is not None:
+        grad_bias.copy_(row_sums.sum_to_size(bias.shape))
+    if mask_sums is not None:
+        grad_mask.copy_(mask_sums)
+    return grads
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output, uninitialised: [B, H, M, Dv], stored as [B, M, H, Dv].
+
+    Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
+    Fused softmax attention returns it, too.
+    """
+    batch, heads, q_len, _ = query.shape
+    return query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
+
+
+def empty_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, uninitialised. Those of query, key and value have their inputs' memory order; one that
+    is not needed has no elements."""
+    inputs = (query, key, value, bias, attn_mask)
+    grads = [
+        query.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
+        for tensor, needed in zip(inputs, output_mask, strict=True)
+    ]
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
+    """What Triton's ``tl.rand(seed, offset)`` draws: Philox4x32-10 (Salmon et al., SC 2011), first word.
+
+    Args:
+        seed: int64, one element.
+        offset: int64, any shape, not negative.
+
+    Returns:
+        float32 in [0, 1), of offset's shape.
+    """
+    low = 0xFFFFFFFF
+    c0, c1 = offset & low, offset >> 32
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=offset.device)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        # 32 x 32 bits overflow int64, but wrap modulo 2^64, so that both halves of the product are right.
+        a = c0 * 0xD2511F53
+        b = c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((b >> 32) & low) ^ c1 ^ k0,
+            b & low,
+            ((a >> 32) & low) ^ c3 ^ k1,
+            a & low,
+        )
+        k0 = (k0 + 0x9E3779B9) & low
+        k1 = (k1 + 0xBB67AE85) & low
+    # As uint_to_uniform_float in Triton: the word as a signed int, negative ones mirrored.
+    return torch.where(c0 > 0x7FFFFFFF, low - c0, c0).to(torch.float32) * 4.6566127342e-10
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _compute_copy(tensor: Tensor) -> Tensor:
+    """[b, h, n, d] as [b * h, n, d] in the compute dtype; a view where possible."""
+    return tensor.to(_compute_dtype(tensor)).reshape(-1, *tensor.shape[2:])
+
+
+def _rows(tensor: Tensor, tile: _Tile, k: Tensor) -> Tensor:
+    """The tile's rows of a [B, H, M, d] tensor, with the query heads of one key head below one another."""
+    part = _cut(tensor, *tile[:3])
+    return part.to(k.dtype).reshape(k.shape[0], -1, tensor.shape[3])
+
+
+def _keys(tensor: Tensor, tile: _Tile) -> Tensor:
+    """The tile's keys of a [b * h, N, d] tensor."""
+    return tensor[:, tile.key] if tile.key.stop - tile.key.start != tensor.shape[1] else tensor
+
+
+def _cut(tensor: Tensor, *ranges: slice) -> Tensor:
+    """The ranges of the first dimensions of a tensor. A dimension of size 1 is the same for all."""
+    for dim, where in enumerate(ranges):
+        size = tensor.shape[dim]
+        if size != 1 and where.stop - where.start != size:
+            tensor = tensor.narrow(dim, where.start, where.stop - where.start)
+    return tensor
+
+
+def _head_groups(query: Tensor, key: Tensor, options: Options) -> Iterator[_Heads]:
+    """Cuts the problem into groups of heads whose tiles hold about MAX_TILE_SCORES scores."""
+    batch, n_heads, q_len, _ = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    group = n_heads // kv_heads
+    _, left, right = options.band(q_len, kv_len)
+    # Under a band, low tiles skip more keys.
+    rows = q_len if left is None and right is None else min(q_len, MAX_BAND_ROWS)
+    rows = min(rows, max(1, MAX_TILE_SCORES // (group * kv_len)))
+    kv_heads_at_once = min(kv_heads, max(1, MAX_TILE_SCORES // (group * rows * kv_len)))
+    batches = min(batch, max(1, MAX_TILE_SCORES // (n_heads * rows * kv_len)))
+    for b in range(0, batch, batches):
+        for h in range(0, kv_heads, kv_heads_at_once):
+            stop = min(h + kv_heads_at_once, kv_heads)
+            yield _Heads(slice(b, min(b + batches, batch)), slice(h, stop), slice(h * group, stop * group), rows)
+
+
+def _tiles(heads: _Heads, q_len: int, kv_len: int, options: Options) -> Iterator[_Tile]:
+    """The tiles of one group of heads. Keys that none of a tile's rows sees are not in it."""
+    shift, left, right = options.band(q_len, kv_len)
+    for start in range(0, q_len, heads.rows_per_tile):
+        stop = min(start + heads.rows_per_tile, q_len)
+        first = 0 if left is None else min(max(start + shift - left, 0), kv_len)
+        last = kv_len if right is None else min(max(stop + shift + right, 0), kv_len)
+        yield _Tile(heads.batch, heads.head, slice(start, stop), slice(first, max(first, last)))
+
+
+def _probabilities(
+    q: Tensor,
+    k: Tensor,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    tile: _Tile,
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """p before dropout [b, h, m, n] of one tile, and the soft cap's tanh (None without one)."""
+    shape = [where.stop - where.start for where in tile]
+    scores = torch.bmm(q, k.mT).view(shape)
+    tanh = None
+    if options.softcap > 0.0:
+        tanh = scores.div_(options.softcap).tanh_()
+        scores = tanh * options.softcap
+
+    hidden = visible = None  # the scores that are masked; how many are not, per row (None: all)
+    if attn_mask is not None:
+        mask = _cut(attn_mask, *tile)
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+        else:
+            scores += mask
+            hidden = mask <= MASKED_SCORE
+    q_len, kv_len = query.shape[2], key.shape[2]
+    shift, left, right = options.band(q_len, kv_len)
+    if left is not None or right is not None:
+        row = torch.arange(tile.row.start + shift, tile.row.stop + shift, device=q.device)[:, None]
+        col = torch.arange(tile.key.start, tile.key.stop, device=q.device)
+        first = torch.zeros_like(row) if left is None else (row - left).clamp_(min=0)
+        last = torch.full_like(row, kv_len - 1) if right is None else (row + right).clamp_(max=kv_len - 1)
+        visible = last - first + 1
+        outside = col > last
+        if left is not None:
+            outside |= col < first
+        hidden = outside if hidden is None else hidden | outside
+
+    row_bias: float | Tensor = options.const_bias
+    if options.visible_bias:
+        if attn_mask is not None and hidden is not None:
+            # A mask that is broadcast over the keys has one column for all of them.
+            columns = shape[3] if hidden.shape[-1] == 1 else 1
+            visible = (~hidden).sum(-1, keepdim=True) * columns
+        if visible is None:
+            row_bias -= math.log(kv_len)
+        else:
+            row_bias = row_bias - visible.clamp_(min=1).to(scores.dtype).log_()
+    if bias is not None:
+        row_bias = row_bias + _cut(bias, *tile[:3]).to(scores.dtype)
+    scores += row_bias
+    p = scores.sigmoid_()
+    if hidden is not None:
+        p.masked_fill_(hidden.expand_as(p), 0.0)  # several times faster than to broadcast inside it
+    return p, tanh
+
+
+def _dropout_factor(query: Tensor, key: Tensor, seed: Tensor | None, tile: _Tile, dropout_p: float) -> Tensor:
+    """0 where dropped, 1 / (1 - dropout_p) elsewhere. Score (b, h, i, j) draws number ((b H + h) M + i) N + j."""
+    assert seed is not None  # checked by the op
+    sizes = (*query.shape[:3], key.shape[2])
+    offset = torch.zeros((), dtype=torch.int64, device=query.device)
+    for size, where in zip(sizes, tile, strict=True):
+        offset = (offset * size).unsqueeze(-1) + torch.arange(where.start, where.stop, device=query.device)
+    keep = random_uniform(seed, offset) >= dropout_p
+    scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return keep.to(_compute_dtype(query)) * scale

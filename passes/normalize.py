@@ -1,0 +1,72 @@
+"""Normalizes a Dynamo graph: one ATen spelling for every softmax, matmul and sdpa, before autograd.
+
+The result is a shadow, for the find pass to look at. The Dynamo graph itself stays what is compiled, so that its
+autocast regions, checkpoint regions, in-place edits and guards are untouched; each shadow node knows the Dynamo node
+that it came from (:func:`source_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+from sigswap.passes.find import PARAMETER
+
+_SOURCE = "sigswap_source"
+
+
+def normalize(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """The pre-dispatch ATen shadow of a Dynamo graph. ``example_inputs``: what Dynamo gives to a backend.
+
+    Placeholders that are parameters carry ``meta[PARAMETER]``. Subgraphs of activation checkpointing are inlined.
+    """
+
+    def interpret(*args: Any) -> Any:
+        return _Stamping(graph_module).run(*args)
+
+    # tracing_mode="fake" would give the inputs new fake tensors, of which Dynamo's guards know nothing.
+    with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        shadow = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *example_inputs
+        )
+    placeholders = [node for node in shadow.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        if isinstance(value, torch.nn.Parameter):
+            node.meta[PARAMETER] = True
+    return shadow
+
+
+def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The Dynamo node that a shadow node came from; it may be in the graph of a submodule."""
+    return node.meta.get(_SOURCE)
+
+
+class _Stamping(torch.fx.Interpreter):
+    """Runs a graph under tracing, and stamps each traced node with the node that is being run."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        inner = _checkpointed(n, self.module)
+        if inner is not None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            result = _Stamping(inner).run(*args[1:])
+        else:
+            result = super().run_node(n)
+        proxy_mode = get_proxy_mode()
+        root = proxy_mode.tracer.graph._root
+        node = root.prev
+        while node is not root and node.op != "placeholder" and _SOURCE not in node.meta:
+            node.meta[_SOURCE] = n
+            node = node.prev
+        return result
+
+
+def _checkpointed(node: torch.fx.Node, module: torch.nn.Module) -> torch.fx.GraphModule | None:
+    """The body of an activation checkpoint, if ``node`` is one."""
+    if node.op != "call_function" or node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    body = node.args[0]
+    return getattr(module, body.target) if isinstance(body, torch.fx.Node) and body.op == "get_attr" else None

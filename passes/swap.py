@@ -1,0 +1,80 @@
+"""Swaps the softmax of each attention site of a Dynamo graph for a sigmoid, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from sigswap.passes.find import find
+from sigswap.passes.normalize import normalize, source_of
+from sigswap.passes.site import AttentionSite, LeftAlone
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapResult:
+    """What the pass did: the number of sites swapped, and the softmaxes left alone with their reasons."""
+
+    swapped: int
+    left_alone: tuple[LeftAlone, ...]
+
+
+def swap(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    stand_ins: Mapping[Any, Callable[..., Any]],
+    bias: Mapping[str, Any],
+) -> SwapResult:
+    """Replaces every attention softmax in ``graph_module`` (a Dynamo graph) and its checkpoint regions, in place.
+
+    ``stand_ins`` maps a torch function, or the name of a Tensor method, to the function that takes its place: with the
+    same arguments and the keywords ``bias``. The graph is linted and recompiled.
+    """
+    fused = _swap_fused(graph_module, stand_ins, bias)
+    found = find(normalize(graph_module, example_inputs).graph)
+    left = list(found.left_alone)
+    swapped = 0
+    for site in found.sites:
+        source = source_of(site.anchor)
+        if source is None or source.target not in stand_ins:
+            left.append(_unreachable(site))
+            continue
+        _replace(source, stand_ins[source.target], bias)
+        swapped += 1
+    for module in graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            module.graph.lint()
+            module.recompile()
+    return SwapResult(swapped + fused, tuple(left))
+
+
+def _swap_fused(
+    graph_module: torch.fx.GraphModule, stand_ins: Mapping[Any, Callable[..., Any]], bias: Mapping[str, Any]
+) -> int:
+    """torch.nn's fused inference ops are attention by definition, and opaque to the find pass."""
+    count = 0
+    for module in graph_module.modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in list(module.graph.nodes):
+            if node.op == "call_function" and node.target in (
+                torch._native_multi_head_attention,
+                torch._transformer_encoder_layer_fwd,
+            ):
+                _replace(node, stand_ins[node.target], bias)
+                count += 1
+    return count
+
+
+def _replace(node: torch.fx.Node, stand_in: Callable[..., Any], bias: Mapping[str, Any]) -> None:
+    """Makes ``node`` a call of ``stand_in``; its place, users and metadata stay."""
+    node.op = "call_function"
+    node.target = stand_in
+    node.kwargs = {**node.kwargs, **bias}
+
+
+def _unreachable(site: AttentionSite) -> LeftAlone:
+    return LeftAlone(site.anchor, "its softmax is inside a function that the graph holds as a whole", True)

@@ -1,0 +1,253 @@
+"""Sigmoid attention as functions: what ``F.scaled_dot_product_attention`` and ``softmax`` are to softmax attention.
+
+:func:`sigmoid_attention` is public. :func:`attend` and :func:`probabilities` are what converted models call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from sigswap.errors import ArgumentError
+from sigswap.kernels import ops
+
+Window = int | tuple[int | None, int | None]
+
+
+def sigmoid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | float | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    window: Window | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``sigmoid(scale * query @ key^T + bias) @ value``, with the shapes and defaults of
+    ``F.scaled_dot_product_attention`` (arXiv 2409.04431, equation 3 and section 4).
+
+    The scores are not held in memory; it is linear in M and N, forward and backward. A row that sees no key
+    is 0, and so are its gradients. There is no second derivative. Under autocast query, key and value are
+    cast as those of ``F.scaled_dot_product_attention`` are.
+
+    Args:
+        query: [..., H, M, D], of a floating point dtype.
+        key: [..., H, N, D], of query's dtype. Leading dimensions broadcast.
+        value: [..., H, N, Dv], of query's dtype.
+        bias: ``None``: -ln(n) in each row, where n is the number of keys that the row sees. A ``float``: that
+            number in every row. A tensor: it broadcasts to [..., H, M, 1], and has a gradient.
+        attn_mask: Broadcasts to [..., H, M, N]. Bool: True is visible. Floating point: added to the scores;
+            at or below -5000 is masked; has a gradient. ``torch.nn.attention.bias.CausalBias`` works, too.
+        is_causal: Row i sees the keys 0 ... i. Not together with attn_mask.
+        scale: ``None``: 1 / sqrt(D).
+        dropout_p: The probability that an attention probability is dropped; always applied, as in PyTorch.
+        softcap: Scores become softcap * tanh(scores / softcap), before mask and bias.
+        window: ``(left, right)``: row i sees the keys i - left ... i + right; ``None`` or -1: no limit on that
+            side. One int w is ``(w, w)``. (A ``sliding_window=w`` of transformers is ``w - 1``, causal.)
+        enable_gqa: Lets key and value have fewer heads: H must be a multiple of theirs.
+
+    Returns:
+        [..., H, M, Dv], of query's dtype (autocast's dtype under autocast).
+
+    Raises:
+        ArgumentError: An argument is not as above. The message names it.
+    """
+    const_bias, row_bias = 0.0, None
+    if isinstance(bias, Tensor):
+        row_bias = bias
+    elif isinstance(bias, float):
+        const_bias = bias
+    elif bias is not None:
+        # An int is a number of keys in SigmoidConfig; taken for a bias here, it would go wrong without a word.
+        raise ArgumentError(f"bias must be None, a float or a tensor, not {bias!r}; -math.log(n) for n keys.")
+    return attend(
+        query,
+        key,
+        value,
+        bias=row_bias,
+        visible_bias=bias is None,
+        const_bias=const_bias,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        softcap=softcap,
+        window=window,
+        enable_gqa=enable_gqa,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    visible_bias: bool = True,
+    const_bias: float = 0.0,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    window: Window | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`sigmoid_attention` with the row bias ``const_bias - [ln n, if visible_bias] + [bias]``.
+
+    ``bottom_right`` aligns the causal mask and the window so that the last query is at the last key, as
+    decoding with a cache needs.
+    """
+    if isinstance(attn_mask, CausalBias):
+        bottom_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        attn_mask, is_causal = None, True
+    if attn_mask is not None and is_causal:
+        raise ArgumentError("attn_mask must not be given together with is_causal=True.")
+    if softcap is not None and not softcap > 0.0:
+        raise ArgumentError(f"softcap must be None or positive, not {softcap}.")
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise ArgumentError(
+            "query, key and value must be [..., length, head_dim], "
+            f"not {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
+        )
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.shape[-1] > 0 else 1.0
+    window_left, window_right = _window(window)
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
+
+    leading = _leading_shape(query, key, value, enable_gqa)
+    query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
+    if bias is not None:
+        bias = _four_dims_broadcast("bias", bias, leading)
+    if attn_mask is not None:
+        attn_mask = _four_dims_broadcast("attn_mask", attn_mask, leading)
+    out = ops.sigmoid_attention(
+        query,
+        key,
+        value,
+        bias,
+        attn_mask,
+        seed,
+        scale=scale,
+        const_bias=const_bias,
+        visible_bias=visible_bias,
+        is_causal=is_causal,
+        bottom_right=bottom_right,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=0.0 if softcap is None else softcap,
+        dropout_p=dropout_p,
+    )
+    return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
+
+
+def probabilities(
+    scores: Tensor,
+    dim: int = -1,
+    *,
+    bias: Tensor | None = None,
+    visible_bias: bool = True,
+    const_bias: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What ``softmax(scores, dim, dtype=dtype)`` becomes: ``sigmoid(scores + const_bias - [ln n] + [bias])``.
+
+    Args:
+        scores: Floating point. At or below -5000 is masked: exactly 0 in the result.
+        dim: The dimension of the keys.
+        bias: Broadcasts to scores, with size 1 in ``dim``; has a gradient.
+        visible_bias: Subtracts ln n; n is the number of scores along ``dim`` that are not masked.
+        const_bias: Added to every score.
+        dtype: scores are cast to it first.
+
+    Returns:
+        Of scores' shape, in ``dtype``, or scores' (float32 under autocast on CUDA, as softmax's is).
+
+    Raises:
+        ArgumentError: An argument is not as above. The message names it.
+    """
+    if dtype is not None:
+        scores = scores.to(dtype)
+    return ops.sigmoid_probs(scores, bias, dim, visible_bias, const_bias)
+
+
+def _window(window: Window | None) -> tuple[int, int]:
+    """(left, right) as the op takes it: -1 is no limit."""
+    if window is None:
+        return -1, -1
+    sides = (window, window) if isinstance(window, int) else window
+    if not isinstance(sides, tuple) or len(sides) != 2:
+        raise ArgumentError(f"window must be None, an int, or a tuple (left, right), not {window!r}.")
+    left, right = (-1 if side is None else side for side in sides)
+    if left < -1 or right < -1:
+        raise ArgumentError(f"window must hold numbers >= 0, or None or -1 for no limit, not {window!r}.")
+    return left, right
+
+
+def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The output's dimensions before [M, Dv]: the batch dimensions of all three, broadcast, and query's heads."""
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return tuple(query.shape[:-2])
+    heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key, value)]
+    if enable_gqa:
+        if heads[1] != heads[2]:
+            raise ArgumentError(f"value has {heads[2]} heads; with enable_gqa it must have key's {heads[1]}.")
+        if heads[1] == 0 or heads[0] % heads[1] != 0:
+            raise ArgumentError(
+                f"query has {heads[0]} heads, which is not a multiple of the {heads[1]} heads of key and value."
+            )
+        head_shape: tuple[int, ...] = (heads[0],)
+    else:
+        different = {size for size in heads if size != 1}
+        if len(different) > 1:
+            raise ArgumentError(
+                f"query, key and value have {heads} heads; enable_gqa=True lets key and value have fewer than query."
+            )
+        head_shape = (max(heads),)
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError as error:
+        raise ArgumentError(
+            "query, key and value must broadcast in the dimensions before the heads, "
+            f"unlike {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
+        ) from error
+    return (*batch, *head_shape)
+
+
+def _four_dims(tensor: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:
+    """query, key or value as [batch, heads, length, head_dim]. Only dimensions that don't merge are copied."""
+    heads = tensor.shape[-3:-2] if enable_gqa and tensor.dim() > 2 else leading[-1:]
+    shape = (*leading[:-1], *heads, *tensor.shape[-2:])
+    if tensor.shape != shape:
+        tensor = tensor.expand(shape)
+    for _ in range(4 - tensor.dim()):
+        tensor = tensor.unsqueeze(0)
+    return tensor.flatten(0, -4) if tensor.dim() > 4 else tensor
+
+
+def _four_dims_broadcast(name: str, tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """bias or attn_mask as four dimensions, of which those that have size 1 stay so."""
+    dims = len(leading) + 2
+    if tensor.dim() > dims:
+        raise ArgumentError(f"{name} {list(tensor.shape)} has more than query's {dims} dimensions.")
+    for _ in range(max(4, dims) - tensor.dim()):
+        tensor = tensor.unsqueeze(0)
+    if tensor.dim() == 4:
+        return tensor
+    if any(size != 1 for size in tensor.shape[:-3]):
+        try:
+            tensor = tensor.expand(*leading[:-1], *tensor.shape[-3:])
+        except RuntimeError as error:
+            raise ArgumentError(
+                f"{name} {list(tensor.shape)} must broadcast to query's batch dimensions {list(leading[:-1])}."
+            ) from error
+    return tensor.flatten(0, -4)

@@ -1,0 +1,102 @@
+"""``torch.compile(model, backend="sigswap")``: swaps softmax attention at compile time, then hands on to a compiler.
+
+A converted model (:func:`sigswap.convert`) stays what it is; an unconverted one computes sigmoid attention, without
+new parameters, while its module stays as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+
+from sigswap import functions, multihead
+from sigswap.config import SigmoidConfig
+from sigswap.errors import ArgumentError, UnswappableSiteError
+from sigswap.passes.swap import swap
+from sigswap.state import bias_terms
+
+logger = logging.getLogger("sigswap")
+_OPTIONS = ("inner", "inner_options", "bias", "strict")
+
+
+def sigswap_backend(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend named "sigswap".
+
+    ``options`` of torch.compile:
+        inner: the compiler that gets the swapped graph: the name of a Dynamo backend ("inductor" by default), or a
+            callable ``(graph_module, example_inputs) -> callable``.
+        inner_options: for it, as ``options`` of torch.compile are for inductor.
+        bias: "visible" (default), an int n or a float, as in :class:`sigswap.SigmoidConfig`.
+        strict: an attention that cannot be swapped is an error (default) or is logged as a warning and stays softmax.
+    ``mode`` of torch.compile goes to inductor.
+
+    Raises ArgumentError (an unknown option) or UnswappableSiteError; Dynamo wraps both.
+    """
+    options = dict(options or {})
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise ArgumentError(f"options: {unknown} are unknown to backend='sigswap'; it takes {list(_OPTIONS)}.")
+    visible_bias, const_bias = bias_terms(SigmoidConfig(bias=options.get("bias", "visible")))
+    inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
+
+    result = swap(graph_module, example_inputs, _STAND_INS, {"visible_bias": visible_bias, "const_bias": const_bias})
+    stuck = [left for left in result.left_alone if left.attention]
+    reasons = "; ".join(dict.fromkeys(left.reason for left in stuck))
+    if stuck and options.get("strict", True):
+        raise UnswappableSiteError(
+            f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}. "
+            "Pass options={'strict': False} to leave them as softmax."
+        )
+    logger.info("swapped %d softmax attention(s), %d softmax(es) left alone", result.swapped, len(result.left_alone))
+    for left in result.left_alone:
+        logger.log(
+            logging.WARNING if left.attention else logging.INFO, "%s left as softmax: %s", left.anchor, left.reason
+        )
+    return inner(graph_module, example_inputs)
+
+
+def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:
+    if callable(inner):
+        return inner
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(inner_options or {})}
+        return functools.partial(compile_fx, config_patches=patches or None)
+    if inner == "sigswap":
+        raise ArgumentError("options: inner must be another backend than 'sigswap'.")
+    compiler = torch._dynamo.lookup_backend(inner)
+    return functools.partial(compiler, **({"options": dict(inner_options)} if inner_options else {}))
+
+
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def stand_in(*args: Any, visible_bias: bool, const_bias: float, **kwargs: Any) -> Any:
+        attention = functools.partial(multihead.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias)
+        return function(attention, *args, **kwargs)
+
+    return stand_in
+
+
+_STAND_INS: dict[Any, Callable[..., Any]] = {
+    F.softmax: functions.softmax,
+    torch.softmax: functions.softmax,
+    torch.special.softmax: functions.softmax,
+    torch._C._nn.scaled_dot_product_attention: functions.scaled_dot_product_attention,
+    F.scaled_dot_product_attention: functions.scaled_dot_product_attention,
+    "softmax": functions.softmax,
+    torch._native_multi_head_attention: _fused(multihead.native_multi_head_attention),
+    torch._transformer_encoder_layer_fwd: _fused(multihead.transformer_encoder_layer_fwd),
+}

@@ -1,0 +1,261 @@
+"""The command line: ``sigswap inspect | convert | demo``. torch and the models' libraries are imported on use."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sigswap.errors import ArgumentError, SigswapError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(
+    name="sigswap",
+    help="Swap softmax attention for sigmoid attention in PyTorch models that you already have.",
+    epilog="MODEL is a transformers directory or hub id, timm:NAME, or module:function (a function that returns "
+    "the model). Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, timm:NAME or module:function.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Only module paths that match. Can be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="GLOB", help="Not module paths that match. Can be repeated."),
+]
+Example = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="A function that returns inputs to run the model on, a tuple or a dict. Needed for a model that "
+        "does not know any itself.",
+    ),
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="timm: load the published weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", envvar="SIGSWAP_DEBUG", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """The ``sigswap`` command."""
+    if "" not in sys.path:  # module:function is looked up in the current directory too, as python -m does
+        sys.path.insert(0, "")
+    app()
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"sigswap {version('sigswap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model,
+    include: Include = None,
+    exclude: Exclude = None,
+    example: Example = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the softmax attention in MODEL, and what convert would do with it. Reads no weights."""
+    with _failures(as_json, debug):
+        import sigswap
+
+        with _errors.status(f"Building {model}"):
+            built = _build(model, weights=False, pretrained=False)
+        if sigswap.is_converted(built):
+            report = sigswap.report(built)
+        else:
+            with _errors.status(f"Looking for attention in {model}"):
+                report = sigswap.inspect(built, example_inputs=_example(example), include=include, exclude=exclude)
+        if as_json:
+            _print_json({"model": model, **report.to_dict()})
+        else:
+            Console().print(report)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to save the converted model to.")],
+    bias: Annotated[
+        str,
+        typer.Option(
+            metavar="visible|INT|FLOAT",
+            help="The bias of the scores. visible: -ln of the number of keys that the row sees; an integer n: "
+            "-ln(n); a number with a point: that number.",
+        ),
+    ] = "visible",
+    learn_bias: Annotated[
+        bool, typer.Option("--learn-bias/--no-learn-bias", help="Add one trainable bias per head.")
+    ] = True,
+    query_bias: Annotated[
+        bool, typer.Option("--query-bias", help="Add a trainable bias that depends on the query.")
+    ] = False,
+    qk_norm: Annotated[str | None, typer.Option(metavar="rms|layer", help="Normalise queries and keys.")] = None,
+    layer_scale: Annotated[
+        float | None, typer.Option(metavar="FLOAT", help="Scale attention's output, from this value on.")
+    ] = None,
+    hybrid_norm: Annotated[bool, typer.Option("--hybrid-norm", help="Put a LayerNorm on attention's output.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Fail if an attention cannot be swapped.")
+    ] = True,
+    pretrained: Pretrained = False,
+    example: Example = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Save to a directory that is not empty; other files there stay.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Convert MODEL and save it."""
+    settings = {
+        "bias": _parse_bias(bias),
+        "learn_bias": learn_bias,
+        "query_bias": query_bias,
+        "qk_norm": qk_norm,
+        "layer_scale": layer_scale,
+        "hybrid_norm": hybrid_norm,
+    }
+    with _failures(as_json, debug):
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise ArgumentError(f"{out} is not empty. Choose another directory, or pass --force.")
+        import sigswap
+
+        config = sigswap.SigmoidConfig(**settings)
+        with _errors.status(f"Loading {model}"):
+            built = _build(model, weights=True, pretrained=pretrained)
+        with _errors.status(f"Converting {model}"):
+            sigswap.convert(
+                built,
+                config,
+                example_inputs=_example(example),
+                include=include,
+                exclude=exclude,
+                strict=strict,
+            )
+        with _errors.status(f"Saving to {out}"):
+            from sigswap.sources import is_factory
+
+            sigswap.save(built, out, factory=model if is_factory(model) else None)
+        report = sigswap.report(built)
+        if as_json:
+            _print_json({"model": model, "out": str(out), **report.to_dict()})
+        else:
+            console = Console()
+            console.print(report)
+            console.print(f"Saved to {out}. Load it with sigswap.load({str(out)!r}).", highlight=False)
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps.")] = 150,
+    seed: Annotated[int, typer.Option(help="Chooses the sentences and their order.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the converted model in this directory.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the pretrained all-MiniLM-L6-v2, fine-tune it on real text, save it, load it, compare."""
+    with _failures(as_json, debug):
+        from sigswap.demo import run
+
+        result = run(steps=steps, seed=seed, out=out, console=_errors)
+        if as_json:
+            _print_json(result.to_dict())
+        else:
+            Console().print(result)
+
+
+def _parse_bias(text: str) -> str | int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    if text != "visible":
+        raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
+    return text
+
+
+def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
+    import torch
+
+    from sigswap import sources
+    from sigswap.checkpoint import COMPANIONS, is_saved, load
+
+    if pretrained and not spec.startswith("timm:"):
+        raise ArgumentError("--pretrained is for timm:NAME.")
+    if is_saved(spec):
+        return load(spec)
+    if spec.startswith("timm:"):
+        if weights:
+            return sources.build(spec, {}, pretrained=pretrained).eval()
+        with torch.device("meta"):
+            return sources.build(spec, {}).eval()
+    if sources.is_factory(spec):
+        return sources.build(spec, {})
+    model = sources.from_transformers(spec, weights=weights)
+    if weights and not os.path.isdir(spec):
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(spec, allow_patterns=list(COMPANIONS))  # save copies them from the cache
+    return model
+
+
+def _example(spec: str | None) -> Any:
+    if spec is None:
+        return None
+    from sigswap.sources import resolve
+
+    return resolve(spec)()
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+@contextmanager
+def _failures(as_json: bool, debug: bool) -> Iterator[None]:
+    """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, SigswapError) else f"{type(error).__name__}: "
+        _errors.print(f"[bold red]Error:[/] {kind}", end="")
+        _errors.print(str(error), markup=False, soft_wrap=True)
+        if kind:
+            _errors.print("SIGSWAP_DEBUG=1 shows the traceback.")
+        if as_json:
+            _print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        raise typer.Exit(1) from None

@@ -1,0 +1,119 @@
+"""Where a model comes from, as a string: what the command line takes and what a saved directory stores.
+
+``timm:NAME`` is a timm architecture, ``module:function`` a function that returns a model, anything else a
+directory or a hub id of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigswap.errors import ArgumentError, SigswapError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """The optional package ``module``; a SigswapError that names the extra to install if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise SigswapError(
+            f"This needs the package {module!r}, which is not installed: pip install 'sigswap[{extra}]'"
+        ) from None
+
+
+def is_factory(spec: str) -> bool:
+    """Whether ``spec`` is ``timm:NAME`` or ``module:function``, and not a directory or a hub id."""
+    return ":" in spec and not os.path.isdir(spec)
+
+
+def resolve(spec: str) -> Any:
+    """The object that ``module:name`` means, imported. Raises ArgumentError if there is none."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ArgumentError(f"{spec!r} must be 'module:function', for example 'mypackage.models:build'.")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ArgumentError(
+            f"{spec!r}: there is no module {module_name!r} on the import path ({os.getcwd()} "
+            f"{'is' if os.getcwd() in sys.path or '' in sys.path else 'is not'} on it)."
+        ) from None
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise ArgumentError(f"{spec!r}: module {module_name!r} has no {name!r}.")
+        target = getattr(target, part)
+    return target
+
+
+def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """The model that ``timm:NAME`` or ``module:function`` builds with ``kwargs``.
+
+    ``pretrained`` is for timm alone: load the published weights.
+
+    Raises:
+        ArgumentError: no such architecture or function, or it does not return a module.
+        SigswapError: timm is not installed.
+    """
+    if spec.startswith("timm:"):
+        timm = require("timm", "vision")
+        name = spec.removeprefix("timm:")
+        if not timm.is_model(name):
+            raise ArgumentError(f"{spec!r}: timm {timm.__version__} has no architecture {name!r}.")
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    function = resolve(spec)
+    if not callable(function):
+        raise ArgumentError(f"{spec!r} is a {type(function).__name__}, and cannot be called.")
+    model = function(**kwargs)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{spec!r} returned a {type(model).__name__}, and not a torch.nn.Module.")
+    return model
+
+
+def transformers_class(config: Any) -> type[nn.Module]:
+    """The class that ``config.architectures`` names, so that a causal LM stays one; else the base model's."""
+    transformers = require("transformers", "hf")
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type):
+            return found
+    return transformers.MODEL_MAPPING[type(config)]
+
+
+def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.Module:
+    """The model in a transformers directory or of a hub id, in eval mode and in the dtype it was saved in.
+
+    Without ``weights`` only its config is read and the model is on the meta device.
+
+    Raises:
+        ArgumentError: there is no such directory or hub id, or it does not hold a transformers model.
+        SigswapError: transformers is not installed.
+    """
+    transformers = require("transformers", "hf")
+    if os.path.isdir(name) and not (Path(name) / "config.json").is_file():
+        raise ArgumentError(f"{name}: the directory has no config.json, so it is no transformers model.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        model_class = transformers_class(config)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ArgumentError(f"{name}: not a directory or hub id of a transformers model: {error}") from error
+    if weights:
+        try:
+            return model_class.from_pretrained(name, dtype="auto", **options)
+        except OSError as error:
+            raise ArgumentError(f"{name}: {error}") from error
+    with torch.device("meta"):
+        return model_class(config).eval()
