@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sigswap.passes.find import PARAMETER
 
@@ -25,19 +27,33 @@ def normalize(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any])
     Placeholders that are parameters carry ``meta[PARAMETER]``. Subgraphs of activation checkpointing are inlined.
     """
 
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    known = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
+    # Fake tensors of our own with the sizes that Dynamo has seen: nothing that is done to them can add a guard.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with mode:
+        inputs = [_concrete(value) for value in known]
+
     def interpret(*args: Any) -> Any:
         return _Stamping(graph_module).run(*args)
 
-    # tracing_mode="fake" would give the inputs new fake tensors, of which Dynamo's guards know nothing.
-    with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-        shadow = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
-            *example_inputs
-        )
-    placeholders = [node for node in shadow.graph.nodes if node.op == "placeholder"]
-    for node, value in zip(placeholders, example_inputs, strict=True):
-        if isinstance(value, torch.nn.Parameter):
+    with mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        shadow = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    shadow_placeholders = [node for node in shadow.graph.nodes if node.op == "placeholder"]
+    for node, value, fake in zip(shadow_placeholders, example_inputs, known, strict=True):
+        if isinstance(value, torch.nn.Parameter) or isinstance(fake, torch.nn.Parameter):
             node.meta[PARAMETER] = True
     return shadow
+
+
+def _concrete(value: Any) -> Any:
+    """A symbolic number's hint; for a tensor an empty one with the hints of its sizes."""
+    if isinstance(value, torch.Tensor):
+        sizes, strides = ([int(_concrete(number)) for number in numbers] for numbers in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value.node.hint if value.node.hint is not None else 2  # an unbacked size: any will do
+    return value
 
 
 def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -50,7 +66,9 @@ class _Stamping(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         inner = _checkpointed(n, self.module)
-        if inner is not None:
+        if n.target == "item":  # its value is not in a fake tensor
+            result = _concrete(n.meta.get("example_value"))
+        elif inner is not None:
             args, _ = self.fetch_args_kwargs_from_env(n)
             result = _Stamping(inner).run(*args[1:])
         else:

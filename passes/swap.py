@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 
 from sigswap.passes.find import find
 from sigswap.passes.normalize import normalize, source_of
@@ -33,7 +34,7 @@ def swap(
     ``stand_ins`` maps a torch function, or the name of a Tensor method, to the function that takes its place: with the
     same arguments and the keywords ``bias``. The graph is linted and recompiled.
     """
-    fused = _swap_fused(graph_module, stand_ins, bias)
+    whole = _swap_whole(graph_module, stand_ins, bias)
     found = find(normalize(graph_module, example_inputs).graph)
     left = list(found.left_alone)
     swapped = 0
@@ -48,22 +49,26 @@ def swap(
         if isinstance(module, torch.fx.GraphModule):
             module.graph.lint()
             module.recompile()
-    return SwapResult(swapped + fused, tuple(left))
+    return SwapResult(swapped + whole, tuple(left))
 
 
-def _swap_fused(
+_WHOLE_ATTENTIONS = (
+    F.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+    torch._transformer_encoder_layer_fwd,
+)
+
+
+def _swap_whole(
     graph_module: torch.fx.GraphModule, stand_ins: Mapping[Any, Callable[..., Any]], bias: Mapping[str, Any]
 ) -> int:
-    """torch.nn's fused inference ops are attention by definition, and opaque to the find pass."""
+    """Functions of torch.nn that are attention by definition, and whose softmax no graph node stands for."""
     count = 0
     for module in graph_module.modules():
         if not isinstance(module, torch.fx.GraphModule):
             continue
         for node in list(module.graph.nodes):
-            if node.op == "call_function" and node.target in (
-                torch._native_multi_head_attention,
-                torch._transformer_encoder_layer_fwd,
-            ):
+            if node.op == "call_function" and node.target in _WHOLE_ATTENTIONS:
                 _replace(node, stand_ins[node.target], bias)
                 count += 1
     return count

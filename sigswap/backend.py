@@ -81,7 +81,7 @@ def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callabl
     return functools.partial(compiler, **({"options": dict(inner_options)} if inner_options else {}))
 
 
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def stand_in(*args: Any, visible_bias: bool, const_bias: float, **kwargs: Any) -> Any:
         attention = functools.partial(multihead.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias)
@@ -97,6 +97,7 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     torch._C._nn.scaled_dot_product_attention: functions.scaled_dot_product_attention,
     F.scaled_dot_product_attention: functions.scaled_dot_product_attention,
     "softmax": functions.softmax,
-    torch._native_multi_head_attention: _fused(multihead.native_multi_head_attention),
-    torch._transformer_encoder_layer_fwd: _fused(multihead.transformer_encoder_layer_fwd),
+    F.multi_head_attention_forward: _whole(multihead.multi_head_attention_forward),
+    torch._native_multi_head_attention: _whole(multihead.native_multi_head_attention),
+    torch._transformer_encoder_layer_fwd: _whole(multihead.transformer_encoder_layer_fwd),
 }
