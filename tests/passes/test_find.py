@@ -1,0 +1,242 @@
+"""The find pass on small graphs: every spelling of attention is found, and what only looks like one is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sigswap.passes.find import PARAMETER, find
+from sigswap.passes.site import FindResult
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+B, H, M, N, D = 2, 3, 5, 7, 8
+
+
+def found(function: Callable[..., Tensor], *shapes: tuple[int, ...], parameters: int = 0) -> FindResult:
+    """``find`` on the graph of ``function``; its last ``parameters`` arguments are parameters."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        args = [torch.randn(shape) for shape in shapes]
+        graph = make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*args).graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders[len(placeholders) - parameters :]:
+        node.meta[PARAMETER] = True
+    before = str(graph)
+    result = find(graph)
+    graph.lint()
+    assert str(graph) == before, "find must not change the graph"
+    return result
+
+
+Q, K, V = (B, H, M, D), (B, H, N, D), (B, H, N, D)
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda q, k: torch.matmul(q, k.transpose(-1, -2)),
+    "at": lambda q, k: q @ k.mT,
+    "einsum": lambda q, k: torch.einsum("bhmd,bhnd->bhmn", q, k),
+    "einsum_ellipsis": lambda q, k: torch.einsum("...md,...nd->...mn", q, k),
+    "bmm": lambda q, k: torch.bmm(q.reshape(B * H, M, D), k.reshape(B * H, N, D).mT).view(B, H, M, N),
+    "baddbmm": lambda q, k: torch.baddbmm(
+        q.new_zeros(1, 1, 1), q.reshape(B * H, M, D), k.reshape(B * H, N, D).mT
+    ).view(B, H, M, N),
+    "mul_sum": lambda q, k: (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1),
+    "keys_first": lambda q, k: (k @ q.mT).mT,
+}
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda s: s,
+    "mul": lambda s: s * D**-0.5,
+    "div": lambda s: s / D**0.5,
+    "left_mul": lambda s: 0.125 * s,
+    "in_place": lambda s: s.mul_(0.125),
+    "tensor": lambda s: s * torch.ones(()),
+    "softcap": lambda s: torch.tanh(s / 30.0) * 30.0,
+}
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda s: s,
+    "additive": lambda s: s + torch.zeros(N),
+    "in_place": lambda s: s.add_(torch.zeros(B, 1, 1, N)),
+    "bias_left": lambda s: torch.zeros(H, M, N) + s,
+    "masked_fill": lambda s: s.masked_fill(torch.ones(M, N).bool().tril(), float("-inf")),
+    "where": lambda s: torch.where(torch.ones(M, N).bool().tril(), s, torch.finfo(s.dtype).min),
+    "clamped": lambda s: s.clamp(min=-1e4),
+}
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "functional": lambda s: F.softmax(s, dim=-1),
+    "torch": lambda s: torch.softmax(s, 3),
+    "method": lambda s: s.softmax(-1),
+    "module": torch.nn.Softmax(dim=-1),
+    "float32": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
+    "upcast": lambda s: F.softmax(s.float(), dim=-1).type_as(s),
+}
+AFTER: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda p: p,
+    "dropout": lambda p: F.dropout(p, 0.1),
+    "head_mask": lambda p: p * torch.ones(H, 1, 1),
+    "nan_to_num": lambda p: torch.nan_to_num(p),
+}
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda p, v: p @ v,
+    "einsum": lambda p, v: torch.einsum("bhmn,bhnd->bmhd", p, v),
+    "bmm": lambda p, v: torch.bmm(p.reshape(B * H, M, N), v.reshape(B * H, N, D)),
+    "transposed": lambda p, v: (v.mT @ p.mT).mT,
+    "mul_sum": lambda p, v: (p.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2),
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    *(st.sampled_from(sorted(choices)) for choices in (PRODUCTS, SCALES, MASKS, SOFTMAXES, AFTER, SUMS)),
+    st.booleans(),
+)
+def test_finds_every_spelling(
+    product: str, scale: str, mask: str, softmax: str, after: str, weighted_sum: str, mask_first: bool
+) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        steps = [SCALES[scale], MASKS[mask]]
+        scores = PRODUCTS[product](q, k)
+        for step in reversed(steps) if mask_first else steps:
+            scores = step(scores)
+        return SUMS[weighted_sum](AFTER[after](SOFTMAXES[softmax](scores)), v)
+
+    result = found(attention, Q, K, V)
+    assert not result.left_alone, [left.reason for left in result.left_alone]
+    (site,) = result.sites
+    assert site.kind == "softmax"
+    assert site.key_axis == 3
+    assert (site.head.axis, site.head.heads, site.head.merged) == (1, H, False)
+    assert site.head_dim == D
+    assert site.dropout == (after == "dropout")
+    assert site.softcap == (scale == "softcap")
+    (traced,) = site.products
+    assert traced.query_arg == (1 if product == "keys_first" else 0)
+
+
+def test_finds_merged_heads() -> None:
+    def fairseq(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [M, B, H*D] -> [B*H, M, D]
+        q, k, v = (x.reshape(x.shape[0], B * H, D).transpose(0, 1) for x in (q, k, v))
+        return torch.bmm(torch.softmax(torch.bmm(q, k.mT) * D**-0.5, -1), v)
+
+    (site,) = found(fairseq, (M, B, H * D), (N, B, H * D), (N, B, H * D)).sites
+    assert (site.head.axis, site.head.heads, site.head.merged) == (0, H, True)
+
+    def single_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT, -1) @ v
+
+    (site,) = found(single_head, (B, M, D), (B, N, D), (B, N, D)).sites
+    assert site.head.axis is None and site.head.heads == 1
+
+
+def test_finds_sdpa_with_every_argument() -> None:
+    mask = torch.zeros(M, N)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "none": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+        "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "additive": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, 0.1),
+        "boolean": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask == 0),
+    }
+    for kind, call in calls.items():
+        (site,) = found(call, Q, K, V).sites
+        assert (site.kind, site.mask, site.head.heads, site.head_dim) == ("sdpa", kind, H, D)
+    (site,) = found(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), Q, (B, 1, N, D), (B, 1, N, D)
+    ).sites
+    assert site.key_heads == 1
+
+
+def test_finds_talking_heads() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        scores = F.linear((q @ k.mT).permute(0, 2, 3, 1), before).permute(0, 3, 1, 2)
+        return F.linear(scores.softmax(-1).permute(0, 2, 3, 1), after).permute(0, 3, 1, 2) @ v
+
+    assert len(found(attention, Q, K, V, (H, H), (H, H), parameters=2).sites) == 1
+
+
+def test_finds_scores_that_are_a_sum_of_products() -> None:
+    def disentangled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        index = torch.zeros(B, H, M, N, dtype=torch.int64)
+        scores = q @ k.mT + torch.gather(q @ positions.mT, -1, index)
+        return scores.softmax(-1) @ v
+
+    (site,) = found(disentangled, Q, K, V, (9, D), parameters=1).sites
+    assert len(site.products) >= 1
+
+
+# What is no attention, or none that can be swapped: name -> (function, shapes, parameters, attention, part of the reason)
+NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int, bool, str]] = {
+    "router": (lambda x, w: (x @ w).softmax(-1) @ x[:, :4], ((B, N, D), (D, 4)), 1, False, "parameter"),
+    "router_linear": (lambda x, w: F.linear(x, w).softmax(-1) @ x[:, :4], ((B, N, D), (4, D)), 1, False, "parameter"),
+    "cosine_router": (
+        lambda x, w: (F.normalize(x, dim=-1) @ F.normalize(w, dim=0)).softmax(-1) @ x[:, :4],
+        ((B, N, D), (D, 4)),
+        1,
+        False,
+        "do not depend on the model's input",
+    ),
+    "classifier": (lambda x, w: F.linear(x.mean(1), w).softmax(-1), ((B, N, D), (10, D)), 1, False, "parameter"),
+    "pooling": (
+        lambda x, w: (F.linear(x, w).softmax(1) * x).sum(1),
+        ((B, N, D), (1, D)),
+        1,
+        False,
+        "not from a product",
+    ),
+    "pooling_after_attention": (
+        lambda q, k, v, w: (F.linear(F.scaled_dot_product_attention(q, k, v), w).softmax(-2) * v[..., :M, :]).sum(-2),
+        (Q, K, V, (1, D)),
+        1,
+        False,
+        "",
+    ),
+    "linear_attention": (lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), (Q, K, V), 0, False, "not from a product"),
+    "no_value": (lambda q, k: (q @ k.mT).softmax(-1), (Q, K), 0, False, "do not weight a value"),
+    "wrong_axis": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, (Q, K, V), 0, False, "do not weight a value"),
+    "batch_axis": (lambda q, k, v: (q @ k.mT).softmax(1) @ v, (Q, K, V), 0, False, "batch axis"),
+    "contrastive": (lambda x, y: (x @ y.mT).softmax(-1).diagonal().log().sum(), ((B, D), (B, D)), 0, False, ""),
+    "sinks": (
+        lambda q, k, v, s: torch.cat([q @ k.mT, s.expand(B, H, M, 1)], -1).softmax(-1)[..., :-1] @ v,
+        (Q, K, V, (H, 1, 1)),
+        1,
+        True,
+        "sinks",
+    ),
+    "shifted": (
+        lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))(q @ k.mT) @ v,
+        (Q, K, V),
+        0,
+        True,
+        "shifted",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NEAR_MISSES))
+def test_leaves_near_misses_alone(name: str) -> None:
+    function, shapes, parameters, attention, reason = NEAR_MISSES[name]
+    result = found(function, *shapes, parameters=parameters)
+    assert not [site for site in result.sites if site.kind == "softmax"]
+    assert result.left_alone
+    for left in result.left_alone:
+        assert left.attention == attention
+        assert reason in left.reason
+
+
+def test_a_router_beside_an_attention_stays() -> None:
+    def layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        gate = F.linear(q, w).softmax(-1)
+        return ((q @ k.mT).softmax(-1) @ v) * gate[..., :1]
+
+    result = found(layer, Q, K, V, (4, D), parameters=1)
+    assert len(result.sites) == 1 and len(result.left_alone) == 1
+
+
+def test_is_deterministic() -> None:
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + k.sum()).softmax(-1) @ v + F.scaled_dot_product_attention(q, k, v)
+
+    first, second = found(layer, Q, K, V), found(layer, Q, K, V)
+    assert str(first) == str(second)
