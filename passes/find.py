@@ -14,7 +14,6 @@ import torch
 import torch.fx
 
 from sigswap.passes.axes import (
-    ELEMENTWISE,
     ORDERED,
     RESHAPES,
     axis_map,

@@ -353,6 +353,9 @@ def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
         kwargs["num_classes"] = model.num_classes
     if isinstance(getattr(model, "in_chans", None), int):
         kwargs["in_chans"] = model.in_chans
+    rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    if rates:
+        kwargs["drop_path_rate"] = max(rates)  # timm's rule gives the last block the whole rate
     yield kwargs
     sized = dict(kwargs)
     for owner in (getattr(model, "patch_embed", None), model):

@@ -19,6 +19,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import _set_mode_pre_dispatch, unset_mode_pre_dispatch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -42,6 +43,15 @@ _mha_body = types.FunctionType(
 )
 _mha_body.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
+# Functions that give the value of a tensor to Python.
+_VALUES = {
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+}
 _CALL = "sigswap_call"  # node.meta key: the innermost recorded call that made the node
 _STACK = "sigswap_stack"  # node.meta key: the modules inside whose forward the node was made, outermost first
 
@@ -257,6 +267,13 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         family = FAMILIES.get(func)
+        if func in _VALUES and not isinstance(args[0], FakeTensor):
+            # On real tensors a value is to be had, though not from within the trace.
+            proxy_mode = unset_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                _set_mode_pre_dispatch(proxy_mode)
         if family is None:
             output = func(*args, **kwargs)
             self.stamp()

@@ -228,8 +228,8 @@ def transformer_encoder_layer_fwd(
         hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
         return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
 
-    norm_1: Callable[[Tensor], Tensor] = lambda x: F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)  # noqa: E731
-    norm_2: Callable[[Tensor], Tensor] = lambda x: F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)  # noqa: E731
+    norm_1: Callable[[Tensor], Tensor] = lambda x: F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+    norm_2: Callable[[Tensor], Tensor] = lambda x: F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
     if norm_first:
         src = src + attended(norm_1(src))
         return src + fed_forward(norm_2(src))

@@ -1,0 +1,309 @@
+"""The registered ops as PyTorch sees them: opcheck, graphs, compile, autograd, autocast, and the argument checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sigswap.errors import ArgumentError, SigswapError
+from sigswap.kernels import MASKED_SCORE, ops
+
+ATTENTION = torch.ops.sigswap.sigmoid_attention.default
+BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
+PROBS = torch.ops.sigswap.sigmoid_probs.default
+
+
+def heads_tensor(
+    *shape: int, requires_grad: bool = False, transposed: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    if transposed:
+        batch, heads, length, dim = shape
+        return torch.randn(batch, length, heads, dim, dtype=dtype).transpose(1, 2).requires_grad_(requires_grad)
+    return torch.randn(shape, dtype=dtype, requires_grad=requires_grad)
+
+
+def calls(graph: torch.fx.Graph) -> list[Any]:
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("features", ["plain", "bias and mask", "dropout"])
+def test_opcheck_attention(requires_grad: bool, features: str) -> None:
+    query = heads_tensor(2, 4, 5, 8, requires_grad=requires_grad, transposed=True)
+    key = heads_tensor(2, 2, 7, 8, requires_grad=requires_grad)
+    value = heads_tensor(2, 2, 7, 3, requires_grad=requires_grad)
+    args: list[Tensor | None] = [query, key, value]
+    options: dict[str, Any] = {"scale": 0.3}
+    if features == "bias and mask":
+        bias = torch.randn(1, 4, 1, 1, requires_grad=requires_grad)
+        mask = torch.randn(1, 1, 5, 7).where(torch.rand(5, 7) > 0.3, -torch.inf).requires_grad_(requires_grad)
+        args += [bias, mask]
+        options |= {"window_left": 2, "softcap": 3.0, "const_bias": -1.0, "visible_bias": False}
+    if features == "dropout":
+        args += [None, None, torch.tensor([7])]
+        options |= {"dropout_p": 0.25, "is_causal": True, "bottom_right": True}
+    torch.library.opcheck(ATTENTION, tuple(args), options)
+
+
+def test_opcheck_attention_backward() -> None:
+    query, key = heads_tensor(2, 4, 5, 8, transposed=True), heads_tensor(2, 2, 7, 8)
+    bias, mask = torch.randn(1, 4, 1, 1), torch.randn(1, 1, 5, 7)
+    args = (heads_tensor(2, 4, 5, 8), query, key, heads_tensor(2, 2, 7, 8, transposed=True), bias, mask, None)
+    for needed in ([True] * 5, [False, True, False, False, True]):
+        torch.library.opcheck(BACKWARD, (*args, needed), {"scale": 0.3})
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_probs(requires_grad: bool) -> None:
+    scores = torch.randn(2, 3, 5, 7, requires_grad=requires_grad)
+    bias = torch.randn(3, 1, 1, requires_grad=requires_grad)
+    torch.library.opcheck(PROBS, (scores, bias))
+    torch.library.opcheck(PROBS, (scores, None, 1, False, -2.0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "window_left": 3},
+        {"softcap": 1.5, "visible_bias": False, "const_bias": -0.5},
+        {"dropout_p": 0.4},
+    ],
+)
+def test_gradcheck_attention(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    query = heads_tensor(1, 2, 4, 3, requires_grad=True, dtype=torch.float64)
+    key = heads_tensor(1, 1, 5, 3, requires_grad=True, dtype=torch.float64)
+    value = heads_tensor(1, 1, 5, 2, requires_grad=True, dtype=torch.float64)
+    bias = heads_tensor(1, 2, 1, 1, requires_grad=True, dtype=torch.float64)
+    mask = heads_tensor(1, 1, 4, 5, requires_grad=True, dtype=torch.float64)
+    seed = torch.tensor([12])
+    assert torch.autograd.gradcheck(
+        lambda *tensors: ops.sigmoid_attention(*tensors, seed, scale=0.4, **options),
+        (query, key, value, bias, mask),
+    )
+
+
+def test_gradcheck_probs() -> None:
+    scores = torch.randn(2, 3, 4, dtype=torch.float64)
+    scores[0, 1, 2] = -1e4
+    bias = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s, b: ops.sigmoid_probs(s, b), (scores.requires_grad_(), bias))
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    query = heads_tensor(1, 1, 3, 4, requires_grad=True)
+    out = ops.sigmoid_attention(query, query, query, scale=0.5)
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(SigswapError, match="second derivative"):
+        torch.autograd.grad(grad.sum(), query)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("visible_bias", [True, False])
+def test_probs_match_the_definition(dim: int, visible_bias: bool) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(2, 5, 6, dtype=torch.float64)
+    for index, masked in zip([(0, 0, 1), (1, 2, 3), (0, 4, 5)], [-torch.inf, -1e4, -5000.0], strict=True):
+        scores[index] = masked
+    shape = list(scores.shape)
+    shape[dim] = 1
+    bias = torch.randn(shape, dtype=torch.float64)
+    p = ops.sigmoid_probs(scores, bias, dim, visible_bias, 0.5)
+    visible = scores > -5000
+    count = visible.sum(dim, keepdim=True).double()
+    logits = scores + bias + 0.5 - (count.log() if visible_bias else 0)
+    torch.testing.assert_close(p, torch.where(visible, 1 / (1 + torch.exp(-logits)), 0.0))
+    assert (p[~visible] == 0).all()
+
+
+def test_probs_of_masked_rows_and_nan() -> None:
+    scores = torch.full((2, 3), -torch.inf, requires_grad=True)
+    p = ops.sigmoid_probs(scores)
+    assert torch.equal(p, torch.zeros(2, 3))
+    (grad,) = torch.autograd.grad(p.sum(), scores)
+    assert torch.equal(grad, torch.zeros(2, 3))
+    assert ops.sigmoid_probs(torch.tensor([[torch.nan, 0.0]])).isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probs_compute_half_precision_in_float32(dtype: torch.dtype) -> None:
+    scores = (torch.randn(64, 200) * 3).to(dtype)
+    p = ops.sigmoid_probs(scores)
+    assert p.dtype == dtype
+    exact = torch.sigmoid(scores.double() - torch.tensor(200.0).double().log())
+    torch.testing.assert_close(p.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_probs_save_no_more_than_p_and_the_mask() -> None:
+    scores = torch.randn(4, 100, 100, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.sigmoid_probs(scores)
+    large = [tensor.dtype for tensor in saved if tensor.numel() == scores.numel()]
+    assert sorted(large, key=str) == [torch.bool, torch.float32]
+
+
+def test_probs_are_one_node_until_inductor_decomposes_them() -> None:
+    def function(scores: Tensor, bias: Tensor) -> Tensor:
+        return ops.sigmoid_probs(scores, bias)
+
+    graphs: list[torch.fx.Graph] = []
+
+    def record(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(module.graph)
+        return module
+
+    scores = torch.randn(2, 3, 5, 7, requires_grad=True)
+    bias = torch.randn(3, 1, 1, requires_grad=True)
+    torch.compile(function, backend=record, fullgraph=True)(scores, bias)
+    assert calls(graphs[0]) == [PROBS]
+    assert calls(make_fx(function, pre_dispatch=True)(scores, bias).graph) == [PROBS]
+
+    from torch._inductor.utils import run_and_get_code
+
+    out, (code, *_) = run_and_get_code(torch.compile(function, fullgraph=True), scores, bias)
+    assert "sigswap" not in code and "cpp_fused" in code
+    torch.testing.assert_close(out, function(scores, bias))
+
+
+def test_attention_is_one_node_before_dispatch() -> None:
+    query = heads_tensor(1, 2, 3, 4, requires_grad=True)
+    graph = make_fx(lambda q: ops.sigmoid_attention(q, q, q, scale=0.5), pre_dispatch=True)(query).graph
+    assert calls(graph) == [ATTENTION]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(backend: str) -> None:
+    def function(query: Tensor, key: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        return ops.sigmoid_attention(query, key, key, bias, mask, scale=0.3, is_causal=True).square()
+
+    query, key = heads_tensor(2, 4, 5, 8, requires_grad=True), heads_tensor(2, 2, 7, 8, requires_grad=True)
+    bias, mask = torch.randn(1, 4, 1, 1, requires_grad=True), torch.randn(1, 1, 5, 7, requires_grad=True)
+    inputs = (query, key, bias, mask)
+    expected = function(*inputs)
+    out = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), inputs))
+
+
+@pytest.mark.parametrize("function_of", ["attention", "probs"])
+def test_dynamic_shapes_do_not_recompile(function_of: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def attention(query: Tensor, key: Tensor) -> Tensor:
+        return ops.sigmoid_attention(query, key, key, scale=0.3, is_causal=True)
+
+    def probs(query: Tensor, key: Tensor) -> Tensor:
+        return ops.sigmoid_probs(query @ key.mT)
+
+    function = attention if function_of == "attention" else probs
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for batch, q_len, kv_len in ((3, 5, 7), (4, 9, 6), (5, 17, 33)):  # all differ: equal sizes get one symbol
+        query = heads_tensor(batch, 2, q_len, 8, requires_grad=True)
+        key = heads_tensor(batch, 2, kv_len, 8, requires_grad=True)
+        out = compiled(query, key)
+        torch.testing.assert_close(out, function(query, key))
+        out.sum().backward()
+        counts.append(counter.frame_count)
+    # Not 1: with dynamic=True Dynamo takes the float defaults for symbols first, and starts over once.
+    assert counts == [counts[0]] * 3
+
+
+def test_autocast_acts_on_the_op_itself() -> None:
+    query = heads_tensor(1, 2, 5, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.sigmoid_attention(query, query, query, scale=0.3)
+        double = ops.sigmoid_attention(*[query.double()] * 3, scale=0.3)
+    assert out.dtype == torch.bfloat16 and double.dtype == torch.float64
+    half = query.detach().bfloat16()
+    assert torch.equal(out, ops.sigmoid_attention(half, half, half, scale=0.3))
+    (grad,) = torch.autograd.grad(out.sum(), query)
+    assert grad.dtype == torch.float32
+
+
+def test_autocast_does_not_reach_into_the_implementation() -> None:
+    query = heads_tensor(1, 2, 33, 8, dtype=torch.float64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.sigmoid_attention(query, query, query, scale=0.3)
+        (grad,) = torch.autograd.grad(out.sum(), query)
+    expected = ops.sigmoid_attention(query, query, query, scale=0.3)
+    assert torch.equal(out, expected)
+    assert torch.equal(grad, torch.autograd.grad(expected.sum(), query)[0])
+
+
+def test_masked_score_is_masked_and_the_next_larger_is_not() -> None:
+    query = torch.zeros(1, 1, 1, 4)
+    value = torch.ones(1, 1, 2, 4)
+    mask = torch.tensor([MASKED_SCORE, 0.0]).view(1, 1, 1, 2)
+    out = ops.sigmoid_attention(query, value, value, None, mask, scale=1.0)
+    torch.testing.assert_close(out, torch.full((1, 1, 1, 4), 0.5))  # one key is visible: sigmoid(0 - ln 1)
+    mask[..., 0] = MASKED_SCORE + 1
+    out = ops.sigmoid_attention(query, value, value, None, mask, scale=1.0)
+    torch.testing.assert_close(out, torch.full((1, 1, 1, 4), 1 / 3))  # two are: sigmoid(-ln 2) = 1 / 3
+
+
+def test_output_is_stored_as_fused_softmax_attention_stores_it() -> None:
+    query = heads_tensor(2, 3, 5, 4)
+    out = ops.sigmoid_attention(query, query, query, scale=1.0)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+GOOD: dict[str, Any] = {
+    "query": torch.zeros(2, 4, 3, 8),
+    "key": torch.zeros(2, 2, 5, 8),
+    "value": torch.zeros(2, 2, 5, 6),
+    "scale": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(4, 3, 8)}, "query, key and value must be"),
+        ({"query": torch.zeros(2, 4, 3, 8, dtype=torch.int64)}, "query must be floating point"),
+        ({"key": torch.zeros(2, 2, 5, 8, dtype=torch.float64)}, "key must have query's dtype"),
+        ({"value": torch.zeros(2, 2, 5, 6, device="meta")}, "value must be on query's device"),
+        ({"key": torch.zeros(2, 2, 5, 7)}, "key .* must have the batch size and the head_dim"),
+        ({"value": torch.zeros(2, 2, 4, 6)}, "value .* must have the batch size, heads and length"),
+        ({"query": torch.zeros(2, 4, 3, 0), "key": torch.zeros(2, 2, 5, 0)}, "head_dim 0"),
+        ({"query": torch.zeros(2, 3, 3, 8)}, "3 heads, which is not a multiple of the 2"),
+        ({"bias": torch.zeros(1, 4, 1, 5)}, r"bias \[1, 4, 1, 5\] must broadcast to \[2, 4, 3, 1\]"),
+        ({"bias": torch.zeros(4, 1, 1)}, "bias"),
+        ({"bias": torch.zeros(1, 1, 1, 1, dtype=torch.int64)}, "bias must be floating point"),
+        ({"attn_mask": torch.zeros(2, 4, 5, 3)}, "attn_mask .* must broadcast"),
+        ({"attn_mask": torch.zeros(1, 1, 3, 5, dtype=torch.int64)}, "attn_mask must be bool or floating"),
+        ({"window_left": -2}, "window"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"softcap": float("nan")}, "softcap"),
+        ({"dropout_p": 1.5}, "dropout_p must be in"),
+        ({"dropout_p": 0.5}, "seed must be"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(1)}, "seed must be an int64"),
+    ],
+)
+def test_argument_errors_of_attention(changes: dict[str, Any], message: str) -> None:
+    ops.sigmoid_attention(**GOOD)
+    with pytest.raises(ArgumentError, match=message):
+        ops.sigmoid_attention(**(GOOD | changes))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(2, 3, dtype=torch.int64),), "scores must be floating point"),
+        ((torch.zeros(2, 3), None, 2), "dim must be a dimension"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), r"bias \[2, 3\] must broadcast to \[2, 1\]"),
+        ((torch.zeros(2, 3), torch.zeros(1, 2, 1)), "bias"),
+        ((torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64)), "bias must be floating point"),
+    ],
+)
+def test_argument_errors_of_probs(args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        ops.sigmoid_probs(*args)

@@ -1,0 +1,413 @@
+"""convert: what the config does to a site, how calls are addressed, and every way to fail without a trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sigswap
+from sigswap import SigmoidConfig, errors
+from sigswap.convert import Conversion, apply_conversion, conversion_of
+
+B, H, HK, M, N, D = 2, 4, 2, 5, 7, 8
+
+
+class Attention(nn.Module):
+    """Cross-attention in one of several spellings, with query and key heads of its own."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.q, self.kv, self.out = nn.Linear(H * D, H * D), nn.Linear(H * D, 2 * HK * D), nn.Linear(H * D, H * D)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q = self.q(x).view(B, M, H, D).transpose(1, 2)
+        k, v = self.kv(y).view(B, N, 2, HK, D).permute(2, 0, 3, 1, 4)
+        if self.spelling == "sdpa":
+            o = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            k, v = k.repeat_interleave(H // HK, 1), v.repeat_interleave(H // HK, 1)
+            if self.spelling == "matmul":
+                o = torch.softmax(q @ k.mT * D**-0.5, -1) @ v
+            elif self.spelling == "scaled_query":
+                o = torch.softmax((q * D**-0.5) @ k.mT, -1) @ v
+            elif self.spelling == "einsum":
+                o = torch.einsum("bhmn,bhnd->bhmd", F.softmax(torch.einsum("bhmd,bhnd->bhmn", q, k) / D**0.5, -1), v)
+            elif self.spelling == "keys_first":
+                o = torch.softmax(k @ q.mT * D**-0.5, -2).mT @ v
+            else:  # bmm on [batch*heads, length, head_dim]
+                q, k, v = (z.reshape(B * H, -1, D) for z in (q, k, v))
+                o = torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)) * D**-0.5, -1), v).view(B, H, M, D)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+SPELLINGS = ["sdpa", "matmul", "scaled_query", "einsum", "keys_first", "bmm"]
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def layer(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def oracle(
+    module: Attention,
+    x: Tensor,
+    y: Tensor,
+    *,
+    b0: float = -math.log(N),
+    c: Tensor | None = None,
+    w: Tensor | None = None,
+    norm: Any = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+) -> Tensor:
+    """DESIGN section 2 in float64: s = scale q.k, b = b0 + c_h + w_h.q, p = sigmoid(s + b), o = p v."""
+    module, x, y = copy.deepcopy(module).double(), x.double(), y.double()
+    q = module.q(x).view(B, M, H, D).transpose(1, 2)
+    k, v = module.kv(y).view(B, N, 2, HK, D).permute(2, 0, 3, 1, 4)
+    k, v = k.repeat_interleave(H // HK, 1), v.repeat_interleave(H // HK, 1)
+    if norm is not None:
+        q, k = norm(q) * q_weight.double()[:, None], norm(k) * k_weight.double()[:, None]
+    bias = torch.full((H, 1, 1), b0, dtype=torch.float64)
+    if c is not None:
+        bias = bias + c.double().view(H, 1, 1)
+    if w is not None:
+        bias = bias + (q * w.double()[:, None]).sum(-1, keepdim=True)
+    weights = torch.sigmoid(q @ k.mT * D**-0.5 + bias)
+    return module.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def made(spelling: str) -> tuple[Attention, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Attention(spelling), torch.randn(B, M, H * D), torch.randn(B, N, H * D)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def randomized(module: nn.Module) -> dict[str, Tensor]:
+    """Gives the new parameters values that matter, and returns them by name."""
+    new = {name: p for name, p in module.named_parameters() if "sigswap" in name}
+    with torch.no_grad():
+        for p in new.values():
+            p.copy_(torch.randn_like(p) * 0.5 + (1.0 if "norm" in str(p.shape) else 0.2))
+    return {name.removeprefix("sigswap."): p for name, p in new.items()}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+class TestConfig:
+    def test_learned_bias(self, spelling: str) -> None:
+        module, x, y = made(spelling)
+        original = copy.deepcopy(module)
+        sigswap.convert(module, example_inputs=(x, y))
+        assert module.sigswap.get_submodule("0").bias.tolist() == [0.0] * H
+        close(module(x, y), oracle(original, x, y))
+        new = randomized(module)
+        assert set(new) == {"0.bias"}
+        close(module(x, y), oracle(original, x, y, c=new["0.bias"]))
+        (grad,) = torch.autograd.grad(module(x, y).square().sum(), new["0.bias"])
+        c = new["0.bias"].detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(oracle(original, x, y, c=c).square().sum(), c)
+        close(grad, expected)
+
+    def test_constant_biases(self, spelling: str) -> None:
+        module, x, y = made(spelling)
+        original = copy.deepcopy(module)
+        sigswap.convert(module, SigmoidConfig(bias=100, learn_bias=False), example_inputs=(x, y))
+        assert not [name for name in module.state_dict() if "sigswap" in name]
+        close(module(x, y), oracle(original, x, y, b0=-math.log(100)))
+        sigswap.revert(module)
+        sigswap.convert(module, SigmoidConfig(bias=-1.5), example_inputs=(x, y))
+        close(module(x, y), oracle(original, x, y, b0=-1.5))
+
+    def test_query_bias(self, spelling: str) -> None:
+        module, x, y = made(spelling)
+        original = copy.deepcopy(module)
+        sigswap.convert(module, SigmoidConfig(query_bias=True), example_inputs=(x, y))
+        close(module(x, y), oracle(original, x, y))  # w starts at 0
+        new = randomized(module)
+        assert new["0.query_weight"].shape == (H, D)
+        expected = oracle(original, x, y, c=new["0.bias"], w=new["0.query_weight"])
+        close(module(x, y), expected)
+        close(torch.compile(module, backend="aot_eager", fullgraph=True)(x, y), expected)
+
+    @pytest.mark.parametrize("kind", ["rms", "layer"])
+    def test_qk_norm(self, spelling: str, kind: str) -> None:
+        module, x, y = made(spelling)
+        original = copy.deepcopy(module)
+        sigswap.convert(module, SigmoidConfig(qk_norm=kind, query_bias=True), example_inputs=(x, y))  # type: ignore[arg-type]
+        new = randomized(module)
+        key_weight = new["0.key_norm.weight"]
+        if spelling == "sdpa":
+            assert key_weight.shape == (HK, D)
+            key_weight = key_weight.repeat_interleave(H // HK, 0)
+        expected = oracle(
+            original,
+            x,
+            y,
+            c=new["0.bias"],
+            w=new["0.query_weight"],
+            norm={"rms": rms, "layer": layer}[kind],
+            q_weight=new["0.query_norm.weight"],
+            k_weight=key_weight,
+        )
+        close(module(x, y), expected)
+
+    def test_output_options(self, spelling: str) -> None:
+        module, x, y = made(spelling)
+        original = copy.deepcopy(module)
+        sigswap.convert(module, SigmoidConfig(layer_scale=1e-4, hybrid_norm=True), example_inputs=(x, y))
+        expected = F.layer_norm(oracle(original, x, y), (H * D,)) * 1e-4
+        close(module(x, y), expected)
+        assert module.sigswap.layer_scale.shape == (H * D,)
+
+
+def test_presets() -> None:
+    assert SigmoidConfig() == SigmoidConfig(bias="visible", learn_bias=True, qk_norm=None, layer_scale=None)
+    paper = SigmoidConfig.from_scratch(512)
+    assert (paper.bias, paper.learn_bias, paper.layer_scale) == (512, False, 1e-4) and paper.qk_norm
+    assert SigmoidConfig.from_scratch(512, qk_norm=None).qk_norm is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": 0},
+        {"bias": True},
+        {"bias": "none"},
+        {"bias": math.inf},
+        {"qk_norm": "l2"},
+        {"layer_scale": math.nan},
+        {"learn_bias": 1},
+        {"overrides": {"*": {"biass": 1}}},
+        {"overrides": {"*": {"bias": 0}}},
+        {"overrides": ["*"]},
+    ],
+)
+def test_bad_configs(fields: dict[str, Any]) -> None:
+    with pytest.raises(errors.ConfigError):
+        SigmoidConfig(**fields)
+
+
+def test_config_is_plain_data() -> None:
+    config = SigmoidConfig(bias=-2.0, qk_norm="rms", overrides={"a.*": {"bias": 64}})
+    assert SigmoidConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.for_path("a.b").bias == 64 and config.for_path("b").bias == -2.0
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention("sdpa"), Attention("matmul")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.first(x, y) + self.second(x, y)
+
+
+def test_overrides_include_exclude() -> None:
+    torch.manual_seed(0)
+    model, x, y = Two(), torch.randn(B, M, H * D), torch.randn(B, N, H * D)
+    first, second = copy.deepcopy(model.first), copy.deepcopy(model.second)
+    softmax = second(x, y)
+    sigswap.convert(model, SigmoidConfig(overrides={"second": {"bias": 9}}), example_inputs=(x, y))
+    close(model(x, y), oracle(first, x, y) + oracle(second, x, y, b0=-math.log(9)))
+    sigswap.revert(model)
+    for arguments in ({"include": ["first"]}, {"exclude": ["sec*"]}):
+        sigswap.convert(model, example_inputs=(x, y), **arguments)
+        close(model(x, y), oracle(first, x, y) + softmax.double())
+        by_path = {site.path: (site.status, site.reason) for site in sigswap.report(model).sites}
+        assert by_path == {"first": ("swapped", ""), "second": ("left", "excluded")}
+        sigswap.revert(model)
+    with pytest.raises(errors.ArgumentError, match=r"'third'.*first.*second"):
+        sigswap.convert(model, example_inputs=(x, y), include=["third"])
+    with pytest.raises(errors.ArgumentError, match="list"):
+        sigswap.convert(model, example_inputs=(x, y), include="first")
+    with pytest.raises(errors.ConversionError, match="third"):
+        sigswap.convert(model, SigmoidConfig(overrides={"third": {"bias": 9}}), example_inputs=(x, y))
+    with pytest.raises(errors.NoAttentionError, match="exclude"):
+        sigswap.convert(model, example_inputs=(x, y), exclude=["*"])
+    assert not sigswap.is_converted(model)
+
+
+def test_conversion_is_plain_data() -> None:
+    torch.manual_seed(0)
+    model, x, y = Two(), torch.randn(B, M, H * D), torch.randn(B, N, H * D)
+    other = copy.deepcopy(model)
+    sigswap.convert(model, SigmoidConfig(qk_norm="rms", layer_scale=0.5), example_inputs=(x, y))
+    stored = json.loads(json.dumps(conversion_of(model).to_dict()))
+    assert Conversion.from_dict(stored) == conversion_of(model)
+    apply_conversion(other, Conversion.from_dict(stored))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x, y), model(x, y))
+    with pytest.raises(errors.ConversionError, match="'first'"):
+        apply_conversion(nn.Linear(2, 2), Conversion.from_dict(stored))
+
+
+class Chunked(nn.Module):
+    """One attention in a loop: how often it runs depends on the input's length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.cat([torch.softmax(part @ k.mT, -1) @ v for part in q.split(4, dim=1)], dim=1)
+
+
+def test_a_loop_is_one_site() -> None:
+    torch.manual_seed(0)
+    model, x = Chunked(), torch.randn(2, 8, 8)
+    sigswap.convert(model, example_inputs=x)
+    assert list(sigswap.report(model).sites)[0].status == "swapped" and len(sigswap.report(model).sites) == 1
+    longer = torch.randn(2, 19, 8)  # more turns than were seen
+    q, k, v = model.qkv(longer).double().chunk(3, -1)
+    close(model(longer), torch.sigmoid(q @ k.mT - math.log(19)) @ v)
+
+
+class Branching(nn.Module):
+    """Two ways to attend, and a router's softmax that comes first in one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, routed: bool = False, plain: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if plain:
+            return v
+        if routed:
+            x = x * torch.softmax(self.qkv(x), -1)[..., :1]
+        out = torch.softmax(q @ k.mT, -1) @ v
+        return out + torch.softmax(k @ q.mT, -1) @ v if routed else out
+
+
+def test_unknown_calls_raise() -> None:
+    torch.manual_seed(0)
+    model, x = Branching(), torch.randn(2, 8, 8)
+    sigswap.convert(model, example_inputs=x)
+    model(x)
+    with pytest.raises(errors.UnknownCallError, match=r"softmax call number 2.*example_inputs"):
+        model(x, routed=True)
+    with pytest.raises(errors.UnknownCallError, match="without any"):
+        model(x, plain=True)
+    with pytest.raises(Exception, match="softmax call number 2"):
+        torch.compile(model, backend="eager", fullgraph=True)(x, routed=True)
+
+
+def test_several_example_inputs() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Chunked(), Chunked()
+
+        def forward(self, x: Tensor, which: bool = True) -> Tensor:
+            return self.a(x) if which else self.b(x)
+
+    model, x = Either(), torch.randn(2, 4, 8)
+    sigswap.convert(model, example_inputs=x)
+    assert any("b (Chunked) did not run" in note for note in sigswap.report(model).notes)
+    sigswap.revert(model)
+    sigswap.convert(model, example_inputs=[x, {"x": x, "which": False}])
+    assert [site.path for site in sigswap.report(model).sites] == ["a", "b"] and not sigswap.report(model).notes
+
+
+def failing(model: nn.Module, error: type[Exception], match: str, **arguments: Any) -> None:
+    """convert raises, and leaves no trace."""
+    before = {path: (type(m), sorted(vars(m)), sorted(m._modules)) for path, m in model.named_modules()}
+    with pytest.raises(error, match=match):
+        sigswap.convert(model, **arguments)
+    after = {path: (type(m), sorted(vars(m)), sorted(m._modules)) for path, m in model.named_modules()}
+    assert before == after
+
+
+def test_failures_leave_the_model_alone() -> None:
+    x = torch.randn(B, M, H * D)
+    y = torch.randn(B, N, H * D)
+    failing(nn.Linear(4, 4), errors.NoAttentionError, "Linear", example_inputs=torch.randn(2, 4))
+    failing(nn.Linear(4, 4), errors.ExampleInputsError, "example_inputs")
+    failing(Two(), errors.ExampleInputsError, "forward", example_inputs=(x,))
+    failing(Two(), errors.ExampleInputsError, "list of", example_inputs=3)
+    failing(Two(), errors.ExampleInputsError, "empty", example_inputs=[])
+
+    named = Two()
+    named.second.sigswap = 1  # type: ignore[assignment]
+    failing(named, errors.ConversionError, "attribute named sigswap", example_inputs=(x, y))
+
+    replaced = Two()
+    replaced.first.forward = replaced.first.forward  # type: ignore[method-assign]
+    failing(replaced, errors.ConversionError, "first: its forward is replaced", example_inputs=(x, y))
+
+    compiled = Two()
+    compiled.first.compile(backend="eager")
+    failing(compiled, errors.ConversionError, "first is compiled", example_inputs=(x, y))
+    with pytest.raises(errors.ConversionError, match="compile it afterwards"):
+        sigswap.convert(torch.compile(Two(), backend="eager"), example_inputs=(x, y))
+    with pytest.raises(errors.ArgumentError, match="model"):
+        sigswap.convert("model")  # type: ignore[arg-type]
+    with pytest.raises(errors.ArgumentError, match="config"):
+        sigswap.convert(Two(), {"bias": 3}, example_inputs=(x, y))  # type: ignore[arg-type]
+
+
+def test_scores_of_several_products_refuse_a_norm() -> None:
+    class Disentangled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.positions = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return torch.softmax(q @ k.mT + q @ self.positions(x).mT, -1) @ v
+
+    failing(
+        Disentangled(),
+        errors.ConfigError,
+        "sum of several",
+        config=SigmoidConfig(qk_norm="rms"),
+        example_inputs=torch.randn(2, 4, 8),
+    )
+    sigswap.convert(Disentangled(), example_inputs=torch.randn(2, 4, 8))
+
+
+def test_values_of_the_inputs() -> None:
+    """A forward that needs them is run on real tensors, and the report says so."""
+
+    class Trimmed(Chunked):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, : int(x.abs().sum() > 0) * 4])
+
+    model = Trimmed()
+    sigswap.convert(model, example_inputs=torch.randn(2, 8, 8))
+    assert any("real parameters" in note for note in sigswap.report(model).notes)
+    assert torch.equal(sigswap.revert(model)(torch.zeros(2, 8, 8)), torch.zeros(2, 0, 8))
+
+
+def test_side_effects_stay_in_the_copy() -> None:
+    class Caching(Chunked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x.mT).mT
+            self.seen.append(x)
+            return super().forward(x)
+
+    model = Caching()
+    before = copy.deepcopy(model.state_dict())
+    sigswap.convert(model, example_inputs=torch.randn(2, 8, 8))
+    assert not model.seen and model.training
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
