@@ -280,9 +280,8 @@ def _product(node: torch.fx.Node, key_axis: int) -> _Factors | str | None:
         found = _summed_product(node, key_axis)
     else:
         return None
-    if isinstance(found, _Factors):
-        if _is_parameter(found.query) or _is_parameter(found.key):
-            return "its scores are a product with a parameter (a router, a classifier, a pooling), not of query and key"
+    if isinstance(found, _Factors) and (_is_parameter(found.query) or _is_parameter(found.key)):
+        return "its scores are a product with a parameter (a router, a classifier, a pooling), not of query and key"
     return found
 
 

@@ -6,13 +6,16 @@
 >>> sigswap.save(model, "out/"); model = sigswap.load("out/")
 """
 
-from sigswap import errors
+from sigswap import errors, transformers_hook
 from sigswap.attention import sigmoid_attention
+from sigswap.checkpoint import load, save
 from sigswap.config import SigmoidConfig
 from sigswap.convert import convert, inspect, is_converted, report, revert
 from sigswap.report import Report, SiteRecord
 
 __version__ = "0.1.0"
+transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
+
 __all__ = [
     "Report",
     "SigmoidConfig",
@@ -21,7 +24,9 @@ __all__ = [
     "errors",
     "inspect",
     "is_converted",
+    "load",
     "report",
     "revert",
+    "save",
     "sigmoid_attention",
 ]

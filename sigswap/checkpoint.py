@@ -256,7 +256,8 @@ def _read_weights(model: nn.Module, path: Path, aliases: Mapping[str, str]) -> N
                  if shapes[name] != tuple(targets[name].shape)],
             )  # fmt: skip
             for name in sorted(stored):
-                targets[name].data = file.get_tensor(name).to(targets[name].device)
+                # The clone is aligned in memory; in the last bit, results on a CPU can depend on that.
+                targets[name].data = file.get_tensor(name).clone().to(targets[name].device)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be read: {error}") from error
     for name, source in aliases.items():

@@ -51,9 +51,9 @@ class SigmoidConfig:
         if self.qk_norm not in (None, "rms", "layer"):
             raise ConfigError(f"qk_norm must be None, 'rms' or 'layer', not {self.qk_norm!r}.")
         scale = self.layer_scale
-        if scale is not None:
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-                raise ConfigError(f"layer_scale must be None or a finite number, not {scale!r}.")
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if scale is not None and not (is_number and math.isfinite(scale)):
+            raise ConfigError(f"layer_scale must be None or a finite number, not {scale!r}.")
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping of path pattern to fields, not {self.overrides!r}.")
         for pattern, fields in self.overrides.items():

@@ -75,7 +75,7 @@ def convert(
     The sites are found by one run on fake tensors (no memory or compute of the model's size; a model on the meta
     device works as well). Every module that owns a site gets a child ``sigswap`` with the new parameters
     (``<owner>.sigswap.*`` in state_dict); the base parameters keep their names. From then on the model computes
-    ``sigmoid(score + b)`` there, in eager, under any compile backend and in export (:class:`SigmoidConfig` says what b is).
+    ``sigmoid(score + b)`` there, in eager, under any compile backend and in export (:class:`SigmoidConfig`: what b is).
 
     Args:
         model: the model; it may be on any device, also meta.
@@ -236,8 +236,8 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
     where = path or "the model"
     if "forward" in vars(owner):
         raise ConversionError(
-            f"{where}: its forward is replaced on the instance (by accelerate's hooks, say), which would bypass the swap; "
-            "convert the model first."
+            f"{where}: its forward is replaced on the instance (by accelerate's hooks, say), which would bypass the "
+            "swap; convert the model first."
         )
     if hasattr(owner, "sigswap"):
         raise ConversionError(f"{where} has an attribute named sigswap, which the conversion needs; rename it.")
@@ -313,8 +313,8 @@ def _merged(model: nn.Module, runs: Sequence[Any], wanted: Sequence[str] | None,
     for path, module in model.named_modules():
         if path not in executed and type(module) in classes:
             notes.append(
-                f"{path} ({type(module).__name__}) did not run on the example inputs, so it was not looked at and stays "
-                "softmax; add an input that reaches it."
+                f"{path} ({type(module).__name__}) did not run on the example inputs, so it was not looked at and "
+                "stays softmax; add an input that reaches it."
             )
     return sites
 
@@ -368,7 +368,7 @@ def _attn_implementation(model: nn.Module) -> str | None:
 
 
 class _ReachableAttention:
-    """Sets a transformers model whose attention runs inside one opaque op to sdpa; back again unless ``keep`` is called.
+    """Sets a transformers model whose attention runs inside one opaque op to sdpa; back again, unless it is kept.
 
     ``before`` is the implementation that it had, or None if it was left.
     """

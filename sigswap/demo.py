@@ -8,6 +8,7 @@ are pulled towards the original's on training sentences, and both are compared o
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import random
 import re
@@ -25,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from sigswap.errors import SigswapError
+from sigswap.errors import ArgumentError, SigswapError
 from sigswap.report import Report
 from sigswap.sources import require
 
@@ -92,6 +93,7 @@ def run(
     """Runs the demo; ``console`` shows its progress, ``out`` keeps the saved model.
 
     Raises:
+        ArgumentError: more steps than there is text for.
         SigswapError: transformers or the model's package is not installed, or what was loaded differs from
             what was saved.
     """
@@ -104,9 +106,11 @@ def run(
     torch.manual_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     original = transformers.AutoModel.from_pretrained(source).eval()
-    model = transformers.AutoModel.from_pretrained(source).eval()
+    model = copy.deepcopy(original)  # also aligns the weights in memory, which equality in the last bit needs
     with console.status("Reading the standard library's docstrings"):
-        training, evaluation = sentences(seed, max(BATCH * steps, BATCH), EVALUATED)
+        training, evaluation = sentences(seed, BATCH * steps, EVALUATED)
+        if len(training) < BATCH * steps:
+            raise ArgumentError(f"steps={steps}: there is text for {len(training) // BATCH} steps.")
     with console.status("Embedding the evaluation sentences"):
         truth = _embed(original, tokenizer, evaluation)
     stages = [_measure("the original, before conversion", model, tokenizer, evaluation, truth)]
@@ -172,34 +176,37 @@ def _docstring_sentences(file: Path) -> Iterator[str]:
 def _fine_tune(model: Any, original: Any, tokenizer: Any, training: list[str], steps: int, console: Console) -> None:
     """Trains ``model`` for ``steps`` batches to give the token vectors that ``original`` gives."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(steps, 1), pct_start=0.1)
-    # Without dropout, as the original: there is one right answer per sentence.
-    model.eval()
     with Progress(console=console, transient=True) as progress:
         for step in progress.track(range(steps), description="Fine-tuning"):
-            start = step * BATCH % len(training)
-            batch = tokenizer(training[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
+            for group in optimizer.param_groups:  # up in a tenth of the steps, then down to nothing
+                group["lr"] = LEARNING_RATE * min(10 * (step + 1) / steps, (steps - step) / steps)
+            batch = _tokens(tokenizer, training[step * BATCH : (step + 1) * BATCH])
             mask = batch["attention_mask"].bool()
             with torch.no_grad():
                 target = original(**batch).last_hidden_state[mask]
+            # Both in eval mode, without dropout: there is one right answer per sentence.
             loss = (1 - F.cosine_similarity(model(**batch).last_hidden_state[mask], target, dim=-1)).mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
 
 
 @torch.no_grad()
 def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """The sentence embeddings: the mean of the token vectors, normalised."""
-    parts = []
-    for start in range(0, len(texts), 64):
-        batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+    embeddings = torch.empty(len(texts), model.config.hidden_size)
+    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding per batch
+    for start in range(0, len(texts), BATCH):
+        chosen = by_length[start : start + BATCH]
+        batch = _tokens(tokenizer, [texts[index] for index in chosen])
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)
-        parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(parts)
+        embeddings[chosen] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    return embeddings
+
+
+def _tokens(tokenizer: Any, texts: list[str]) -> Any:
+    return tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
 
 
 def _measure(name: str, model: Any, tokenizer: Any, texts: list[str], truth: Tensor) -> Stage:

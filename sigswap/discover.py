@@ -134,9 +134,9 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
         raise
     except Exception as error:
         raise ExampleInputsError(
-            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Give inputs that its "
-            "forward accepts as example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, "
-            "or a list of those."
+            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Give inputs that "
+            "its forward accepts as example_inputs: a tensor, a tuple of positional arguments, a dict of keyword "
+            "arguments, or a list of those."
         ) from error
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node in placeholders[: len(parameters)]:
@@ -184,8 +184,8 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
         clone = copy.deepcopy(model, memo)
     except Exception as error:
         raise ExampleInputsError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its attention is looked for "
-            "in a copy; remove the attribute that cannot be deep-copied before the conversion."
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its attention is looked "
+            "for in a copy; remove the attribute that cannot be deep-copied before the conversion."
         ) from error
     for module in clone.modules():
         # Users' hooks may write into the users' own objects.

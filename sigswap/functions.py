@@ -18,7 +18,7 @@ def softmax(
     visible_bias: bool = True,
     const_bias: float = 0.0,
 ) -> Tensor:
-    """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (whose third argument is dtype): sigmoid of each score.
+    """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (third argument: dtype), with sigmoid.
 
     ``bias``: broadcasts to ``input`` with size 1 at ``dim``.
     """

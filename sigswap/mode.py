@@ -83,8 +83,9 @@ class SwapMode(TorchFunctionMode):
             dim = 0 if scores.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
         if site.acts_on_product and self.product_of is not site:
             raise UnknownCallError(
-                f"{self.state.plan.path or 'the model'}: the product of query and key was not seen before its softmax, so "
-                "QK-norm and query_bias cannot act; convert the model in the form (attention implementation) you run it."
+                f"{self.state.plan.path or 'the model'}: the product of query and key was not seen before its softmax, "
+                "so QK-norm and query_bias cannot act; convert the model in the form (attention implementation) in "
+                "which it runs."
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
@@ -163,9 +164,9 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
                 output = base.forward(self, *args, **kwargs)
             if not mode.swapped:
                 raise UnknownCallError(
-                    f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when it "
-                    "was converted (was its attention implementation changed since?). Revert the model, and convert it "
-                    "again in the form in which you use it."
+                    f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when "
+                    "it was converted (was its attention implementation changed since?). Revert the model, and convert "
+                    "it again in the form in which you use it."
                 )
             return state.finish(output)
 

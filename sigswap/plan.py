@@ -41,13 +41,12 @@ def plan_run(model: nn.Module, run: Run, wanted: Iterable[str] | None = None) ->
     if wanted is not None:
         wanted = set(wanted)
         owned = {call: item for call, item in owned.items() if item[0][0] in wanted}
-    swapped_calls = set(owned)
     owners: dict[str, OwnerPlan] = {}
     for path in dict.fromkeys(owner for (owner, _), _ in owned.values()):
-        owners[path] = _owner_plan(model, run, path, owned, swapped_calls)
+        owners[path] = _owner_plan(model, run, path, owned)
     guarded = {
         path
-        for call in swapped_calls
+        for call in owned
         for path, _ in run.calls[call].stack
         if isinstance(_module(model, path), _FAST_PATHS) and path not in owners
     }
@@ -137,7 +136,6 @@ def _owner_plan(
     run: Run,
     path: str,
     owned: Mapping[int, tuple[tuple[str, int], AttentionSite]],
-    swapped_calls: set[int],
 ) -> OwnerPlan:
     index_of: dict[Any, int] = {}  # place in the owner's code -> site
     sites: list[SitePlan] = []
@@ -146,13 +144,13 @@ def _owner_plan(
     counts: dict[tuple[int, str], int] = {}
     product_sites: dict[int, int] = {}  # index of a product's call -> site
 
-    for call, ((owner, _), site) in owned.items():
+    for anchor, ((owner, _), site) in owned.items():
         if owner != path:
             continue
-        place = _place(run.calls[call], path)
+        place = _place(run.calls[anchor], path)
         if place not in index_of:
             index_of[place] = len(sites)
-            sites.append(_site_plan(run, call, site))
+            sites.append(_site_plan(run, anchor, site))
         if len(site.products) == 1:
             product_call = run.call_of(site.products[0].node)
             if product_call is not None and run.calls[product_call].family == "product":
@@ -164,8 +162,8 @@ def _owner_plan(
             continue
         if call.mha is not None:
             continue  # within multi_head_attention_forward, which is addressed as a whole
-        owner = owned[index][0][0] if index in owned else None
-        if owner is not None and owner != path and _depth(call, owner) > depth:  # type: ignore[operator]
+        call_owner = owned[index][0][0] if index in owned else None
+        if call_owner is not None and call_owner != path and (_depth(call, call_owner) or 0) > depth:
             continue  # swapped by an owner further in: this one never sees it
         invocation = call.stack[depth][1]
         position = counts.get((invocation, call.family), 0)
@@ -174,7 +172,7 @@ def _owner_plan(
             if index in product_sites:
                 calls[f"product:{position}"] = product_sites[index]
             continue
-        target = index_of[_place(call, path)] if owner == path else NOT_ATTENTION
+        target = index_of[_place(call, path)] if call_owner == path else NOT_ATTENTION
         calls[f"{call.family}:{position}"] = target
         places.setdefault(call.family, set()).add(target)
 

@@ -65,7 +65,8 @@ class OwnerPlan:
     """The calls of one owner: ``calls["softmax:0"]`` is the site of its first softmax, or NOT_ATTENTION.
 
     ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of
-    any further call. ``channel_axis`` (from the end) is the channels' axis of the owner's output, ``channels`` its size.
+    any further call. ``channel_axis`` (from the end) is the channels' axis of the owner's output, ``channels`` their
+    number.
     """
 
     path: str
@@ -131,9 +132,9 @@ class OwnerState(nn.Module):
             index = NOT_ATTENTION if family == "product" else self.repeats.get(family)
         if index is None:
             raise UnknownCallError(
-                f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make when "
-                "it was converted: this input takes another path through its code. Revert the model and convert it "
-                "again with example_inputs=[...] that holds an input for each path."
+                f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make "
+                "when it was converted: this input takes another path through its code. Revert the model and convert "
+                "it again with example_inputs=[...] that holds an input for each path."
             )
         return index
 
@@ -181,8 +182,8 @@ class SiteState(nn.Module):
         wanted = "query_bias" if config.query_bias else "qk_norm"
         if plan.head_dim is None or (plan.kind == "softmax" and plan.product is None):
             raise ConfigError(
-                f"{path or 'the model'}: {wanted} needs the one product of query and key that makes the scores, and here "
-                "they are a sum of several or not a matmul, bmm, baddbmm or einsum; "
+                f"{path or 'the model'}: {wanted} needs the one product of query and key that makes the scores, and "
+                "here they are a sum of several or not a matmul, bmm, baddbmm or einsum; "
                 f"switch it off for this module with overrides={{{path!r}: ...}}."
             )
         if config.query_bias and plan.product is not None and not plan.product.rows_in_order:
@@ -268,7 +269,8 @@ class SiteState(nn.Module):
         return query, key, query_bias
 
     def extra_repr(self) -> str:
-        return f"kind={self.plan.kind}, heads={self.plan.heads}, const_bias={self.const_bias:.4g}, visible={self.visible_bias}"
+        bias = "-ln(visible keys)" if self.visible_bias else f"{self.const_bias:.4g}"
+        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}"
 
 
 class HeadNorm(nn.Module):

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sigswap.passes.find import PARAMETER, find
-from sigswap.passes.site import FindResult
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from sigswap.passes.find import PARAMETER, find
+from sigswap.passes.site import FindResult
 
 B, H, M, N, D = 2, 3, 5, 7, 8
 
@@ -41,9 +42,9 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda q, k: torch.einsum("bhmd,bhnd->bhmn", q, k),
     "einsum_ellipsis": lambda q, k: torch.einsum("...md,...nd->...mn", q, k),
     "bmm": lambda q, k: torch.bmm(q.reshape(B * H, M, D), k.reshape(B * H, N, D).mT).view(B, H, M, N),
-    "baddbmm": lambda q, k: torch.baddbmm(
-        q.new_zeros(1, 1, 1), q.reshape(B * H, M, D), k.reshape(B * H, N, D).mT
-    ).view(B, H, M, N),
+    "baddbmm": lambda q, k: torch.baddbmm(q.new_zeros(1, 1, 1), q.reshape(B * H, M, D), k.reshape(B * H, N, D).mT).view(
+        B, H, M, N
+    ),
     "mul_sum": lambda q, k: (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1),
     "keys_first": lambda q, k: (k @ q.mT).mT,
 }
@@ -166,7 +167,7 @@ def test_finds_scores_that_are_a_sum_of_products() -> None:
     assert len(site.products) >= 1
 
 
-# What is no attention, or none that can be swapped: name -> (function, shapes, parameters, attention, part of the reason)
+# What is no attention, or none that can be swapped: function, shapes, parameters, attention, part of the reason
 NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int, bool, str]] = {
     "router": (lambda x, w: (x @ w).softmax(-1) @ x[:, :4], ((B, N, D), (D, 4)), 1, False, "parameter"),
     "router_linear": (lambda x, w: F.linear(x, w).softmax(-1) @ x[:, :4], ((B, N, D), (4, D)), 1, False, "parameter"),
@@ -192,7 +193,13 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         False,
         "",
     ),
-    "linear_attention": (lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), (Q, K, V), 0, False, "not from a product"),
+    "linear_attention": (
+        lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
+        (Q, K, V),
+        0,
+        False,
+        "not from a product",
+    ),
     "no_value": (lambda q, k: (q @ k.mT).softmax(-1), (Q, K), 0, False, "do not weight a value"),
     "wrong_axis": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, (Q, K, V), 0, False, "do not weight a value"),
     "batch_axis": (lambda q, k, v: (q @ k.mT).softmax(1) @ v, (Q, K, V), 0, False, "batch axis"),

