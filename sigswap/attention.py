@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import ops
@@ -105,8 +104,8 @@ def attend(
     ``bottom_right`` aligns the causal mask and the window so that the last query is at the last key, as
     decoding with a cache needs.
     """
-    if isinstance(attn_mask, CausalBias):
-        bottom_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if type(attn_mask).__name__ == "CausalBias":  # of torch.nn.attention.bias, whose import takes seconds
+        bottom_right = attn_mask.variant.name == "LOWER_RIGHT"
         attn_mask, is_causal = None, True
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask must not be given together with is_causal=True.")

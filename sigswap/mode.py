@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from sigswap.errors import UnknownCallError
 from sigswap.functions import scaled_dot_product_attention, softmax
@@ -53,6 +55,7 @@ class SwapMode(TorchFunctionMode):
         self.product_of: SiteState | None = None  # the site whose product has just been made
         self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
         self.swapped = False
+        self.autograd = None if torch.compiler.is_compiling() else _autograd_state()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,6 +70,8 @@ class SwapMode(TorchFunctionMode):
         site = self.state.site(site_index)
         if family == "product":
             return self._product(site, func, args, kwargs)
+        if self.autograd is not None and _autograd_state() != self.autograd:
+            self._refuse_checkpoint()
         self.swapped = True
         if family == "softmax":
             return self._softmax(site, args, kwargs)
@@ -112,12 +117,28 @@ class SwapMode(TorchFunctionMode):
             const_bias=site.const_bias,
         )
 
+    def _refuse_checkpoint(self) -> None:
+        """A checkpoint inside the owner runs again in backward, when this mode is not active: as softmax."""
+        frame = sys._getframe()
+        while frame is not None and frame.f_locals.get("mode") is not self:
+            if frame.f_code.co_filename == checkpoint.__file__:
+                raise UnknownCallError(
+                    f"{self.state.plan.path or 'the model'} runs its attention inside torch.utils.checkpoint, which "
+                    "would recompute it in backward as softmax. Checkpoint the whole module instead of a part of its forward."
+                )
+            frame = frame.f_back
+
     def _product(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
         plan = site.plan.product
         factors, rebuild = _factors(func, args, kwargs)
         self.product_of = site
         query, key, self.query_bias = site.transformed_factors(factors[plan.query_arg], factors[plan.key_arg], plan)
         return rebuild(*((query, key) if plan.query_arg == 0 else (key, query)))
+
+
+def _autograd_state() -> tuple[Any, ...]:
+    """What every checkpoint changes for its body: grad mode (reentrant) or the hooks for saved tensors."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _factors(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]:

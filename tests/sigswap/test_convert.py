@@ -277,6 +277,34 @@ def test_a_loop_is_one_site() -> None:
     close(model(longer), torch.sigmoid(q @ k.mT - math.log(19)) @ v)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    """Around an owner it works; inside its forward it would recompute the attention as softmax, and is refused."""
+    torch.manual_seed(0)
+    model, x = Chunked(), torch.randn(2, 8, 8, requires_grad=True)
+    sigswap.convert(model, example_inputs=x)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+    output.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+    class Inside(Chunked):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return super().forward(x)
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    inside = sigswap.convert(Inside(), example_inputs=x)
+    with pytest.raises(errors.UnknownCallError, match="whole module"):
+        inside(x)
+    compiled = torch.compile(inside, backend="aot_eager")  # there the region is traced under the mode
+    inside.train(False)
+    expected = inside(x)
+    inside.train(True)
+    if not reentrant:
+        torch.testing.assert_close(compiled(x), expected)
+
+
 class Branching(nn.Module):
     """Two ways to attend, and a router's softmax that comes first in one of them."""
 
