@@ -133,7 +133,7 @@ def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionS
     if origin.obstacle:
         return LeftAlone(anchor, origin.obstacle, True)
 
-    head = _score_heads(origin, shape, key_axis)
+    head = _score_heads(origin, scores, shape, key_axis)
     products = tuple(_with_heads(traced, head) for traced in origin.products)
     return AttentionSite(
         kind="softmax",
@@ -470,7 +470,7 @@ def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
 # Heads.
 
 
-def _score_heads(origin: _Origin, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
+def _score_heads(origin: _Origin, scores: torch.fx.Node, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
     """Where the heads are in the scores: the last axis that is neither the queries' nor the keys'."""
     product = origin.products[0]
     query_axis = _follow(product.path, product.query_axis)
@@ -481,12 +481,11 @@ def _score_heads(origin: _Origin, shape: tuple[int, ...], key_axis: int) -> Head
         return HeadLayout(None, 1)
     if len(batch) > 1:
         return HeadLayout(batch[-1], shape[batch[-1]])
+    merged = _merged_heads(scores, batch[0])
     for out_axis, (axis_in_query, _) in product.batch_axes.items():
-        if _follow(product.path, out_axis) == batch[0]:
+        if merged is None and _follow(product.path, out_axis) in (batch[0], None):
             merged = _merged_heads(product.query, axis_in_query)
-            if merged is not None:
-                return HeadLayout(batch[0], merged.heads, merged=True)
-    return HeadLayout(None, 1)
+    return HeadLayout(None, 1) if merged is None else HeadLayout(batch[0], merged.heads, merged=True)
 
 
 def _follow(path: list[tuple[torch.fx.Node, torch.fx.Node]], axis: int | None) -> int | None:

@@ -97,6 +97,9 @@ def inspect(
             _print_json({"model": model, **report.to_dict()})
         else:
             Console().print(report)
+        if not report.count("swappable") and not report.count("swapped"):
+            _errors.print("There is no softmax attention that can be swapped.")
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -176,7 +179,7 @@ def convert(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 60,
     seed: Annotated[int, typer.Option(help="Chooses the sentences and their order.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the converted model in this directory.")] = None,
     as_json: AsJson = False,

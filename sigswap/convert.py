@@ -162,7 +162,7 @@ def revert(model: nn.Module) -> nn.Module:
         module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
     del model.__dict__[_RECORD]
     if conversion.attn_implementation is not None:
-        model.set_attn_implementation(conversion.attn_implementation)
+        _set_attn_implementation(model, conversion.attn_implementation)
     return model
 
 
@@ -381,7 +381,7 @@ class _ReachableAttention:
     def __enter__(self) -> _ReachableAttention:
         implementation = _attn_implementation(self.model)
         if implementation is not None and implementation not in ("sdpa", "eager"):
-            self._set("sdpa")
+            _set_attn_implementation(self.model, "sdpa")
             self.before = implementation
         return self
 
@@ -390,11 +390,12 @@ class _ReachableAttention:
 
     def __exit__(self, *error: object) -> None:
         if self.before is not None and not self.kept:
-            self._set(self.before)
+            _set_attn_implementation(self.model, self.before)
 
-    def _set(self, implementation: str) -> None:
-        """Past set_attn_implementation's checks: flash attention need not be installed to be put back."""
-        for module in self.model.modules():
-            config = getattr(module, "config", None)
-            if hasattr(config, "_attn_implementation"):
-                config._attn_implementation = implementation
+
+def _set_attn_implementation(model: nn.Module, implementation: str) -> None:
+    """Past the checks of the model's own method: flash attention need not be installed to be put back."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = implementation

@@ -30,7 +30,7 @@ from sigswap.errors import ArgumentError, SigswapError
 from sigswap.report import Report
 from sigswap.sources import require
 
-BATCH = 32
+BATCH = 16
 LEARNING_RATE = 5e-4
 EVALUATED = 256
 
@@ -85,7 +85,7 @@ class DemoResult:
 
 def run(
     *,
-    steps: int = 150,
+    steps: int = 60,
     seed: int = 0,
     out: Path | None = None,
     console: Console | None = None,
@@ -175,12 +175,17 @@ def _docstring_sentences(file: Path) -> Iterator[str]:
 
 def _fine_tune(model: Any, original: Any, tokenizer: Any, training: list[str], steps: int, console: Console) -> None:
     """Trains ``model`` for ``steps`` batches to give the token vectors that ``original`` gives."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    model.embeddings.requires_grad_(False)  # they feed the same vectors as before into the attention
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    training = sorted(training, key=len)  # little padding per batch
+    starts = list(range(0, len(training), BATCH))
+    random.Random(0).shuffle(starts)
     with Progress(console=console, transient=True) as progress:
         for step in progress.track(range(steps), description="Fine-tuning"):
             for group in optimizer.param_groups:  # up in a tenth of the steps, then down to nothing
                 group["lr"] = LEARNING_RATE * min(10 * (step + 1) / steps, (steps - step) / steps)
-            batch = _tokens(tokenizer, training[step * BATCH : (step + 1) * BATCH])
+            batch = _tokens(tokenizer, training[starts[step] : starts[step] + BATCH])
             mask = batch["attention_mask"].bool()
             with torch.no_grad():
                 target = original(**batch).last_hidden_state[mask]
@@ -189,6 +194,7 @@ def _fine_tune(model: Any, original: Any, tokenizer: Any, training: list[str], s
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+    model.embeddings.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,21 +27,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sigswap.errors import ExampleInputsError
 from sigswap.mode import FAMILIES
+from sigswap.multihead import multi_head_attention_forward, native_multi_head_attention
 from sigswap.passes.find import PARAMETER, find
 from sigswap.passes.site import FindResult
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call of the model
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
-# F.multi_head_attention_forward hands itself to an active mode as a whole, and the softmax inside it is then out of
-# the mode's reach. This is the same function, torch's own code, that always runs its body: for looking only.
-_mha_body = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)
-_mha_body.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
-
 # Functions that give the value of a tensor to Python.
 _VALUES = {
     torch.Tensor.item,
@@ -114,8 +104,6 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
     for module in clone.modules():
         module.__dict__["training"] = False  # not .eval(): some models override it
     args, kwargs = tree_map_only(Tensor, lambda x: _converted(x, mode, device), inputs)
-    if prepare is not None:
-        prepare(clone)
     recorder = _Recorder(clone)
 
     def forward(parameters: list[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
@@ -126,6 +114,8 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
         return [leaf for leaf in tree_leaves(_tensor_tree(output)) if isinstance(leaf, Tensor)]
 
     try:
+        if prepare is not None:
+            prepare(clone)
         with mode, torch.no_grad(), torch.random.fork_rng(devices=[], enabled=not fake):
             traced = make_fx(forward, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
                 parameters, args, kwargs
@@ -285,12 +275,34 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(Call(family, tuple(self.stack) or (("", 1),), _code_lines(), outer, heads))
         try:
             if family == "mha":
+                # A mode gets this function whole; with the mode on again, the softmax inside it shows as well.
                 with self:
-                    return _mha_body(*args, **kwargs)
+                    return _WHOLE[func](_softmax_heads, *args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self.stamp()
             self.open_calls.pop()
+
+
+def _softmax_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The softmax attention that a :class:`sigswap.multihead.Attention` stands in for, to be looked at."""
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+    return output, (query @ key.mT if need_weights else None)
+
+
+_WHOLE = {
+    F.multi_head_attention_forward: multi_head_attention_forward,
+    torch._native_multi_head_attention: native_multi_head_attention,
+}
 
 
 def _code_lines() -> tuple[tuple[tuple[str, int], ...], ...]:

@@ -124,7 +124,8 @@ class SwapMode(TorchFunctionMode):
             if frame.f_code.co_filename == checkpoint.__file__:
                 raise UnknownCallError(
                     f"{self.state.plan.path or 'the model'} runs its attention inside torch.utils.checkpoint, which "
-                    "would recompute it in backward as softmax. Checkpoint the whole module instead of a part of its forward."
+                    "would recompute it in backward as softmax. Checkpoint the whole module instead of a part of its "
+                    "forward."
                 )
             frame = frame.f_back
 

