@@ -15,11 +15,12 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import sigswap
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import sigswap
 
 
 def microseconds(function: Callable[[], Any], rounds: int = 20, calls: int = 50) -> float:

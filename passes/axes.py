@@ -19,7 +19,7 @@ ELEMENTWISE = frozenset(
     "minimum maximum neg to _to_copy type_as float half bfloat16 double contiguous clone alias detach dropout "
     "feature_dropout alpha_dropout nan_to_num lift_fresh lift_fresh_copy masked_scatter index_put tril triu "
     "roll flip slice narrow index_select gather take_along_dim constant_pad_nd pad "
-    "slice_scatter cat concat concatenate".split()
+    "slice_scatter copy cat concat concatenate".split()
 )
 RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as _reshape_alias".split())
 # Ops that keep the order in which the rows of a tensor lie; `rows_in_order` allows these and RESHAPES.
@@ -79,7 +79,7 @@ def chain_inputs(node: torch.fx.Node) -> list[torch.fx.Node]:
         return [part for part in args[0] if isinstance(part, torch.fx.Node)]
     if name == "where":
         candidates = list(args[1:3])
-    elif name in ("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide",
+    elif name in ("copy", "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide",
                   "minimum", "maximum"):  # fmt: skip
         candidates = list(args[:2])
     elif (

@@ -130,6 +130,11 @@ def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionS
     output = _weighted_sum(anchor, key_axis)
     if output is None:
         return LeftAlone(anchor, "its probabilities do not weight a value over the softmax's axis", False)
+    if output.remade and origin.obstacle is None:
+        origin.obstacle = (
+            "its probabilities are mixed with others or normalised again before they weight the value, which would "
+            "undo or bend what a sigmoid gives"
+        )
     if origin.obstacle:
         return LeftAlone(anchor, origin.obstacle, True)
 
@@ -418,32 +423,53 @@ def _is_parameter(node: torch.fx.Node) -> bool:
 class _WeightedSum:
     product: torch.fx.Node
     dropout: bool
+    remade: bool  # the probabilities are added to or divided before, by more than a number
 
 
 def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
-    """The product that contracts the probabilities' keys with a value, and whether dropout comes before it."""
-    pending = [(anchor, key_axis, False, False)]
+    """The product that contracts the probabilities' keys with a value, and what happens to them before it."""
+    pending = [_Weights(anchor, key_axis)]
     seen = set()
     while pending:
-        node, axis, dropout, multiplied = pending.pop(0)
-        for user in node.users:
-            if (user, axis) in seen:
+        weights = pending.pop(0)
+        for user in weights.node.users:
+            if (user, weights.axis) in seen:
                 continue
-            seen.add((user, axis))
-            if _contracts(user, node, axis):
-                return _WeightedSum(user, dropout)
-            if multiplied and op_name(user) == "sum" and len(user.args) > 1:
-                axes = [user.args[1]] if isinstance(user.args[1], int) else user.args[1]
-                if [a % rank_of(node) for a in axes] == [axis]:
-                    return _WeightedSum(user, dropout)
-            if op_name(user) in ("add", "sub", "div") or node not in chain_inputs(user):
+            seen.add((user, weights.axis))
+            if _contracts(user, weights.node, weights.axis) or (weights.multiplied and _sums(user, weights)):
+                return _WeightedSum(user, weights.dropout, weights.remade)
+            axes = axis_map(user, weights.node) if weights.node in chain_inputs(user) else None
+            if axes is None or axes[weights.axis] is None:
                 continue
-            axes = axis_map(user, node)
-            if axes is None or axes[axis] is None:
-                continue
-            spread = op_name(user) == "mul" and len(chain_inputs(user)) == 2
-            pending.append((user, axes[axis], dropout or "dropout" in op_name(user), multiplied or spread))
+            name, tensors = op_name(user), len(chain_inputs(user))
+            pending.append(
+                _Weights(
+                    user,
+                    axes[weights.axis],
+                    weights.dropout or "dropout" in name,
+                    weights.multiplied or (name == "mul" and tensors == 2),
+                    weights.remade or name in ("add", "sub") or (name == "div" and tensors == 2),
+                )
+            )
     return None
+
+
+@dataclasses.dataclass
+class _Weights:
+    """The probabilities at one node on their way down."""
+
+    node: torch.fx.Node
+    axis: int | None
+    dropout: bool = False
+    multiplied: bool = False  # by another tensor: a sum over the keys would then be the product with the value
+    remade: bool = False
+
+
+def _sums(user: torch.fx.Node, weights: _Weights) -> bool:
+    if op_name(user) != "sum" or len(user.args) < 2:
+        return False
+    axes = [user.args[1]] if isinstance(user.args[1], int) else user.args[1]
+    return [axis % rank_of(weights.node) for axis in axes] == [weights.axis]
 
 
 def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:

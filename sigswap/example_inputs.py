@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from sigswap.discover import Inputs
 from sigswap.errors import ExampleInputsError
@@ -24,7 +25,9 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> list[Inputs]:
     Raises ExampleInputsError if there are none and the model offers none.
     """
     if example_inputs is None:
-        return [((), _own_inputs(model))] if not _is_timm(model) else [((_timm_images(model),), {})]
+        own: Inputs = ((_timm_images(model),), {}) if _is_timm(model) else ((), _own_inputs(model))
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return [tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, own)]
     calls = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not calls:
         raise ExampleInputsError(f"example_inputs is an empty list. {_HOW}")

@@ -104,4 +104,5 @@ def test_sdpa_arguments() -> None:
             return F.scaled_dot_product_attention(q, k, v, mask.to(q.device), scale=0.2, enable_gqa=True)
 
     model = sigswap.convert(Attend(), example_inputs=(q, k, v))
-    torch.testing.assert_close(model(q.cuda(), k.cuda(), v.cuda()).cpu(), model(q, k, v), rtol=1e-4, atol=1e-5)
+    expected = model(q, k, v)
+    torch.testing.assert_close(model.cuda()(q.cuda(), k.cuda(), v.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)

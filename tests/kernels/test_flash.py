@@ -1,0 +1,218 @@
+"""The Triton kernels against float64, over random combinations of features: on a GPU, or in Triton's interpreter.
+
+The bound is the error of the straightforward PyTorch computation in the same dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from sigswap.kernels import reference
+
+pytest.importorskip("triton")
+
+from sigswap.kernels import decode, flash_bwd, flash_fwd
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+
+
+class Problem(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    attn_mask: Tensor | None
+    seed: Tensor | None
+    grad_out: Tensor
+    options: reference.Options
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.query, self.key, self.value, self.bias, self.attn_mask, self.seed
+
+
+def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False) -> Problem:
+    """The problem number index: sizes, strides and features are drawn from it."""
+    draw = random.Random(index)
+    torch.manual_seed(index)
+    large = device == "cuda"
+    lengths = (1, 17, 50, 127, 193, 256, 577, 1000) if large else (1, 5, 17, 33, 40)
+    dims = (16, 24, 40, 64, 64, 72, 80, 96, 128, 128, 160, 192, 256) if large else (16, 24, 40)
+    dtypes = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32) if large else (torch.float32, torch.float16)
+    dtype = draw.choice(dtypes)
+    batch, kv_heads, group = draw.choice((1, 2, 3)), draw.choice((1, 2)), draw.choice((1, 1, 2, 4))
+    heads = kv_heads * group
+    q_len, kv_len = draw.choice(lengths), draw.choice(lengths)
+    if decoding:
+        q_len, kv_len = draw.choice((1, 1, 2, 5)), draw.choice((600, 1000, 4097) if large else (40, 70))
+    elif draw.random() < 0.3:
+        kv_len = q_len
+    head_dim = draw.choice(dims)
+    value_dim = head_dim if draw.random() < 0.7 else draw.choice(dims)
+
+    def heads_tensor(count: int, length: int, dim: int) -> Tensor:
+        layout = draw.choice(("plain", "transposed", "sliced", "expanded"))
+        if layout == "transposed":
+            tensor = torch.randn(batch, length, count, dim, device=device).transpose(1, 2)
+        elif layout == "sliced":
+            tensor = torch.randn(batch, count, length, dim + 8, device=device)[..., :dim]
+        elif layout == "expanded":
+            tensor = torch.randn(1, count, length, dim, device=device).expand(batch, -1, -1, -1)
+        else:
+            tensor = torch.randn(batch, count, length, dim, device=device)
+        return tensor.to(dtype)
+
+    full = batch, heads, q_len, kv_len
+    bias = attn_mask = None
+    if draw.random() < 0.4:
+        shape = [draw.choice((1, size)) for size in full[:3]]
+        bias = (torch.randn(*shape, 1, device=device) - 1).to(dtype)
+    if draw.random() < 0.45:
+        shape = draw.choice(
+            ((full[0], 1, 1, kv_len), (1, 1, q_len, kv_len), (1, heads, q_len, kv_len), full, (batch, 1, q_len, 1))
+        )
+        attn_mask = torch.rand(shape, device=device) > 0.3
+        if draw.random() < 0.6:
+            masked = draw.choice((-torch.inf, torch.finfo(dtype).min, -1e4))
+            attn_mask = torch.where(attn_mask, torch.randn(shape, device=device), masked).to(dtype)
+    dropout_p = draw.choice((0.0, 0.0, 0.0, 0.2)) if not decoding else 0.0
+    options = reference.Options(
+        scale=draw.choice((head_dim**-0.5, 0.3)) if head_dim <= 40 else head_dim**-0.5,
+        const_bias=draw.choice((0.0, 0.0, -1.5, -6.0)),
+        visible_bias=draw.random() < 0.8,
+        is_causal=draw.random() < 0.35,
+        bottom_right=draw.random() < 0.5,
+        window_left=draw.choice((-1, -1, -1, 0, 5, 100)),
+        window_right=draw.choice((-1, -1, -1, 0, 30)),
+        softcap=draw.choice((0.0, 0.0, 0.0, 2.0)),
+        dropout_p=dropout_p,
+    )
+    seed = torch.tensor([draw.randrange(2**62)], device=device) if dropout_p else None
+    query = heads_tensor(heads, q_len, head_dim)
+    key, value = heads_tensor(kv_heads, kv_len, head_dim), heads_tensor(kv_heads, kv_len, value_dim)
+    return Problem(query, key, value, bias, attn_mask, seed, heads_tensor(heads, q_len, value_dim), options)
+
+
+def straightforward(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients by matmul, sigmoid and matmul, in dtype throughout."""
+    options = problem.options
+    leaves = [
+        t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_()
+        for t in problem.inputs[:5]
+    ]
+    query, key, value, bias, mask = leaves
+    assert query is not None and key is not None and value is not None
+    group = query.shape[1] // key.shape[1]
+    k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    scores = (query @ k.mT) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    shift, left, right = options.band(q_len, kv_len)
+    row = torch.arange(q_len, device=query.device)[:, None] + shift
+    col = torch.arange(kv_len, device=query.device)
+    visible = torch.ones_like(scores, dtype=torch.bool)
+    if left is not None:
+        visible &= col >= row - left
+    if right is not None:
+        visible &= col <= row + right
+    if mask is not None and mask.dtype == torch.bool:
+        visible &= mask
+    elif mask is not None:
+        visible &= mask > -5000
+        scores = scores + mask
+    row_bias: float | Tensor = options.const_bias
+    if options.visible_bias:
+        row_bias = row_bias - visible.sum(-1, keepdim=True).clamp(min=1).to(dtype).log()
+    if bias is not None:
+        row_bias = row_bias + bias
+    p = torch.sigmoid(scores.masked_fill(~visible, -torch.inf) + row_bias)
+    if options.dropout_p:
+        assert problem.seed is not None
+        offset = torch.arange(p.numel(), device=p.device).view(p.shape)
+        keep = reference.random_uniform(problem.seed, offset) >= options.dropout_p
+        p = p * keep / (1 - options.dropout_p)
+    out = p @ v
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    return [out, *torch.autograd.grad(out, wanted, problem.grad_out.to(dtype))]
+
+
+def ours(problem: Problem, **tuning: Any) -> list[Tensor]:
+    needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
+    out = flash_fwd.forward(*problem.inputs, problem.options, **tuning)
+    grads = flash_bwd.backward(problem.grad_out, *problem.inputs, needed, problem.options, **tuning)
+    return [out, *(grad for grad, need in zip(grads, needed, strict=True) if need)]
+
+
+def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
+    """Each result's relative Frobenius error is at most 1.1 times that of the straightforward computation."""
+    exact = straightforward(problem, torch.float64)
+    naive = straightforward(problem, problem.query.dtype)
+    for number, (result, theirs, truth) in enumerate(zip(results, naive, exact, strict=len(results) > 1)):
+        assert result.shape == truth.shape and result.dtype == problem.query.dtype
+        norm = truth.norm().item()
+        error = (result.double() - truth).norm().item()
+        bound = 1.1 * (theirs.double() - truth).norm().item() + 1e-6 * norm + 1e-12
+        what = ("out", "query", "key", "value", "4th", "5th")[number]
+        # Where the naive one overflows to NaN, ours need not.
+        assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
+@pytest.mark.parametrize("shard", range(4))
+def test_in_the_interpreter(shard: int) -> None:
+    # Triton reads TRITON_INTERPRET when it is imported, which another test may have done already.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    selection = ["-k", f"interpreted and shard{shard}"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command + selection, env=environment, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+
+
+def shards(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("index", range(count), ids=lambda index: f"{index}-shard{index % 4}")
+
+
+@in_interpreter
+@shards(20)
+def test_interpreted(index: int) -> None:
+    problem = random_problem(index)
+    assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
+
+
+@in_interpreter
+@shards(8)
+def test_interpreted_decoding(index: int) -> None:
+    problem = random_problem(index, decoding=True)
+    out = decode.forward(*problem.inputs[:5], problem.options, splits=1 + index % 3)
+    assert_no_worse([out], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(320))
+def test_random_features(index: int) -> None:
+    problem = random_problem(index)
+    assert_no_worse(ours(problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(40))
+def test_random_features_decoding(index: int) -> None:
+    problem = random_problem(index, decoding=True)
+    assert_no_worse([decode.forward(*problem.inputs[:5], problem.options)], problem)
