@@ -36,6 +36,8 @@ def op_name(node: torch.fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.split("::")[-1]
+        if name in ("max", "min") and target._overloadname == "other":
+            return name + "imum"
         return name[:-1] if name.endswith("_") and not name.endswith("__") else name
     if target is operator.getitem:
         return "getitem"

@@ -31,7 +31,10 @@ PARAMETER = "sigswap_parameter"  # node.meta key: set on the placeholders that a
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
 _PARAMETER_VIEWS = frozenset("permute transpose t mT numpy_T expand repeat slice select".split())
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
-_REDUCTIONS = frozenset({"amax", "max", "logsumexp", "mean", "amin", "min"})
+_REDUCTIONS = frozenset({"amax", "max", "logsumexp", "mean", "amin", "min", "topk", "sort", "median", "kthvalue"})
+_SHIFT_STEPS = RESHAPES | frozenset(
+    "detach getitem to _to_copy alias clone unsqueeze squeeze neg expand select slice".split()
+)
 _OPAQUE = (  # attention that runs inside one op, of which sigswap cannot change the softmax
     "flex_attention",
     "flash_attn",
@@ -70,12 +73,9 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
     arguments.update(node.kwargs)
     query, key = arguments["query"], arguments["key"]
     rank, query_shape, key_shape = rank_of(query), shape_of(query), shape_of(key)
-    head = HeadLayout(None, 1)
-    if query_shape is not None:
-        if rank >= 4:
-            head = HeadLayout(rank - 3, query_shape[-3])
-        elif rank == 3:
-            head = _merged_heads(query, 0) or head
+    head = _factor_heads(query, rank - 1)
+    if head is None:
+        head = HeadLayout(rank - 3, query_shape[-3]) if query_shape and rank >= 4 else HeadLayout(None, 1)
     mask = arguments.get("attn_mask")
     if arguments.get("is_causal"):
         mask_kind = "causal"
@@ -92,7 +92,7 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
         key_axis=rank - 1,
         head=head,
         head_dim=query_shape[-1] if query_shape else None,
-        key_heads=key_shape[-3] if key_shape and rank >= 4 else head.heads,
+        key_heads=_key_heads(key, head, key_shape),
         mask=mask_kind,
         scale=scale if isinstance(scale, float) else None,
         dropout=bool(arguments.get("dropout_p")),
@@ -111,6 +111,45 @@ def _data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return data
 
 
+def _key_heads(key: torch.fx.Node, head: HeadLayout, shape: tuple[int, ...] | None) -> int:
+    """The heads of the key, before they were repeated for the query's (grouped-query attention)."""
+    if head.axis is None or head.merged or shape is None or head.axis >= len(shape):
+        return head.heads
+    return _unrepeated(key, head.axis)
+
+
+def _product_key_heads(product: Product) -> int:
+    head = product.key_head
+    if head.axis is None or head.merged:
+        return head.heads
+    key = [x for x in product.node.all_input_nodes if rank_of(x) > 1][-2:]
+    return _unrepeated(key[product.key_arg], head.axis) if len(key) == 2 else head.heads
+
+
+def _unrepeated(key: torch.fx.Node, axis: int) -> int:
+    """The size of ``axis`` before an expand and reshape, or a repeat_interleave, repeated its heads."""
+    node: torch.fx.Node = key
+    while True:
+        name = op_name(node)
+        if name == "repeat_interleave":
+            repeats = static_int(node.args[1])
+            size = shape_of(node)
+            return size[axis] // repeats if size and repeats else (size or (1,))[axis]
+        if name in RESHAPES and isinstance(node.args[0], torch.fx.Node):
+            before, after = shape_of(node.args[0]), shape_of(node)
+            source = node.args[0]
+            while op_name(source) in ("clone", "contiguous"):
+                source = source.args[0]
+            for old, new in (reshape_groups(before, after) or []) if before and after else []:
+                if new == [axis] and len(old) == 2 and op_name(source) == "expand":
+                    return before[old[0]]  # type: ignore[index]
+        step = _source_of(node, axis)
+        if step is None:
+            size = shape_of(node)
+            return size[axis] if size else 1
+        node, axis = step
+
+
 def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
     scores = anchor.args[0]
     shape = shape_of(scores)
@@ -120,14 +159,17 @@ def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionS
     key_axis = axis % len(shape)
 
     origin = _trace_scores(scores, key_axis, set())
-    # A key that no input reaches (a router's weights, a table of positions) makes no attention by itself; beside a
-    # true product it is a bias that depends on the query (DeBERTa, XLNet).
+    # Keys that no input reaches are weights (a router's), unless a layer computed them from learned queries (DETR).
+    # Beside a true product they are a bias that depends on the query (DeBERTa, XLNet), so they come last.
     origin.products.sort(key=lambda product: product.key not in data)
-    if origin.products and origin.products[0].key not in data:
-        origin = _Origin(reason="its keys do not depend on the model's input (a router or a classifier)")
-    if not origin.products:
-        return LeftAlone(anchor, origin.reason or "its scores are not a product of query and key", False)
+    if origin.products and not _is_computed(origin.products[0].key, data):
+        return LeftAlone(anchor, "its keys do not depend on the model's input (a router or a classifier)", False)
     output = _weighted_sum(anchor, key_axis)
+    if not origin.products:
+        # A product of activations that is not understood, over an axis that a value is weighted over: in doubt, an
+        # attention, so that it is not left without a word.
+        doubtful = output is not None and _has_product_above(scores)
+        return LeftAlone(anchor, origin.reason or "its scores are not a product of query and key", doubtful)
     if output is None:
         return LeftAlone(anchor, "its probabilities do not weight a value over the softmax's axis", False)
     if output.remade and origin.obstacle is None:
@@ -148,11 +190,44 @@ def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionS
         key_axis=key_axis,
         head=head,
         head_dim=products[0].head_dim,
-        key_heads=products[0].key_head.heads,
+        key_heads=_product_key_heads(products[0]),
         mask="+".join(sorted(origin.masks)) or "none",
         softcap=origin.softcap,
         dropout=output.dropout,
     )
+
+
+_LAYERS = frozenset({"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"})
+
+
+def _is_computed(node: torch.fx.Node, data: set[torch.fx.Node]) -> bool:
+    """Whether ``node`` depends on the model's inputs, or is what a layer makes of parameters."""
+    if node in data:
+        return True
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if op_name(current) in _LAYERS or op_name(current) in ("matmul", "mm", "bmm", "einsum"):
+            return True
+        pending += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
+    return False
+
+
+def _has_product_above(node: torch.fx.Node) -> bool:
+    """Whether a product of two activations goes into ``node``, with no layer in between."""
+    pending, seen = [node], set()
+    while pending and len(seen) < _LONGEST_WALK:
+        current = pending.pop()
+        name = op_name(current)
+        if name in ("matmul", "mm", "bmm", "baddbmm", "einsum", "cdist", "_cdist_forward", "inner", "tensordot", "dot"):
+            factors = [source for source in current.all_input_nodes if rank_of(source) > 0]
+            if not any(_is_parameter(factor) for factor in factors):
+                return True
+        elif name not in _LAYERS and name not in _SOFTMAX:
+            pending += [source for source in current.all_input_nodes if source not in seen]
+            seen.update(current.all_input_nodes)
+    return False
 
 
 # Up: from the softmax to the product of query and key.
@@ -219,6 +294,8 @@ def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.N
                     "its scores are shifted by a reduction over their own row, which a softmax ignores and a sigmoid "
                     "does not; remove the shift"
                 )
+    if name in ("constant_pad_nd", "pad") and shape_of(node)[key_axis] != shape_of(inputs[0])[key_axis]:  # type: ignore[index]
+        origin.obstacle = "its softmax runs over the keys and padded logits"
     if name in ("cat", "concat", "concatenate"):
         axis = static_int(node.args[1]) if len(node.args) > 1 else 0
         if axis is not None and axis % rank_of(node) == key_axis and len(origin.products) < len(inputs):
@@ -268,7 +345,7 @@ def _mixes_heads(product: _Factors, node: torch.fx.Node, source: torch.fx.Node) 
 
 
 def _is_row_reduction(node: torch.fx.Node) -> bool:
-    while op_name(node) in ("detach", "getitem", "to", "_to_copy", "alias", "clone", "unsqueeze"):
+    while op_name(node) in _SHIFT_STEPS and isinstance(node.args[0], torch.fx.Node):
         node = node.args[0]
     return op_name(node) in _REDUCTIONS
 
@@ -276,7 +353,7 @@ def _is_row_reduction(node: torch.fx.Node) -> bool:
 def _product(node: torch.fx.Node, key_axis: int) -> _Factors | str | None:
     """``node`` as a product whose ``key_axis`` comes from the key; a reason if it is a product but not that one."""
     name = op_name(node)
-    if name in ("matmul", "bmm", "baddbmm", "linear"):
+    if name in ("matmul", "mm", "bmm", "baddbmm", "linear"):
         first, second = node.args[1:3] if name == "baddbmm" else node.args[:2]
         found = _matrix_product(node, first, second, key_axis, transposed=name == "linear")
     elif name == "einsum":
@@ -474,7 +551,7 @@ def _sums(user: torch.fx.Node, weights: _Weights) -> bool:
 
 def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
     name = op_name(user)
-    if name in ("matmul", "bmm", "baddbmm"):
+    if name in ("matmul", "mm", "bmm", "baddbmm"):
         first, second = user.args[1:3] if name == "baddbmm" else user.args[:2]
         if rank_of(second) < 2 and first is weights:
             return axis == rank_of(first) - 1
@@ -497,21 +574,123 @@ def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
 
 
 def _score_heads(origin: _Origin, scores: torch.fx.Node, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
-    """Where the heads are in the scores: the last axis that is neither the queries' nor the keys'."""
+    """Where the heads are in the scores. See :func:`_factor_heads`; the axis is followed from the query down."""
     product = origin.products[0]
+    found = _factor_heads(product.query, product.query_dim_axis)
+    if found is not None and found.axis is None:
+        return HeadLayout(None, 1)
+    merged = _merged_heads(scores, len(shape) - 3) if len(shape) == 3 and key_axis != 0 else None
+    if merged is not None:  # the module merged batch and heads in the scores themselves
+        return HeadLayout(0, merged.heads, merged=True)
+    if found is not None:
+        for out_axis, (axis_in_query, _) in product.batch_axes.items():
+            if axis_in_query != found.axis:
+                continue
+            axis = _follow(product.path, out_axis)
+            if axis is not None:
+                return HeadLayout(axis, found.heads, found.merged)
+            if found.merged:  # [batch*heads, M, N], viewed as [batch, heads, M, N] before the softmax
+                split = [a for a in range(len(shape) - 2) if shape[a] == found.heads]
+                return HeadLayout(split[-1], found.heads) if split else HeadLayout(None, 1)
+        return HeadLayout(None, 1)
     query_axis = _follow(product.path, product.query_axis)
     if query_axis is None:
         query_axis = key_axis - 1 if key_axis > 0 else 1
     batch = [axis for axis in range(len(shape)) if axis not in (query_axis, key_axis)]
-    if not batch:
-        return HeadLayout(None, 1)
-    if len(batch) > 1:
-        return HeadLayout(batch[-1], shape[batch[-1]])
-    merged = _merged_heads(scores, batch[0])
-    for out_axis, (axis_in_query, _) in product.batch_axes.items():
-        if merged is None and _follow(product.path, out_axis) in (batch[0], None):
-            merged = _merged_heads(product.query, axis_in_query)
-    return HeadLayout(None, 1) if merged is None else HeadLayout(batch[0], merged.heads, merged=True)
+    return HeadLayout(batch[-1], shape[batch[-1]]) if len(batch) > 1 else HeadLayout(None, 1)
+
+
+def _factor_heads(factor: torch.fx.Node, dim_axis: int) -> HeadLayout | None:
+    """Where the heads are in a query: on the axis that was split from the channels together with head_dim.
+
+    HeadLayout(None, 1): the channels were never split. None: it cannot be told (the split is outside of the graph).
+    """
+    steps: list[tuple[torch.fx.Node, torch.fx.Node]] = []  # (op, its input)
+    node, axis = factor, dim_axis
+    while True:
+        if op_name(node) in RESHAPES:
+            source = node.args[0]
+            before, after = shape_of(source), shape_of(node)
+            groups = reshape_groups(before, after) if before and after else None
+            for old, new in groups or []:
+                others = [a for a in new if a != axis and after[a] != 1]  # type: ignore[index]
+                if axis not in new or not others:
+                    continue
+                if len([a for a in old if before[a] != 1]) > 1:  # type: ignore[index]
+                    return _followed_heads(steps, _merged_heads(node, others[-1]))
+                layouts = [HeadLayout(a, after[a]) for a in reversed(others)]  # type: ignore[index]
+                followed = (_followed_heads(steps, layout) for layout in layouts)
+                found = next((layout for layout in followed if layout is not None), HeadLayout(None, 1))
+                sizes = shape_of(factor)
+                if found.axis is None or found.merged or sizes is None:
+                    return found
+                return HeadLayout(found.axis, sizes[found.axis])  # some may have been sliced off (Falcon)
+        step = _source_of(node, axis)
+        if step is None:
+            # A layer on [batch, length, channels]: its channels are head_dim as a whole.
+            whole = op_name(node) in ("linear", "addmm") and rank_of(node) <= 3 and axis == rank_of(node) - 1
+            return HeadLayout(None, 1) if whole else None
+        steps.append((node, step[0]))
+        node, axis = step
+
+
+def _source_of(node: torch.fx.Node, axis: int) -> tuple[torch.fx.Node, int] | None:
+    """The input of ``node`` from which ``axis`` comes, and that axis there."""
+    if op_name(node) == "getitem" and isinstance(node.args[0], torch.fx.Node):
+        pieces = node.args[0]
+        if not pieces.args or not isinstance(pieces.args[0], torch.fx.Node):
+            return None
+        if op_name(pieces) == "unbind":
+            gone = static_int(pieces.args[1]) if len(pieces.args) > 1 else 0
+            gone = (gone or 0) % rank_of(pieces.args[0])
+            return pieces.args[0], axis + (axis >= gone)
+        return (
+            (pieces.args[0], axis)
+            if op_name(pieces) in ("chunk", "split", "split_with_sizes", "tensor_split")
+            else None
+        )
+    if op_name(node) in ("layer_norm", "rms_norm"):
+        return node.args[0], axis  # type: ignore[return-value]
+    if op_name(node) in ("amax", "mean") and len(node.args) == 2 and isinstance(node.args[1], list):
+        gone_axes = {a % rank_of(node.args[0]) for a in node.args[1]}  # type: ignore[arg-type]
+        return node.args[0], [a for a in range(rank_of(node.args[0])) if a not in gone_axes][axis]  # type: ignore
+    if op_name(node) in _LAYERS:
+        return None
+    for source in chain_inputs(node):
+        axes = axis_map(node, source)
+        if axes is not None and axis in axes:
+            return source, axes.index(axis)
+    return None
+
+
+def _followed_heads(steps: list[tuple[torch.fx.Node, torch.fx.Node]], layout: HeadLayout | None) -> HeadLayout | None:
+    """``layout`` at the input of the last step, followed down to the factor; None where its axis ends."""
+    for node, source in reversed(steps):
+        if layout is None or layout.axis is None:
+            return layout
+        axis: int | None = layout.axis
+        if op_name(node) in ("getitem", "amax", "mean"):
+            positions = {_source_of(node, a)[1]: a for a in range(rank_of(node))}  # type: ignore[index]
+            axis = positions.get(layout.axis)
+        elif op_name(node) not in ("layer_norm", "rms_norm"):
+            axes = axis_map(node, source)
+            axis = axes[layout.axis] if axes is not None else None
+        if axis is None and op_name(node) in RESHAPES and not layout.merged:
+            merged = _merged_axis(source, node, layout.axis)
+            layout = None if merged is None else HeadLayout(merged, layout.heads, merged=True)
+        else:
+            layout = None if axis is None else dataclasses.replace(layout, axis=axis)
+    return layout
+
+
+def _merged_axis(source: torch.fx.Node, node: torch.fx.Node, axis: int) -> int | None:
+    """The axis of the reshape ``node`` into which ``axis`` was merged as the inner one, or None."""
+    before, after = shape_of(source), shape_of(node)
+    for old, new in (reshape_groups(before, after) or []) if before and after else []:
+        large = [a for a in new if after[a] != 1]  # type: ignore[index]
+        if axis == old[-1] and len(large) == 1:
+            return large[0]
+    return None
 
 
 def _follow(path: list[tuple[torch.fx.Node, torch.fx.Node]], axis: int | None) -> int | None:

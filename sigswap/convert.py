@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
-from sigswap.discover import run
+from sigswap.discover import Run, run
 from sigswap.errors import (
     AlreadyConvertedError,
     ArgumentError,
@@ -23,7 +23,7 @@ from sigswap.errors import (
 )
 from sigswap.example_inputs import resolve_inputs
 from sigswap.mode import base_class, swapped_class
-from sigswap.plan import Sites, merge, plan_run
+from sigswap.plan import Sites, merge, plan_run, without
 from sigswap.report import Report, SiteRecord
 from sigswap.state import OwnerPlan, OwnerState
 
@@ -39,7 +39,7 @@ class Conversion:
     owners: tuple[OwnerPlan, ...]
     guarded: tuple[str, ...]
     report: Report
-    attn_implementation: str | None = None  # of a transformers model, before it was set to sdpa
+    attn_implementations: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by module path, before sdpa
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,7 +47,7 @@ class Conversion:
             "owners": [owner.to_dict() for owner in self.owners],
             "guarded": list(self.guarded),
             "report": self.report.to_dict(),
-            "attn_implementation": self.attn_implementation,
+            "attn_implementations": dict(self.attn_implementations),
         }
 
     @classmethod
@@ -57,7 +57,7 @@ class Conversion:
             tuple(OwnerPlan.from_dict(owner) for owner in data["owners"]),
             tuple(data["guarded"]),
             Report.from_dict(data["report"]),
-            data["attn_implementation"],
+            dict(data["attn_implementations"]),
         )
 
 
@@ -150,6 +150,17 @@ def revert(model: nn.Module) -> nn.Module:
     """
     conversion = conversion_of(model)
     modules = [module for module in model.modules() if base_class(module) is not None]
+    for path, module in model.named_modules():
+        if base_class(module) is not None and "_sigswap_base" not in vars(type(module)):
+            raise ConversionError(
+                f"{path or 'the model'}: its class was changed after the conversion (by FSDP or a parametrization); "
+                "undo that first."
+            )
+        if base_class(module) is not None and "forward" in vars(module):
+            raise ConversionError(
+                f"{path or 'the model'}: its forward was replaced on the instance after the conversion (by "
+                "accelerate's hooks, say); remove that first."
+            )
     for module in modules:
         if not isinstance(module.__dict__.get("_modules", {}).get("sigswap"), OwnerState | None):
             raise ConversionError(
@@ -161,8 +172,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
     del model.__dict__[_RECORD]
-    if conversion.attn_implementation is not None:
-        _set_attn_implementation(model, conversion.attn_implementation)
+    _set_attn_implementations(model, conversion.attn_implementations)
     return model
 
 
@@ -281,6 +291,7 @@ def _look(
     inputs = resolve_inputs(model, example_inputs)
     for call in inputs:
         runs.append(run(model, call))
+    given = len(runs)
     for name, prepare in _variants(model):
         for call in inputs:
             try:
@@ -288,9 +299,9 @@ def _look(
             except ExampleInputsError as error:
                 notes.append(f"not looked at with {name}: {error.__cause__ or error}")
     if any(recorded.real for recorded in runs):
-        notes.append("The forward depends on values of its inputs: it was run on the real parameters.")
+        notes.append("The forward depends on values of its inputs: it was run on copies of the real parameters.")
 
-    everything = _merged(model, runs, None, notes)
+    everything = _merged(model, runs, given, None, notes)
     for name, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if not fnmatch.filter([*everything.owners, *(left.path for left in everything.left)], pattern):
@@ -298,24 +309,40 @@ def _look(
                     f"{name}: {pattern!r} matches no attention module; they are {sorted(everything.owners)}."
                 )
     chosen = [path for path in everything.owners if _selected(path, include, exclude)]
-    sites = everything if len(chosen) == len(everything.owners) else _merged(model, runs, chosen, [])
+    sites = everything if len(chosen) == len(everything.owners) else _merged(model, runs, given, chosen, [])
     return sites, Report(_records(everything, chosen), list(dict.fromkeys(notes)))
 
 
-def _merged(model: nn.Module, runs: Sequence[Any], wanted: Sequence[str] | None, notes: list[str]) -> Sites:
-    """One plan from all runs. An owner whose calls two runs number differently cannot be addressed."""
-    sites = plan_run(model, runs[0], wanted)
-    for recorded in runs[1:]:
-        sites, clashes = merge(sites, plan_run(model, recorded, wanted))
-        notes += [f"{path}: only the calls of its first path through the code are known" for path in clashes]
-    executed = frozenset().union(*(recorded.executed for recorded in runs))
-    classes = {type(model.get_submodule(path)) for path in sites.owners}
-    for path, module in model.named_modules():
-        if path not in executed and type(module) in classes:
-            notes.append(
-                f"{path} ({type(module).__name__}) did not run on the example inputs, so it was not looked at and "
-                "stays softmax; add an input that reaches it."
-            )
+def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[str] | None, notes: list[str]) -> Sites:
+    """One plan from all runs: the first ``given`` are the user's inputs, the others variants of them.
+
+    An owner whose calls two inputs number differently cannot be addressed, and is left.
+    """
+    known = dict.fromkeys(path for recorded in runs[:given] for path in plan_run(model, recorded, wanted).owners)
+    sites = plan_run(model, runs[0], wanted, known)
+    for index, recorded in enumerate(runs[1:], start=1):
+        sites, clashes = merge(sites, plan_run(model, recorded, wanted, known if index < given else ()))
+        for path in clashes:
+            if index < given:
+                sites = without(
+                    sites, path, "its inputs take paths through its code that number their calls differently"
+                )
+            else:
+                notes.append(f"{path}: only the calls of its present form (attention implementation) are known")
+    executed = {path for recorded in runs for path in recorded.executed}
+    idle = [
+        path
+        for path, module in model.named_modules()
+        if path not in executed and any(True for _ in module.parameters())
+    ]
+    idle = [path for path in idle if path.rpartition(".")[0] in executed]
+    idle = [path for path in idle if not isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)]
+    if idle:
+        shown = ", ".join(f"{path} ({type(model.get_submodule(path)).__name__})" for path in idle[:5])
+        notes.append(
+            f"Not run by the example inputs, so not looked at: {shown}{', ...' if len(idle) > 5 else ''}. Attention in "
+            "there stays softmax; add an input that reaches it."
+        )
     return sites
 
 
@@ -368,34 +395,35 @@ def _attn_implementation(model: nn.Module) -> str | None:
 
 
 class _ReachableAttention:
-    """Sets a transformers model whose attention runs inside one opaque op to sdpa; back again, unless it is kept.
+    """Sets what a transformers model runs inside one opaque op (flash, flex) to sdpa; back again, unless it is kept.
 
-    ``before`` is the implementation that it had, or None if it was left.
+    ``before`` holds the implementations that were changed, by module path.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.before: str | None = None
+        self.before: dict[str, str] = {}
         self.kept = False
 
     def __enter__(self) -> _ReachableAttention:
-        implementation = _attn_implementation(self.model)
-        if implementation is not None and implementation not in ("sdpa", "eager"):
-            _set_attn_implementation(self.model, "sdpa")
-            self.before = implementation
+        for path, module in self.model.named_modules():
+            implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+            if implementation not in (None, "sdpa", "eager"):
+                self.before[path] = implementation
+        # A config also sets its parts': all are read before the first is changed.
+        _set_attn_implementations(self.model, dict.fromkeys(self.before, "sdpa"))
         return self
 
     def keep(self) -> None:
         self.kept = True
 
     def __exit__(self, *error: object) -> None:
-        if self.before is not None and not self.kept:
-            _set_attn_implementation(self.model, self.before)
+        if not self.kept:
+            _set_attn_implementations(self.model, self.before)
 
 
-def _set_attn_implementation(model: nn.Module, implementation: str) -> None:
+def _set_attn_implementations(model: nn.Module, implementations: Mapping[str, str]) -> None:
     """Past the checks of the model's own method: flash attention need not be installed to be put back."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            config._attn_implementation = implementation
+    for path, implementation in implementations.items():
+        # Not the property _attn_implementation, which sets the parts' as well.
+        model.get_submodule(path).config._attn_implementation_internal = implementation

@@ -2,7 +2,7 @@
 
 The run is on a structural copy whose parameters are fake (no memory, no compute of the model's size), so whatever the
 forward does to its module (caches, buffers, counters) never reaches the user's model. A forward that needs values of
-its inputs (``if mask.all()``) is run again on the real parameters, under no_grad.
+its inputs (``if mask.all()``) is run again on copies of the real parameters, under no_grad.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,6 +33,7 @@ from sigswap.mode import FAMILIES
 from sigswap.multihead import multi_head_attention_forward, native_multi_head_attention
 from sigswap.passes.find import PARAMETER, find
 from sigswap.passes.site import FindResult
+from sigswap.state import UNSEEN_FILES
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call of the model
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
@@ -41,6 +45,7 @@ _VALUES = {
     torch.Tensor.__int__,
     torch.Tensor.__float__,
     torch.Tensor.__index__,
+    torch.Tensor.__contains__,
 }
 _CALL = "sigswap_call"  # node.meta key: the innermost recorded call that made the node
 _STACK = "sigswap_stack"  # node.meta key: the modules inside whose forward the node was made, outermost first
@@ -52,7 +57,8 @@ class Call:
 
     ``stack``: the module calls it was made in, outermost first. ``lines``: the code lines that led to it, for each
     module call of the stack from the innermost out. ``mha``: the index of the multi_head_attention_forward call that
-    made this one, or None. ``heads``: for multi_head_attention_forward, (heads, head_dim).
+    made this one, or None. ``heads``: for multi_head_attention_forward, (heads, head_dim). ``in_function``: it was
+    made inside an autograd.Function.
     """
 
     family: str
@@ -60,6 +66,7 @@ class Call:
     lines: tuple[tuple[tuple[str, int], ...], ...]
     mha: int | None
     heads: tuple[int, int] | None
+    in_function: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Run:
     calls: tuple[Call, ...]
     found: FindResult
     outputs: Mapping[str, Any]
-    executed: frozenset[str]
+    executed: Mapping[str, tuple[int, ...]]  # module path -> the numbers of its calls
     real: bool  # the run needed the values of the real parameters
 
     def call_of(self, node: torch.fx.Node) -> int | None:
@@ -116,7 +123,12 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
     try:
         if prepare is not None:
             prepare(clone)
-        with mode, torch.no_grad(), torch.random.fork_rng(devices=[], enabled=not fake):
+        with (
+            mode,
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            torch.random.fork_rng(devices=[], enabled=not fake),
+        ):
             traced = make_fx(forward, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
                 parameters, args, kwargs
             )
@@ -128,10 +140,33 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
             "its forward accepts as example_inputs: a tensor, a tuple of positional arguments, a dict of keyword "
             "arguments, or a list of those."
         ) from error
+    finally:
+        _forget_fake_tensors()
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node in placeholders[: len(parameters)]:
         node.meta[PARAMETER] = True
-    return Run(tuple(recorder.calls), find(traced.graph), recorder.outputs, frozenset(recorder.executed), not fake)
+    return Run(
+        tuple(recorder.calls),
+        find(traced.graph),
+        recorder.outputs,
+        {path: tuple(numbers) for path, numbers in recorder.executed.items()},
+        not fake,
+    )
+
+
+def _forget_fake_tensors() -> None:
+    """Clears the functools caches that the run has put fake tensors into; the real model would get them from there."""
+    for cache in gc.get_objects():
+        if type(cache) is functools._lru_cache_wrapper:  # type: ignore[attr-defined]
+            reached = [cache]
+            for _ in range(4):  # the cache's links, their tuples, what these hold
+                reached = [inner for outer in reached for inner in gc.get_referents(outer) if not callable(inner)]
+                if any(type(value) is FakeTensor for value in reached):
+                    cache.cache_clear()
+                    break
+                reached = [
+                    v for v in reached if isinstance(v, tuple | list | dict) or type(v).__name__ == "_lru_list_elem"
+                ]
 
 
 def _tensor_tree(output: Any) -> Any:
@@ -168,7 +203,10 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
             if isinstance(mode, FakeTensorMode):
                 memo[id(tensor)] = _converted(tensor, mode, device)
             else:
-                memo[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+                value = tensor.detach().clone()
+                memo[id(tensor)] = (
+                    nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                )
             keep.append(tensor)
     try:
         clone = copy.deepcopy(model, memo)
@@ -178,6 +216,8 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
             "for in a copy; remove the attribute that cannot be deep-copied before the conversion."
         ) from error
     for module in clone.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         # Users' hooks may write into the users' own objects.
         for name in (
             "_forward_hooks",
@@ -193,7 +233,7 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
 def _converted(tensor: Tensor, mode: Any, device: torch.device) -> Tensor:
     """``tensor`` as a fake tensor of ``mode`` (or itself), on ``device`` if it was on another or on meta."""
     if not isinstance(mode, FakeTensorMode):
-        return tensor if tensor.device == device else tensor.to(device)
+        return tensor.detach().to(device, copy=True)
     if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
         return tensor
     if tensor.device == device and not isinstance(tensor, FakeTensor):
@@ -213,12 +253,14 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self.outputs: dict[str, Any] = {}
-        self.executed: set[str] = set()
+        self.executed: dict[str, list[int]] = {}
         self.stack: list[tuple[str, int]] = []
         self.module_calls = 0
         self.open_calls: list[int] = []
         self.last: torch.fx.Node | None = None
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks
             module.register_forward_pre_hook(self._enter(path))
             module.register_forward_hook(self._leave(path), always_call=True)
 
@@ -227,7 +269,7 @@ class _Recorder(TorchFunctionMode):
             self.stamp()
             self.module_calls += 1
             self.stack.append((path, self.module_calls))
-            self.executed.add(path)
+            self.executed.setdefault(path, []).append(self.module_calls)
 
         return hook
 
@@ -272,7 +314,7 @@ class _Recorder(TorchFunctionMode):
         self.open_calls.append(len(self.calls))
         outer = next((index for index in self.open_calls[:-1] if self.calls[index].family == "mha"), None)
         heads = (args[4], args[3] // args[4]) if family == "mha" else None
-        self.calls.append(Call(family, tuple(self.stack) or (("", 1),), _code_lines(), outer, heads))
+        self.calls.append(Call(family, tuple(self.stack) or (("", 1),), _code_lines(), outer, heads, _in_function()))
         try:
             if family == "mha":
                 # A mode gets this function whole; with the mode on again, the softmax inside it shows as well.
@@ -305,13 +347,24 @@ _WHOLE = {
 }
 
 
+def _in_function() -> bool:
+    """Whether the recorded call is made in the forward of an autograd.Function, whose first argument is its context."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        first = frame.f_code.co_varnames[:1]
+        if first and isinstance(frame.f_locals.get(first[0]), torch.autograd.function.FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _code_lines() -> tuple[tuple[tuple[str, int], ...], ...]:
     """The code lines that led to the recorded call, cut at each call of a module."""
     levels: list[list[tuple[str, int]]] = [[]]
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if not code.co_filename.endswith(("nn/modules/module.py", "torch/overrides.py")):
+        if os.path.basename(code.co_filename) not in UNSEEN_FILES:
             levels[-1].append((code.co_filename, frame.f_lineno))
         elif code.co_name == "_call_impl":
             levels.append([])

@@ -14,6 +14,7 @@ def softmax(
     _stacklevel: int | torch.dtype | None = 3,
     dtype: torch.dtype | None = None,
     *,
+    out: Tensor | None = None,
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
@@ -26,7 +27,8 @@ def softmax(
         dtype = _stacklevel
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
-    return probabilities(input, dim, bias=bias, visible_bias=visible_bias, const_bias=const_bias, dtype=dtype)
+    result = probabilities(input, dim, bias=bias, visible_bias=visible_bias, const_bias=const_bias, dtype=dtype)
+    return result if out is None else out.copy_(result)
 
 
 def scaled_dot_product_attention(

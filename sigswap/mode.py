@@ -179,12 +179,13 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _SWAPPED:
 
         @functools.wraps(base.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def sigswap_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
             mode = SwapMode(state)
             with mode:
                 output = base.forward(self, *args, **kwargs)
-            if not mode.swapped:
+            state.check_totals(mode.counts)
+            if not mode.swapped and not state.plan.may_skip:
                 raise UnknownCallError(
                     f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when "
                     "it was converted (was its attention implementation changed since?). Revert the model, and convert "
@@ -192,13 +193,13 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
                 )
             return state.finish(output)
 
-        _SWAPPED[base] = _subclass(base, forward)
+        _SWAPPED[base] = _subclass(base, sigswap_forward)
     return _SWAPPED[base]
 
 
 def base_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that ``module`` had before :func:`swapped_class`, or None."""
-    return type(module).__dict__.get("_sigswap_base")
+    return getattr(type(module), "_sigswap_base", None)
 
 
 def _subclass(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:

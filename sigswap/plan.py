@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,14 +36,18 @@ class Sites:
     guarded: frozenset[str]
 
 
-def plan_run(model: nn.Module, run: Run, wanted: Iterable[str] | None = None) -> Sites:
-    """The plan that ``run`` of ``model`` shows. ``wanted``: owner paths to plan for (None: all)."""
+def plan_run(model: nn.Module, run: Run, wanted: Iterable[str] | None = None, known: Iterable[str] = ()) -> Sites:
+    """The plan that ``run`` of ``model`` shows. ``wanted``: owner paths to plan for (None: all).
+
+    ``known``: paths that own a site in other runs; their calls in this one are planned also where they own none.
+    """
     owned, left = _owned_sites(model, run)
     if wanted is not None:
         wanted = set(wanted)
         owned = {call: item for call, item in owned.items() if item[0][0] in wanted}
     owners: dict[str, OwnerPlan] = {}
-    for path in dict.fromkeys(owner for (owner, _), _ in owned.values()):
+    paths = dict.fromkeys(owner for (owner, _), _ in owned.values())
+    for path in dict.fromkeys([*paths, *(path for path in known if path in run.executed)]):
         owners[path] = _owner_plan(model, run, path, owned)
     guarded = {
         path
@@ -64,22 +69,40 @@ def merge(first: Sites, other: Sites) -> tuple[Sites, list[str]]:
         if known is None:
             owners[path] = plan
             continue
-        calls = {**plan.calls, **known.calls}
         agree = all(plan.calls[key] == known.calls[key] for key in plan.calls.keys() & known.calls.keys())
-        if not agree or len(plan.sites) != len(known.sites):
+        if not agree or (known.sites and plan.sites and len(plan.sites) != len(known.sites)):
             clashes.append(path)
             continue
-        sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
-        owners[path] = dataclasses.replace(known, sites=sites, calls=calls, repeats={**plan.repeats, **known.repeats})
+        sites = known.sites or plan.sites
+        if known.sites and plan.sites:
+            sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
+        families = known.totals.keys() | plan.totals.keys()
+        owners[path] = dataclasses.replace(
+            known,
+            sites=sites,
+            calls={**plan.calls, **known.calls},
+            repeats={**plan.repeats, **known.repeats},
+            totals={f: tuple(sorted({*known.totals.get(f, ()), *plan.totals.get(f, ())})) for f in sorted(families)},
+            may_skip=known.may_skip or plan.may_skip,
+            place=known.place or plan.place,
+        )
     left = tuple(dict.fromkeys((*first.left, *other.left)))
     return Sites(owners, left, first.guarded | other.guarded), clashes
 
 
+def without(sites: Sites, path: str, reason: str) -> Sites:
+    """``sites`` without the owner ``path``, which is left as an attention for ``reason``."""
+    owners = {other: plan for other, plan in sites.owners.items() if other != path}
+    return dataclasses.replace(sites, owners=owners, left=(*sites.left, Left(path, "softmax", reason, True)))
+
+
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
-    """``known``, with the layout of the scores from ``other`` if only that one computes its own."""
-    if known.kind == "softmax" or other.kind != "softmax":
-        return known
-    return dataclasses.replace(known, head_axis=other.head_axis, merged=other.merged, product=other.product)
+    """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
+    if known.kind != "softmax" and other.kind == "softmax":
+        return dataclasses.replace(known, head_axis=other.head_axis, merged=other.merged, product=other.product)
+    if known.kind == "softmax" and other.kind == "sdpa":
+        return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis, sdpa_merged=other.sdpa_merged)
+    return known
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -95,8 +118,11 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         call = run.call_of(site.anchor)
         if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha"):
             call = None
-        if call is None:
+        in_function = call is not None and run.calls[call].in_function
+        if call is None or in_function:
             reason = "its softmax is not called through torch, torch.nn.functional or Tensor (scripted code, say)"
+            if in_function:
+                reason = "its softmax runs inside an autograd.Function, whose backward is the softmax's"
             left.append(Left(stack[-1][0], site.kind, reason, True))
             continue
         outer = run.calls[call].mha
@@ -143,6 +169,7 @@ def _owner_plan(
     places: dict[str, set[int]] = {}  # family -> the sites of its calls
     counts: dict[tuple[int, str], int] = {}
     product_sites: dict[int, int] = {}  # index of a product's call -> site
+    attended: set[int] = set()  # the owner's module calls in which it attended
 
     for anchor, ((owner, _), site) in owned.items():
         if owner != path:
@@ -175,9 +202,11 @@ def _owner_plan(
         target = index_of[_place(call, path)] if call_owner == path else NOT_ATTENTION
         calls[f"{call.family}:{position}"] = target
         places.setdefault(call.family, set()).add(target)
+        if target >= 0:
+            attended.add(invocation)
 
     # A scaled_dot_product_attention beyond those seen is a further turn of the one loop; so is a softmax, if a loop
-    # was seen.
+    # was seen and the call comes from the same place in the code.
     repeats = {
         family: next(iter(targets))
         for family, targets in places.items()
@@ -185,8 +214,18 @@ def _owner_plan(
         and NOT_ATTENTION not in targets
         and (family != "softmax" or sum(key.startswith("softmax:") for key in calls) > 1)
     }
+    place: tuple[tuple[str, int], ...] = ()
+    if "softmax" in repeats and len(index_of) == 1:
+        (_, levels) = next(iter(index_of))
+        place = tuple((os.path.basename(file), line) for level in levels for file, line in level)
+    invocations = run.executed.get(path, ())
+    totals = {
+        family: tuple(sorted({counts.get((invocation, family), 0) for invocation in invocations}))
+        for family in ("softmax", "sdpa", "mha")
+    }
     axis, channels = _channels(_module(model, path), run.outputs.get(path))
-    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels)
+    may_skip = any(invocation not in attended for invocation in invocations)
+    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels, totals, may_skip, place)
 
 
 def _depth(call: Call, path: str) -> int | None:
@@ -211,15 +250,18 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         product_call = run.call_of(site.products[0].node)
         if product_call is not None and run.calls[product_call].family == "product":
             product = _product_plan(site.products[0])
+    axis = None if site.head.axis is None else site.head.axis - rank
+    layout: dict[str, Any] = {"head_axis": axis, "merged": site.head.merged}
+    if site.kind == "sdpa":
+        layout = {"sdpa_head_axis": axis, "sdpa_merged": site.head.merged}
     return SitePlan(
         kind=site.kind,
         heads=site.head.heads,
         key_heads=site.key_heads or site.head.heads,
         head_dim=site.head_dim,
-        head_axis=None if site.head.axis is None else site.head.axis - rank,
-        merged=site.head.merged,
         mask=site.mask,
         product=product,
+        **layout,
     )
 
 

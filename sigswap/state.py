@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +20,12 @@ from sigswap.config import SigmoidConfig
 from sigswap.errors import ConfigError, UnknownCallError
 from sigswap.multihead import sigmoid_heads
 
+_ANOTHER_PATH = (
+    "this input takes another path through its code. Revert the model and convert it again with example_inputs=[...] "
+    "that holds an input for each path."
+)
+SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
+UNSEEN_FILES = ("module.py", "overrides.py")  # torch's own, between a module's forward and the next one's
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
 
 
@@ -48,7 +56,11 @@ class ProductPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SitePlan:
-    """One attention of an owner. ``head_axis`` counts from the end of the scores; None: one head."""
+    """One attention of an owner.
+
+    ``head_axis`` counts from the end of the scores, ``sdpa_head_axis`` from the end of the query that
+    scaled_dot_product_attention gets; None: one head. ``merged``: the axis holds batch*heads, heads inner.
+    """
 
     kind: str
     heads: int
@@ -56,6 +68,8 @@ class SitePlan:
     head_dim: int | None
     head_axis: int | None = None
     merged: bool = False
+    sdpa_head_axis: int | None = -3
+    sdpa_merged: bool = False
     mask: str = "none"
     product: ProductPlan | None = None
 
@@ -64,9 +78,10 @@ class SitePlan:
 class OwnerPlan:
     """The calls of one owner: ``calls["softmax:0"]`` is the site of its first softmax, or NOT_ATTENTION.
 
-    ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of
-    any further call. ``channel_axis`` (from the end) is the channels' axis of the owner's output, ``channels`` their
-    number.
+    ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of any
+    further call, and ``place`` the code lines of that place for softmax. ``totals`` are the numbers of calls that one
+    forward was seen to make, by family; ``may_skip``: one was seen that attended nothing. ``channel_axis`` (from the
+    end) is the channels' axis of the owner's output, ``channels`` their number.
     """
 
     path: str
@@ -75,6 +90,9 @@ class OwnerPlan:
     repeats: Mapping[str, int]
     channel_axis: int = -1
     channels: int | None = None
+    totals: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    may_skip: bool = False
+    place: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -88,7 +106,13 @@ class OwnerPlan:
                 axes = {name: AxisPlan(**product[name]) for name in ("query", "key")}
                 product = ProductPlan(**{**product, **axes})
             sites.append(SitePlan(**{**site, "product": product}))
-        return cls(**{**data, "sites": tuple(sites), "calls": dict(data["calls"]), "repeats": dict(data["repeats"])})
+        plain = {
+            "calls": dict(data["calls"]),
+            "repeats": dict(data["repeats"]),
+            "totals": {family: tuple(totals) for family, totals in data["totals"].items()},
+            "place": tuple((file, line) for file, line in data["place"]),
+        }
+        return cls(**{**data, **plain, "sites": tuple(sites)})
 
 
 def bias_terms(config: SigmoidConfig) -> tuple[bool, float]:
@@ -108,6 +132,11 @@ class OwnerState(nn.Module):
         self.plan = plan
         self.calls = dict(plan.calls)
         self.repeats = dict(plan.repeats)
+        # Families in which a missing call would shift the others: there the number of calls has to be a known one.
+        targets = {
+            family: {i for key, i in plan.calls.items() if key.startswith(f"{family}:")} for family in plan.totals
+        }
+        self.totals = {family: plan.totals[family] for family in plan.totals if len(targets[family]) > 1}
         self.intercepts_products = config.query_bias or config.qk_norm is not None
         for index, site in enumerate(plan.sites):
             self.add_module(str(index), SiteState(site, config, plan.path, dtype, device))
@@ -130,13 +159,36 @@ class OwnerState(nn.Module):
         index = self.calls.get(f"{family}:{position}")
         if index is None:
             index = NOT_ATTENTION if family == "product" else self.repeats.get(family)
+            if index is not None and family == "softmax":
+                index = self._site_of_turn(index)
         if index is None:
             raise UnknownCallError(
                 f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make "
-                "when it was converted: this input takes another path through its code. Revert the model and convert "
-                "it again with example_inputs=[...] that holds an input for each path."
+                f"when it was converted: {_ANOTHER_PATH}"
             )
         return index
+
+    def _site_of_turn(self, index: int) -> int | None:
+        """``index``, if the call now made comes from the loop's place in the code; compiled code can't tell."""
+        if torch.compiler.is_compiling():
+            return None
+        place, frame = [], sys._getframe()
+        while frame is not None and frame.f_code.co_name != SWAPPED_FORWARD:
+            name = os.path.basename(frame.f_code.co_filename)
+            if place or (frame.f_code.co_name == "__torch_function__"):
+                place.append((name, frame.f_lineno))
+            frame = frame.f_back
+        seen = tuple(line for line in place[1:] if line[0] not in UNSEEN_FILES)
+        return index if seen == self.plan.place else None
+
+    def check_totals(self, counts: Mapping[str, int]) -> None:
+        """Raises UnknownCallError if a forward made a number of calls by which positions cannot be told."""
+        for family, totals in self.totals.items():
+            if counts[family] not in totals:
+                raise UnknownCallError(
+                    f"{self.plan.path or 'the model'} made {counts[family]} {family} calls, and {sorted(totals)} "
+                    f"when it was converted: {_ANOTHER_PATH}"
+                )
 
     def finish(self, output: Any) -> Any:
         """The owner's output, or the first item of it, after hybrid-norm and LayerScale (paper, section 3)."""
@@ -148,7 +200,8 @@ class OwnerState(nn.Module):
         if self.norm is not None:
             output = self.norm(output.movedim(self.plan.channel_axis, -1)).movedim(-1, self.plan.channel_axis)
         if self.layer_scale is not None:
-            output = output * self.layer_scale.view(-1, *[1] * (-1 - self.plan.channel_axis))
+            scale = self.layer_scale.view(-1, *[1] * (-1 - self.plan.channel_axis))
+            output = output * scale.to(output.dtype)
         return output
 
     def extra_repr(self) -> str:
@@ -198,13 +251,13 @@ class SiteState(nn.Module):
             self.key_norm = HeadNorm(config.qk_norm, plan.key_heads, plan.head_dim, dtype, device)
 
     def sdpa_bias(self, query: Tensor) -> Tensor | None:
-        """c_h + w_h . q_i for a query [..., H, M, D] (or [batch*H, M, D]), to be added to scores [..., H, M, N]."""
+        """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""
+        axis, spread = self.plan.sdpa_head_axis, "tile" if self.plan.sdpa_merged else "pack"
         bias = None
         if self.bias is not None:
-            bias = _at_axis(self.bias, query, -3 if query.dim() > 2 else None)
+            bias = _at_axis(self.bias, query, axis, None, spread)
         if self.query_weight is not None:
-            weight = _at_axis(self.query_weight, query, -3 if query.dim() > 2 else None, -1)
-            projected = (query * weight).sum(-1, keepdim=True)
+            projected = (query * _at_axis(self.query_weight, query, axis, -1, spread)).sum(-1, keepdim=True)
             bias = projected if bias is None else bias + projected
         return bias
 
@@ -212,9 +265,12 @@ class SiteState(nn.Module):
         """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
         if self.query_norm is None or self.key_norm is None:
             return query, key
-        head_axis = -3 if query.dim() > 2 else None
-        axes = AxisPlan(dim_axis=-1, head_axis=head_axis, merged=False)
-        return self.query_norm(query, axes), self.key_norm(key, axes)
+        merged = self.plan.sdpa_merged
+        axes = AxisPlan(dim_axis=-1, head_axis=self.plan.sdpa_head_axis, merged=merged)
+        return (
+            self.query_norm(query, axes, "tile" if merged else "pack"),
+            self.key_norm(key, axes, "tile" if merged else "group"),
+        )
 
     def attention(
         self,
@@ -247,7 +303,7 @@ class SiteState(nn.Module):
         """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
         bias = None
         if self.bias is not None:
-            bias = _at_axis(self.bias, scores, self.plan.head_axis)
+            bias = _at_axis(self.bias, scores, self.plan.head_axis, None, "tile" if self.plan.merged else "exact")
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1
@@ -261,9 +317,11 @@ class SiteState(nn.Module):
         """Query and key of a product after QK-norm, and w_h . q_i for its rows (or None)."""
         query_bias = None
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query, plan.query), self.key_norm(key, plan.key)
+            query = self.query_norm(query, plan.query, "tile" if plan.query.merged else "exact")
+            key = self.key_norm(key, plan.key, "tile" if plan.key.merged else "group")
         if self.query_weight is not None:
-            weight = _at_axis(self.query_weight, query, plan.query.head_axis, plan.query.dim_axis)
+            spread = "tile" if plan.query.merged else "exact"
+            weight = _at_axis(self.query_weight, query, plan.query.head_axis, plan.query.dim_axis, spread)
             # w_h acts on the query itself, not on what the module has already multiplied by the scale.
             query_bias = (query * weight).sum(plan.query.dim_axis) / plan.query.scale
         return query, key, query_bias
@@ -281,22 +339,24 @@ class HeadNorm(nn.Module):
         self.kind = kind
         self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, axes: AxisPlan) -> Tensor:
+    def forward(self, x: Tensor, axes: AxisPlan, spread: str) -> Tensor:
         moved = x.movedim(axes.dim_axis, -1)
         norm = F.rms_norm if self.kind == "rms" else F.layer_norm
-        eps = torch.finfo(torch.float32).eps
-        normed = norm(moved.float(), moved.shape[-1:], eps=eps).to(x.dtype).movedim(-1, axes.dim_axis)
-        return normed * _at_axis(self.weight, x, axes.head_axis, axes.dim_axis) * axes.scale
+        wide = moved if x.dtype == torch.float64 else moved.float()
+        normed = norm(wide, moved.shape[-1:], eps=torch.finfo(torch.float32).eps).movedim(-1, axes.dim_axis)
+        weight = _at_axis(self.weight, x, axes.head_axis, axes.dim_axis, spread)
+        return (normed * weight).to(x.dtype) * axes.scale
 
     def extra_repr(self) -> str:
         return f"{self.kind}, weight={list(self.weight.shape)}"
 
 
-def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None = None) -> Tensor:
+def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None, spread: str) -> Tensor:
     """``values`` [heads] or [heads, head_dim], shaped to broadcast over ``like`` along the axes given.
 
-    ``like`` may hold batch*heads at ``head_axis`` (heads inner). Or fewer heads, with the others as rows of the next
-    axis: decoding one token, transformers packs the queries that share a key head that way.
+    ``spread`` says what the head axis may hold besides the heads: nothing ("exact"); batch*heads, heads inner
+    ("tile"); each key head repeated for the query heads that share it ("group"); or, of a query, fewer heads with the
+    others as rows of the next axis ("pack": so transformers decodes one token with grouped-query attention).
     """
     heads = values.shape[0]
     if heads == 1:
@@ -309,11 +369,13 @@ def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int 
         return values.reshape(shape)
     size = like.shape[head_axis]
     shape[head_axis] = size
-    if size == heads:
-        pass
-    elif size % heads == 0:
+    if spread == "tile":
         values = values.repeat(size // heads, *[1] * (values.dim() - 1))
-    elif heads % size == 0 and like.shape[head_axis + 1] % (heads // size) == 0:
+    elif size == heads:
+        pass
+    elif spread == "group" and size % heads == 0:
+        values = values.repeat_interleave(size // heads, dim=0)
+    elif spread == "pack" and heads % size == 0 and like.shape[head_axis + 1] % (heads // size) == 0:
         rows = like.shape[head_axis + 1]
         shape[head_axis + 1] = rows
         values = values.repeat_interleave(rows * size // heads, dim=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from typing import Any
@@ -150,7 +151,9 @@ class TestConfig:
         sigswap.convert(module, SigmoidConfig(qk_norm=kind, query_bias=True), example_inputs=(x, y))  # type: ignore[arg-type]
         new = randomized(module)
         key_weight = new["0.key_norm.weight"]
-        if spelling == "sdpa":
+        if spelling == "bmm":  # batch and heads are one axis there, after the repetition
+            assert key_weight.shape == (H, D)
+        else:  # one norm per key head, however the heads are repeated for the queries
             assert key_weight.shape == (HK, D)
             key_weight = key_weight.repeat_interleave(H // HK, 0)
         expected = oracle(
@@ -340,7 +343,7 @@ def test_several_example_inputs() -> None:
 
     model, x = Either(), torch.randn(2, 4, 8)
     sigswap.convert(model, example_inputs=x)
-    assert any("b (Chunked) did not run" in note for note in sigswap.report(model).notes)
+    assert any("not looked at: b (Chunked)" in note for note in sigswap.report(model).notes)
     sigswap.revert(model)
     sigswap.convert(model, example_inputs=[x, {"x": x, "which": False}])
     assert [site.path for site in sigswap.report(model).sites] == ["a", "b"] and not sigswap.report(model).notes
@@ -433,3 +436,157 @@ def test_side_effects_stay_in_the_copy() -> None:
     sigswap.convert(model, example_inputs=torch.randn(2, 8, 8))
     assert not model.seen and model.training
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
+
+
+class TestAddresses:
+    """Positions must not silently point at another call."""
+
+    class Routed(nn.Module):
+        """A loop over chunks, and then a router."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.router = nn.Linear(8, 24), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            out = torch.cat([torch.softmax(part @ k.mT, -1) @ v for part in q.split(4, dim=1)], dim=1)
+            return out * torch.softmax(self.router(x), -1)[..., :1]
+
+    def test_fewer_turns_of_a_loop(self) -> None:
+        model = sigswap.convert(self.Routed(), example_inputs=torch.randn(2, 8, 8))
+        model(torch.randn(2, 8, 8))
+        with pytest.raises(errors.UnknownCallError, match="another path"):
+            model(torch.randn(2, 4, 8))
+
+    def test_a_softmax_of_training_after_a_loop(self) -> None:
+        class Auxiliary(Chunked):
+            def forward(self, x: Tensor) -> Tensor:
+                out = super().forward(x)
+                return out + torch.softmax(self.qkv(x), -1)[..., :1] if self.training else out
+
+        model = sigswap.convert(Auxiliary().eval(), example_inputs=torch.randn(2, 8, 8))
+        model(torch.randn(2, 12, 8))
+        with pytest.raises(errors.UnknownCallError, match="another path"):
+            model.train()(torch.randn(2, 8, 8))
+
+    def test_inputs_that_number_their_calls_differently(self) -> None:
+        class Either(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.qkv = nn.Linear(8, 24)
+
+            def forward(self, x: Tensor, pool: bool = False) -> Tensor:
+                q, k, v = self.qkv(x).chunk(3, -1)
+                if pool:
+                    return (torch.softmax(v, 1) * v).sum(1)
+                return torch.softmax(q @ k.mT, -1) @ v
+
+        x = torch.randn(2, 8, 8)
+        inputs = [{"x": x}, {"x": x, "pool": True}]
+        failing(Either(), errors.UnswappableSiteError, "number their calls differently", example_inputs=inputs)
+
+    def test_an_owner_that_may_skip(self) -> None:
+        class Skipping(Chunked):
+            def forward(self, x: Tensor) -> Tensor:
+                return x if x.shape[1] == 1 else super().forward(x)
+
+        x = torch.randn(2, 8, 8)
+        model = sigswap.convert(Skipping(), example_inputs=[x, x[:, :1]])
+        assert torch.equal(model(x[:, :1]), x[:, :1])
+        model(x)
+
+    def test_inside_an_autograd_function(self) -> None:
+        class Softmax(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, scores: Tensor) -> Tensor:
+                return torch.softmax(scores, -1)
+
+        class Custom(Chunked):
+            def forward(self, x: Tensor) -> Tensor:
+                q, k, v = self.qkv(x).chunk(3, -1)
+                return Softmax.apply(q @ k.mT) @ v
+
+        failing(Custom(), errors.UnswappableSiteError, "autograd.Function", example_inputs=torch.randn(2, 8, 8))
+
+
+@functools.lru_cache
+def cached_mask(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def test_caches_hold_no_fake_tensors() -> None:
+    class Masked(Chunked):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return torch.softmax((q @ k.mT).masked_fill(~cached_mask(x.shape[1]), -math.inf), -1) @ v
+
+    model, x = Masked(), torch.randn(2, 8, 8)
+    sigswap.inspect(model, example_inputs=x)
+    assert type(cached_mask(8)) is Tensor and type(model(x)) is Tensor
+
+
+def test_a_run_on_real_tensors_changes_nothing() -> None:
+    class Clamping(Chunked):
+        def forward(self, x: Tensor) -> Tensor:
+            if bool((x > 100).any()):
+                return x
+            self.qkv.weight.data.clamp_(max=0.0)
+            return super().forward(x.add_(1.0))
+
+    model, x = Clamping(), torch.randn(2, 8, 8)
+    weight, before = model.qkv.weight.detach().clone(), x.clone()
+    sigswap.inspect(model, example_inputs=x)
+    assert torch.equal(model.qkv.weight, weight) and torch.equal(x, before)
+
+
+def test_revert_refuses_a_class_that_was_changed() -> None:
+    model, x = Chunked(), torch.randn(2, 8, 8)
+    sigswap.convert(model, example_inputs=x)
+    torch.nn.utils.parametrize.register_parametrization(model.qkv, "weight", nn.Identity())
+    sigswap.revert(model)  # of a child: no matter
+    sigswap.convert(model, example_inputs=x)
+    model.extra = nn.Parameter(torch.zeros(3))
+    torch.nn.utils.parametrize.register_parametrization(model, "extra", nn.Identity())
+    assert sigswap.is_converted(model)
+    with pytest.raises(errors.ConversionError, match="its class was changed"):
+        sigswap.revert(model)
+
+
+@pytest.mark.parametrize("layout", ["bhmn", "hbmn", "windows"])
+@pytest.mark.parametrize("sdpa", [False, True])
+def test_heads_are_where_the_channels_were_split(layout: str, sdpa: bool) -> None:
+    """c_h belongs to its head in every layout, not to a batch row or a window."""
+
+    class Laid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch = x.shape[0]
+            if layout == "windows":  # [B, H, W, n, D]
+                q, k, v = self.qkv(x).reshape(batch, 3, 2, 3, 4, 4).permute(3, 0, 4, 1, 2, 5)
+            else:
+                order = (2, 0, 3, 1, 4) if layout == "bhmn" else (2, 3, 0, 1, 4)
+                q, k, v = self.qkv(x).reshape(batch, 6, 3, 4, 4).permute(order)
+            if sdpa:
+                return F.scaled_dot_product_attention(q, k, v)
+            return torch.softmax(q @ k.mT / 2, -1) @ v
+
+    torch.manual_seed(0)
+    model, x = Laid(), torch.randn(5, 6, 16)
+    original = copy.deepcopy(model).double()
+    sigswap.convert(model, example_inputs=x)
+    assert sigswap.report(model).sites[0].heads == 4
+    c = torch.randn(4)
+    with torch.no_grad():
+        model.sigswap.get_submodule("0").bias.copy_(c)
+    if layout == "windows":
+        q, k, v = original.qkv(x.double()).reshape(5, 3, 2, 3, 4, 4).permute(3, 0, 4, 1, 2, 5)
+    else:
+        order = (2, 0, 3, 1, 4) if layout == "bhmn" else (2, 3, 0, 1, 4)
+        q, k, v = original.qkv(x.double()).reshape(5, 6, 3, 4, 4).permute(order)
+    heads = {"bhmn": (1, 4, 1, 1), "hbmn": (4, 1, 1, 1), "windows": (1, 4, 1, 1, 1)}[layout]
+    bias = c.double().view(heads) - math.log(q.shape[-2])
+    close(model(x), torch.sigmoid(q @ k.mT / 2 + bias) @ v)

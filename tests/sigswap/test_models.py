@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -232,6 +233,12 @@ def test_backend_swaps_an_unconverted_model(case: Case) -> None:
 
 
 def convert(case: Case) -> nn.Module:
+    """A converted model of its own; each case is converted once per process, for the time that it takes."""
+    return copy.deepcopy(_converted(case))
+
+
+@functools.cache
+def _converted(case: Case) -> nn.Module:
     entry, variant = case
     model = entry.build(variant)
     assert sigswap.convert(model, example_inputs=entry.make_inputs(variant)) is model
