@@ -15,6 +15,7 @@ from sigswap.discover import Run, run
 from sigswap.errors import (
     AlreadyConvertedError,
     ArgumentError,
+    ConfigError,
     ConversionError,
     ExampleInputsError,
     NoAttentionError,
@@ -204,6 +205,7 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     states: dict[str, OwnerState] = {}
     for plan in conversion.owners:
         owner = _owner(model, plan.path)
+        _check_nesting(plan, conversion)
         states[plan.path] = OwnerState(plan, conversion.config.for_path(plan.path), *_dtype_and_device(owner, model))
     guarded = [_owner(model, path) for path in conversion.guarded]
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
@@ -236,6 +238,19 @@ def _switch_off_fast_path(module: nn.Module) -> None:
     before = {name: vars(module)[name] for name in _FAST_PATH if name in vars(module)}
     module.__dict__[_FAST_PATH_BEFORE] = before
     module.__dict__.update({name: _FAST_PATH[name] for name in before})
+
+
+def _check_nesting(plan: OwnerPlan, conversion: Conversion) -> None:
+    """The products of an owner inside another one would count as the outer one's: refused where products count."""
+    config = conversion.config.for_path(plan.path)
+    prefix = f"{plan.path}." if plan.path else ""
+    inner = [other.path for other in conversion.owners if other is not plan and other.path.startswith(prefix)]
+    intercepts = (config.query_bias or config.qk_norm is not None) and any(site.product for site in plan.sites)
+    if inner and intercepts:
+        raise ConfigError(
+            f"{plan.path or 'the model'}: query_bias and qk_norm cannot act on a module that computes its own scores "
+            f"and holds another attention module ({inner[0]}); switch them off for it with overrides."
+        )
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:

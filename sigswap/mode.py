@@ -218,7 +218,12 @@ def _subclass(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Mod
         "_sigswap_base": base,
         "forward": forward,
     }
-    return type(base)(base.__name__, (base,), body)
+    if not any("__init_subclass__" in vars(parent) for parent in base.__mro__[:-1]):
+        return type(base)(base.__name__, (base,), body)
+    # A hook of the base's would run for a class that is none of the user's (and may enter it in a registry).
+    made = type(base)(base.__name__, (nn.Module,), body)
+    made.__bases__ = (base,)
+    return made
 
 
 def _new_instance(base: type[nn.Module], *args: Any) -> nn.Module:

@@ -590,3 +590,37 @@ def test_heads_are_where_the_channels_were_split(layout: str, sdpa: bool) -> Non
     heads = {"bhmn": (1, 4, 1, 1), "hbmn": (4, 1, 1, 1), "windows": (1, 4, 1, 1, 1)}[layout]
     bias = c.double().view(heads) - math.log(q.shape[-2])
     close(model(x), torch.sigmoid(q @ k.mT / 2 + bias) @ v)
+
+
+def test_registries_of_subclasses_stay() -> None:
+    registry: dict[str, type] = {}
+
+    class Registered(Chunked):
+        def __init_subclass__(cls, *, kind: str, **kwargs: Any) -> None:
+            registry[cls.__name__] = cls
+
+    class Attend(Registered, kind="plain"):
+        pass
+
+    model, x = Attend(), torch.randn(2, 8, 8)
+    sigswap.convert(model, example_inputs=x)
+    assert registry == {"Attend": Attend} and type(model) is not Attend and isinstance(model, Attend)
+    model(x)
+    assert type(sigswap.revert(model)) is Attend
+
+
+def test_norms_of_an_owner_around_another() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.inner = nn.Linear(8, 24), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x, x, x)[0]
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return torch.softmax(q @ k.mT, -1) @ v
+
+    x = torch.randn(2, 8, 8)
+    failing(Outer(), errors.ConfigError, "holds another", config=SigmoidConfig(query_bias=True), example_inputs=x)
+    config = SigmoidConfig(query_bias=True, overrides={"": {"query_bias": False}})
+    sigswap.convert(Outer(), config, example_inputs=x)(x)
