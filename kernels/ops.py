@@ -7,8 +7,8 @@ Three ops, all of them pure functions (``torch.ops.sigswap`` holds them):
 - ``sigmoid_probs``: for models that compute their own scores: scores to probabilities. A composite op: one
   node in a graph of Dynamo's, and decomposed below autograd, so that inductor fuses it.
 
-Every device runs :mod:`sigswap.kernels.reference`. Faster kernels register themselves for a dispatch key, e.g.
-``torch.library.impl("sigswap::sigmoid_attention", "CUDA")``. This module imports no Triton.
+Every device runs :mod:`sigswap.kernels.reference`, but for CUDA, which runs :mod:`sigswap.kernels.dispatch`: Triton
+kernels. They are imported at the first call; this module imports no Triton.
 """
 
 from __future__ import annotations
@@ -223,6 +223,23 @@ def _forward(
         return reference.forward(query, key, value, bias, attn_mask, seed, options)
 
 
+def _forward_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    **keywords: Any,
+) -> Tensor:
+    from sigswap.kernels import dispatch
+
+    options = reference.Options(**keywords)
+    _check(query, key, value, bias, attn_mask, seed, options)
+    with torch._C.DisableTorchFunction():
+        return dispatch.forward(query, key, value, bias, attn_mask, seed, options)
+
+
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -250,6 +267,24 @@ def _backward(
     options = reference.Options(**keywords)
     with torch._C.DisableTorchFunction():
         return reference.backward(grad_out, query, key, value, bias, attn_mask, seed, output_mask, options)
+
+
+def _backward_cuda(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    output_mask: list[bool],
+    **keywords: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from sigswap.kernels import dispatch
+
+    options = reference.Options(**keywords)
+    with torch._C.DisableTorchFunction():
+        return dispatch.backward(grad_out, query, key, value, bias, attn_mask, seed, output_mask, options)
 
 
 def _backward_fake(
@@ -405,6 +440,8 @@ def _register_autocast(device: str) -> None:
 _library.impl("sigmoid_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("sigmoid_attention_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("sigmoid_probs", _probs, "CompositeImplicitAutograd")
+_library.impl("sigmoid_attention", _forward_cuda, "CUDA")
+_library.impl("sigmoid_attention_backward", _backward_cuda, "CUDA")
 torch.library.register_fake("sigswap::sigmoid_attention", _forward_fake, lib=_library)
 torch.library.register_fake("sigswap::sigmoid_attention_backward", _backward_fake, lib=_library)
 _library.impl("sigmoid_attention", _forward_autograd, "Autograd", with_keyset=True)

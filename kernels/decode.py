@@ -1,0 +1,202 @@
+"""Decoding in Triton: few query rows against many cached keys, split over the keys.
+
+One program reads a part of the keys of one key head, once, for all query heads that use it (their rows are one tile)
+and writes a partial output. Partial outputs of sigmoid attention simply add: no maxima, no logsumexp. The second
+kernel adds them in a fixed order, so that the result is the same in every run.
+
+This is bound by memory: K and V are read once. So the sigmoid is always the accurate form.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sigswap.kernels import reference
+from sigswap.kernels.reference import Options
+from sigswap.kernels.triton_common import (
+    UNSPECIALIZED,
+    band_of,
+    common_arguments,
+    in_units,
+    keys_of_rows,
+    limits_of,
+    load_rows,
+    probabilities,
+    row_biases,
+    unit_of,
+    unit_stride,
+    visible_counts,
+)
+
+MAX_ROWS = 64
+"""Query rows times query heads per key head, at most. With more, the forward kernel fills the GPU as well."""
+
+MIN_KEYS = 256
+"""Keys per program, at least: fewer don't pay for a partial output."""
+
+
+def suits(query: Tensor, key: Tensor, options: Options) -> bool:
+    """Whether decoding is expected to be faster than the forward kernel."""
+    heads, q_len = query.shape[1:3]
+    kv_heads, kv_len = key.shape[1:3]
+    rows = q_len * (heads // max(1, kv_heads))
+    return rows <= MAX_ROWS and kv_len >= 2 * MIN_KEYS and options.dropout_p == 0.0
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    options: Options,
+    *,
+    splits: int | None = None,
+) -> Tensor:
+    """``sigswap::sigmoid_attention`` without dropout. splits: over how many programs the keys are split."""
+    out = reference.empty_output(query, value)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_()
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    batch, heads, q_len, _ = query.shape
+    kv_heads, kv_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    band = band_of(options, q_len, kv_len)
+    count = None
+    if attn_mask is not None and options.visible_bias:
+        count = visible_counts(attn_mask, q_len, kv_len, options, band)
+    arguments = common_arguments(
+        query, key, value, bias, attn_mask, None, options, count=count, q_len=q_len, kv_len=kv_len, band=band
+    )
+    del arguments["seed"], arguments["dropout_p"], arguments["BIAS_ROWS"]
+    rows = q_len * (heads // kv_heads)
+    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    dim = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
+    block_n = max(16, min(128, 16384 // (dim * query.element_size()), triton.next_power_of_2(kv_len)))
+    programs = batch * kv_heads * triton.cdiv(rows, block_m)
+    if splits is None:
+        # Several programs per multiprocessor keep enough loads in flight.
+        splits = max(1, min(4 * limits_of(query)[2] // programs, triton.cdiv(kv_len, MIN_KEYS)))
+    partial = out
+    if splits > 1:
+        partial = torch.empty((splits, batch, heads, q_len, value_dim), dtype=torch.float32, device=query.device)
+    stride_split = partial.stride(0) if splits > 1 else 0
+    names = [f"stride_{tensor}_{d}" for tensor in "qkvo" for d in "bhn"]
+    tensors = (query, key, value, partial[0] if splits > 1 else out)
+    _decode_kernel[(programs * splits,)](
+        query,
+        key,
+        value,
+        partial,
+        stride_split=stride_split,
+        splits=splits,
+        **in_units(names, [tensor.stride()[:3] for tensor in tensors]),
+        **arguments,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=3 if dim <= 128 else 2,
+    )
+    if splits > 1:
+        block = min(1024, triton.next_power_of_2(value_dim * q_len))
+        total = batch * heads * q_len * value_dim
+        _add_kernel[(triton.cdiv(total, block),)](
+            partial, out, total, splits, heads, q_len, out.stride(0), out.stride(1), out.stride(2), value_dim, block
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "splits"))
+def _decode_kernel(
+    q, k, v, out, bias, count, mask, stride_split,
+    stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
+    stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, splits,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, VISIBLE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program: one part of the keys, for BLOCK_M of the group * q_len rows of one key head."""
+    stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
+    stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
+    stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
+    stride_o_b, stride_o_h, stride_o_n = stride_o_b * UNIT, stride_o_h * UNIT, stride_o_n * UNIT
+    split = tl.program_id(0) % splits
+    at = tl.program_id(0) // splits
+    blocks = tl.cdiv(group * q_len, BLOCK_M)
+    kv_heads = heads // group
+    kv_head = (at // blocks) % kv_heads
+    batch = at // blocks // kv_heads
+    batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
+    index = at % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = index % q_len
+    # Rows beyond the last are copies of others: loaded from valid addresses, not stored.
+    head = (kv_head * group + tl.minimum(index // q_len, group - 1)).to(tl.int64)
+    shift = kv_len - q_len if BOTTOM_RIGHT else 0
+
+    dim = tl.arange(0, BLOCK_D)
+    pointers = q + batch64 * stride_q_b + head * stride_q_h + row.to(tl.int64) * stride_q_n
+    rows = tl.load(pointers[:, None] + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    if bias is not None:
+        bias += batch64 * stride_bias_b + head * stride_bias_h
+    if count is not None:
+        count += batch64 * stride_count_b + head * stride_count_h
+    if mask is not None:
+        mask += batch64 * stride_mask_b + (head * stride_mask_h)[:, None]
+    row_bias = row_biases(
+        row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
+        bias is not None, VISIBLE, HAS_LEFT, HAS_RIGHT,
+    ) * unit_of(False)  # fmt: skip
+    k += batch64 * stride_k_b + kv_head64 * stride_k_h
+    v += batch64 * stride_v_b + kv_head64 * stride_v_h
+
+    begin, _inner_begin, _inner_end, end = keys_of_rows(
+        0, q_len - 1, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, True
+    )
+    part = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_N) * BLOCK_N
+    begin += split * part
+    end = tl.minimum(begin + part, end)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False, True)
+        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False, True)
+        s = tl.dot(rows, keys.T, input_precision=PRECISION)
+        p, _slope = probabilities(
+            s, row_bias[:, None], row[:, None], col[None, :], mask, stride_mask_m, stride_mask_n, q_len, kv_len,
+            shift, left, right, scale, softcap, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, ASM,
+        )  # fmt: skip
+        if values.dtype == tl.float16:
+            p *= 1024.0
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    if v.dtype.element_ty == tl.float16:
+        acc *= 1.0 / 1024.0
+
+    dim = tl.arange(0, BLOCK_DV)
+    out += split.to(tl.int64) * stride_split + batch64 * stride_o_b
+    targets = out + head * stride_o_h + row.to(tl.int64) * stride_o_n
+    inside = (index < group * q_len)[:, None] & (dim < VALUE_DIM)[None, :]
+    tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=("total", "splits", "heads", "q_len"))
+def _add_kernel(
+    partial, out, total, splits, heads, q_len, stride_b, stride_h, stride_n, DIM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out = the sum of partial [splits, B, H, M, DIM] over its first dimension."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(0, splits):
+        acc += tl.load(partial + tl.cast(split, tl.int64) * total + index, mask=inside, other=0.0)
+    dim = index % DIM
+    row = index // DIM % q_len
+    head = index // DIM // q_len % heads
+    batch = index // DIM // q_len // heads
+    target = out + batch * stride_b + head * stride_h + row * stride_n + dim
+    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)

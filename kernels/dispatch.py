@@ -1,0 +1,92 @@
+"""What runs on a GPU: the Triton kernels, or the reference where they cannot, which the log says once.
+
+:mod:`sigswap.kernels.ops` registers the functions here for CUDA, and imports this module at the first call there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sigswap.kernels import reference
+from sigswap.kernels.reference import Options
+
+MAX_HEAD_DIM = 256
+
+_log = logging.getLogger("sigswap")
+
+
+class _Kernels(NamedTuple):
+    flash_fwd: ModuleType
+    flash_bwd: ModuleType
+    decode: ModuleType
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> Tensor:
+    kernels = kernels_for(query, value)
+    if kernels is None:
+        return reference.forward(query, key, value, bias, attn_mask, seed, options)
+    with torch.cuda.device(query.device):
+        if kernels.decode.suits(query, key, options):
+            return kernels.decode.forward(query, key, value, bias, attn_mask, options)
+        return kernels.flash_fwd.forward(query, key, value, bias, attn_mask, seed, options)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    output_mask: list[bool],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = kernels_for(query, value)
+    arguments = grad_out, query, key, value, bias, attn_mask, seed, output_mask, options
+    if kernels is None:
+        return reference.backward(*arguments)
+    with torch.cuda.device(query.device):
+        return kernels.flash_bwd.backward(*arguments)
+
+
+def kernels_for(query: Tensor, value: Tensor) -> _Kernels | None:
+    """The Triton kernels, or None, if they do not take such tensors on such a device."""
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return _unable(f"they compute in float32, which is not enough for {query.dtype}")
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        return _unable(f"they hold head_dim up to {MAX_HEAD_DIM}")
+    return _device_kernels(query.device.index or 0)
+
+
+@functools.cache
+def _device_kernels(device: int) -> _Kernels | None:
+    if torch.version.hip is not None:
+        return _unable("they are written for NVIDIA GPUs")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return _unable(f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0")
+    try:
+        from sigswap.kernels import decode, flash_bwd, flash_fwd
+    except ImportError as error:
+        return _unable(f"Triton could not be imported ({error})")
+    return _Kernels(flash_fwd, flash_bwd, decode)
+
+
+@functools.cache
+def _unable(reason: str) -> None:
+    """Says once per reason why it will be slow."""
+    _log.warning("sigmoid_attention runs in plain PyTorch here, not in sigswap's Triton kernels: %s.", reason)
