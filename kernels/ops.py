@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import MASKED_SCORE, reference
@@ -382,6 +383,10 @@ def _below_autograd(op: Any, keyset: Any, arguments: tuple[Any, ...], keywords: 
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
 
 
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _forward_autograd(
     keyset: Any,
     query: Tensor,
@@ -393,6 +398,8 @@ def _forward_autograd(
     **keywords: Any,
 ) -> Tensor:
     tensors = query, key, value, bias, attn_mask, seed
+    if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in tensors):
+        raise SigswapError("sigmoid_attention has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         return _Attention.apply(keyset, keywords, *tensors)
     return _below_autograd(torch.ops.sigswap.sigmoid_attention.default, keyset, tensors, keywords)

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from sigswap.attention import attend, probabilities, sigmoid_attention
-from sigswap.errors import ArgumentError
+from sigswap.errors import ArgumentError, SigswapError
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Any = None) -> Tensor:
@@ -329,3 +329,10 @@ QUERY = torch.zeros(2, 4, 3, 8)
 def test_argument_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         sigmoid_attention(**({"query": QUERY, "key": QUERY, "value": QUERY} | changes))
+
+
+def test_forward_mode_raises() -> None:
+    """It has no jvp; a tangent must not be lost without a word."""
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(SigswapError, match="forward-mode"):
+        torch.func.jvp(lambda q: sigmoid_attention(q, q, q), (q,), (torch.ones_like(q),))
