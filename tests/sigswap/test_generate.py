@@ -188,3 +188,24 @@ def test_compiled_decoding() -> None:
     expected = [decode_without_cache(model, prompt) for prompt in PROMPTS]
     model.forward = torch.compile(model.forward, backend="aot_eager")
     assert_same(generate(model, padded(left=True), cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_norms_and_biases_of_grouped_queries(attention: str) -> None:
+    """A cached step packs the queries that share a key head; norms, c_h and w_h still reach their own heads."""
+    model = build("LlamaForCausalLM", attention)
+    config = sigswap.SigmoidConfig(qk_norm="rms", query_bias=True)
+    sigswap.convert(model, config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sigswap" in name.split("."):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    ids = torch.randint(3, 60, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
+        cache = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-5)
