@@ -579,7 +579,7 @@ def _score_heads(origin: _Origin, scores: torch.fx.Node, shape: tuple[int, ...],
     found = _factor_heads(product.query, product.query_dim_axis)
     if found is not None and found.axis is None:
         return HeadLayout(None, 1)
-    merged = _merged_heads(scores, len(shape) - 3) if len(shape) == 3 and key_axis != 0 else None
+    merged = _merged_heads(scores, 0) if len(shape) == 3 and key_axis != 0 else None
     if merged is not None:  # the module merged batch and heads in the scores themselves
         return HeadLayout(0, merged.heads, merged=True)
     if found is not None:

@@ -317,6 +317,7 @@ def _look(
         notes.append("The forward depends on values of its inputs: it was run on copies of the real parameters.")
 
     everything = _merged(model, runs, given, None, notes)
+    notes += _note_of_idle_modules(model, runs)
     for name, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if not fnmatch.filter([*everything.owners, *(left.path for left in everything.left)], pattern):
@@ -344,21 +345,27 @@ def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[
                 )
             else:
                 notes.append(f"{path}: only the calls of its present form (attention implementation) are known")
+    return sites
+
+
+def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
+    """A note that names the modules with parameters that no run has reached, the outermost ones, if there are any."""
     executed = {path for recorded in runs for path in recorded.executed}
     idle = [
-        path
+        f"{path} ({type(module).__name__})"
         for path, module in model.named_modules()
-        if path not in executed and any(True for _ in module.parameters())
+        if path not in executed
+        and path.rpartition(".")[0] in executed
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and any(True for _ in module.parameters())
     ]
-    idle = [path for path in idle if path.rpartition(".")[0] in executed]
-    idle = [path for path in idle if not isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)]
-    if idle:
-        shown = ", ".join(f"{path} ({type(model.get_submodule(path)).__name__})" for path in idle[:5])
-        notes.append(
-            f"Not run by the example inputs, so not looked at: {shown}{', ...' if len(idle) > 5 else ''}. Attention in "
-            "there stays softmax; add an input that reaches it."
-        )
-    return sites
+    if not idle:
+        return []
+    shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
+    return [
+        f"Not run by the example inputs, so not looked at: {shown}. Attention in there stays softmax; add an input "
+        "that reaches it."
+    ]
 
 
 def _selected(path: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
