@@ -9,26 +9,35 @@ This is bound by memory: K and V are read once. So the sigmoid is always the acc
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.reference import Options
-from sigswap.kernels.triton_common import (
-    UNSPECIALIZED,
-    band_of,
-    common_arguments,
-    in_units,
-    keys_of_rows,
+from sigswap.kernels.launch import (
+    MAX_PLANS,
+    Launch,
+    Layout,
+    Signature,
+    contiguous_layout,
+    layout_of,
     limits_of,
+    signature_of,
+    unit_stride,
+    visible_counts,
+)
+from sigswap.kernels.triton_common import (
+    _ACCURATE,
+    UNSPECIALIZED,
+    keys_of_rows,
     load_rows,
     probabilities,
     row_biases,
     unit_of,
-    unit_stride,
-    visible_counts,
 )
 
 MAX_ROWS = 64
@@ -38,12 +47,13 @@ MIN_KEYS = 256
 """Keys per program, at least: fewer don't pay for a partial output."""
 
 
-def suits(query: Tensor, key: Tensor, options: Options) -> bool:
+def suits(query: Tensor, key: Tensor, options: reference.Options) -> bool:
     """Whether decoding is expected to be faster than the forward kernel."""
-    heads, q_len = query.shape[1:3]
-    kv_heads, kv_len = key.shape[1:3]
-    rows = q_len * (heads // max(1, kv_heads))
-    return rows <= MAX_ROWS and kv_len >= 2 * MIN_KEYS and options.dropout_p == 0.0
+    _, heads, q_len, _ = query.shape
+    _, kv_heads, kv_len, _ = key.shape
+    if q_len > MAX_ROWS or kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
+        return False
+    return q_len * (heads // max(1, kv_heads)) <= MAX_ROWS
 
 
 def forward(
@@ -52,7 +62,7 @@ def forward(
     value: Tensor,
     bias: Tensor | None,
     attn_mask: Tensor | None,
-    options: Options,
+    options: reference.Options,
     *,
     splits: int | None = None,
 ) -> Tensor:
@@ -61,54 +71,56 @@ def forward(
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    batch, heads, q_len, _ = query.shape
-    kv_heads, kv_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    band = band_of(options, q_len, kv_len)
-    count = None
-    if attn_mask is not None and options.visible_bias:
-        count = visible_counts(attn_mask, q_len, kv_len, options, band)
-    arguments = common_arguments(
-        query, key, value, bias, attn_mask, None, options, count=count, q_len=q_len, kv_len=kv_len, band=band
-    )
-    del arguments["seed"], arguments["dropout_p"], arguments["BIAS_ROWS"]
-    rows = q_len * (heads // kv_heads)
-    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
-    dim = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    block_n = max(16, min(128, 16384 // (dim * query.element_size()), triton.next_power_of_2(kv_len)))
-    programs = batch * kv_heads * triton.cdiv(rows, block_m)
-    if splits is None:
-        # Several programs per multiprocessor keep enough loads in flight.
-        splits = max(1, min(4 * limits_of(query)[2] // programs, triton.cdiv(kv_len, MIN_KEYS)))
+    signature = signature_of(query, key, value, bias, attn_mask, options)
+    plan = _plan(signature, layout_of(out), splits)
+    count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
     partial = out
-    if splits > 1:
-        partial = torch.empty((splits, batch, heads, q_len, value_dim), dtype=torch.float32, device=query.device)
-    stride_split = partial.stride(0) if splits > 1 else 0
-    names = [f"stride_{tensor}_{d}" for tensor in "qkvo" for d in "bhn"]
-    tensors = (query, key, value, partial[0] if splits > 1 else out)
-    _decode_kernel[(programs * splits,)](
-        query,
-        key,
-        value,
-        partial,
-        stride_split=stride_split,
-        splits=splits,
-        **in_units(names, [tensor.stride()[:3] for tensor in tensors]),
-        **arguments,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=4,
-        num_stages=3 if dim <= 128 else 2,
-    )
-    if splits > 1:
-        block = min(1024, triton.next_power_of_2(value_dim * q_len))
-        total = batch * heads * q_len * value_dim
-        _add_kernel[(triton.cdiv(total, block),)](
-            partial, out, total, splits, heads, q_len, out.stride(0), out.stride(1), out.stride(2), value_dim, block
-        )
+    if plan.add is not None:
+        partial = torch.empty(plan.partial, dtype=torch.float32, device=query.device)
+    plan.launch(query, key, value, partial, bias, count, attn_mask)
+    if plan.add is not None:
+        plan.add(partial, out)
     return out
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALIZED, "splits"))
+class _Plan(NamedTuple):
+    launch: Launch
+    add: Launch | None
+    """Adds partial outputs, if there are several."""
+    partial: tuple[int, ...]
+    """Their shape."""
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(signature: Signature, out: Layout, splits: int | None) -> _Plan:
+    batch, heads, kv_heads = signature.batch, signature.heads, signature.kv_heads
+    q_len, kv_len, value_dim, device = signature.q_len, signature.kv_len, signature.value.shape[3], signature.device
+    rows = q_len * (heads // kv_heads)
+    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    dim = max(signature.widths)
+    block_n = max(16, min(128, 16384 // (dim * signature.element_size), triton.next_power_of_2(kv_len)))
+    programs = batch * kv_heads * triton.cdiv(rows, block_m)
+    if splits is None:
+        # Several programs per multiprocessor keep enough loads in flight.
+        splits = max(1, min(4 * limits_of(device).multiprocessors // programs, triton.cdiv(kv_len, MIN_KEYS)))
+    partial = contiguous_layout((splits, batch, heads, q_len, value_dim), torch.float32)
+    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
+    arguments |= {"stride_split": partial.strides[0], "splits": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    tensors = (signature.query, signature.key, signature.value, target, *signature.side_layouts()[:3])
+    stages = 3 if dim <= 128 else 2
+    launch = Launch(_decode_kernel, programs * splits, device, tensors, arguments, num_warps=4, num_stages=stages)
+    add = None
+    if splits > 1:
+        block = min(1024, triton.next_power_of_2(value_dim * q_len))
+        total = batch * heads * q_len * value_dim
+        strides = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
+        sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
+        add = Launch(_add_kernel, triton.cdiv(total, block), device, (partial, out), strides | sizes)
+    return _Plan(launch, add, partial.shape)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _decode_kernel(
     q, k, v, out, bias, count, mask, stride_split,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
@@ -151,7 +163,7 @@ def _decode_kernel(
     row_bias = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
         bias is not None, VISIBLE, HAS_LEFT, HAS_RIGHT,
-    ) * unit_of(False)  # fmt: skip
+    ) * unit_of(_ACCURATE)  # fmt: skip
     k += batch64 * stride_k_b + kv_head64 * stride_k_h
     v += batch64 * stride_v_b + kv_head64 * stride_v_h
 
@@ -169,7 +181,7 @@ def _decode_kernel(
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         p, _slope = probabilities(
             s, row_bias[:, None], row[:, None], col[None, :], mask, stride_mask_m, stride_mask_n, q_len, kv_len,
-            shift, left, right, scale, softcap, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, ASM,
+            shift, left, right, scale, softcap, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
         )  # fmt: skip
         if values.dtype == tl.float16:
             p *= 1024.0
@@ -184,9 +196,10 @@ def _decode_kernel(
     tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=("total", "splits", "heads", "q_len"))
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _add_kernel(
-    partial, out, total, splits, heads, q_len, stride_b, stride_h, stride_n, DIM: tl.constexpr, BLOCK: tl.constexpr
+    partial, out, total, splits, heads, q_len, stride_o_b, stride_o_h, stride_o_n, DIM: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     """out = the sum of partial [splits, B, H, M, DIM] over its first dimension."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -198,5 +211,5 @@ def _add_kernel(
     row = index // DIM % q_len
     head = index // DIM // q_len % heads
     batch = index // DIM // q_len // heads
-    target = out + batch * stride_b + head * stride_h + row * stride_n + dim
+    target = out + batch * stride_o_b + head * stride_o_h + row * stride_o_n + dim
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def forward(
     kernels = kernels_for(query, value)
     if kernels is None:
         return reference.forward(query, key, value, bias, attn_mask, seed, options)
-    with torch.cuda.device(query.device):
+    with _on(query.device):
         if kernels.decode.suits(query, key, options):
             return kernels.decode.forward(query, key, value, bias, attn_mask, options)
         return kernels.flash_fwd.forward(query, key, value, bias, attn_mask, seed, options)
@@ -60,8 +61,13 @@ def backward(
     arguments = grad_out, query, key, value, bias, attn_mask, seed, output_mask, options
     if kernels is None:
         return reference.backward(*arguments)
-    with torch.cuda.device(query.device):
+    with _on(query.device):
         return kernels.flash_bwd.backward(*arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """The device as the current one; without a switch, if it is that already."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def kernels_for(query: Tensor, value: Tensor) -> _Kernels | None:

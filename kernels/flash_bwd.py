@@ -10,8 +10,8 @@ of the mask, over everything that the mask is broadcast to. So there are no atom
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,37 +19,44 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.reference import Options
+from sigswap.kernels.launch import (
+    MAX_PLANS,
+    Described,
+    Launch,
+    Layout,
+    Packed,
+    Signature,
+    Tile,
+    contiguous_layout,
+    cu_layouts,
+    cu_tensors,
+    describable,
+    fit,
+    layout_of,
+    limits_of,
+    row_bias_layout,
+    row_bias_tensor,
+    signature_of,
+    unit_stride,
+    visible_counts,
+)
 from sigswap.kernels.triton_common import (
     _ACCURATE,
     _AUTO,
     _FAST,
     _FAST_BIAS,
+    _TAIL,
     AUTO,
     UNSPECIALIZED,
-    Tile,
-    band_of,
-    common_arguments,
-    descriptor,
-    fit,
-    form_of,
-    in_units,
-    is_plain,
+    first_draw,
     kept,
     keys_of_rows,
-    limits_of,
     load_rows,
     probabilities,
-    row_bias_tensor,
     row_biases,
     rows_of_keys,
     store_rows,
-    strides_of,
-    tma_fits,
     unit_of,
-    unit_stride,
-    visible_counts,
-    width,
 )
 
 
@@ -62,73 +69,214 @@ def backward(
     attn_mask: Tensor | None,
     seed: Tensor | None,
     output_mask: list[bool],
-    options: Options,
+    options: reference.Options,
     *,
+    packed: Packed | None = None,
     key_tile: Tile | None = None,
     row_tile: Tile | None = None,
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here.
 
+    packed: query, key, value and bias are [1, H, total, ...] of these sequences.
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
     grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
     need_query, need_key, need_value, need_bias, need_mask = output_mask
-    batch, heads, q_len, _ = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
-    if grad_out.numel() == 0 or kv_len == 0:
+    if grad_out.numel() == 0 or key.shape[2] == 0:
         for grad in grads:
             grad.zero_()
         return grads
-    inputs = query, key, value, unit_stride(grad_out)
-    query, key, value, grad_out = (unit_stride(tensor) for tensor in inputs)
-    band = band_of(options, q_len, kv_len)
-    count = None
-    if attn_mask is not None and options.visible_bias:
-        count = visible_counts(attn_mask, q_len, kv_len, options, band)
-    plain = is_plain(attn_mask, options)
-    form = form_of(query, bias, attn_mask, options, kv_len, band)
-    arguments = common_arguments(
-        query, key, value, bias, attn_mask, seed, options, count=count, q_len=q_len, kv_len=kv_len, band=band
-    )
-    if tma is None:
-        tma = plain and limits_of(query)[0] >= 90 and query.element_size() == 2 and min(q_len, kv_len) >= 512
-    tma = tma and tma_fits(query, key, value, grad_out)
-    tensors = query, key, value, grad_out
-    strides = query.stride()[:3], key.stride()[:3], value.stride()[:3], grad_out.stride()[:3]
-    common = {"tensors": tensors, "arguments": arguments, "strides": strides, "tma": tma}
+    query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
+    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
+    seed = seed if options.dropout_p > 0.0 else None
+    by_grad_out = layout_of(grad_out)
 
     if need_key or need_value:
-        tile = key_tile or key_tile_for(query, value, q_len, kv_len, plain)
         new_key = _unit_stride_target(grad_key) if need_key else None
         new_value = _unit_stride_target(grad_value) if need_value else None
-        blocks = triton.cdiv(kv_len, tile.keys) * batch * kv_heads
-        new = {**common, "arguments": key_arguments(bias, arguments, query.device, form)}
-        launch_keys(new_key, new_value, tile=tile, blocks=blocks, form=form, **new)
+        plan = _plan_keys(signature, by_grad_out, _layout(new_key), _layout(new_value), key_tile, tma)
+        row_bias, floor = bias, None
+        if signature.has_rows:
+            # Every block of keys would work the rows' biases out again, replicated over its threads: as many
+            # logarithms as sigmoids. So they come from a tensor, where they differ between rows.
+            row_bias = row_bias_tensor(signature, bias, count, packed)
+            floor = row_bias.amin(-1) if plan.floor else None
+        rows = plan.describe(query, grad_out)
+        plan.launch(
+            rows[0], key, value, rows[1], new_key, new_value, row_bias, floor, attn_mask, seed, *cu_tensors(packed)
+        )
         _copy_if_other(grad_key, new_key)
         _copy_if_other(grad_value, new_value)
     if need_query or need_bias:
-        tile = row_tile or row_tile_for(query, value, q_len, kv_len, plain)
         new_query = _unit_stride_target(grad_query) if need_query else None
-        row_sums = query.new_empty((batch, heads, q_len), dtype=torch.float32) if need_bias else None
-        blocks = triton.cdiv(q_len, tile.rows) * batch * heads
-        launch_rows(new_query, row_sums, tile=tile, blocks=blocks, form=form, **common)
+        row_sums = query.new_empty(query.shape[:3], dtype=torch.float32) if need_bias else None
+        plan = _plan_rows(signature, by_grad_out, _layout(new_query), need_bias, row_tile, tma)
+        keys = plan.describe(key, value)
+        sides = bias, count, attn_mask, seed
+        plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
         _copy_if_other(grad_query, new_query)
         if row_sums is not None and bias is not None:
             grad_bias.copy_(row_sums.unsqueeze(-1).sum_to_size(bias.shape))
     if need_mask and attn_mask is not None:
-        grad_mask.copy_(_mask_gradient(tensors, attn_mask, arguments, strides))
+        shape, launch = _plan_mask(signature, by_grad_out)
+        partial = query.new_empty(shape, dtype=torch.float32)
+        launch(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
+        grad_mask.copy_(partial[0] if shape[0] == 1 else partial.sum(0))
     return grads
 
 
-def key_tile_for(query: Tensor, value: Tensor, q_len: int, kv_len: int, plain: bool) -> Tile:
+def _layout(tensor: Tensor | None) -> Layout | None:
+    return None if tensor is None else layout_of(tensor)
+
+
+def _unit_stride_target(grad: Tensor) -> Tensor:
+    """Where a kernel writes a gradient: the gradient itself, unless its last dimension is strided."""
+    if grad.stride(-1) == 1 or grad.shape[-1] == 1:
+        return grad
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+
+
+def _copy_if_other(grad: Tensor, written: Tensor | None) -> None:
+    if written is not None and written is not grad:
+        grad.copy_(written)
+
+
+# Plans.
+
+
+class _Plan(NamedTuple):
+    launch: Launch
+    described: tuple[Described, Described] | None
+    """What the kernel walks over (query and grad_out, or key and value), if it is loaded by tensor descriptors."""
+    floor: bool = False
+    """Whether the kernel of dK and dV needs the minimum of each head's row biases."""
+
+    def describe(self, *tensors: Tensor) -> tuple:
+        if self.described is None:
+            return tensors
+        return tuple(by(tensor) for by, tensor in zip(self.described, tensors, strict=True))
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_keys(
+    signature: Signature,
+    grad_out: Layout,
+    grad_key: Layout | None,
+    grad_value: Layout | None,
+    tile: Tile | None,
+    tma: bool | None,
+) -> _Plan:
+    query, key, value = signature.query, signature.key, signature.value
+    tile = tile or key_tile_for(signature)
+    if tma is None:
+        tma = signature.tma(min(signature.q_len, signature.kv_len), query, grad_out)
+    described = None
+    if tma and describable(query) and describable(grad_out):
+        described = Described(query, tile.rows), Described(grad_out, tile.rows)
+    arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
+    _, _, attn_mask, seed = signature.side_layouts()
+    bias, floor, has_rows = signature.bias, None, signature.has_rows
+    if has_rows:
+        bias = row_bias_layout(signature)
+        floor = contiguous_layout(bias.shape[:2], torch.float32) if signature.form() == AUTO else None
+        arguments["stride_bias_b"], arguments["stride_bias_h"], _ = bias.strides_or_zero(3)
+        arguments["const_bias"] = 0.0
+    arguments |= _output_strides(dk=grad_key, dv=grad_value) | _loop_arguments(tile, described)
+    arguments["BIAS_ROWS"] = has_rows
+    arguments["VISIBLE"] = signature.options.visible_bias and not has_rows
+    floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
+    arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
+    rows = described or (query, grad_out)
+    tensors = (rows[0], key, value, rows[1], grad_key, grad_value, bias, floor, attn_mask, seed, *cu_layouts(signature))
+    blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
+    launch = Launch(_keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
+    return _Plan(launch, described, floor is not None)
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_rows(
+    signature: Signature, grad_out: Layout, grad_query: Layout | None, sums: bool, tile: Tile | None, tma: bool | None
+) -> _Plan:
+    query, key, value = signature.query, signature.key, signature.value
+    tile = tile or row_tile_for(signature)
+    if tma is None:
+        tma = signature.tma(min(signature.q_len, signature.kv_len), key, value)
+    described = None
+    if tma and describable(key) and describable(value):
+        described = Described(key, tile.keys), Described(value, tile.keys)
+    row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
+    arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
+    arguments |= _output_strides(dq=grad_query, sum=row_sums) | _loop_arguments(tile, described)
+    outputs = grad_query, row_sums
+    keys = described or (key, value)
+    tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *cu_layouts(signature))
+    blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
+    launch = Launch(_rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
+    return _Plan(launch, described)
+
+
+def _output_strides(**outputs: Layout | None) -> dict[str, int]:
+    return {
+        f"stride_{name}_{dim}": stride
+        for name, layout in outputs.items()
+        for dim, stride in zip("bhn", (0, 0, 0) if layout is None else layout.strides_or_zero(3), strict=True)
+    }
+
+
+def _loop_arguments(tile: Tile, described: tuple[Described, Described] | None) -> dict[str, int | bool]:
+    return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_mask(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...], Launch]:
+    """Partial sums of dS, float32 [parts, *mask's shape], and what computes them."""
+    assert signature.attn_mask is not None
+    query, key, value, shape = signature.query, signature.key, signature.value, signature.attn_mask.shape
+    full = batch, heads, q_len, kv_len = signature.batch, signature.heads, signature.q_len, signature.kv_len
+    block = 64 if signature.element_size == 2 and max(signature.widths) <= 128 else 32
+    rows = min(block, max(16, triton.next_power_of_2(q_len)))
+    keys = min(block, max(16, triton.next_power_of_2(kv_len)))
+    row_blocks, key_blocks = triton.cdiv(q_len, rows), triton.cdiv(kv_len, keys)
+    over_batch, over_heads, over_rows, over_keys = (
+        of_mask == 1 and size > 1 for of_mask, size in zip(shape, full, strict=True)
+    )
+    tiles = shape[0] * shape[1] * (1 if over_rows else row_blocks) * (1 if over_keys else key_blocks)
+    terms = (batch if over_batch else 1) * (heads if over_heads else 1)
+    terms *= (row_blocks if over_rows else 1) * (key_blocks if over_keys else 1)
+    splits = min(terms, max(1, 4 * limits_of(signature.device).multiprocessors // tiles))
+    out = contiguous_layout((splits, *shape), torch.float32)
+    arguments = signature.arguments(q=query, k=key, v=value, do=grad_out) | {
+        "batches": batch,
+        "terms": terms,
+        "terms_per_split": triton.cdiv(terms, splits),
+        "tiles": tiles,
+        "OVER_BATCH": over_batch,
+        "OVER_HEADS": over_heads,
+        "OVER_ROWS": over_rows,
+        "OVER_KEYS": over_keys,
+        "BLOCK_M": rows,
+        "BLOCK_N": keys,
+    }
+    tensors = (query, key, value, grad_out, out, *signature.side_layouts())
+    warps = 4 if signature.element_size == 2 else 8
+    return out.shape, Launch(
+        _mask_kernel, tiles * splits, signature.device, tensors, arguments, num_warps=warps, num_stages=1
+    )
+
+
+# Tile configurations.
+
+
+def key_tile_for(signature: Signature) -> Tile:
     """The tile of the kernel of dK and dV."""
-    capability, shared, _ = limits_of(query)
-    size, dim = query.element_size(), max(width(query.shape[-1]), width(value.shape[-1]))
+    capability, shared, _ = limits_of(signature.device)
+    size, dim = signature.element_size, max(signature.widths)
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
-    elif not plain:
+    elif not signature.plain:
         tile = Tile(32, 64, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim <= 64:
@@ -139,19 +287,19 @@ def key_tile_for(query: Tensor, value: Tensor, q_len: int, kv_len: int, plain: b
             tile = Tile(32, 64, 1, 8, 2)
     else:
         tile = Tile(32 if dim > 64 else 64, 64, 1, 4 if dim <= 64 else 8, 2)
-    both = (width(query.shape[-1]) + width(value.shape[-1])) * size
+    both = sum(signature.widths) * size
     # fit() takes what is loaded in the loop for keys: here, rows.
     turned = fit(tile._replace(rows=tile.keys, keys=tile.rows), both, both, shared)
-    return _no_longer_than(turned._replace(rows=turned.keys, keys=turned.rows), q_len, kv_len)
+    return _no_longer_than(turned._replace(rows=turned.keys, keys=turned.rows), signature)
 
 
-def row_tile_for(query: Tensor, value: Tensor, q_len: int, kv_len: int, plain: bool) -> Tile:
+def row_tile_for(signature: Signature) -> Tile:
     """The tile of the kernel of dQ."""
-    capability, shared, _ = limits_of(query)
-    size, dim = query.element_size(), max(width(query.shape[-1]), width(value.shape[-1]))
+    capability, shared, _ = limits_of(signature.device)
+    size, dim = signature.element_size, max(signature.widths)
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
-    elif not plain:
+    elif not signature.plain:
         tile = Tile(64, 32, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim <= 64:
@@ -162,188 +310,15 @@ def row_tile_for(query: Tensor, value: Tensor, q_len: int, kv_len: int, plain: b
             tile = Tile(64, 32, 1, 8, 2)
     else:
         tile = Tile(64, 32 if dim > 64 else 64, 1, 4 if dim <= 64 else 8, 2)
-    both = (width(query.shape[-1]) + width(value.shape[-1])) * size
-    return _no_longer_than(fit(tile, both, both, shared), q_len, kv_len)
+    both = sum(signature.widths) * size
+    return _no_longer_than(fit(tile, both, both, shared), signature)
 
 
-def _no_longer_than(tile: Tile, q_len: int, kv_len: int) -> Tile:
-    rows = min(tile.rows, max(16, triton.next_power_of_2(q_len)))
-    keys = min(tile.keys, max(16, triton.next_power_of_2(kv_len)))
+def _no_longer_than(tile: Tile, signature: Signature) -> Tile:
+    rows = min(tile.rows, max(16, triton.next_power_of_2(signature.q_len)))
+    keys = min(tile.keys, max(16, triton.next_power_of_2(signature.kv_len)))
     smaller = rows * keys <= tile.rows * tile.keys // 2
     return tile._replace(rows=rows, keys=keys, warps=4 if smaller else tile.warps)
-
-
-def _unit_stride_target(grad: Tensor) -> Tensor:
-    """Where a kernel writes a gradient: the gradient itself, unless its last dimension is strided."""
-    return grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else torch.empty(grad.shape, **_like(grad))
-
-
-def _like(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": tensor.dtype, "device": tensor.device}
-
-
-def _copy_if_other(grad: Tensor, written: Tensor | None) -> None:
-    if written is not None and written is not grad:
-        grad.copy_(written)
-
-
-_STRIDES = tuple(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "do") for dim in "bhn")
-
-
-def key_arguments(bias: Tensor | None, arguments: dict[str, Any], device: torch.device, form: int) -> dict[str, Any]:
-    """The arguments of the kernel of dK and dV: its row bias is a number per head, or a vector of rows.
-
-    Every block of keys would work the rows' biases out again, replicated over its threads: as many logarithms as
-    sigmoids. So they come from a tensor, where they differ between rows.
-    """
-    arguments = dict(arguments)
-    row_bias = floor = None
-    visible = arguments.pop("VISIBLE")
-    banded = arguments["HAS_LEFT"] or arguments["HAS_RIGHT"]
-    if arguments["BIAS_ROWS"] or (visible and (banded or arguments["count"] is not None)):
-        row_bias = row_bias_tensor(bias, {**arguments, "VISIBLE": visible}, device)
-        if form == AUTO:
-            floor = row_bias.amin(-1)
-        arguments |= {"bias": row_bias, "const_bias": 0.0, "BIAS_ROWS": True}
-    elif visible:
-        arguments["const_bias"] -= math.log(max(1, arguments["kv_len"]))
-    for name in ("count", "stride_count_b", "stride_count_h", "stride_count_m", "stride_bias_m"):
-        del arguments[name]
-    if row_bias is not None:
-        arguments["stride_bias_b"], arguments["stride_bias_h"], _ = strides_of(row_bias, 3)
-    stride_b, stride_h = strides_of(floor, 2)
-    return {**arguments, "floor": floor, "stride_floor_b": stride_b, "stride_floor_h": stride_h}
-
-
-def launch_keys(
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-    *,
-    tensors: tuple[Tensor, ...],
-    arguments: dict[str, Any],
-    strides: tuple[tuple[int, ...], ...],
-    tile: Tile,
-    blocks: int,
-    form: int,
-    tma: bool,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-) -> None:
-    outputs = [f"stride_{tensor}_{dim}" for tensor in ("dk", "dv") for dim in "bhn"]
-    _keys_kernel[(blocks,)](
-        *_operands(tensors, arguments, tma, rows=tile.rows, keys=tile.keys),
-        grad_key,
-        grad_value,
-        cu_q=cu_q,
-        cu_k=cu_k,
-        **in_units(_STRIDES, strides),
-        **dict(zip(outputs, strides_or_zero(grad_key) + strides_or_zero(grad_value), strict=True)),
-        **arguments,
-        **_backward_options(arguments, tensors, tile, form, tma),
-    )
-
-
-def launch_rows(
-    grad_query: Tensor | None,
-    row_sums: Tensor | None,
-    *,
-    tensors: tuple[Tensor, ...],
-    arguments: dict[str, Any],
-    strides: tuple[tuple[int, ...], ...],
-    tile: Tile,
-    blocks: int,
-    form: int,
-    tma: bool,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-) -> None:
-    sums = row_sums.stride() if row_sums is not None else (0, 0, 0)
-    outputs = ("stride_dq_b", "stride_dq_h", "stride_dq_n", "stride_sum_b", "stride_sum_h", "stride_sum_n")
-    _rows_kernel[(blocks,)](
-        *_operands(tensors, arguments, tma, rows=tile.rows, keys=tile.keys),
-        grad_query,
-        row_sums,
-        cu_q=cu_q,
-        cu_k=cu_k,
-        **in_units(_STRIDES, strides),
-        **dict(zip(outputs, (*strides_or_zero(grad_query), *sums), strict=True)),
-        **arguments,
-        **_backward_options(arguments, tensors, tile, form, tma),
-    )
-
-
-def strides_or_zero(tensor: Tensor | None) -> tuple[int, ...]:
-    return tuple(tensor.stride()[:3]) if tensor is not None else (0, 0, 0)
-
-
-def _operands(tensors: tuple[Tensor, ...], arguments: dict[str, Any], tma: bool, *, rows: int, keys: int) -> tuple:
-    if not tma:
-        return tensors
-    query, key, value, grad_out = tensors
-    return (
-        descriptor(query, rows, arguments["BLOCK_D"]),
-        descriptor(key, keys, arguments["BLOCK_D"]),
-        descriptor(value, keys, arguments["BLOCK_DV"]),
-        descriptor(grad_out, rows, arguments["BLOCK_DV"]),
-    )
-
-
-def _backward_options(
-    arguments: dict[str, Any], tensors: tuple[Tensor, ...], tile: Tile, form: int, tma: bool
-) -> dict[str, Any]:
-    return {
-        "DROPOUT": arguments["seed"] is not None,
-        "P_SCALE": 1024.0 if tensors[0].dtype == torch.float16 else 1.0,
-        "FORM": form,
-        "TMA": tma,
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.keys,
-        **tile.launch_options(),
-    }
-
-
-def _mask_gradient(
-    tensors: tuple[Tensor, ...], attn_mask: Tensor, arguments: dict[str, Any], strides: tuple[tuple[int, ...], ...]
-) -> Tensor:
-    """dS summed to the mask's shape, in float32. Sums over more than one program are added by torch.sum."""
-    query = tensors[0]
-    batch, heads, q_len, _ = query.shape
-    kv_len = tensors[1].shape[2]
-    dim = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    block = 64 if query.element_size() == 2 and dim <= 128 else 32
-    rows = min(block, max(16, triton.next_power_of_2(q_len)))
-    keys = min(block, max(16, triton.next_power_of_2(kv_len)))
-    row_blocks, key_blocks = triton.cdiv(q_len, rows), triton.cdiv(kv_len, keys)
-    full = batch, heads, q_len, kv_len
-    over_batch, over_heads, over_rows, over_keys = (
-        of_mask == 1 and size > 1 for of_mask, size in zip(attn_mask.shape, full, strict=True)
-    )
-    tiles = attn_mask.shape[0] * attn_mask.shape[1]
-    tiles *= (1 if over_rows else row_blocks) * (1 if over_keys else key_blocks)
-    terms = (batch if over_batch else 1) * (heads if over_heads else 1)
-    terms *= (row_blocks if over_rows else 1) * (key_blocks if over_keys else 1)
-    splits = min(terms, max(1, 4 * limits_of(query)[2] // tiles))
-    partial = query.new_empty((splits, *attn_mask.shape), dtype=torch.float32)
-    _mask_kernel[(tiles * splits,)](
-        *tensors,
-        partial,
-        **in_units(_STRIDES, strides),
-        **arguments,
-        batches=batch,
-        terms=terms,
-        terms_per_split=triton.cdiv(terms, splits),
-        tiles=tiles,
-        OVER_BATCH=over_batch,
-        OVER_HEADS=over_heads,
-        OVER_ROWS=over_rows,
-        OVER_KEYS=over_keys,
-        DROPOUT=arguments["seed"] is not None,
-        BLOCK_M=rows,
-        BLOCK_N=keys,
-        num_warps=4 if query.element_size() == 2 else 8,
-        num_stages=1,
-    )
-    return partial[0] if splits == 1 else partial.sum(0)
 
 
 # Device functions. In the kernel of dK and dV tiles of scores are [keys, rows], else [rows, keys].
@@ -351,19 +326,19 @@ def _mask_gradient(
 
 @triton.jit
 def _score_gradients(
-    s, dp, row_bias, row, col, mask, stride_mask_m, stride_mask_n, seed, head, q_len, kv_len, shift, left, right,
-    scale, softcap, dropout_p,
+    s, dp, row_bias, row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
+    left, right, scale, softcap, dropout_p,
     MASK_ROWS: tl.constexpr, BAND_LEFT: tl.constexpr, BAND_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr,
+    DROPOUT: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """(p after dropout but for its factor 1 / (1 - dropout_p), dS, dX)."""
     p, slope = probabilities(
         s, row_bias, row, col, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right, scale, softcap,
-        MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FAST, ASM,
+        MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FORM, ASM,
     )  # fmt: skip
     dropped = p
     if DROPOUT:
-        keep = kept(seed, head, row, col, q_len, kv_len, dropout_p)
+        keep = kept(seed, draw0, row, col, draw_len, dropout_p)
         dropped = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
     ds = (p - p * p) * dp
@@ -376,12 +351,12 @@ def _score_gradients(
 @triton.jit
 def _accumulate_keys(
     dk, dv, keys, values, col0, begin, end, q, do, stride_q_n, stride_do_n, bias, batch, head, mask, stride_mask_m,
-    stride_mask_n, seed, heads, q_len, kv_len, shift, left, right,
+    stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right,
     scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EDGE: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk += dX^T q and dv += p^T dO over the rows begin ... end; EDGE: where the band needs a mask."""
@@ -392,13 +367,13 @@ def _accumulate_keys(
         s = tl.dot(keys, rows.T, input_precision=PRECISION)
         grads = load_rows(do, batch, head, start, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, TMA, EDGE)
         dp = tl.dot(values, grads.T, input_precision=PRECISION)
-        row_bias = tl.zeros((BLOCK_M,), tl.float32) + const_bias * unit_of(FAST)
+        row_bias = tl.zeros((BLOCK_M,), tl.float32) + const_bias * unit_of(FORM)
         if BIAS_ROWS:
-            row_bias = tl.load(bias + row.to(tl.int64), mask=row < q_len, other=0.0) * unit_of(FAST)
+            row_bias = tl.load(bias + row.to(tl.int64), mask=row < q_len, other=0.0) * unit_of(FORM)
         p, _, dx = _score_gradients(
             s, dp, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed,
-            batch * heads + head, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            MASK_ROWS, EDGE and HAS_LEFT, EDGE and HAS_RIGHT, SOFTCAP, DROPOUT, FAST, ASM,
+            draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+            MASK_ROWS, EDGE and HAS_LEFT, EDGE and HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
         if P_SCALE != 1.0:
             p *= P_SCALE
@@ -410,12 +385,12 @@ def _accumulate_keys(
 @triton.jit
 def _accumulate_keys_all(
     dk, dv, keys, values, col0, active, q, do, stride_q_n, stride_do_n, bias, batch, head, mask, stride_mask_m,
-    stride_mask_n, seed, heads, q_len, kv_len, shift, left, right,
+    stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right,
     scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over all rows that see some of the keys (none, unless active is 1): edge, inside, edge."""
@@ -428,25 +403,25 @@ def _accumulate_keys_all(
     if HAS_RIGHT:
         dk, dv = _accumulate_keys(
             dk, dv, keys, values, col0, begin, tl.minimum(inner_begin, end), q, do, stride_q_n, stride_do_n, bias,
-            batch, head, mask, stride_mask_m, stride_mask_n, seed, heads,
+            batch, head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
             q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D,
             BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE,
-            FAST, ASM, TMA, PRECISION,
+            FORM, ASM, TMA, PRECISION,
         )  # fmt: skip
     dk, dv = _accumulate_keys(
         dk, dv, keys, values, col0, inner_begin, inner_end, q, do, stride_q_n, stride_do_n, bias, batch, head, mask,
-        stride_mask_m, stride_mask_n, seed, heads,
+        stride_mask_m, stride_mask_n, seed, draw0, draw_len,
         q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D,
         BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, DROPOUT, P_SCALE,
-        FAST, ASM, TMA, PRECISION,
+        FORM, ASM, TMA, PRECISION,
     )  # fmt: skip
     if HAS_LEFT or not TMA:
         dk, dv = _accumulate_keys(
             dk, dv, keys, values, col0, inner_end, end, q, do, stride_q_n, stride_do_n, bias, batch, head, mask,
-            stride_mask_m, stride_mask_n, seed, heads,
+            stride_mask_m, stride_mask_n, seed, draw0, draw_len,
             q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D,
             BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE,
-            FAST, ASM, TMA, PRECISION,
+            FORM, ASM, TMA, PRECISION,
         )  # fmt: skip
     return dk, dv
 
@@ -462,14 +437,15 @@ def _keys_kernel(
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
-    BIAS_ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it.
 
-    The row bias is const_bias, plus bias, if it is a number per head; or all in bias, a vector of rows (BIAS_ROWS), of
-    which floor has each head's minimum, if FORM is AUTO.
+    The row bias is const_bias, less ln kv_len if VISIBLE, plus bias, if it is a number per head; or all in bias, a
+    vector of rows (BIAS_ROWS), of which floor has each head's minimum, if FORM is AUTO. q, do: descriptors if TMA.
     """
     stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
     stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
@@ -482,6 +458,7 @@ def _keys_kernel(
     kv_head = (tl.program_id(0) // blocks) % kv_heads
     batch = tl.program_id(0) // blocks // kv_heads
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
+    draw_rows, draw_len = q_len, kv_len
     if cu_q is not None:
         q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -496,20 +473,23 @@ def _keys_kernel(
             dk_out += k_start * stride_dk_n
         if dv_out is not None:
             dv_out += k_start * stride_dv_n
-        if bias is not None:
+        if BIAS_ROWS:
             bias += q_start
-    if not TMA:
-        k += batch64 * stride_k_b + kv_head64 * stride_k_h
-        v += batch64 * stride_v_b + kv_head64 * stride_v_h
+    k += batch64 * stride_k_b + kv_head64 * stride_k_h
+    v += batch64 * stride_v_b + kv_head64 * stride_v_h
+    if VISIBLE:
+        const_bias -= tl.log(tl.maximum(kv_len, 1).to(tl.float32))
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
-    keys = load_rows(k, batch, kv_head, col0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, True)
-    values = load_rows(v, batch, kv_head, col0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA, True)
+    keys = load_rows(k, batch, kv_head, col0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False, True)
+    values = load_rows(v, batch, kv_head, col0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False, True)
+    OTHER: tl.constexpr = _TAIL if FORM == _AUTO else FORM
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
     for member in range(0, group):
         head = kv_head * group + member
         head64 = head.to(tl.int64)
+        draw0 = first_draw(batch, heads, head, draw_rows)
         q_head, do_head = q, do
         if not TMA:
             q_head += batch64 * stride_q_b + head64 * stride_q_h
@@ -527,21 +507,22 @@ def _keys_kernel(
             if floor is not None:
                 lowest = tl.load(floor + batch64 * stride_floor_b + head64 * stride_floor_h)
             fast = (lowest >= _FAST_BIAS).to(tl.int32)
-        if FORM != _ACCURATE:
+        if FORM >= _FAST:
             dk, dv = _accumulate_keys_all(
                 dk, dv, keys, values, col0, fast, q_head, do_head, stride_q_n, stride_do_n, bias_head,
                 batch, head, mask_head, stride_mask_m, stride_mask_n,
-                seed, heads, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p, HEAD_DIM,
+                seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
+                HEAD_DIM,
                 VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-                DROPOUT, P_SCALE, True, ASM, TMA, PRECISION,
+                DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
             )  # fmt: skip
         if FORM != _FAST:
             dk, dv = _accumulate_keys_all(
                 dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, stride_q_n,
                 stride_do_n, bias_head, batch, head, mask_head,
-                stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap,
+                stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, False, ASM, TMA, PRECISION,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, OTHER, ASM, TMA, PRECISION,
             )  # fmt: skip
 
     if dk_out is not None:
@@ -557,15 +538,16 @@ def _keys_kernel(
 
 @triton.jit
 def _accumulate_rows(
-    dq, row_sum, rows, grads, row_bias, row0, begin, end, k, v, stride_k_n, stride_v_n, batch, head, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+    dq, row_sum, rows, grads, row_bias, row0, begin, end, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+    dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BAND_LEFT: tl.constexpr, BAND_RIGHT: tl.constexpr, CHECK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+    DROPOUT: tl.constexpr, SUM: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq += dX k and row_sum += sum_j dS over the keys begin ... end. row_bias is in units of unit_of(FAST)."""
+    """dq += dX k and row_sum += sum_j dS over the keys begin ... end. row_bias is in units of unit_of(FORM)."""
     row = (row0 + tl.arange(0, BLOCK_M))[:, None]
     for start in range(begin, end, BLOCK_N):
         col = (start + tl.arange(0, BLOCK_N))[None, :]
@@ -574,9 +556,9 @@ def _accumulate_rows(
         values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA, CHECK)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         _, ds, dx = _score_gradients(
-            s, dp, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, batch * heads + head,
+            s, dp, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
             q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, DROPOUT, FAST, ASM,
+            MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
         if SUM:
             row_sum += tl.sum(ds, 1)
@@ -586,16 +568,17 @@ def _accumulate_rows(
 
 @triton.jit
 def _accumulate_rows_all(
-    dq, row_sum, rows, grads, row_bias, row0, active, k, v, stride_k_n, stride_v_n, batch, head, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+    dq, row_sum, rows, grads, row_bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+    dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+    DROPOUT: tl.constexpr, SUM: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over all keys that some of the rows see (none, unless active is 1): edge, inside, edge."""
-    row_bias *= unit_of(FAST)
+    row_bias *= unit_of(FORM)
     last_row = tl.minimum(row0 + BLOCK_M, q_len) - 1
     begin, inner_begin, inner_end, end = keys_of_rows(
         row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, not TMA
@@ -605,22 +588,22 @@ def _accumulate_rows_all(
     if HAS_LEFT:
         dq, row_sum = _accumulate_rows(
             dq, row_sum, rows, grads, row_bias, row0, begin, tl.minimum(inner_begin, end), k, v, stride_k_n,
-            stride_v_n, batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift,
+            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
             left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            MASK_ROWS, True, HAS_RIGHT, True, SOFTCAP, DROPOUT, SUM, FAST, ASM, TMA, PRECISION,
+            MASK_ROWS, True, HAS_RIGHT, True, SOFTCAP, DROPOUT, SUM, FORM, ASM, TMA, PRECISION,
         )  # fmt: skip
     dq, row_sum = _accumulate_rows(
         dq, row_sum, rows, grads, row_bias, row0, inner_begin, inner_end, k, v, stride_k_n,
-        stride_v_n, batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift,
+        stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
         left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        MASK_ROWS, False, False, False, SOFTCAP, DROPOUT, SUM, FAST, ASM, TMA, PRECISION,
+        MASK_ROWS, False, False, False, SOFTCAP, DROPOUT, SUM, FORM, ASM, TMA, PRECISION,
     )  # fmt: skip
     if HAS_RIGHT or not TMA:
         dq, row_sum = _accumulate_rows(
             dq, row_sum, rows, grads, row_bias, row0, inner_end, end, k, v, stride_k_n,
-            stride_v_n, batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift,
+            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
             left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            MASK_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, SUM, FAST, ASM, TMA, PRECISION,
+            MASK_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, SUM, FORM, ASM, TMA, PRECISION,
         )  # fmt: skip
     return dq, row_sum
 
@@ -641,7 +624,7 @@ def _rows_kernel(
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head."""
+    """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
     stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
     stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
     stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
@@ -652,6 +635,7 @@ def _rows_kernel(
     batch = tl.program_id(0) // blocks // heads
     kv_head = head // group
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    draw0, draw_len = first_draw(batch, heads, head, q_len), kv_len
     if cu_q is not None:
         q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -668,11 +652,11 @@ def _rows_kernel(
             sum_out += q_start * stride_sum_n
         if bias is not None:
             bias += q_start * stride_bias_m
+    q += batch64 * stride_q_b + head64 * stride_q_h
+    do += batch64 * stride_do_b + head64 * stride_do_h
     if not TMA:
-        q += batch64 * stride_q_b + head64 * stride_q_h
         k += batch64 * stride_k_b + kv_head64 * stride_k_h
         v += batch64 * stride_v_b + kv_head64 * stride_v_h
-        do += batch64 * stride_do_b + head64 * stride_do_h
     if bias is not None:
         bias += batch64 * stride_bias_b + head64 * stride_bias_h
         if not BIAS_ROWS:
@@ -683,8 +667,8 @@ def _rows_kernel(
         mask += batch64 * stride_mask_b + head64 * stride_mask_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
-    rows = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, True)
-    grads = load_rows(do, batch, head, row0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, TMA, True)
+    rows = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False, True)
+    grads = load_rows(do, batch, head, row0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False, True)
     row = row0 + tl.arange(0, BLOCK_M)
     row_bias = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
@@ -692,22 +676,25 @@ def _rows_kernel(
     )  # fmt: skip
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    OTHER: tl.constexpr = _TAIL if FORM == _AUTO else FORM
     fast = 1
     if FORM == _AUTO:
         fast = (tl.min(row_bias) >= _FAST_BIAS).to(tl.int32)
-    if FORM != _ACCURATE:
+    if FORM >= _FAST:
         dq, row_sum = _accumulate_rows_all(
-            dq, row_sum, rows, grads, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, head, kv_head, mask,
-            stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+            dq, row_sum, rows, grads, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head, mask,
+            stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+            dropout_p,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            DROPOUT, sum_out is not None, True, ASM, TMA, PRECISION,
+            DROPOUT, sum_out is not None, _FAST, ASM, TMA, PRECISION,
         )  # fmt: skip
     if FORM != _FAST:
         dq, row_sum = _accumulate_rows_all(
             dq, row_sum, rows, grads, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
-            batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right,
+            batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left,
+            right,
             scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, False, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, OTHER, ASM, TMA, PRECISION,
         )  # fmt: skip
     if dq_out is not None:
         dq_out += batch64 * stride_dq_b + head64 * stride_dq_h
@@ -717,7 +704,7 @@ def _rows_kernel(
         tl.store(sum_out + row.to(tl.int64) * stride_sum_n, row_sum, mask=row < q_len)
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALIZED, "batches", "terms", "terms_per_split", "tiles"))
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mask_kernel(
     q, k, v, do, out, bias, count, mask, seed,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
@@ -814,12 +801,12 @@ def _mask_kernel(
         row_bias = row_biases(
             row, bias_head, stride_bias_m, count_head, stride_count_m, term_bias, q_len, kv_len, shift, left, right,
             BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
-        ) * unit_of(False)  # fmt: skip
+        ) * unit_of(_ACCURATE)  # fmt: skip
         _, ds, _ = _score_gradients(
             s, dp, row_bias[:, None], row[:, None], col[None, :],
             mask + batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, seed,
-            batch64 * heads + head64, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, False, ASM,
+            (batch64 * heads + head64) * q_len, kv_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
         )  # fmt: skip
         total += ds
 

@@ -9,42 +9,46 @@ With two subtiles a program holds two blocks of rows: the sigmoid of one overlap
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.reference import Options
+from sigswap.kernels.launch import (
+    MAX_PLANS,
+    Described,
+    Launch,
+    Layout,
+    Packed,
+    Signature,
+    Tile,
+    cu_layouts,
+    cu_tensors,
+    describable,
+    fit,
+    layout_of,
+    limits_of,
+    signature_of,
+    unit_stride,
+    visible_counts,
+)
 from sigswap.kernels.triton_common import (
-    _ACCURATE,
     _AUTO,
     _FAST,
     _FAST_BIAS,
+    _TAIL,
     UNSPECIALIZED,
-    Tile,
-    band_of,
-    common_arguments,
-    descriptor,
-    fit,
-    form_of,
-    in_units,
-    is_plain,
+    first_draw,
     kept,
     keys_of_rows,
-    limits_of,
     load_rows,
     probabilities,
     row_biases,
-    short_rows,
     store_rows,
-    tma_fits,
     unit_of,
-    unit_stride,
-    visible_counts,
-    width,
 )
 
 
@@ -55,56 +59,68 @@ def forward(
     bias: Tensor | None,
     attn_mask: Tensor | None,
     seed: Tensor | None,
-    options: Options,
+    options: reference.Options,
     *,
+    packed: Packed | None = None,
     tile: Tile | None = None,
     tma: bool | None = None,
 ) -> Tensor:
     """``sigswap::sigmoid_attention``; the arguments are documented there, and valid here. Deterministic.
 
+    packed: query, key, value and bias are [1, H, total, ...] of these sequences.
     tile and tma override the tile configuration and the use of tensor descriptors, for tests and tuning.
     """
     out = reference.empty_output(query, value)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    batch, heads, q_len, _ = query.shape
-    kv_len = key.shape[2]
-    band = band_of(options, q_len, kv_len)
-    count = None
-    if attn_mask is not None and options.visible_bias:
-        count = visible_counts(attn_mask, q_len, kv_len, options, band)
-    arguments = common_arguments(
-        query, key, value, bias, attn_mask, seed, options, count=count, q_len=q_len, kv_len=kv_len, band=band
-    )
-    plain = is_plain(attn_mask, options)
-    tile = tile or tile_for(query, value, q_len, plain, band.has_left or band.has_right)
-    if tma is None:
-        tma = plain and limits_of(query)[0] >= 90 and query.element_size() == 2 and kv_len >= 512
-    tma = tma and tma_fits(query, key, value)
-    launch(
-        query,
-        key,
-        value,
-        out,
-        arguments,
-        tile,
-        (query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3]),
-        blocks=triton.cdiv(q_len, tile.rows * tile.subtiles) * batch * heads,
-        form=form_of(query, bias, attn_mask, options, kv_len, band),
-        tma=tma,
-    )
+    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    plan = _plan(signature, layout_of(out), tile, tma)
+    count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
+    if plan.described:
+        by_key, by_value = plan.described
+        operands = query, by_key(key), by_value(value), out
+    else:
+        operands = query, key, value, out
+    seed = seed if options.dropout_p > 0.0 else None
+    plan.launch(*operands, bias, count, attn_mask, seed, *cu_tensors(packed))
     return out
 
 
-def tile_for(query: Tensor, value: Tensor, q_len: int, plain: bool, banded: bool) -> Tile:
-    """The tile configuration. plain: no mask, no dropout, no softcap, which take registers."""
-    capability, shared, _ = limits_of(query)
-    size, dim = query.element_size(), max(width(query.shape[-1]), width(value.shape[-1]))
+class _Plan(NamedTuple):
+    launch: Launch
+    described: tuple[Described, Described] | None
+    """key and value, if they are loaded by tensor descriptors."""
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None) -> _Plan:
+    query, key, value = signature.query, signature.key, signature.value
+    tile = tile or tile_for(signature)
+    described = None
+    if signature.tma(signature.kv_len, key, value) if tma is None else tma and describable(key) and describable(value):
+        described = Described(key, tile.keys), Described(value, tile.keys)
+    arguments = signature.arguments(q=query, k=key, v=value, o=out) | {
+        "TMA": described is not None,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "SUBTILES": tile.subtiles,
+    }
+    operands = query, *(described or (key, value)), out
+    tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
+    blocks = triton.cdiv(signature.q_len, tile.rows * tile.subtiles) * signature.batch * signature.heads
+    launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
+    return _Plan(launch, described)
+
+
+def tile_for(signature: Signature) -> Tile:
+    capability, shared, _ = limits_of(signature.device)
+    size, dim, band = signature.element_size, max(signature.widths), signature.band()
+    banded, q_len = band.has_left or band.has_right, signature.q_len
     if size > 2:
         # Products of float32 run on the ordinary units, from registers.
         tile = Tile(64 if dim <= 64 else 32, 32, 1, 8, 1)
-    elif not plain:
+    elif not signature.plain:
         tile = Tile(64, 64, 1, 8, 2) if dim <= 128 else Tile(64, 32, 1, 8, 2)
     elif 90 <= capability < 100:
         if dim <= 64:
@@ -118,65 +134,32 @@ def tile_for(query: Tensor, value: Tensor, q_len: int, plain: bool, banded: bool
         tile = Tile(128, 64, 1, 4, 3)
     else:
         tile = Tile(128, 64 if dim <= 128 else 32, 1, 8, 2)
-    row_bytes = width(query.shape[-1]) * size
-    key_bytes = (width(query.shape[-1]) + width(value.shape[-1])) * size
-    return fit(short_rows(tile, q_len), row_bytes, key_bytes, shared)
+    width, value_width = signature.widths
+    return fit(_short_rows(tile, q_len), width * size, (width + value_width) * size, shared)
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    arguments: dict[str, Any],
-    tile: Tile,
-    strides: tuple[tuple[int, ...], ...],
-    *,
-    blocks: int,
-    form: int,
-    tma: bool,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-) -> None:
-    tensors: tuple[Any, ...] = query, key, value
-    if tma:
-        block_d, block_dv = arguments["BLOCK_D"], arguments["BLOCK_DV"]
-        tensors = (
-            descriptor(query, tile.rows, block_d),
-            descriptor(key, tile.keys, block_d),
-            descriptor(value, tile.keys, block_dv),
-        )
-    names = [f"stride_{tensor}_{dim}" for tensor in "qkvo" for dim in "bhn"]
-    _forward_kernel[(blocks,)](
-        *tensors,
-        out,
-        cu_q=cu_q,
-        cu_k=cu_k,
-        **in_units(names, strides),
-        **arguments,
-        DROPOUT=arguments["seed"] is not None,
-        # Small probabilities would be subnormal in float16; they are held times 1024 there.
-        P_SCALE=1024.0 if value.dtype == torch.float16 else 1.0,
-        FORM=form,
-        TMA=tma,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.keys,
-        SUBTILES=tile.subtiles,
-        **tile.launch_options(),
-    )
+def _short_rows(tile: Tile, rows: int) -> Tile:
+    """The tile for few rows: no larger than needed."""
+    if rows <= tile.rows * (tile.subtiles - 1):
+        tile = tile._replace(subtiles=1, warps=max(4, tile.warps // 2), registers=0)
+    size = max(16, triton.next_power_of_2(rows))
+    if size < tile.rows:
+        tile = tile._replace(rows=size, warps=4, registers=0)
+    return tile
 
 
 @triton.jit
 def _accumulate(
-    acc0, acc1, q0, q1, bias0, bias1, row0, begin, end, k, v, stride_k_n, stride_v_n, batch, head, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+    acc0, acc1, q0, q1, bias0, bias1, row0, begin, end, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+    dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, MASK_ROWS: tl.constexpr,
     BAND_LEFT: tl.constexpr, BAND_RIGHT: tl.constexpr, CHECK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc += p v over the keys begin ... end. bias0 and bias1 are in units of unit_of(FAST)."""
+    """acc += p v over the keys begin ... end. bias0 and bias1 are in units of unit_of(FORM)."""
     rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
     for start in range(begin, end, BLOCK_N):
         cols = (start + tl.arange(0, BLOCK_N))[None, :]
@@ -187,20 +170,20 @@ def _accumulate(
         values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA, CHECK)
         p, _ = probabilities(
             s0, bias0[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
-            scale, softcap, MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FAST, ASM,
+            scale, softcap, MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FORM, ASM,
         )  # fmt: skip
         if DROPOUT:
-            p = tl.where(kept(seed, batch * heads + head, rows, cols, q_len, kv_len, dropout_p), p, 0.0)
+            p = tl.where(kept(seed, draw0, rows, cols, draw_len, dropout_p), p, 0.0)
         if P_SCALE != 1.0:
             p *= P_SCALE
         acc0 = tl.dot(p.to(values.dtype), values, acc0, input_precision=PRECISION)
         if SUBTILES == 2:
             p, _ = probabilities(
                 s1, bias1[:, None], rows + BLOCK_M, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift,
-                left, right, scale, softcap, MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FAST, ASM,
+                left, right, scale, softcap, MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FORM, ASM,
             )  # fmt: skip
             if DROPOUT:
-                keep = kept(seed, batch * heads + head, rows + BLOCK_M, cols, q_len, kv_len, dropout_p)
+                keep = kept(seed, draw0, rows + BLOCK_M, cols, draw_len, dropout_p)
                 p = tl.where(keep, p, 0.0)
             if P_SCALE != 1.0:
                 p *= P_SCALE
@@ -210,18 +193,19 @@ def _accumulate(
 
 @triton.jit
 def _accumulate_all(
-    acc0, acc1, q0, q1, bias0, bias1, row0, active, k, v, stride_k_n, stride_v_n, batch, head, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+    acc0, acc1, q0, q1, bias0, bias1, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+    dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FAST: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sum (nothing, unless active is 1): blocks on the band's left edge, blocks that all rows see, blocks
     on the right edge."""
-    bias0 *= unit_of(FAST)
-    bias1 *= unit_of(FAST)
+    bias0 *= unit_of(FORM)
+    bias1 *= unit_of(FORM)
     last_row = tl.minimum(row0 + SUBTILES * BLOCK_M, q_len) - 1
     begin, inner_begin, inner_end, end = keys_of_rows(
         row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, not TMA
@@ -231,23 +215,23 @@ def _accumulate_all(
     if HAS_LEFT:
         acc0, acc1 = _accumulate(
             acc0, acc1, q0, q1, bias0, bias1, row0, begin, tl.minimum(inner_begin, end), k, v,
-            stride_k_n, stride_v_n, batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len,
+            stride_k_n, stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len,
             kv_len, shift, left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-            BLOCK_N, SUBTILES, MASK_ROWS, True, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE, FAST, ASM, TMA, PRECISION,
+            BLOCK_N, SUBTILES, MASK_ROWS, True, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE, FORM, ASM, TMA, PRECISION,
         )  # fmt: skip
     acc0, acc1 = _accumulate(
         acc0, acc1, q0, q1, bias0, bias1, row0, inner_begin, inner_end, k, v,
-        stride_k_n, stride_v_n, batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len,
+        stride_k_n, stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len,
         kv_len, shift, left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-        BLOCK_N, SUBTILES, MASK_ROWS, False, False, False, SOFTCAP, DROPOUT, P_SCALE, FAST, ASM, TMA, PRECISION,
+        BLOCK_N, SUBTILES, MASK_ROWS, False, False, False, SOFTCAP, DROPOUT, P_SCALE, FORM, ASM, TMA, PRECISION,
     )  # fmt: skip
     # Without descriptors the keys' end, where loads need a check, is an edge, too.
     if HAS_RIGHT or not TMA:
         acc0, acc1 = _accumulate(
             acc0, acc1, q0, q1, bias0, bias1, row0, inner_end, end, k, v,
-            stride_k_n, stride_v_n, batch, head, kv_head, mask, stride_mask_m, stride_mask_n, seed, heads, q_len,
+            stride_k_n, stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len,
             kv_len, shift, left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-            BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE, FAST, ASM, TMA,
+            BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE, FORM, ASM, TMA,
             PRECISION,
         )  # fmt: skip
     return acc0, acc1
@@ -268,7 +252,7 @@ def _forward_kernel(
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: SUBTILES * BLOCK_M query rows of one head. q, k, v: descriptors if TMA, else addresses.
+    """One program: SUBTILES * BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses.
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest; each sequence has its own.
     """
@@ -283,6 +267,7 @@ def _forward_kernel(
     batch = tl.program_id(0) // blocks // heads
     kv_head = head // group
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    draw0, draw_len = first_draw(batch, heads, head, q_len), kv_len
     if cu_q is not None:
         q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -295,8 +280,8 @@ def _forward_kernel(
         out += q_start * stride_o_n
         if bias is not None:
             bias += q_start * stride_bias_m
+    q += batch64 * stride_q_b + head64 * stride_q_h
     if not TMA:
-        q += batch64 * stride_q_b + head64 * stride_q_h
         k += batch64 * stride_k_b + kv_head64 * stride_k_h
         v += batch64 * stride_v_b + kv_head64 * stride_v_h
     out += batch64 * stride_o_b + head64 * stride_o_h
@@ -310,7 +295,7 @@ def _forward_kernel(
         mask += batch64 * stride_mask_b + head64 * stride_mask_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
-    q0 = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, True)
+    q0 = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False, True)
     row = row0 + tl.arange(0, BLOCK_M)
     bias0 = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
@@ -319,30 +304,33 @@ def _forward_kernel(
     acc0 = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     q1, bias1, acc1 = q0, bias0, acc0
     if SUBTILES == 2:
-        q1 = load_rows(q, batch, head, row0 + BLOCK_M, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, True)
+        q1 = load_rows(q, batch, head, row0 + BLOCK_M, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False, True)
         bias1 = row_biases(
             row + BLOCK_M, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
             BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
 
+    OTHER: tl.constexpr = _TAIL if FORM == _AUTO else FORM
     fast = 1
     if FORM == _AUTO:
         fast = (tl.minimum(tl.min(bias0), tl.min(bias1)) >= _FAST_BIAS).to(tl.int32)
     # One of the two has no iterations. As the branches of an if they would not share their shared memory.
-    if FORM != _ACCURATE:
+    if FORM >= _FAST:
         acc0, acc1 = _accumulate_all(
-            acc0, acc1, q0, q1, bias0, bias1, row0, fast, k, v, stride_k_n, stride_v_n, batch, head, kv_head,
-            mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap,
+            acc0, acc1, q0, q1, bias0, bias1, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
+            mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
+            softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, True, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
         )  # fmt: skip
     if FORM != _FAST:
         acc0, acc1 = _accumulate_all(
             acc0, acc1, q0, q1, bias0, bias1, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
-            batch, head, kv_head,
-            mask, stride_mask_m, stride_mask_n, seed, heads, q_len, kv_len, shift, left, right, scale, softcap,
+            batch, kv_head,
+            mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
+            softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, False, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, OTHER, ASM, TMA, PRECISION,
         )  # fmt: skip
 
     factor = 1.0 / P_SCALE

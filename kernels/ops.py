@@ -1,4 +1,4 @@
-"""The registered ops: schemas, argument checks, fake implementations, autograd, autocast and dispatch.
+"""The registered ops for tensors [batch, heads, length, head_dim].
 
 Three ops, all of them pure functions (``torch.ops.sigswap`` holds them):
 
@@ -7,8 +7,7 @@ Three ops, all of them pure functions (``torch.ops.sigswap`` holds them):
 - ``sigmoid_probs``: for models that compute their own scores: scores to probabilities. A composite op: one
   node in a graph of Dynamo's, and decomposed below autograd, so that inductor fuses it.
 
-Every device runs :mod:`sigswap.kernels.reference`, but for CUDA, which runs :mod:`sigswap.kernels.dispatch`: Triton
-kernels. They are imported at the first call; this module imports no Triton.
+:mod:`sigswap.kernels.attention_op` says what runs the first two. This module imports no Triton.
 """
 
 from __future__ import annotations
@@ -17,31 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from sigswap.errors import ArgumentError, SigswapError
-from sigswap.kernels import MASKED_SCORE, reference
-
-_OPTIONS = (
-    "float scale, float const_bias=0.0, bool visible_bias=True, bool is_causal=False, bool bottom_right=False, "
-    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0"
-)
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? attn_mask=None, Tensor? seed=None"
-_AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
-
-_library = torch.library.Library("sigswap", "DEF")
-_library.define(f"sigmoid_attention({_INPUTS}, *, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    "sigmoid_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-    f"Tensor? attn_mask, Tensor? seed, bool[5] output_mask, *, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "sigmoid_probs(Tensor scores, Tensor? bias=None, int dim=-1, bool visible_bias=True, float const_bias=0.0) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from sigswap.errors import ArgumentError
+from sigswap.kernels import MASKED_SCORE, checks, reference
+from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, is_plain, library
 
 
 def sigmoid_attention(
@@ -90,6 +68,19 @@ def sigmoid_attention(
     Raises:
         ArgumentError: A shape, dtype, device or value is not as above.
     """
+    if is_plain(query, key, value, bias, attn_mask, seed):
+        options = reference.Options(
+            scale,
+            const_bias,
+            visible_bias,
+            is_causal,
+            bottom_right,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+        )
+        return _attention.run((query, key, value, bias, attn_mask, seed), options)
     return torch.ops.sigswap.sigmoid_attention.default(
         query,
         key,
@@ -135,171 +126,18 @@ def sigmoid_probs(
     return torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias)
 
 
-# Checks. On shapes, dtypes, devices and plain numbers alone: no tensor's values are read.
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    options: reference.Options,
-) -> None:
-    """Raises ArgumentError unless the arguments of sigmoid_attention are as its docstring says."""
-    if not (query.dim() == key.dim() == value.dim() == 4):
-        raise ArgumentError(
-            "query, key and value must be [batch, heads, length, head_dim], "
-            f"not {_shape(query)}, {_shape(key)} and {_shape(value)}."
-        )
-    batch, heads, q_len, head_dim = query.shape
-    _, kv_heads, kv_len, _ = key.shape
-    dtype, device = query.dtype, query.device
-    if not dtype.is_floating_point:
-        raise ArgumentError(f"query must be floating point, not {dtype}.")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != dtype:
-            raise ArgumentError(f"{name} must have query's dtype {dtype}, not {tensor.dtype}.")
-        if tensor.device != device:
-            raise ArgumentError(f"{name} must be on query's device {device}, not {tensor.device}.")
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ArgumentError(f"key {_shape(key)} must have the batch size and the head_dim of query {_shape(query)}.")
-    if value.shape[0] != batch or value.shape[1] != kv_heads or value.shape[2] != kv_len:
-        raise ArgumentError(f"value {_shape(value)} must have the batch size, heads and length of key {_shape(key)}.")
-    if head_dim == 0:
-        raise ArgumentError(f"query {_shape(query)} has head_dim 0.")
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-        raise ArgumentError(
-            f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key and value."
-        )
-    if bias is not None:
-        _check_broadcast("bias", bias, (batch, heads, q_len, 1), device)
-        if not bias.dtype.is_floating_point:
-            raise ArgumentError(f"bias must be floating point, not {bias.dtype}.")
-    if attn_mask is not None:
-        _check_broadcast("attn_mask", attn_mask, (batch, heads, q_len, kv_len), device)
-        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-            raise ArgumentError(f"attn_mask must be bool or floating point, not {attn_mask.dtype}.")
-    if options.window_left < -1 or options.window_right < -1:
-        window = options.window_left, options.window_right
-        raise ArgumentError(f"window {window} must hold numbers >= 0, or -1: no limit.")
-    if not options.softcap >= 0.0:
-        raise ArgumentError(f"softcap must be positive, or 0 for none, not {options.softcap}.")
-    if not 0.0 <= options.dropout_p <= 1.0:
-        raise ArgumentError(f"dropout_p must be in [0, 1], not {options.dropout_p}.")
-    if options.dropout_p > 0.0:
-        if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ArgumentError("seed must be an int64 tensor of one element, since dropout_p > 0.")
-        if seed.device != device:
-            raise ArgumentError(f"seed must be on query's device {device}, not {seed.device}.")
-
-
-def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dim() != 4 or any(size != 1 and size != whole for size, whole in zip(tensor.shape, full, strict=True)):
-        raise ArgumentError(f"{name} {_shape(tensor)} must broadcast to {list(full)} (1 in a dimension: for all).")
-    if tensor.device != device:
-        raise ArgumentError(f"{name} must be on query's device {device}, not {tensor.device}.")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-# Implementations. Interceptions of sigswap's TorchFunctionMode, which may be active around them, are off inside.
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    **keywords: Any,
-) -> Tensor:
-    options = reference.Options(**keywords)
-    _check(query, key, value, bias, attn_mask, seed, options)
-    with torch._C.DisableTorchFunction():
-        return reference.forward(query, key, value, bias, attn_mask, seed, options)
-
-
-def _forward_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    **keywords: Any,
-) -> Tensor:
-    from sigswap.kernels import dispatch
-
-    options = reference.Options(**keywords)
-    _check(query, key, value, bias, attn_mask, seed, options)
-    with torch._C.DisableTorchFunction():
-        return dispatch.forward(query, key, value, bias, attn_mask, seed, options)
-
-
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    **keywords: Any,
-) -> Tensor:
-    _check(query, key, value, bias, attn_mask, seed, reference.Options(**keywords))
-    return reference.empty_output(query, value)
-
-
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    output_mask: list[bool],
-    **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = reference.Options(**keywords)
-    with torch._C.DisableTorchFunction():
-        return reference.backward(grad_out, query, key, value, bias, attn_mask, seed, output_mask, options)
-
-
-def _backward_cuda(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    output_mask: list[bool],
-    **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from sigswap.kernels import dispatch
-
-    options = reference.Options(**keywords)
-    with torch._C.DisableTorchFunction():
-        return dispatch.backward(grad_out, query, key, value, bias, attn_mask, seed, output_mask, options)
-
-
-def _backward_fake(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    output_mask: list[bool],
-    **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
+_attention = AttentionOp(
+    "sigmoid_attention",
+    "Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? attn_mask=None, Tensor? seed=None",
+    tensors=6,
+    differentiable=5,
+    check=checks.check_attention,
+    functions=("forward", "backward"),
+    empty=lambda query, key, value, *others: reference.empty_output(query, value),
+    empty_gradients=lambda query, key, value, bias, attn_mask, seed, output_mask: reference.empty_gradients(
+        query, key, value, bias, attn_mask, output_mask
+    ),
+)
 
 
 def _probs(
@@ -312,7 +150,7 @@ def _probs(
     if not scores.dtype.is_floating_point:
         raise ArgumentError(f"scores must be floating point, not {scores.dtype}.")
     if not -scores.dim() <= dim < scores.dim():
-        raise ArgumentError(f"dim must be a dimension of scores {_shape(scores)}, not {dim}.")
+        raise ArgumentError(f"dim must be a dimension of scores {list(scores.shape)}, not {dim}.")
     if bias is not None:
         _check_score_bias(bias, scores, dim)
     with torch._C.DisableTorchFunction():
@@ -341,96 +179,11 @@ def _check_score_bias(bias: Tensor, scores: Tensor, dim: int) -> None:
         size == 1 or size == whole for size, whole in zip(reversed(sizes), reversed(full), strict=False)
     )
     if not fits:
-        raise ArgumentError(f"bias {_shape(bias)} must broadcast to {full}: scores, with size 1 in dim {dim}.")
-
-
-# Autograd. Written out rather than by torch.library.register_autograd, which takes longer per call.
-
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, keywords: dict[str, Any], *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.keywords = keywords
-        return _below_autograd(torch.ops.sigswap.sigmoid_attention.default, keyset, tensors, keywords)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, attn_mask, seed = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:7]
-        results = torch.ops.sigswap.sigmoid_attention_backward.default(
-            grads[0], query, key, value, bias, attn_mask, seed, needed, **ctx.keywords
-        )
-        kept = (grad if need else None for grad, need in zip(results, needed, strict=True))
-        return None, None, *kept, None
-
-
-class _AttentionBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, keywords: dict[str, Any], *arguments: Any) -> _Outputs:
-        op = torch.ops.sigswap.sigmoid_attention_backward.default
-        return _below_autograd(op, keyset, arguments, keywords)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise SigswapError("sigmoid_attention has no second derivative. Compute its first without create_graph.")
-
-
-def _below_autograd(op: Any, keyset: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
-
-
-def _has_tangent(tensor: Tensor | None) -> bool:
-    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _forward_autograd(
-    keyset: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    **keywords: Any,
-) -> Tensor:
-    tensors = query, key, value, bias, attn_mask, seed
-    if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in tensors):
-        raise SigswapError("sigmoid_attention has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-        return _Attention.apply(keyset, keywords, *tensors)
-    return _below_autograd(torch.ops.sigswap.sigmoid_attention.default, keyset, tensors, keywords)
-
-
-def _backward_autograd(keyset: Any, *arguments: Any, **keywords: Any) -> _Outputs:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return _AttentionBackward.apply(keyset, keywords, *arguments)
-    op = torch.ops.sigswap.sigmoid_attention_backward.default
-    return _below_autograd(op, keyset, arguments, keywords)
-
-
-# Autocast: as softmax attention's, for the op itself, so that it holds in graphs, too.
+        raise ArgumentError(f"bias {list(bias.shape)} must broadcast to {full}: scores, with size 1 in dim {dim}.")
 
 
 def _register_autocast(device: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
-    device_type = device.lower()
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, **keywords: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        inputs = (
-            tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-            for tensor in (query, key, value)
-        )
-        with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return torch.ops.sigswap.sigmoid_attention.default(*inputs, *others, **keywords)
-
-    def attention_backward(*arguments: Any, **keywords: Any) -> _Outputs:
-        with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return torch.ops.sigswap.sigmoid_attention_backward.default(*arguments, **keywords)
 
     def probs(scores: Tensor, *others: Any) -> Tensor:
         # CPU's autocast leaves softmax alone, too.
@@ -439,19 +192,14 @@ def _register_autocast(device: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return torch.ops.sigswap.sigmoid_probs.default(scores, *others)
 
-    _library.impl("sigmoid_attention", attention, f"Autocast{device}")
-    _library.impl("sigmoid_attention_backward", attention_backward, f"Autocast{device}")
-    _library.impl("sigmoid_probs", probs, f"Autocast{device}")
+    library.impl("sigmoid_probs", probs, f"Autocast{device}")
 
 
-_library.impl("sigmoid_attention", _forward, "CompositeExplicitAutograd")
-_library.impl("sigmoid_attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("sigmoid_probs", _probs, "CompositeImplicitAutograd")
-_library.impl("sigmoid_attention", _forward_cuda, "CUDA")
-_library.impl("sigmoid_attention_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("sigswap::sigmoid_attention", _forward_fake, lib=_library)
-torch.library.register_fake("sigswap::sigmoid_attention_backward", _backward_fake, lib=_library)
-_library.impl("sigmoid_attention", _forward_autograd, "Autograd", with_keyset=True)
-_library.impl("sigmoid_attention_backward", _backward_autograd, "Autograd", with_keyset=True)
-for _device in _AUTOCAST_DEVICES:
+library.define(
+    "sigmoid_probs(Tensor scores, Tensor? bias=None, int dim=-1, bool visible_bias=True, float const_bias=0.0) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("sigmoid_probs", _probs, "CompositeImplicitAutograd")
+for _device in AUTOCAST_DEVICES:
     _register_autocast(_device)

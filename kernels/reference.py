@@ -7,6 +7,8 @@ For query row i of one head, over the keys j that it sees (:func:`forward` has t
     p_ij = sigmoid(s_ij + b_i), exactly 0 where not visible; then dropout
     o_i  = sum_j p_ij v_j
 
+Packed sequences (:func:`varlen_forward`) are computed one after the other.
+
 The backward recomputes p, and needs neither o nor a row statistic (with dP = dO V^T, undone dropout in it)::
 
     dS = p (1 - p) dP;  dbias = sum_j dS;  dmask = dS;  dX = dS (1 - tanh^2), if softcap
@@ -18,6 +20,7 @@ Half precision is computed in float32 throughout, float64 in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
 
 MAX_TILE_SCORES = 1 << 20
@@ -74,6 +78,26 @@ class _Tile(NamedTuple):
     key: slice
 
 
+class _Dropout(NamedTuple):
+    """Score (b, h, i, j) draws number (((first_batch + b) H + h) M + i) N + j, where sizes are H, M, N."""
+
+    seed: Tensor
+    first_batch: int
+    sizes: tuple[int, int, int]
+
+
+class _Targets(NamedTuple):
+    """Where the gradients go; None: not needed."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    row_sums: Tensor | None
+    """[B, H, M, 1]: sum_j dS, in the compute dtype."""
+    mask_sums: Tensor | None
+    """Of the mask's shape: dS summed to it, in the compute dtype; added to."""
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -85,18 +109,8 @@ def forward(
 ) -> Tensor:
     """``sigswap::sigmoid_attention``; the arguments are documented there, and valid here."""
     out = empty_output(query, value)
-    if out.numel() == 0 or key.shape[2] == 0:
-        return out.zero_()
-    for heads in _head_groups(query, key, options):
-        k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
-        v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
-        for tile in _tiles(heads, query.shape[2], key.shape[2], options):
-            q = _rows(query, tile, k) * options.scale
-            p, _ = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
-            if options.dropout_p > 0.0:
-                p = p * _dropout_factor(query, key, seed, tile, options.dropout_p)
-            o = torch.bmm(p.view(k.shape[0], q.shape[1], p.shape[-1]), _keys(v, tile))
-            _cut(out, *tile[:3]).copy_(o.view(*p.shape[:3], -1))
+    dropout = _dropout(seed, 0, (*query.shape[1:3], key.shape[2]), options)
+    _forward_into(out, query, key, value, bias, attn_mask, dropout, options)
     return out
 
 
@@ -114,58 +128,98 @@ def backward(
     """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here."""
     grads = empty_gradients(query, key, value, bias, attn_mask, output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    if grad_out.numel() == 0 or key.shape[2] == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
     need_query, need_key, need_value, need_bias, need_mask = output_mask
     dtype = _compute_dtype(query)
     row_sums = query.new_zeros((*query.shape[:3], 1), dtype=dtype) if need_bias else None
     mask_sums = query.new_zeros(attn_mask.shape, dtype=dtype) if need_mask and attn_mask is not None else None
-
-    for heads in _head_groups(query, key, options):
-        k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
-        v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
-        grad_k = torch.zeros_like(k) if need_key else None
-        grad_v = torch.zeros_like(v) if need_value else None
-        for tile in _tiles(heads, query.shape[2], key.shape[2], options):
-            q = _rows(query, tile, k) * options.scale
-            grad_o = _rows(grad_out, tile, k)
-            p, tanh = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
-            factor = _dropout_factor(query, key, seed, tile, options.dropout_p) if options.dropout_p > 0.0 else None
-            if grad_v is not None:
-                dropped = p if factor is None else p * factor
-                _keys(grad_v, tile).baddbmm_(dropped.view(k.shape[0], q.shape[1], p.shape[-1]).mT, grad_o)
-            if not (need_query or need_key or need_bias or need_mask):
-                continue
-            grad_s = torch.bmm(grad_o, _keys(v, tile).mT).view(p.shape)
-            if factor is not None:
-                grad_s *= factor
-            grad_s *= p * (1 - p)
-            if row_sums is not None:
-                _cut(row_sums, *tile[:3]).copy_(grad_s.sum(-1, keepdim=True))
-            if mask_sums is not None:
-                part = _cut(mask_sums, *tile)
-                part += grad_s.sum_to_size(part.shape)
-            if tanh is not None:
-                grad_s *= 1 - tanh * tanh
-            grad_s = grad_s.view(k.shape[0], q.shape[1], p.shape[-1])
-            if need_query:
-                grad_q = torch.bmm(grad_s, _keys(k, tile)).mul_(options.scale)
-                _cut(grad_query, *tile[:3]).copy_(grad_q.view(*p.shape[:3], -1))
-            if grad_k is not None:
-                _keys(grad_k, tile).baddbmm_(grad_s.mT, q)
-        if grad_k is not None:
-            part = _cut(grad_key, heads.batch, heads.kv_head)
-            part.copy_(grad_k.view(part.shape))
-        if grad_v is not None:
-            part = _cut(grad_value, heads.batch, heads.kv_head)
-            part.copy_(grad_v.view(part.shape))
-
+    targets = _Targets(
+        grad_query if need_query else None,
+        grad_key if need_key else None,
+        grad_value if need_value else None,
+        row_sums,
+        mask_sums,
+    )
+    dropout = _dropout(seed, 0, (*query.shape[1:3], key.shape[2]), options)
+    _backward_into(targets, grad_out, query, key, value, bias, attn_mask, dropout, options)
     if row_sums is not None and bias is not None:
         grad_bias.copy_(row_sums.sum_to_size(bias.shape))
     if mask_sums is not None:
         grad_mask.copy_(mask_sums)
+    return grads
+
+
+def varlen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Options,
+) -> Tensor:
+    """``sigswap::sigmoid_attention_varlen``; the arguments are documented there, and valid here."""
+    out = empty_varlen_output(query, value)
+    padded = query.shape[1], max_seqlen_q, max_seqlen_k
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, len(query), len(key), max_seqlen_q, max_seqlen_k)
+    for number, (rows, keys) in enumerate(sequences):
+        _forward_into(
+            _one_sequence(out, rows),
+            _one_sequence(query, rows),
+            _one_sequence(key, keys),
+            _one_sequence(value, keys),
+            _bias_of_sequence(bias, rows),
+            None,
+            _dropout(seed, number, padded, options),
+            options,
+        )
+    return out
+
+
+def varlen_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    output_mask: list[bool],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``sigswap::sigmoid_attention_varlen_backward``; the arguments are documented there, and valid here."""
+    grads = empty_varlen_gradients(query, key, value, bias, output_mask)
+    grad_query, grad_key, grad_value, grad_bias = grads
+    need_query, need_key, need_value, need_bias = output_mask
+    row_sums = query.new_zeros((*query.shape[:2], 1), dtype=_compute_dtype(query)) if need_bias else None
+    padded = query.shape[1], max_seqlen_q, max_seqlen_k
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, len(query), len(key), max_seqlen_q, max_seqlen_k)
+    for number, (rows, keys) in enumerate(sequences):
+        targets = _Targets(
+            _one_sequence(grad_query, rows) if need_query else None,
+            _one_sequence(grad_key, keys) if need_key else None,
+            _one_sequence(grad_value, keys) if need_value else None,
+            None if row_sums is None else _one_sequence(row_sums, rows),
+            None,
+        )
+        _backward_into(
+            targets,
+            _one_sequence(grad_out, rows),
+            _one_sequence(query, rows),
+            _one_sequence(key, keys),
+            _one_sequence(value, keys),
+            _bias_of_sequence(bias, rows),
+            None,
+            _dropout(seed, number, padded, options),
+            options,
+        )
+    if row_sums is not None and bias is not None:
+        grad_bias.copy_(row_sums.squeeze(-1).sum_to_size(bias.shape))
     return grads
 
 
@@ -177,6 +231,11 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     """
     batch, heads, q_len, _ = query.shape
     return query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
+
+
+def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output for packed sequences, uninitialised: [total_q, H, Dv], contiguous."""
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
 
 
 def empty_gradients(
@@ -195,6 +254,13 @@ def empty_gradients(
         for tensor, needed in zip(inputs, output_mask, strict=True)
     ]
     return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+def empty_varlen_gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`empty_gradients`."""
+    return empty_gradients(query, key, value, bias, None, [*output_mask, False])[:4]
 
 
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
@@ -225,6 +291,90 @@ def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
         k1 = (k1 + 0xBB67AE85) & low
     # As uint_to_uniform_float in Triton: the word as a signed int, negative ones mirrored.
     return torch.where(c0 > 0x7FFFFFFF, low - c0, c0).to(torch.float32) * 4.6566127342e-10
+
+
+def _forward_into(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout: _Dropout | None,
+    options: Options,
+) -> None:
+    """Writes the output, [B, H, M, Dv] in any strides, to out."""
+    if out.numel() == 0 or key.shape[2] == 0:
+        out.zero_()
+        return
+    for heads in _head_groups(query, key, options):
+        k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
+        v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
+        for tile in _tiles(heads, query.shape[2], key.shape[2], options):
+            q = _rows(query, tile, k) * options.scale
+            p, _ = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
+            if dropout is not None:
+                p = p * _dropout_factor(dropout, tile, options.dropout_p, p)
+            o = torch.bmm(p.view(k.shape[0], q.shape[1], p.shape[-1]), _keys(v, tile))
+            _cut(out, *tile[:3]).copy_(o.view(*p.shape[:3], -1))
+
+
+def _backward_into(
+    targets: _Targets,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout: _Dropout | None,
+    options: Options,
+) -> None:
+    """Writes the gradients to targets."""
+    if grad_out.numel() == 0 or key.shape[2] == 0:
+        for target in targets:
+            if target is not None:
+                target.zero_()
+        return
+    needs_scores = any(target is not None for target in targets._replace(value=None))
+    for heads in _head_groups(query, key, options):
+        k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
+        v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
+        grad_k = torch.zeros_like(k) if targets.key is not None else None
+        grad_v = torch.zeros_like(v) if targets.value is not None else None
+        for tile in _tiles(heads, query.shape[2], key.shape[2], options):
+            q = _rows(query, tile, k) * options.scale
+            grad_o = _rows(grad_out, tile, k)
+            p, tanh = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
+            factor = None if dropout is None else _dropout_factor(dropout, tile, options.dropout_p, p)
+            if grad_v is not None:
+                dropped = p if factor is None else p * factor
+                _keys(grad_v, tile).baddbmm_(dropped.view(k.shape[0], q.shape[1], p.shape[-1]).mT, grad_o)
+            if not needs_scores:
+                continue
+            grad_s = torch.bmm(grad_o, _keys(v, tile).mT).view(p.shape)
+            if factor is not None:
+                grad_s *= factor
+            grad_s *= p * (1 - p)
+            if targets.row_sums is not None:
+                _cut(targets.row_sums, *tile[:3]).copy_(grad_s.sum(-1, keepdim=True))
+            if targets.mask_sums is not None:
+                part = _cut(targets.mask_sums, *tile)
+                part += grad_s.sum_to_size(part.shape)
+            if tanh is not None:
+                grad_s *= 1 - tanh * tanh
+            grad_s = grad_s.view(k.shape[0], q.shape[1], p.shape[-1])
+            if targets.query is not None:
+                grad_q = torch.bmm(grad_s, _keys(k, tile)).mul_(options.scale)
+                _cut(targets.query, *tile[:3]).copy_(grad_q.view(*p.shape[:3], -1))
+            if grad_k is not None:
+                _keys(grad_k, tile).baddbmm_(grad_s.mT, q)
+        if grad_k is not None and targets.key is not None:
+            part = _cut(targets.key, heads.batch, heads.kv_head)
+            part.copy_(grad_k.view(part.shape))
+        if grad_v is not None and targets.value is not None:
+            part = _cut(targets.value, heads.batch, heads.kv_head)
+            part.copy_(grad_v.view(part.shape))
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -341,13 +491,54 @@ def _probabilities(
     return p, tanh
 
 
-def _dropout_factor(query: Tensor, key: Tensor, seed: Tensor | None, tile: _Tile, dropout_p: float) -> Tensor:
-    """0 where dropped, 1 / (1 - dropout_p) elsewhere. Score (b, h, i, j) draws number ((b H + h) M + i) N + j."""
+def _dropout(seed: Tensor | None, first_batch: int, sizes: tuple[int, int, int], options: Options) -> _Dropout | None:
+    if options.dropout_p == 0.0:
+        return None
     assert seed is not None  # checked by the op
-    sizes = (*query.shape[:3], key.shape[2])
-    offset = torch.zeros((), dtype=torch.int64, device=query.device)
-    for size, where in zip(sizes, tile, strict=True):
-        offset = (offset * size).unsqueeze(-1) + torch.arange(where.start, where.stop, device=query.device)
-    keep = random_uniform(seed, offset) >= dropout_p
+    return _Dropout(seed, first_batch, sizes)
+
+
+def _dropout_factor(dropout: _Dropout, tile: _Tile, dropout_p: float, p: Tensor) -> Tensor:
+    """0 where dropped, 1 / (1 - dropout_p) elsewhere; of p's shape and dtype."""
+    first = tile.batch.start + dropout.first_batch
+    offset = torch.arange(first, first + p.shape[0], device=p.device)
+    for size, where in zip(dropout.sizes, tile[1:], strict=True):
+        offset = (offset * size).unsqueeze(-1) + torch.arange(where.start, where.stop, device=p.device)
+    keep = random_uniform(dropout.seed, offset) >= dropout_p
     scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return keep.to(_compute_dtype(query)) * scale
+    return keep.to(p.dtype) * scale
+
+
+def _sequences(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, max_seqlen_q: int, max_seqlen_k: int
+) -> Iterator[tuple[slice, slice]]:
+    """The rows and the keys of each packed sequence. The one place that reads the lengths, and so checks them."""
+    rows = _ranges("q", cu_seqlens_q, total_q, max_seqlen_q)
+    keys = _ranges("k", cu_seqlens_k, total_k, max_seqlen_k)
+    return zip(rows, keys, strict=True)
+
+
+def _ranges(side: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[slice]:
+    ends = cu_seqlens.tolist()
+    ranges = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != total or any(where.start > where.stop for where in ranges):
+        raise ArgumentError(
+            f"cu_seqlens_{side} must rise from 0 to {total}, the length of the packed tensor, not be {ends}."
+        )
+    longest = max((where.stop - where.start for where in ranges), default=0)
+    if longest > max_seqlen:
+        raise ArgumentError(f"max_seqlen_{side} is {max_seqlen}, but a sequence of cu_seqlens_{side} has {longest}.")
+    return ranges
+
+
+def _one_sequence(packed: Tensor, where: slice) -> Tensor:
+    """A sequence of a packed [total, H, d] tensor as [1, H, length, d], a view."""
+    return packed[where].transpose(0, 1).unsqueeze(0)
+
+
+def _bias_of_sequence(bias: Tensor | None, rows: slice) -> Tensor | None:
+    """A sequence of a packed [1|total_q, 1|H] tensor as [1, 1|H, 1|length, 1], a view."""
+    if bias is None:
+        return None
+    part = bias if bias.shape[0] == 1 else bias[rows]
+    return part.transpose(0, 1).unsqueeze(-1).unsqueeze(0)

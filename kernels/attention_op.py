@@ -1,0 +1,274 @@
+"""How a call of an attention op reaches its implementation: what ``ops`` and ``varlen_ops`` share.
+
+An attention op is a pair of pure functions in ``torch.ops.sigswap``::
+
+    name(*inputs, *, options) -> Tensor
+    name_backward(grad_out, *inputs, output_mask, *, options) -> a gradient of each of the first inputs
+
+The inputs are tensors, and then numbers; the options are :class:`sigswap.kernels.reference.Options`.
+:class:`AttentionOp` registers both functions with PyTorch's dispatcher: implementation, fake, autograd, autocast.
+Every device runs :mod:`sigswap.kernels.reference`, but for CUDA, which runs :mod:`sigswap.kernels.dispatch`: Triton
+kernels, imported at the first call.
+
+Through the dispatcher, a function in Python costs tens of microseconds: its arguments are matched with the schema
+above autograd and again below it. Eager calls on plain tensors (:func:`is_plain`), for which the dispatcher would run
+autograd and the implementation and nothing else, run these two directly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+# Function without its check that under torch.func it has a setup_context: the dispatcher handles torch.func here.
+from torch.autograd.function import _SingleLevelFunction
+
+from sigswap.errors import SigswapError
+from sigswap.kernels import reference
+from sigswap.kernels.reference import Options
+
+OPTIONS = (
+    "float scale, float const_bias=0.0, bool visible_bias=True, bool is_causal=False, bool bottom_right=False, "
+    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0"
+)
+AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
+
+library = torch.library.Library("sigswap", "DEF")
+
+
+class AttentionOp:
+    """Defines and registers ``sigswap::<name>`` and ``sigswap::<name>_backward``.
+
+    Args:
+        name: Of the op.
+        inputs: Its schema's inputs: first query, key and value, then other tensors, then numbers.
+        tensors: How many of the inputs are tensors.
+        differentiable: How many of the tensors, from the first on, have a gradient.
+        check: ``check(*inputs, options)`` raises ArgumentError unless the arguments are valid. It reads no values
+            of tensors.
+        functions: The names, in the modules reference and dispatch, of ``forward(*inputs, options)`` and of
+            ``backward(grad_out, *inputs, output_mask, options)``.
+        empty: ``empty(*inputs)`` is the output, uninitialised.
+        empty_gradients: ``empty_gradients(*inputs, output_mask)`` are the gradients, uninitialised.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: str,
+        *,
+        tensors: int,
+        differentiable: int,
+        check: Callable[..., None],
+        functions: tuple[str, str],
+        empty: Callable[..., Tensor],
+        empty_gradients: Callable[..., tuple[Tensor, ...]],
+    ) -> None:
+        self.name = name
+        self.tensors, self.differentiable = tensors, differentiable
+        self._inputs = inputs.count(",") + 1
+        self._check = check
+        self._forward_name, self._backward_name = functions
+        self._empty, self._empty_gradients = empty, empty_gradients
+
+        tags = (torch.Tag.pt2_compliant_tag,)
+        library.define(f"{name}({inputs}, *, {OPTIONS}) -> Tensor", tags=tags)
+        results = ", ".join(["Tensor"] * differentiable)
+        library.define(
+            f"{name}_backward(Tensor grad_out, {inputs.replace('=None', '')}, bool[{differentiable}] output_mask, "
+            f"*, {OPTIONS}) -> ({results})",
+            tags=tags,
+        )
+        self.op = getattr(torch.ops.sigswap, name).default
+        self.backward_op = getattr(torch.ops.sigswap, f"{name}_backward").default
+        self._register()
+
+    def run(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
+        """The op, directly. For inputs that :func:`is_plain`."""
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: self.tensors]):
+            return _Attention.apply(self, None, options, *inputs)
+        return self.forward(inputs, options)
+
+    def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
+        self._check(*inputs, options)
+        return getattr(_implementations(inputs[0].is_cuda), self._forward_name)(*inputs, options)
+
+    def backward(self, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, ...]:
+        """inputs: of the backward op."""
+        return getattr(_implementations(inputs[1].is_cuda), self._backward_name)(*inputs, options)
+
+    def _register(self) -> None:
+        # The dispatcher leaves out trailing inputs, and options, that have their default value.
+        def complete(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return inputs + (None,) * (self._inputs - len(inputs))
+
+        # TorchFunctionModes, such as sigswap's, are off inside of implementations.
+        def forward(*inputs: Any, **keywords: Any) -> Tensor:
+            with torch._C.DisableTorchFunction():
+                return self.forward(complete(inputs), Options(**keywords))
+
+        def backward(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+            with torch._C.DisableTorchFunction():
+                return self.backward(inputs, Options(**keywords))
+
+        def forward_fake(*inputs: Any, **keywords: Any) -> Tensor:
+            inputs = complete(inputs)
+            self._check(*inputs, Options(**keywords))
+            return self._empty(*inputs)
+
+        def backward_fake(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+            return self._empty_gradients(*inputs[1:])
+
+        def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:
+            tensors = inputs[: self.tensors]
+            if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in tensors):
+                raise SigswapError(f"{self.name} has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+                return _recorded(_Attention, self, keyset, Options(**keywords), *complete(inputs))
+            return _below_autograd(self.op, keyset, inputs, keywords)
+
+        def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: 1 + self.tensors]):
+                return _recorded(_AttentionBackward, self, keyset, keywords, *inputs)
+            return _below_autograd(self.backward_op, keyset, inputs, keywords)
+
+        for name, implementation, fake, autograd in (
+            (self.name, forward, forward_fake, forward_autograd),
+            (f"{self.name}_backward", backward, backward_fake, backward_autograd),
+        ):
+            library.impl(name, implementation, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"sigswap::{name}", fake, lib=library)
+            library.impl(name, autograd, "Autograd", with_keyset=True)
+        for device in AUTOCAST_DEVICES:
+            self._register_autocast(device)
+
+    def _register_autocast(self, device: str) -> None:
+        """As softmax attention's, for the op itself, so that it holds in graphs, too."""
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+        device_type = device.lower()
+
+        def forward(*inputs: Any, **keywords: Any) -> Tensor:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast = [
+                tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+                for tensor in inputs[:3]
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return self.op(*cast, *inputs[3:], **keywords)
+
+        def backward(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return self.backward_op(*inputs, **keywords)
+
+        library.impl(self.name, forward, f"Autocast{device}")
+        library.impl(f"{self.name}_backward", backward, f"Autocast{device}")
+
+
+def _keys(*names: str) -> int:
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keyset = keyset | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keyset.raw_repr()
+
+
+_NOT_PLAIN = ~_keys("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "BackendSelect")
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would run autograd and the implementation on these tensors, and nothing else.
+
+    Not so for subclasses, on devices that are not CPU or CUDA, and under modes, torch.func, autocast, forward-mode
+    derivatives, tracing, compilation and profiling.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    # As the dispatcher works out where a call goes: the tensors' keys, and what the thread adds and takes away.
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+                return False
+            keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return not keys & ~torch._C._dispatch_tls_local_exclude_set().raw_repr() & _NOT_PLAIN
+
+
+@functools.cache
+def _implementations(cuda: bool) -> ModuleType:
+    if not cuda:
+        return reference
+    from sigswap.kernels import dispatch
+
+    return dispatch
+
+
+# Autograd. Written out rather than by torch.library.register_autograd, which takes longer per call.
+
+
+class _Attention(_SingleLevelFunction):
+    @staticmethod
+    def forward(
+        ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet | None, options: Options, *inputs: Any
+    ) -> Tensor:
+        """Without a keyset, directly."""
+        ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
+        ctx.save_for_backward(*inputs[: op.tensors])
+        if keyset is None:
+            return op.forward(inputs, options)
+        return _below_autograd(op.op, keyset, inputs, options._asdict())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        op, tensors = ctx.op, ctx.saved_tensors
+        needed = ctx.needs_input_grad[3 : 3 + op.differentiable]
+        inputs = (grads[0], *tensors, *ctx.numbers, needed)
+        # With create_graph the dispatcher records that there is no second derivative.
+        if not torch.is_grad_enabled() and is_plain(grads[0], *tensors):
+            results = op.backward(inputs, ctx.options)
+        else:
+            results = op.backward_op(*inputs, **ctx.options._asdict())
+        kept = [grad if need else None for grad, need in zip(results, needed, strict=True)]
+        return None, None, None, *kept, *[None] * (len(tensors) - len(kept) + len(ctx.numbers))
+
+
+class _AttentionBackward(_SingleLevelFunction):
+    @staticmethod
+    def forward(
+        ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet, keywords: dict[str, Any], *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.name = op.name
+        return _below_autograd(op.backward_op, keyset, inputs, keywords)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise SigswapError(f"{ctx.name} has no second derivative. Compute its first without create_graph.")
+
+
+def _recorded(function: type[_SingleLevelFunction], *arguments: Any) -> Any:
+    """function.apply, also as one of several levels of torch.func."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return function.apply(*arguments)
+
+
+def _below_autograd(
+    op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **keywords)
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None

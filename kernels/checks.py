@@ -1,0 +1,150 @@
+"""The argument checks of the attention ops: on shapes, dtypes, devices and plain numbers, without tensors' values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sigswap.errors import ArgumentError
+from sigswap.kernels.reference import Options
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> None:
+    """Raises ArgumentError unless the arguments are as :func:`sigswap.kernels.ops.sigmoid_attention` says."""
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        raise ArgumentError(
+            "query, key and value must be [batch, heads, length, head_dim], "
+            f"not {_shape(query)}, {_shape(key)} and {_shape(value)}."
+        )
+    _check_dtypes_and_devices(query, key, value)
+    batch, heads, q_len, head_dim = query.shape
+    key_batch, kv_heads, kv_len, key_dim = key.shape
+    value_batch, value_heads, value_len, _ = value.shape
+    if key_batch != batch or key_dim != head_dim:
+        raise ArgumentError(f"key {_shape(key)} must have the batch size and the head_dim of query {_shape(query)}.")
+    if value_batch != batch or value_heads != kv_heads or value_len != kv_len:
+        raise ArgumentError(f"value {_shape(value)} must have the batch size, heads and length of key {_shape(key)}.")
+    _check_heads(query, heads, kv_heads, head_dim)
+    if bias is not None:
+        _check_bias(bias, (batch, heads, q_len, 1), query)
+    if attn_mask is not None:
+        _check_broadcast("attn_mask", attn_mask, (batch, heads, q_len, kv_len), query)
+        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+            raise ArgumentError(f"attn_mask must be bool or floating point, not {attn_mask.dtype}.")
+    _check_options(options, seed, query)
+
+
+def check_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Options,
+) -> None:
+    """Raises ArgumentError unless the arguments are as
+    :func:`sigswap.kernels.varlen_ops.sigmoid_attention_varlen` says."""
+    if not (query.dim() == key.dim() == value.dim() == 3):
+        raise ArgumentError(
+            "query, key and value must be [total_length, heads, head_dim], "
+            f"not {_shape(query)}, {_shape(key)} and {_shape(value)}."
+        )
+    _check_dtypes_and_devices(query, key, value)
+    total_q, heads, head_dim = query.shape
+    total_k, kv_heads, key_dim = key.shape
+    if key_dim != head_dim:
+        raise ArgumentError(f"key {_shape(key)} must have the head_dim of query {_shape(query)}.")
+    if value.shape[0] != total_k or value.shape[1] != kv_heads:
+        raise ArgumentError(f"value {_shape(value)} must have the length and the heads of key {_shape(key)}.")
+    _check_heads(query, heads, kv_heads, head_dim)
+    if bias is not None:
+        _check_bias(bias, (total_q, heads), query)
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ArgumentError(
+            "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
+            f"not {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
+        )
+    _check_options(options, seed, query)
+
+
+def _check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
+    dtype, device = query.dtype, query.device
+    if not dtype.is_floating_point:
+        raise ArgumentError(f"query must be floating point, not {dtype}.")
+    if key.dtype != dtype:
+        raise ArgumentError(f"key must have query's dtype {dtype}, not {key.dtype}.")
+    if value.dtype != dtype:
+        raise ArgumentError(f"value must have query's dtype {dtype}, not {value.dtype}.")
+    if key.device != device:
+        raise ArgumentError(f"key must be on query's device {device}, not {key.device}.")
+    if value.device != device:
+        raise ArgumentError(f"value must be on query's device {device}, not {value.device}.")
+
+
+def _check_heads(query: Tensor, heads: int, kv_heads: int, head_dim: int) -> None:
+    if head_dim == 0:
+        raise ArgumentError(f"query {_shape(query)} has head_dim 0.")
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
+        raise ArgumentError(
+            f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key and value."
+        )
+
+
+def _check_bias(bias: Tensor, full: tuple[int, ...], query: Tensor) -> None:
+    _check_broadcast("bias", bias, full, query)
+    if not bias.dtype.is_floating_point:
+        raise ArgumentError(f"bias must be floating point, not {bias.dtype}.")
+
+
+def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> None:
+    fits = tensor.dim() == len(full)
+    if fits:
+        for size, whole in zip(tensor.shape, full, strict=True):
+            if size != 1 and size != whole:
+                fits = False
+    if not fits:
+        raise ArgumentError(f"{name} {_shape(tensor)} must broadcast to {list(full)} (1 in a dimension: for all).")
+    if tensor.device != query.device:
+        raise ArgumentError(f"{name} must be on query's device {query.device}, not {tensor.device}.")
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32:
+        raise ArgumentError(f"{name} must be int32, not {cu_seqlens.dtype}; cast it with .to(torch.int32).")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not cu_seqlens.is_contiguous():
+        raise ArgumentError(f"{name} must be contiguous and [batch + 1], not {_shape(cu_seqlens)}.")
+    if cu_seqlens.device != query.device:
+        raise ArgumentError(f"{name} must be on query's device {query.device}, not {cu_seqlens.device}.")
+
+
+def _check_options(options: Options, seed: Tensor | None, query: Tensor) -> None:
+    if options.window_left < -1 or options.window_right < -1:
+        window = options.window_left, options.window_right
+        raise ArgumentError(f"window {window} must hold numbers >= 0, or -1: no limit.")
+    if not options.softcap >= 0.0:
+        raise ArgumentError(f"softcap must be positive, or 0 for none, not {options.softcap}.")
+    if not 0.0 <= options.dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p must be in [0, 1], not {options.dropout_p}.")
+    if options.dropout_p > 0.0:
+        if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ArgumentError("seed must be an int64 tensor of one element, since dropout_p > 0.")
+        if seed.device != query.device:
+            raise ArgumentError(f"seed must be on query's device {query.device}, not {seed.device}.")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,482 @@
+"""The host side of the Triton kernels: from tensors to launches, at little cost per call.
+
+What a launch needs (tile, band, strides, grid, the compiled kernel) depends on the tensors' layouts, not on their
+values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the plans of
+:mod:`flash_fwd`, :mod:`flash_bwd` and :mod:`decode`, and :class:`Launch` the compiled kernel, past Triton's binder,
+which takes longer than the kernels of short sequences run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sigswap.kernels import settings
+from sigswap.kernels.reference import Options
+from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, FAST_BIAS, TAIL, bias_kernel, count_kernel
+
+MAX_PLANS = 4096
+"""Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
+
+
+class Layout(NamedTuple):
+    """All that a launch needs to know of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool
+    """Whether it starts at a multiple of 16 bytes."""
+
+    def strides_or_zero(self, dims: int) -> tuple[int, ...]:
+        """The first strides, 0 where there is one element: its index is 0, or it is broadcast."""
+        return tuple(0 if size == 1 else stride for size, stride in zip(self.shape[:dims], self.strides, strict=False))
+
+
+class Packed(NamedTuple):
+    """Sequences one behind the other. Sequence i is the rows cu_q[i] ... cu_q[i + 1] of query, likewise of key."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+class Band(NamedTuple):
+    """Row i sees the keys i + shift - left ... i + shift + right, where has_left, has_right."""
+
+    left: int
+    right: int
+    has_left: bool
+    has_right: bool
+
+
+class Signature(NamedTuple):
+    """What plans depend on. query, key and value are [B, H, N, D]; of packed sequences [1, H, total, D]."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    bias: Layout | None
+    attn_mask: Layout | None
+    options: Options
+    device: torch.device
+    sigmoid_form: str
+    allow_tf32: bool
+    packed: tuple[int, int, int] | None
+    """(sequences, longest query, longest key)."""
+
+    @property
+    def batch(self) -> int:
+        return self.packed[0] if self.packed else self.query.shape[0]
+
+    @property
+    def q_len(self) -> int:
+        return self.packed[1] if self.packed else self.query.shape[2]
+
+    @property
+    def kv_len(self) -> int:
+        return self.packed[2] if self.packed else self.key.shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def element_size(self) -> int:
+        return self.query.dtype.itemsize
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """head_dim and value's head_dim as the tiles hold them."""
+        return width(self.query.shape[3]), width(self.value.shape[3])
+
+    @property
+    def plain(self) -> bool:
+        """Nothing that takes many registers per score: no dropout, no softcap, no mask but one that all rows share."""
+        shared = self.attn_mask is None or self.attn_mask.shape[2] == 1
+        return shared and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
+
+    @property
+    def counted(self) -> bool:
+        """Whether the visible keys of a row are counted, rather than known from its number."""
+        return self.attn_mask is not None and self.options.visible_bias
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each row has a bias of its own, not one for the head."""
+        band = self.band()
+        visible = self.options.visible_bias and (band.has_left or band.has_right or self.counted)
+        return visible or (self.bias is not None and self.bias.shape[2] > 1)
+
+    def band(self) -> Band:
+        """The band, without the sides that hide no key (e.g. a causal mask when decoding one token)."""
+        shift, left, right = self.options.band(self.q_len, self.kv_len)
+        has_left, has_right = left is not None, right is not None
+        if self.packed is None:  # else each sequence has its own lengths
+            has_left = left is not None and self.q_len - 1 + shift - left > 0
+            has_right = right is not None and shift + right < self.kv_len - 1
+        # Longer than everything is all; so the kernels' sums stay within int32.
+        longest = self.q_len + self.kv_len
+        return Band(min(left or 0, longest), min(right or 0, longest), has_left, has_right)
+
+    def form(self) -> int:
+        """Which form of the sigmoid a kernel uses; :mod:`triton_common` describes them."""
+        if self.sigmoid_form != "auto":
+            return FAST if self.sigmoid_form == "fast" else ACCURATE
+        # float16 and float32 would show the other forms' errors. Where scores cost much anyway, one form is enough.
+        if self.query.dtype != torch.bfloat16 or not self.plain:
+            return ACCURATE
+        if self.bias is not None:
+            return AUTO
+        lowest = self.options.const_bias
+        if self.options.visible_bias:
+            band = self.band()
+            count = self.kv_len
+            if band.has_left and band.has_right:
+                count = min(count, band.left + band.right + 1)
+            lowest -= math.log(max(count, 1))
+            if lowest < FAST_BIAS and (self.has_rows or self.packed is not None):
+                return AUTO
+        return FAST if lowest >= FAST_BIAS else TAIL
+
+    def tma(self, shortest: int, *loaded: Layout) -> bool:
+        """Whether tensor descriptors of [B, H, N, D] tensors pay off, and can hold these as they lie in memory."""
+        if not (self.plain and capability(self.device) >= 90 and self.element_size == 2):
+            return False
+        if self.packed is not None or shortest < 512:
+            return False
+        return all(describable(layout) for layout in loaded)
+
+    def arguments(self, **operands: Layout) -> dict[str, Any]:
+        """Every argument that kernels share, by name; operands get strides ``stride_<name>_b``, ``_h`` and ``_n``.
+
+        Strides of operands are given in units of 8 elements where all allow it (UNIT): so the compiler knows that,
+        and loads 16 bytes at once, for head_dims that are no multiple of 16, too.
+        """
+        options, band = self.options, self.band()
+        strides = [layout.strides_or_zero(3) for layout in operands.values()]
+        unit = 8 if all(stride % 8 == 0 for each in strides for stride in each) else 1
+        names = [f"stride_{name}_{dim}" for name in operands for dim in "bhn"]
+        arguments: dict[str, Any] = dict(zip(names, (s // unit for each in strides for s in each), strict=True))
+        bias, count, mask, _ = self.side_layouts()
+        for name, layout, dims in (("bias", bias, "bhm"), ("count", count, "bhm"), ("mask", mask, "bhmn")):
+            values = layout.strides_or_zero(len(dims)) if layout is not None else (0,) * len(dims)
+            arguments |= {f"stride_{name}_{dim}": stride for dim, stride in zip(dims, values, strict=True)}
+        block_d, block_dv = self.widths
+        return arguments | {
+            "heads": self.heads,
+            "group": self.heads // max(1, self.kv_heads),
+            "q_len": self.q_len,
+            "kv_len": self.kv_len,
+            "left": band.left,
+            "right": band.right,
+            "scale": options.scale,
+            "softcap": options.softcap,
+            "const_bias": options.const_bias,
+            "dropout_p": options.dropout_p,
+            "HEAD_DIM": self.query.shape[3],
+            "VALUE_DIM": self.value.shape[3],
+            "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv,
+            "BIAS_ROWS": self.bias is not None and self.bias.shape[2] > 1,
+            # A mask that all rows share is loaded as one row per tile.
+            "MASK_ROWS": self.attn_mask is not None and self.attn_mask.shape[2] > 1,
+            "VISIBLE": options.visible_bias,
+            "HAS_LEFT": band.has_left,
+            "HAS_RIGHT": band.has_right,
+            "BOTTOM_RIGHT": options.bottom_right,
+            "SOFTCAP": options.softcap > 0.0,
+            "DROPOUT": options.dropout_p > 0.0,
+            # Small probabilities would be subnormal in float16; they are held times 1024 there.
+            "P_SCALE": 1024.0 if self.query.dtype == torch.float16 else 1.0,
+            "FORM": self.form(),
+            "ASM": isinstance(count_kernel, triton.JITFunction),
+            "PRECISION": "tf32" if self.query.dtype == torch.float32 and self.allow_tf32 else "ieee",
+            "UNIT": unit,
+        }
+
+    def side_layouts(self) -> tuple[Layout | None, Layout | None, Layout | None, Layout | None]:
+        """Of bias, count, mask and seed."""
+        count = contiguous_layout(self.count_shape()) if self.counted else None
+        seed = contiguous_layout((1,), torch.int64) if self.options.dropout_p > 0.0 else None
+        return self.bias, count, self.attn_mask, seed
+
+    def count_shape(self) -> tuple[int, int, int]:
+        """[B|1, H|1, M|1] of the counts under a mask: what all rows share is counted once, unless a band tells rows
+        apart."""
+        assert self.attn_mask is not None
+        batch, heads, rows, _ = self.attn_mask.shape
+        band = self.band()
+        return batch, heads, self.q_len if band.has_left or band.has_right else rows
+
+
+def signature_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    options: Options,
+    packed: Packed | None = None,
+) -> Signature:
+    return Signature(
+        layout_of(query),
+        layout_of(key),
+        layout_of(value),
+        None if bias is None else layout_of(bias),
+        None if attn_mask is None else layout_of(attn_mask),
+        options,
+        query.device,
+        settings.sigmoid_form,
+        torch.backends.cuda.matmul.allow_tf32,
+        None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
+    )
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+
+def contiguous_layout(shape: Iterable[int], dtype: torch.dtype = torch.int32) -> Layout:
+    """The layout of a new tensor."""
+    sizes = tuple(shape)
+    strides = tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
+    return Layout(sizes, strides, dtype, True)
+
+
+def width(dim: int) -> int:
+    """A head dimension as the tiles hold it."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied only if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+# Launches.
+
+
+class Described(NamedTuple):
+    """A tensor that a kernel gets as a tensor descriptor, by rows."""
+
+    layout: Layout
+    rows: int
+    """Per block."""
+
+    def __call__(self, tensor: Tensor) -> TensorDescriptor:
+        return TensorDescriptor(tensor, self.layout.shape, self._strides, [1, 1, self.rows, self._width])
+
+    @property
+    def _strides(self) -> list[int]:
+        # The stride of a dimension of size 1 is never used, but must be valid.
+        unit = 16 // self.layout.dtype.itemsize
+        strides = [unit if size == 1 else s for size, s in zip(self.layout.shape, self.layout.strides, strict=True)]
+        return [*strides[:3], 1]
+
+    @property
+    def _width(self) -> int:
+        return width(self.layout.shape[3])
+
+
+def describable(layout: Layout) -> bool:
+    size = layout.dtype.itemsize
+    if not layout.aligned or layout.strides[3] != 1 or layout.shape[3] * size < 16:
+        return False
+    # An expanded dimension has stride 0, which a descriptor does not take.
+    return all(
+        length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
+        for length, stride in zip(layout.shape[:3], layout.strides[:3], strict=True)
+    )
+
+
+class Launch:
+    """A kernel with its grid and every argument but the tensors, which come first in its signature.
+
+    tensors: their layouts; None: not given.
+    arguments: the others by name; those that the kernel does not have are left out. UPPER-CASE ones are constants.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        blocks: int,
+        device: torch.device,
+        tensors: tuple[Layout | Described | None, ...],
+        arguments: dict[str, Any],
+        **options: int,
+    ) -> None:
+        names = kernel.arg_names[len(tensors) :]
+        self._kernel = kernel
+        self._grid = (blocks, 1, 1)
+        self._rest = tuple(arguments[name] for name in names)
+        self._options = options
+        # What Triton compiles another kernel for.
+        self._key = (
+            kernel,
+            device,
+            tuple(_tensor_key(tensor) for tensor in tensors),
+            tuple(_scalar_key(name, value) for name, value in zip(names, self._rest, strict=True)),
+            tuple(options.items()),
+        )
+
+    def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        compiled = _compiled.get(self._key)
+        if compiled is not None:
+            compiled[self._grid](*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
+        if compiled is not None:  # by Triton's interpreter, nothing is compiled
+            _compiled[self._key] = compiled
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def _tensor_key(tensor: Layout | Described | None) -> Any:
+    if isinstance(tensor, Described):
+        return tensor.layout.dtype, tensor.rows, width(tensor.layout.shape[3])
+    return None if tensor is None else (tensor.dtype, tensor.aligned)
+
+
+def _scalar_key(name: str, value: Any) -> Any:
+    if name.isupper() or not isinstance(value, int):
+        return value if name.isupper() else None
+    # Kernels have lengths and strides of their operands unspecialised; of the others 1 and multiples of 16 differ.
+    return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
+
+
+# Tile configurations.
+
+
+class Tile(NamedTuple):
+    """A tile configuration. One program has ``subtiles`` blocks of rows that take turns on the matrix units."""
+
+    rows: int
+    keys: int
+    subtiles: int
+    warps: int
+    stages: int
+    registers: int = 0
+    """Per thread, at most, if positive: so that more programs fit on a multiprocessor."""
+
+    def launch_options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
+
+
+class Limits(NamedTuple):
+    """Of a device."""
+
+    capability: int
+    """Compute capability times 10."""
+    shared: int
+    """Shared memory per program, in bytes."""
+    multiprocessors: int
+
+
+@functools.cache
+def limits_of(device: torch.device) -> Limits:
+    """Of a CUDA device; on a CPU (the interpreter) those of an H100."""
+    if device.type != "cuda":
+        return Limits(90, 232448, 132)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or 99 * 1024
+    return Limits(properties.major * 10 + properties.minor, shared, properties.multi_processor_count)
+
+
+def capability(device: torch.device) -> int:
+    return limits_of(device).capability
+
+
+def fit(tile: Tile, row_bytes: int, key_bytes: int, shared: int) -> Tile:
+    """The tile, made smaller until rows and ``stages`` times keys fit into shared memory."""
+
+    def needed() -> int:
+        return tile.rows * tile.subtiles * row_bytes + tile.keys * key_bytes * max(1, tile.stages) + 4096
+
+    while needed() > shared:
+        if tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.subtiles > 1:
+            tile = tile._replace(subtiles=1)
+        elif tile.keys > 32:
+            tile = tile._replace(keys=tile.keys // 2)
+        elif tile.stages > 1:
+            tile = tile._replace(stages=1)
+        elif tile.rows > 16:
+            tile = tile._replace(rows=tile.rows // 2)
+        elif tile.keys > 16:
+            tile = tile._replace(keys=tile.keys // 2)
+        else:
+            break
+    return tile
+
+
+# Kernels that come before others.
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_count(signature: Signature) -> Launch:
+    batch, heads, rows = shape = signature.count_shape()
+    block_m, block_n = (1, 1024) if rows == 1 else (16, 128)
+    arguments = signature.arguments() | {"heads": heads, "q_len": rows, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    # With rows == 1 there is no band, and q_len is the number of rows only.
+    blocks = triton.cdiv(rows, block_m) * heads * batch
+    return Launch(count_kernel, blocks, signature.device, (signature.attn_mask, contiguous_layout(shape)), arguments)
+
+
+def visible_counts(signature: Signature, attn_mask: Tensor) -> Tensor:
+    """How many keys each row sees, int32 [B|1, H|1, M|1], under a mask and a band."""
+    count = torch.empty(signature.count_shape(), dtype=torch.int32, device=attn_mask.device)
+    _plan_count(signature)(attn_mask, count)
+    return count
+
+
+def row_bias_layout(signature: Signature) -> Layout:
+    """Of b_i where it is a tensor: float32 [B|1, H|1, M], of packed sequences [1, H|1, total]."""
+    shapes = [signature.bias.shape[:2]] if signature.bias is not None else []
+    shapes += [signature.count_shape()[:2]] if signature.counted else []
+    batch, heads = (max((shape[dim] for shape in shapes), default=1) for dim in (0, 1))
+    return contiguous_layout((batch, heads, signature.query.shape[2]), torch.float32)
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_row_bias(signature: Signature) -> tuple[tuple[int, ...], Launch]:
+    out = row_bias_layout(signature)
+    batch, heads, rows = out.shape
+    sequences = signature.batch if signature.packed else batch
+    arguments = signature.arguments() | {"heads": heads, "BLOCK_M": 256, "stride_out_h": rows}
+    tensors = (out, *signature.side_layouts()[:2], *cu_layouts(signature))
+    blocks = triton.cdiv(signature.q_len, 256) * heads * sequences
+    return out.shape, Launch(bias_kernel, blocks, signature.device, tensors, arguments)
+
+
+def row_bias_tensor(signature: Signature, bias: Tensor | None, count: Tensor | None, packed: Packed | None) -> Tensor:
+    """b_i, of row_bias_layout()."""
+    shape, launch = _plan_row_bias(signature)
+    out = torch.empty(shape, dtype=torch.float32, device=signature.device)
+    launch(out, bias, count, *cu_tensors(packed))
+    return out
+
+
+def cu_tensors(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if packed is None else (packed.cu_q, packed.cu_k)
+
+
+def cu_layouts(signature: Signature) -> tuple[Layout | None, Layout | None]:
+    """cu_seqlens come contiguous and aligned."""
+    layout = contiguous_layout((2,)) if signature.packed is not None else None
+    return layout, layout

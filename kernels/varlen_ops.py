@@ -1,0 +1,112 @@
+"""The registered op for packed sequences of different lengths.
+
+``sigmoid_attention_varlen`` and its gradients, ``sigmoid_attention_varlen_backward`` (``torch.ops.sigswap`` holds
+them). :mod:`sigswap.kernels.attention_op` says what runs them. This module imports no Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sigswap.kernels import checks, reference
+from sigswap.kernels.attention_op import AttentionOp, is_plain
+
+
+def sigmoid_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float,
+    const_bias: float = 0.0,
+    visible_bias: bool = True,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Sigmoid attention within each of several sequences that lie one behind the other; each is
+    :func:`sigswap.kernels.ops.sigmoid_attention` of its own rows and keys, with its own lengths.
+
+    Under autocast query, key and value are cast to its dtype, as those of softmax attention are.
+
+    Args:
+        query: [total_q, H, D], any strides, as all inputs.
+        key: [total_k, Hk, D]; query head h uses key head h // (H / Hk).
+        value: [total_k, Hk, Dv].
+        bias: Row bias, floating point, [1|total_q, 1|H]; has a gradient.
+        cu_seqlens_q: int32 [batch + 1], contiguous: sequence b has the rows cu_seqlens_q[b] ...
+            cu_seqlens_q[b + 1] - 1. From 0 to total_q; a sequence may have no rows.
+        cu_seqlens_k: int32 [batch + 1], likewise of keys, from 0 to total_k.
+        seed: int64, one element; dropout draws from it. Needed if dropout_p > 0, else ignored. Row i and key j of
+            head h of sequence b, which count from the sequence's start, draw number
+            ((b H + h) max_seqlen_q + i) max_seqlen_k + j.
+        max_seqlen_q: At least the rows of the longest sequence.
+        max_seqlen_k: At least the keys of the longest sequence.
+        scale: This and all that follow: as those of ``sigmoid_attention``.
+
+    Returns:
+        [total_q, H, Dv] of query's dtype, contiguous. Rows that see no key are 0.
+
+    Raises:
+        ArgumentError: A shape, dtype, device or value is not as above. The values in cu_seqlens_q and cu_seqlens_k
+            are not checked where Triton kernels run, for that would wait for the GPU; wrong ones are not safe there.
+    """
+    if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
+        options = reference.Options(
+            scale,
+            const_bias,
+            visible_bias,
+            is_causal,
+            bottom_right,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+        )
+        inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
+        return _varlen.run(inputs, options)
+    return torch.ops.sigswap.sigmoid_attention_varlen.default(
+        query,
+        key,
+        value,
+        bias,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=scale,
+        const_bias=const_bias,
+        visible_bias=visible_bias,
+        is_causal=is_causal,
+        bottom_right=bottom_right,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+
+
+_varlen = AttentionOp(
+    "sigmoid_attention_varlen",
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k",
+    tensors=7,
+    differentiable=4,
+    check=checks.check_varlen,
+    functions=("varlen_forward", "varlen_backward"),
+    empty=lambda query, key, value, *others: reference.empty_varlen_output(query, value),
+    empty_gradients=lambda query, key, value, bias, *others: reference.empty_varlen_gradients(
+        query, key, value, bias, others[-1]
+    ),
+)
