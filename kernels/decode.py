@@ -167,21 +167,19 @@ def _decode_kernel(
     k += batch64 * stride_k_b + kv_head64 * stride_k_h
     v += batch64 * stride_v_b + kv_head64 * stride_v_h
 
-    begin, _inner_begin, _inner_end, end = keys_of_rows(
-        0, q_len - 1, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, True
-    )
+    begin, end = keys_of_rows(0, q_len - 1, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     part = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_N) * BLOCK_N
     begin += split * part
     end = tl.minimum(begin + part, end)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for start in range(begin, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False, True)
-        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False, True)
+        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         p, _slope = probabilities(
             s, row_bias[:, None], row[:, None], col[None, :], mask, stride_mask_m, stride_mask_n, q_len, kv_len,
-            shift, left, right, scale, softcap, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
+            shift, left, right, scale, softcap, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
         )  # fmt: skip
         if values.dtype == tl.float16:
             p *= 1024.0

@@ -27,6 +27,7 @@ from sigswap.kernels.launch import (
     Packed,
     Signature,
     Tile,
+    by_rows,
     contiguous_layout,
     cu_layouts,
     cu_tensors,
@@ -45,10 +46,10 @@ from sigswap.kernels.triton_common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    _TAIL,
     AUTO,
     UNSPECIALIZED,
     first_draw,
+    is_edge,
     kept,
     keys_of_rows,
     load_rows,
@@ -104,10 +105,9 @@ def backward(
             # logarithms as sigmoids. So they come from a tensor, where they differ between rows.
             row_bias = row_bias_tensor(signature, bias, count, packed)
             floor = row_bias.amin(-1) if plan.floor else None
-        rows = plan.describe(query, grad_out)
-        plan.launch(
-            rows[0], key, value, rows[1], new_key, new_value, row_bias, floor, attn_mask, seed, *cu_tensors(packed)
-        )
+        walked_query, walked_grad, *rest = plan.describe(query, grad_out, row_bias)
+        operands = walked_query, key, value, walked_grad, new_key, new_value
+        plan.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *cu_tensors(packed))
         _copy_if_other(grad_key, new_key)
         _copy_if_other(grad_value, new_value)
     if need_query or need_bias:
@@ -149,15 +149,16 @@ def _copy_if_other(grad: Tensor, written: Tensor | None) -> None:
 
 class _Plan(NamedTuple):
     launch: Launch
-    described: tuple[Described, Described] | None
-    """What the kernel walks over (query and grad_out, or key and value), if it is loaded by tensor descriptors."""
+    described: tuple[Described, ...] | None
+    """What the kernel walks over (query, grad_out and row biases, or key and value), if it is loaded by tensor
+    descriptors."""
     floor: bool = False
     """Whether the kernel of dK and dV needs the minimum of each head's row biases."""
 
     def describe(self, *tensors: Tensor) -> tuple:
         if self.described is None:
             return tensors
-        return tuple(by(tensor) for by, tensor in zip(self.described, tensors, strict=True))
+        return tuple(by(tensor) for by, tensor in zip(self.described, tensors, strict=False))
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -175,22 +176,40 @@ def _plan_keys(
         tma = signature.tma(min(signature.q_len, signature.kv_len), query, grad_out)
     described = None
     if tma and describable(query) and describable(grad_out):
-        described = Described(query, tile.rows), Described(grad_out, tile.rows)
+        described = by_rows(query, tile.rows), by_rows(grad_out, tile.rows)
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
     _, _, attn_mask, seed = signature.side_layouts()
-    bias, floor, has_rows = signature.bias, None, signature.has_rows
+    bias: Layout | Described | None = signature.bias
+    floor, has_rows = None, signature.has_rows
     if has_rows:
-        bias = row_bias_layout(signature)
-        floor = contiguous_layout(bias.shape[:2], torch.float32) if signature.form() == AUTO else None
-        arguments["stride_bias_b"], arguments["stride_bias_h"], _ = bias.strides_or_zero(3)
-        arguments["const_bias"] = 0.0
+        bias = layout = row_bias_layout(signature)
+        batch, heads, rows = layout.shape
+        floor = contiguous_layout((batch, heads), torch.float32) if signature.form() == AUTO else None
+        strides = layout.strides_or_zero(2)
+        if described is not None:
+            bias = Described((batch * heads, rows), (rows, 1), (1, tile.rows), torch.float32)
+            described = *described, bias
+            strides = strides[0] // rows, strides[1] // rows
+        arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
     arguments |= _output_strides(dk=grad_key, dv=grad_value) | _loop_arguments(tile, described)
     arguments["BIAS_ROWS"] = has_rows
     arguments["VISIBLE"] = signature.options.visible_bias and not has_rows
     floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
-    rows = described or (query, grad_out)
-    tensors = (rows[0], key, value, rows[1], grad_key, grad_value, bias, floor, attn_mask, seed, *cu_layouts(signature))
+    walked = described or (query, grad_out)
+    tensors = (
+        walked[0],
+        key,
+        value,
+        walked[1],
+        grad_key,
+        grad_value,
+        bias,
+        floor,
+        attn_mask,
+        seed,
+        *cu_layouts(signature),
+    )
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(_keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Plan(launch, described, floor is not None)
@@ -206,7 +225,7 @@ def _plan_rows(
         tma = signature.tma(min(signature.q_len, signature.kv_len), key, value)
     described = None
     if tma and describable(key) and describable(value):
-        described = Described(key, tile.keys), Described(value, tile.keys)
+        described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
     arguments |= _output_strides(dq=grad_query, sum=row_sums) | _loop_arguments(tile, described)
@@ -226,7 +245,7 @@ def _output_strides(**outputs: Layout | None) -> dict[str, int]:
     }
 
 
-def _loop_arguments(tile: Tile, described: tuple[Described, Described] | None) -> dict[str, int | bool]:
+def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
     return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
@@ -327,14 +346,14 @@ def _no_longer_than(tile: Tile, signature: Signature) -> Tile:
 @triton.jit
 def _score_gradients(
     s, dp, row_bias, row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-    left, right, scale, softcap, dropout_p,
-    MASK_ROWS: tl.constexpr, BAND_LEFT: tl.constexpr, BAND_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    left, right, scale, softcap, dropout_p, edge,
+    MASK_ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """(p after dropout but for its factor 1 / (1 - dropout_p), dS, dX)."""
     p, slope = probabilities(
         s, row_bias, row, col, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right, scale, softcap,
-        MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FORM, ASM,
+        edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
     )  # fmt: skip
     dropped = p
     if DROPOUT:
@@ -350,79 +369,41 @@ def _score_gradients(
 
 @triton.jit
 def _accumulate_keys(
-    dk, dv, keys, values, col0, begin, end, q, do, stride_q_n, stride_do_n, bias, batch, head, mask, stride_mask_m,
-    stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right,
-    scale, softcap, const_bias, dropout_p,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EDGE: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk += dX^T q and dv += p^T dO over the rows begin ... end; EDGE: where the band needs a mask."""
-    col = (col0 + tl.arange(0, BLOCK_N))[:, None]
-    for start in range(begin, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        rows = load_rows(q, batch, head, start, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, EDGE)
-        s = tl.dot(keys, rows.T, input_precision=PRECISION)
-        grads = load_rows(do, batch, head, start, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, TMA, EDGE)
-        dp = tl.dot(values, grads.T, input_precision=PRECISION)
-        row_bias = tl.zeros((BLOCK_M,), tl.float32) + const_bias * unit_of(FORM)
-        if BIAS_ROWS:
-            row_bias = tl.load(bias + row.to(tl.int64), mask=row < q_len, other=0.0) * unit_of(FORM)
-        p, _, dx = _score_gradients(
-            s, dp, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed,
-            draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            MASK_ROWS, EDGE and HAS_LEFT, EDGE and HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
-        )  # fmt: skip
-        if P_SCALE != 1.0:
-            p *= P_SCALE
-        dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
-        dk = tl.dot(dx.to(rows.dtype), rows, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def _accumulate_keys_all(
-    dk, dv, keys, values, col0, active, q, do, stride_q_n, stride_do_n, bias, batch, head, mask, stride_mask_m,
-    stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right,
-    scale, softcap, const_bias, dropout_p,
+    dk, dv, keys, values, col0, active, q, do, stride_q_n, stride_do_n, bias, bias_at, batch, head, mask,
+    stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, const_bias,
+    dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Over all rows that see some of the keys (none, unless active is 1): edge, inside, edge."""
+    """dk += dX^T q and dv += p^T dO over all rows that see some of the keys; none, unless active is 1."""
+    col = (col0 + tl.arange(0, BLOCK_N))[:, None]
     last_col = tl.minimum(col0 + BLOCK_N, kv_len) - 1
-    begin, inner_begin, inner_end, end = rows_of_keys(
-        col0, last_col, q_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, not TMA
-    )
-    inner_end *= active
-    end *= active
-    if HAS_RIGHT:
-        dk, dv = _accumulate_keys(
-            dk, dv, keys, values, col0, begin, tl.minimum(inner_begin, end), q, do, stride_q_n, stride_do_n, bias,
-            batch, head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-            q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D,
-            BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE,
-            FORM, ASM, TMA, PRECISION,
+    begin, end = rows_of_keys(col0, last_col, q_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M)
+    for start in range(begin, end * active, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        edge = is_edge(start, start + BLOCK_M - 1, col0, last_col, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        rows = load_rows(q, batch, head, start, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
+        s = tl.dot(keys, rows.T, input_precision=PRECISION)
+        grads = load_rows(do, batch, head, start, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, TMA)
+        dp = tl.dot(values, grads.T, input_precision=PRECISION)
+        row_bias = tl.zeros((BLOCK_M,), tl.float32) + const_bias * unit_of(FORM)
+        if BIAS_ROWS:
+            if TMA:
+                row_bias = bias.load([bias_at, start]).reshape(BLOCK_M) * unit_of(FORM)
+            else:
+                row_bias = tl.load(bias + row.to(tl.int64), mask=row < q_len, other=0.0) * unit_of(FORM)
+        p, _, dx = _score_gradients(
+            s, dp, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
+            q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge,
+            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
-    dk, dv = _accumulate_keys(
-        dk, dv, keys, values, col0, inner_begin, inner_end, q, do, stride_q_n, stride_do_n, bias, batch, head, mask,
-        stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-        q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D,
-        BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, DROPOUT, P_SCALE,
-        FORM, ASM, TMA, PRECISION,
-    )  # fmt: skip
-    if HAS_LEFT or not TMA:
-        dk, dv = _accumulate_keys(
-            dk, dv, keys, values, col0, inner_end, end, q, do, stride_q_n, stride_do_n, bias, batch, head, mask,
-            stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-            q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D,
-            BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE,
-            FORM, ASM, TMA, PRECISION,
-        )  # fmt: skip
+        if P_SCALE != 1.0:
+            p *= P_SCALE
+        dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
+        dk = tl.dot(dx.to(rows.dtype), rows, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -445,7 +426,8 @@ def _keys_kernel(
     """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it.
 
     The row bias is const_bias, less ln kv_len if VISIBLE, plus bias, if it is a number per head; or all in bias, a
-    vector of rows (BIAS_ROWS), of which floor has each head's minimum, if FORM is AUTO. q, do: descriptors if TMA.
+    vector of rows (BIAS_ROWS), of which floor has each head's minimum, if FORM is AUTO. q, do, and a bias of rows:
+    descriptors if TMA (stride_bias_b and stride_bias_h then count the bias's rows).
     """
     stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
     stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
@@ -480,9 +462,8 @@ def _keys_kernel(
     if VISIBLE:
         const_bias -= tl.log(tl.maximum(kv_len, 1).to(tl.float32))
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
-    keys = load_rows(k, batch, kv_head, col0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False, True)
-    values = load_rows(v, batch, kv_head, col0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False, True)
-    OTHER: tl.constexpr = _TAIL if FORM == _AUTO else FORM
+    keys = load_rows(k, batch, kv_head, col0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+    values = load_rows(v, batch, kv_head, col0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
@@ -495,8 +476,10 @@ def _keys_kernel(
             q_head += batch64 * stride_q_b + head64 * stride_q_h
             do_head += batch64 * stride_do_b + head64 * stride_do_h
         bias_head, mask_head, head_bias = bias, mask, const_bias
+        bias_at = batch * stride_bias_b + head * stride_bias_h
         if bias is not None:
-            bias_head += batch64 * stride_bias_b + head64 * stride_bias_h
+            if not (TMA and BIAS_ROWS):
+                bias_head += batch64 * stride_bias_b + head64 * stride_bias_h
             if not BIAS_ROWS:
                 head_bias += tl.load(bias_head).to(tl.float32)
         if mask is not None:
@@ -508,21 +491,21 @@ def _keys_kernel(
                 lowest = tl.load(floor + batch64 * stride_floor_b + head64 * stride_floor_h)
             fast = (lowest >= _FAST_BIAS).to(tl.int32)
         if FORM >= _FAST:
-            dk, dv = _accumulate_keys_all(
+            dk, dv = _accumulate_keys(
                 dk, dv, keys, values, col0, fast, q_head, do_head, stride_q_n, stride_do_n, bias_head,
-                batch, head, mask_head, stride_mask_m, stride_mask_n,
+                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n,
                 seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
                 HEAD_DIM,
                 VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
                 DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
             )  # fmt: skip
         if FORM != _FAST:
-            dk, dv = _accumulate_keys_all(
+            dk, dv = _accumulate_keys(
                 dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, stride_q_n,
-                stride_do_n, bias_head, batch, head, mask_head,
+                stride_do_n, bias_head, bias_at, batch, head, mask_head,
                 stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, OTHER, ASM, TMA, PRECISION,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _ACCURATE, ASM, TMA, PRECISION,
             )  # fmt: skip
 
     if dk_out is not None:
@@ -538,36 +521,6 @@ def _keys_kernel(
 
 @triton.jit
 def _accumulate_rows(
-    dq, row_sum, rows, grads, row_bias, row0, begin, end, k, v, stride_k_n, stride_v_n, batch, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
-    dropout_p,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
-    BAND_LEFT: tl.constexpr, BAND_RIGHT: tl.constexpr, CHECK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, SUM: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq += dX k and row_sum += sum_j dS over the keys begin ... end. row_bias is in units of unit_of(FORM)."""
-    row = (row0 + tl.arange(0, BLOCK_M))[:, None]
-    for start in range(begin, end, BLOCK_N):
-        col = (start + tl.arange(0, BLOCK_N))[None, :]
-        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, CHECK)
-        s = tl.dot(rows, keys.T, input_precision=PRECISION)
-        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA, CHECK)
-        dp = tl.dot(grads, values.T, input_precision=PRECISION)
-        _, ds, dx = _score_gradients(
-            s, dp, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-            q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
-        )  # fmt: skip
-        if SUM:
-            row_sum += tl.sum(ds, 1)
-        dq = tl.dot(dx.to(keys.dtype), keys, dq, input_precision=PRECISION)
-    return dq, row_sum
-
-
-@triton.jit
-def _accumulate_rows_all(
     dq, row_sum, rows, grads, row_bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
     mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
@@ -577,34 +530,26 @@ def _accumulate_rows_all(
     DROPOUT: tl.constexpr, SUM: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Over all keys that some of the rows see (none, unless active is 1): edge, inside, edge."""
+    """dq += dX k and row_sum += sum_j dS over all keys that some of the rows see; none, unless active is 1."""
     row_bias *= unit_of(FORM)
+    row = (row0 + tl.arange(0, BLOCK_M))[:, None]
     last_row = tl.minimum(row0 + BLOCK_M, q_len) - 1
-    begin, inner_begin, inner_end, end = keys_of_rows(
-        row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, not TMA
-    )
-    inner_end *= active
-    end *= active
-    if HAS_LEFT:
-        dq, row_sum = _accumulate_rows(
-            dq, row_sum, rows, grads, row_bias, row0, begin, tl.minimum(inner_begin, end), k, v, stride_k_n,
-            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-            left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            MASK_ROWS, True, HAS_RIGHT, True, SOFTCAP, DROPOUT, SUM, FORM, ASM, TMA, PRECISION,
+    begin, end = keys_of_rows(row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    for start in range(begin, end * active, BLOCK_N):
+        col = (start + tl.arange(0, BLOCK_N))[None, :]
+        edge = is_edge(row0, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
+        s = tl.dot(rows, keys.T, input_precision=PRECISION)
+        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA)
+        dp = tl.dot(grads, values.T, input_precision=PRECISION)
+        _, ds, dx = _score_gradients(
+            s, dp, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
+            q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge,
+            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
-    dq, row_sum = _accumulate_rows(
-        dq, row_sum, rows, grads, row_bias, row0, inner_begin, inner_end, k, v, stride_k_n,
-        stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-        left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        MASK_ROWS, False, False, False, SOFTCAP, DROPOUT, SUM, FORM, ASM, TMA, PRECISION,
-    )  # fmt: skip
-    if HAS_RIGHT or not TMA:
-        dq, row_sum = _accumulate_rows(
-            dq, row_sum, rows, grads, row_bias, row0, inner_end, end, k, v, stride_k_n,
-            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-            left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            MASK_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, SUM, FORM, ASM, TMA, PRECISION,
-        )  # fmt: skip
+        if SUM:
+            row_sum += tl.sum(ds, 1)
+        dq = tl.dot(dx.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq, row_sum
 
 
@@ -667,8 +612,8 @@ def _rows_kernel(
         mask += batch64 * stride_mask_b + head64 * stride_mask_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
-    rows = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False, True)
-    grads = load_rows(do, batch, head, row0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False, True)
+    rows = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
+    grads = load_rows(do, batch, head, row0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False)
     row = row0 + tl.arange(0, BLOCK_M)
     row_bias = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
@@ -676,12 +621,11 @@ def _rows_kernel(
     )  # fmt: skip
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    OTHER: tl.constexpr = _TAIL if FORM == _AUTO else FORM
     fast = 1
     if FORM == _AUTO:
         fast = (tl.min(row_bias) >= _FAST_BIAS).to(tl.int32)
     if FORM >= _FAST:
-        dq, row_sum = _accumulate_rows_all(
+        dq, row_sum = _accumulate_rows(
             dq, row_sum, rows, grads, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head, mask,
             stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
             dropout_p,
@@ -689,12 +633,12 @@ def _rows_kernel(
             DROPOUT, sum_out is not None, _FAST, ASM, TMA, PRECISION,
         )  # fmt: skip
     if FORM != _FAST:
-        dq, row_sum = _accumulate_rows_all(
+        dq, row_sum = _accumulate_rows(
             dq, row_sum, rows, grads, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
             batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left,
             right,
             scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, OTHER, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, _ACCURATE, ASM, TMA, PRECISION,
         )  # fmt: skip
     if dq_out is not None:
         dq_out += batch64 * stride_dq_b + head64 * stride_dq_h
@@ -772,20 +716,20 @@ def _mask_kernel(
         row0, col0 = line_block * BLOCK_M, column_block * BLOCK_N
         rows = load_rows(
             q + batch64 * stride_q_b + head64 * stride_q_h, 0, 0, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M,
-            BLOCK_D, False, True,
+            BLOCK_D, False,
         )  # fmt: skip
         keys = load_rows(
             k + batch64 * stride_k_b + kv_head64 * stride_k_h, 0, 0, col0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N,
-            BLOCK_D, False, True,
+            BLOCK_D, False,
         )  # fmt: skip
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         grads = load_rows(
             do + batch64 * stride_do_b + head64 * stride_do_h, 0, 0, row0, q_len, stride_do_n, VALUE_DIM, BLOCK_M,
-            BLOCK_DV, False, True,
+            BLOCK_DV, False,
         )  # fmt: skip
         values = load_rows(
             v + batch64 * stride_v_b + kv_head64 * stride_v_h, 0, 0, col0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N,
-            BLOCK_DV, False, True,
+            BLOCK_DV, False,
         )  # fmt: skip
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         row = row0 + tl.arange(0, BLOCK_M)
@@ -806,7 +750,7 @@ def _mask_kernel(
             s, dp, row_bias[:, None], row[:, None], col[None, :],
             mask + batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, seed,
             (batch64 * heads + head64) * q_len, kv_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
+            True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
         )  # fmt: skip
         total += ds
 

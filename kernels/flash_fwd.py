@@ -25,6 +25,7 @@ from sigswap.kernels.launch import (
     Packed,
     Signature,
     Tile,
+    by_rows,
     cu_layouts,
     cu_tensors,
     describable,
@@ -40,8 +41,12 @@ from sigswap.kernels.triton_common import (
     _FAST,
     _FAST_BIAS,
     _TAIL,
+    _TAIL_BITS,
+    ACCURATE,
+    TAIL,
     UNSPECIALIZED,
     first_draw,
+    is_edge,
     kept,
     keys_of_rows,
     load_rows,
@@ -99,12 +104,14 @@ def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None
     tile = tile or tile_for(signature)
     described = None
     if signature.tma(signature.kv_len, key, value) if tma is None else tma and describable(key) and describable(value):
-        described = Described(key, tile.keys), Described(value, tile.keys)
+        described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     arguments = signature.arguments(q=query, k=key, v=value, o=out) | {
         "TMA": described is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "SUBTILES": tile.subtiles,
+        # Larger tiles lose more by its branches than they gain.
+        "SLOW": TAIL if signature.mixed_forms and max(signature.widths) <= 64 else ACCURATE,
     }
     operands = query, *(described or (key, value)), out
     tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
@@ -150,49 +157,6 @@ def _short_rows(tile: Tile, rows: int) -> Tile:
 
 @triton.jit
 def _accumulate(
-    acc0, acc1, q0, q1, bias0, bias1, row0, begin, end, k, v, stride_k_n, stride_v_n, batch, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
-    dropout_p,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, MASK_ROWS: tl.constexpr,
-    BAND_LEFT: tl.constexpr, BAND_RIGHT: tl.constexpr, CHECK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc += p v over the keys begin ... end. bias0 and bias1 are in units of unit_of(FORM)."""
-    rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
-    for start in range(begin, end, BLOCK_N):
-        cols = (start + tl.arange(0, BLOCK_N))[None, :]
-        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, CHECK)
-        s0 = tl.dot(q0, keys.T, input_precision=PRECISION)
-        if SUBTILES == 2:
-            s1 = tl.dot(q1, keys.T, input_precision=PRECISION)
-        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA, CHECK)
-        p, _ = probabilities(
-            s0, bias0[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
-            scale, softcap, MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FORM, ASM,
-        )  # fmt: skip
-        if DROPOUT:
-            p = tl.where(kept(seed, draw0, rows, cols, draw_len, dropout_p), p, 0.0)
-        if P_SCALE != 1.0:
-            p *= P_SCALE
-        acc0 = tl.dot(p.to(values.dtype), values, acc0, input_precision=PRECISION)
-        if SUBTILES == 2:
-            p, _ = probabilities(
-                s1, bias1[:, None], rows + BLOCK_M, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift,
-                left, right, scale, softcap, MASK_ROWS, BAND_LEFT, BAND_RIGHT, SOFTCAP, FORM, ASM,
-            )  # fmt: skip
-            if DROPOUT:
-                keep = kept(seed, draw0, rows + BLOCK_M, cols, draw_len, dropout_p)
-                p = tl.where(keep, p, 0.0)
-            if P_SCALE != 1.0:
-                p *= P_SCALE
-            acc1 = tl.dot(p.to(values.dtype), values, acc1, input_precision=PRECISION)
-    return acc0, acc1
-
-
-@triton.jit
-def _accumulate_all(
     acc0, acc1, q0, q1, bias0, bias1, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
     mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
@@ -202,38 +166,43 @@ def _accumulate_all(
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The whole sum (nothing, unless active is 1): blocks on the band's left edge, blocks that all rows see, blocks
-    on the right edge."""
+    """acc += p v over all keys that some of the rows see; none, unless active is 1."""
     bias0 *= unit_of(FORM)
     bias1 *= unit_of(FORM)
+    if FORM == _TAIL:
+        bias0 += _TAIL_BITS
+        bias1 += _TAIL_BITS
+    rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
     last_row = tl.minimum(row0 + SUBTILES * BLOCK_M, q_len) - 1
-    begin, inner_begin, inner_end, end = keys_of_rows(
-        row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, not TMA
-    )
-    inner_end *= active
-    end *= active
-    if HAS_LEFT:
-        acc0, acc1 = _accumulate(
-            acc0, acc1, q0, q1, bias0, bias1, row0, begin, tl.minimum(inner_begin, end), k, v,
-            stride_k_n, stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len,
-            kv_len, shift, left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-            BLOCK_N, SUBTILES, MASK_ROWS, True, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE, FORM, ASM, TMA, PRECISION,
+    begin, end = keys_of_rows(row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    for start in range(begin, end * active, BLOCK_N):
+        cols = (start + tl.arange(0, BLOCK_N))[None, :]
+        edge = is_edge(row0, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
+        s0 = tl.dot(q0, keys.T, input_precision=PRECISION)
+        if SUBTILES == 2:
+            s1 = tl.dot(q1, keys.T, input_precision=PRECISION)
+        values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA)
+        p, _ = probabilities(
+            s0, bias0[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
+            scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
         )  # fmt: skip
-    acc0, acc1 = _accumulate(
-        acc0, acc1, q0, q1, bias0, bias1, row0, inner_begin, inner_end, k, v,
-        stride_k_n, stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len,
-        kv_len, shift, left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-        BLOCK_N, SUBTILES, MASK_ROWS, False, False, False, SOFTCAP, DROPOUT, P_SCALE, FORM, ASM, TMA, PRECISION,
-    )  # fmt: skip
-    # Without descriptors the keys' end, where loads need a check, is an edge, too.
-    if HAS_RIGHT or not TMA:
-        acc0, acc1 = _accumulate(
-            acc0, acc1, q0, q1, bias0, bias1, row0, inner_end, end, k, v,
-            stride_k_n, stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len,
-            kv_len, shift, left, right, scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-            BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, DROPOUT, P_SCALE, FORM, ASM, TMA,
-            PRECISION,
-        )  # fmt: skip
+        if DROPOUT:
+            p = tl.where(kept(seed, draw0, rows, cols, draw_len, dropout_p), p, 0.0)
+        if P_SCALE != 1.0:
+            p *= P_SCALE
+        acc0 = tl.dot(p.to(values.dtype), values, acc0, input_precision=PRECISION)
+        if SUBTILES == 2:
+            p, _ = probabilities(
+                s1, bias1[:, None], rows + BLOCK_M, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift,
+                left, right, scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
+            )  # fmt: skip
+            if DROPOUT:
+                keep = kept(seed, draw0, rows + BLOCK_M, cols, draw_len, dropout_p)
+                p = tl.where(keep, p, 0.0)
+            if P_SCALE != 1.0:
+                p *= P_SCALE
+            acc1 = tl.dot(p.to(values.dtype), values, acc1, input_precision=PRECISION)
     return acc0, acc1
 
 
@@ -250,7 +219,8 @@ def _forward_kernel(
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
-    FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: SUBTILES * BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses.
 
@@ -295,7 +265,7 @@ def _forward_kernel(
         mask += batch64 * stride_mask_b + head64 * stride_mask_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
-    q0 = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False, True)
+    q0 = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
     row = row0 + tl.arange(0, BLOCK_M)
     bias0 = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
@@ -304,19 +274,18 @@ def _forward_kernel(
     acc0 = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     q1, bias1, acc1 = q0, bias0, acc0
     if SUBTILES == 2:
-        q1 = load_rows(q, batch, head, row0 + BLOCK_M, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False, True)
+        q1 = load_rows(q, batch, head, row0 + BLOCK_M, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
         bias1 = row_biases(
             row + BLOCK_M, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
             BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
 
-    OTHER: tl.constexpr = _TAIL if FORM == _AUTO else FORM
-    fast = 1
+    fast = 1 if FORM >= _FAST else 0
     if FORM == _AUTO:
         fast = (tl.minimum(tl.min(bias0), tl.min(bias1)) >= _FAST_BIAS).to(tl.int32)
     # One of the two has no iterations. As the branches of an if they would not share their shared memory.
     if FORM >= _FAST:
-        acc0, acc1 = _accumulate_all(
+        acc0, acc1 = _accumulate(
             acc0, acc1, q0, q1, bias0, bias1, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
             mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
             softcap,
@@ -324,18 +293,20 @@ def _forward_kernel(
             HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
         )  # fmt: skip
     if FORM != _FAST:
-        acc0, acc1 = _accumulate_all(
+        acc0, acc1 = _accumulate(
             acc0, acc1, q0, q1, bias0, bias1, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
             batch, kv_head,
             mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, OTHER, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
         )  # fmt: skip
 
     factor = 1.0 / P_SCALE
     if DROPOUT:
         factor = factor / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    if FORM != _FAST and SLOW == _TAIL:
+        factor *= tl.where(fast == 1, 1.0, 0.5**_TAIL_BITS)
     acc0 *= factor
     store_rows(out, acc0, row0, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
     if SUBTILES == 2:

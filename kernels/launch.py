@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
 from sigswap.kernels.reference import Options
-from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, FAST_BIAS, TAIL, bias_kernel, count_kernel
+from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, FAST_BIAS, bias_kernel, count_kernel
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -131,13 +131,18 @@ class Signature(NamedTuple):
         longest = self.q_len + self.kv_len
         return Band(min(left or 0, longest), min(right or 0, longest), has_left, has_right)
 
+    @property
+    def mixed_forms(self) -> bool:
+        """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
+
+        float16 and float32 would show their errors. Where scores cost much anyway, one form is enough.
+        """
+        return self.sigmoid_form == "auto" and self.query.dtype == torch.bfloat16 and self.plain
+
     def form(self) -> int:
-        """Which form of the sigmoid a kernel uses; :mod:`triton_common` describes them."""
-        if self.sigmoid_form != "auto":
+        """FAST, AUTO or (also if it is the tail form) ACCURATE; :mod:`triton_common` describes them."""
+        if not self.mixed_forms:
             return FAST if self.sigmoid_form == "fast" else ACCURATE
-        # float16 and float32 would show the other forms' errors. Where scores cost much anyway, one form is enough.
-        if self.query.dtype != torch.bfloat16 or not self.plain:
-            return ACCURATE
         if self.bias is not None:
             return AUTO
         lowest = self.options.const_bias
@@ -149,7 +154,7 @@ class Signature(NamedTuple):
             lowest -= math.log(max(count, 1))
             if lowest < FAST_BIAS and (self.has_rows or self.packed is not None):
                 return AUTO
-        return FAST if lowest >= FAST_BIAS else TAIL
+        return FAST if lowest >= FAST_BIAS else ACCURATE
 
     def tma(self, shortest: int, *loaded: Layout) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, and can hold these as they lie in memory."""
@@ -270,28 +275,27 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 class Described(NamedTuple):
-    """A tensor that a kernel gets as a tensor descriptor, by rows."""
+    """How a kernel gets a tensor as a tensor descriptor."""
 
-    layout: Layout
-    rows: int
-    """Per block."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    dtype: torch.dtype
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        return TensorDescriptor(tensor, self.layout.shape, self._strides, [1, 1, self.rows, self._width])
+        return TensorDescriptor(tensor, self.shape, self.strides, self.block)
 
-    @property
-    def _strides(self) -> list[int]:
-        # The stride of a dimension of size 1 is never used, but must be valid.
-        unit = 16 // self.layout.dtype.itemsize
-        strides = [unit if size == 1 else s for size, s in zip(self.layout.shape, self.layout.strides, strict=True)]
-        return [*strides[:3], 1]
 
-    @property
-    def _width(self) -> int:
-        return width(self.layout.shape[3])
+def by_rows(layout: Layout, rows: int) -> Described:
+    """A describable [B, H, N, D] tensor, in blocks of rows."""
+    # The stride of a dimension of size 1 is never used, but must be valid.
+    unit = 16 // layout.dtype.itemsize
+    strides = [unit if size == 1 else s for size, s in zip(layout.shape[:3], layout.strides, strict=False)]
+    return Described(tuple(layout.shape), (*strides, 1), (1, 1, rows, width(layout.shape[3])), layout.dtype)
 
 
 def describable(layout: Layout) -> bool:
+    """Whether a tensor descriptor can hold a [B, H, N, D] tensor as it lies in memory."""
     size = layout.dtype.itemsize
     if not layout.aligned or layout.strides[3] != 1 or layout.shape[3] * size < 16:
         return False
@@ -347,7 +351,7 @@ _compiled: dict[Any, Any] = {}
 
 def _tensor_key(tensor: Layout | Described | None) -> Any:
     if isinstance(tensor, Described):
-        return tensor.layout.dtype, tensor.rows, width(tensor.layout.shape[3])
+        return tensor.dtype, tensor.block
     return None if tensor is None else (tensor.dtype, tensor.aligned)
 
 
@@ -446,11 +450,13 @@ def visible_counts(signature: Signature, attn_mask: Tensor) -> Tensor:
 
 
 def row_bias_layout(signature: Signature) -> Layout:
-    """Of b_i where it is a tensor: float32 [B|1, H|1, M], of packed sequences [1, H|1, total]."""
+    """Of b_i where it is a tensor: float32 [B|1, H|1, M], of packed sequences [1, H|1, total]. If not packed, rows are
+    a multiple of 4 long, so that descriptors can hold them; the added ones are finite."""
     shapes = [signature.bias.shape[:2]] if signature.bias is not None else []
     shapes += [signature.count_shape()[:2]] if signature.counted else []
     batch, heads = (max((shape[dim] for shape in shapes), default=1) for dim in (0, 1))
-    return contiguous_layout((batch, heads, signature.query.shape[2]), torch.float32)
+    rows = signature.query.shape[2] if signature.packed else triton.cdiv(signature.q_len, 4) * 4
+    return contiguous_layout((batch, heads, rows), torch.float32)
 
 
 @functools.lru_cache(MAX_PLANS)

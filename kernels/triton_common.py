@@ -11,9 +11,9 @@ Three forms of the sigmoid. The special-function unit is the bottleneck beside t
   row bias, near which most scores lie, is above :data:`FAST_BIAS`.
 - accurate: ``1 / (1 + 2^(-x log2 e))``, 1e-6 everywhere. Two elements share one
   reciprocal (``1/a = b/(ab)``), so that it takes one and a half special instructions.
-- tail, for long sequences, where nearly all probabilities are small: with ``t = 2^(x log2 e)``, ``t / (1 + t)`` is
-  ``t - t^2`` to a relative t^2. One special instruction, where all eight elements of all threads of a warp have
-  t <= 1/32; else these take the accurate form.
+- tail, for long sequences, where nearly all probabilities are small, in bfloat16: with ``t = 2^(x log2 e)``,
+  ``t / (1 + t)`` is ``t - t^2`` to a relative t^2. One special instruction per element, as long as t < 1/32 in a whole
+  warp's part of a tile, else the accurate form. Works out, and checks, 64 p, rounded, two elements at a time.
 
 The choice (FORM) is the kernel's where it depends on a tensor: per block of rows, from the row bias itself.
 
@@ -35,7 +35,7 @@ Measured on an H100 in bfloat16 with n keys, error of the fast over that of the 
 gradient: 1.00 at n = 1024, 1.01 at 2048, 1.05 at 4096, 1.16 at 8192, 1.39 at 16,384, 2.2 at 131,072."""
 
 ACCURATE, TAIL, FAST, AUTO = 0, 1, 2, 3
-"""Values of the kernels' FORM; AUTO: FAST in blocks whose rows all have a bias of at least FAST_BIAS, else TAIL."""
+"""Values of the kernels' FORM; AUTO: FAST in blocks whose rows all have a bias of at least FAST_BIAS, else SLOW."""
 
 _ACCURATE = tl.constexpr(ACCURATE)
 _TAIL = tl.constexpr(TAIL)
@@ -46,34 +46,39 @@ _MASKED_SCORE = tl.constexpr(MASKED_SCORE)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
+TAIL_BITS = 6
+"""The tail form works on 2^6 p, so that t >= 1/32 is what sets the topmost bit of the exponent."""
+
+
 def _tail_assembly(pack: int) -> str:
-    """PTX of the tail form for $pack ... $(2 pack - 1), into $0 ... $(pack - 1)."""
-    each, pairs = range(pack), range(0, pack, 2)
-    lines = [f"{{ .reg .f32 t<{pack}>, r; .reg .pred large;", f"max.f32 r, ${pack}, ${pack + 1};"]
-    lines += [f"max.f32 r, r, ${pack + i};" for i in each[2:]]
-    # Of the whole warp, so that no branch diverges. -5 is 0fC0A00000. NaN and -inf are right in both branches.
-    lines += [
-        "setp.gt.f32 large, r, 0fC0A00000;",
-        "vote.sync.any.pred large, large, 0xffffffff;",
-        "@large bra ACCURATE;",
-    ]
-    lines += [f"ex2.approx.ftz.f32 t{i}, ${pack + i};" for i in each]
-    lines += [f"neg.f32 r, t{i}; fma.rn.f32 ${i}, t{i}, r, t{i};" for i in each]
+    """PTX of the tail form. In: z = x log2 e + 6, in float32. Out: 64 p, in pairs of bfloat16."""
+    halves, each = pack // 2, range(pack)
+    source = [f"${halves + i}" for i in each]
+    lines = [f"{{ .reg .f32 t<{pack}>, r; .reg .b32 u<{halves}>, v, c, zero; .reg .pred large;"]
+    lines += [f"ex2.approx.ftz.f32 t{i}, {source[i]};" for i in each]
+    lines += [f"cvt.rn.bf16x2.f32 u{i}, t{2 * i + 1}, t{2 * i};" for i in range(halves)]
+    lines += ["mov.b32 v, u0;", *(f"or.b32 v, v, u{i};" for i in range(1, halves))]
+    # NaN and infinity have that bit, too. The vote makes the branch the whole warp's: none diverges.
+    lines += ["and.b32 v, v, 0x40004000;", "setp.ne.u32 large, v, 0;", "vote.sync.any.pred large, large, 0xffffffff;"]
+    lines += ["@large bra ACCURATE;"]
+    lines += ["mov.b32 c, 0xBC80BC80; mov.b32 zero, 0x80008000;"]  # -1/64 and -0. mul.bf16x2 is not on all devices.
+    lines += [f"fma.rn.bf16x2 v, u{i}, c, zero; fma.rn.bf16x2 ${i}, u{i}, v, u{i};" for i in range(halves)]
     lines += ["bra DONE;", "ACCURATE:"]
-    lines += [
-        f"max.NaN.f32 t{i}, ${pack + i}, 0fC2700000; neg.f32 t{i}, t{i}; ex2.approx.ftz.f32 t{i}, t{i};" for i in each
-    ]
-    lines += [f"add.f32 t{i}, t{i}, 0f3F800000;" for i in each]
-    lines += [
-        f"mul.f32 r, t{i}, t{i + 1}; rcp.approx.ftz.f32 r, r; mul.f32 ${i}, t{i + 1}, r; mul.f32 ${i + 1}, t{i}, r;"
-        for i in pairs
-    ]
+    for i in range(halves):
+        # As in sigmoid(): 1 / (1 + 2^(6 - z)), two with one reciprocal, times 64.
+        for k in (2 * i, 2 * i + 1):
+            lines += [f"max.NaN.f32 t{k}, {source[k]}, 0fC2580000; sub.f32 t{k}, 0f40C00000, t{k};"]
+            lines += [f"ex2.approx.ftz.f32 t{k}, t{k}; add.f32 t{k}, t{k}, 0f3F800000;"]
+        lines += [f"mul.f32 r, t{2 * i}, t{2 * i + 1}; rcp.approx.ftz.f32 r, r; mul.f32 r, r, 0f42800000;"]
+        lines += [f"mul.f32 t{2 * i}, t{2 * i}, r; mul.f32 t{2 * i + 1}, t{2 * i + 1}, r;"]
+        lines += [f"cvt.rn.bf16x2.f32 ${i}, t{2 * i}, t{2 * i + 1};"]
     return "\n".join([*lines, "DONE: }"])
 
 
-_TAIL_PACK = tl.constexpr(8)
-_TAIL_ASSEMBLY = tl.constexpr(_tail_assembly(8))
-_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
+_TAIL_BITS = tl.constexpr(TAIL_BITS)
+_TAIL_PACK = tl.constexpr(32)
+_TAIL_ASSEMBLY = tl.constexpr(_tail_assembly(32))
+_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 16 + ["r"] * 32))
 
 UNSPECIALIZED = (
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for dim in "bhn"),
@@ -87,7 +92,10 @@ elements, if they allow it, so nothing is lost."""
 
 @triton.jit
 def sigmoid(x, FORM: tl.constexpr, ASM: tl.constexpr):
-    """sigmoid(y), from x = unit_of(FORM) * y. Without ASM (the interpreter), in plain Triton."""
+    """sigmoid(y), from x = unit_of(FORM) * y; but 64 sigmoid(y) if FORM is TAIL, from x = unit_of(FORM) * y + 6.
+
+    Without ASM (the interpreter), in plain Triton.
+    """
     if FORM == _FAST:
         if ASM:
             tanh = tl.inline_asm_elementwise(
@@ -98,8 +106,10 @@ def sigmoid(x, FORM: tl.constexpr, ASM: tl.constexpr):
         return 0.5 + 0.5 * tanh
     elif FORM == _TAIL and ASM:
         return tl.inline_asm_elementwise(
-            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=_TAIL_PACK
+            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=tl.bfloat16, is_pure=True, pack=_TAIL_PACK
         )
+    elif FORM == _TAIL:
+        return 64 / (1 + tl.exp2(_TAIL_BITS - x))
     else:
         if ASM:
             # Clamped at 2^60, so that the product of two does not overflow: sigmoid is never below 2^-60. NaN stays.
@@ -193,17 +203,18 @@ def probabilities(
     right,
     scale,
     softcap,
+    edge,
     MASK_ROWS: tl.constexpr,
-    BAND_LEFT: tl.constexpr,
-    BAND_RIGHT: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FORM: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """p, before dropout, and d(score) / d(scale * s), from a tile s of q . k.
 
-    row_bias is in units of unit_of(FORM). Masked scores become -inf before the sigmoid, so that a NaN in a masked
-    key does not reach its neighbour through the shared reciprocal, and 0 after it.
+    row_bias is in units of unit_of(FORM). edge: whether the band cuts the tile. Masked scores become -inf before the
+    sigmoid, so that a NaN in a masked key does not reach its neighbour through the shared reciprocal, and 0 after it.
     """
     unit: tl.constexpr = unit_of(FORM)
     slope = s
@@ -226,12 +237,14 @@ def probabilities(
         else:
             tile = tile.to(tl.float32)
             x = tl.where(tile <= _MASKED_SCORE, float("-inf"), x + tile * unit)
-    if BAND_RIGHT:
-        x = tl.where(col <= row + (shift + right), x, float("-inf"))
-    if BAND_LEFT:
-        x = tl.where(col >= row + (shift - left), x, float("-inf"))
+    if (HAS_LEFT or HAS_RIGHT) and edge:
+        if HAS_RIGHT:
+            x = tl.where(col <= row + (shift + right), x, float("-inf"))
+        if HAS_LEFT:
+            x = tl.where(col >= row + (shift - left), x, float("-inf"))
     p = sigmoid(x, FORM, ASM)
-    if (mask is not None or BAND_RIGHT) or BAND_LEFT:
+    # The fast form of -inf is 0 as it is.
+    if ((mask is not None or HAS_RIGHT) or HAS_LEFT) and FORM != _FAST:
         p = tl.where(x == float("-inf"), 0.0, p)
     return p, slope
 
@@ -252,9 +265,9 @@ def kept(seed, first, row, col, kv_len, dropout_p):
 @triton.jit
 def load_rows(
     source, batch, head, start, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    TMA: tl.constexpr, CHECK: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows start ... of one head, [BLOCK, WIDTH]; zeros beyond length (unless CHECK is off) and beyond DIM.
+    """Rows start ... of one head, [BLOCK, WIDTH]; zeros beyond length and beyond DIM.
 
     source is a descriptor of [B, H, length, DIM] if TMA, else the address of the head's first row.
     """
@@ -265,15 +278,9 @@ def load_rows(
         dim = tl.arange(0, WIDTH)
         pointers = source + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + dim[None, :])
         if DIM == WIDTH:
-            if CHECK:
-                return tl.load(pointers, mask=(start + row < length)[:, None], other=0.0)
-            else:
-                return tl.load(pointers)
+            return tl.load(pointers, mask=(start + row < length)[:, None], other=0.0)
         else:
-            if CHECK:
-                return tl.load(pointers, mask=(start + row < length)[:, None] & (dim < DIM)[None, :], other=0.0)
-            else:
-                return tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0)
+            return tl.load(pointers, mask=(start + row < length)[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -289,39 +296,41 @@ def store_rows(
 @triton.jit
 def keys_of_rows(
     first_row, last_row, kv_len, shift, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(begin, inner_begin, inner_end, end): the keys that some of the rows see; the whole blocks that all see.
-
-    begin, inner_begin and inner_end are multiples of BLOCK_N, and inner_begin <= inner_end, begin <= inner_begin.
-    Without WHOLE the last block may be cut by kv_len and still count as inner.
-    """
+    """(begin, end) of the keys that some of the rows see; begin is a multiple of BLOCK_N."""
     begin = 0
-    inner_begin = 0
     end = kv_len
-    inner_end = kv_len
     if HAS_RIGHT:
         end = tl.maximum(tl.minimum(end, last_row + shift + right + 1), 0)
-        inner_end = tl.maximum(tl.minimum(inner_end, first_row + shift + right + 1), 0)
     if HAS_LEFT:
         begin = tl.maximum(first_row + shift - left, 0) // BLOCK_N * BLOCK_N
-        inner_begin = tl.cdiv(tl.maximum(last_row + shift - left, 0), BLOCK_N) * BLOCK_N
-    if WHOLE:
-        inner_end = inner_end // BLOCK_N * BLOCK_N
-    else:
-        if inner_end < kv_len:
-            inner_end = inner_end // BLOCK_N * BLOCK_N
-    return begin, inner_begin, tl.maximum(inner_end, inner_begin), end
+    return begin, end
 
 
 @triton.jit
 def rows_of_keys(
     first_key, last_key, q_len, shift, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """keys_of_rows with the sides swapped: row i sees the keys i + shift - left ... i + shift + right, so key j is
     seen by the rows j - shift - right ... j - shift + left."""
-    return keys_of_rows(first_key, last_key, q_len, -shift, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M, WHOLE)
+    return keys_of_rows(first_key, last_key, q_len, -shift, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M)
+
+
+@triton.jit
+def is_edge(
+    first_row, last_row, first_key, last_key, shift, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):  # fmt: skip
+    """Whether some of the rows do not see some of the keys. Only such tiles need a mask."""
+    if HAS_LEFT and HAS_RIGHT:
+        return (last_key > first_row + shift + right) | (first_key < last_row + shift - left)
+    elif HAS_RIGHT:
+        return last_key > first_row + shift + right
+    elif HAS_LEFT:
+        return first_key < last_row + shift - left
+    else:
+        return False
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -332,7 +341,7 @@ def bias_kernel(
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, i] = b_i; out is contiguous. Of packed sequences out[0, h, i], of all rows."""
+    """out[b, h, i] = b_i; rows are stride_out_h apart. Of packed sequences out[0, h, i], of all rows."""
     blocks = tl.cdiv(q_len, BLOCK_M)
     head = (tl.program_id(0) // blocks) % heads
     batch = tl.program_id(0) // blocks // heads
@@ -356,7 +365,8 @@ def bias_kernel(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
         bias is not None, VISIBLE, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
-    tl.store(out + row, result, mask=row < q_len)
+    # Up to the stride: descriptors read it. Rows beyond the last have finite biases, too.
+    tl.store(out + row, result, mask=row < (q_len if cu_q is not None else stride_out_h))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -376,9 +386,7 @@ def count_kernel(
     mask += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
     total = tl.zeros((BLOCK_M,), tl.int32)
     last_row = tl.minimum(start + BLOCK_M, q_len) - 1
-    begin, _inner_begin, _inner_end, end = keys_of_rows(
-        start, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, True
-    )
+    begin, end = keys_of_rows(start, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     for key in range(begin, end, BLOCK_N):
         col = key + tl.arange(0, BLOCK_N)
         pointers = mask + (row.to(tl.int64) * stride_mask_m)[:, None] + (col.to(tl.int64) * stride_mask_n)[None, :]
