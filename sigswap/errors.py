@@ -48,3 +48,7 @@ class UnknownCallError(SigswapError, RuntimeError):
 
 class CheckpointError(SigswapError, RuntimeError):
     """A directory could not be saved to or loaded from."""
+
+
+class BenchmarkError(SigswapError, RuntimeError):
+    """The benchmark cannot run on this machine, or sigswap's own op raised or was wrong in it."""

@@ -1,0 +1,292 @@
+"""``sigswap bench``: its cells, figures, tables, files and checks, without a GPU; and on one, the quick run."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from typer.testing import CliRunner
+
+import sigswap
+from sigswap import bench
+from sigswap.bench import Benchmark, Cell, Row
+from sigswap.cli import app
+from sigswap.errors import ArgumentError, BenchmarkError
+
+FULL = Cell("train", 2, 3, 3, 40, 40, 16)
+CAUSAL = Cell("train", 2, 3, 3, 40, 40, 16, causal=True)
+DECODE = Cell("decode", 3, 4, 2, 1, 50, 16)
+VARLEN = Cell("varlen", 3, 2, 2, 40, 40, 16, lengths=(7, 40, 13))
+VARLEN_CAUSAL = Cell("varlen", 3, 2, 2, 40, 40, 16, causal=True, lengths=(7, 40, 13))
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+# Cells and counts.
+
+
+@pytest.mark.parametrize("cell", [FULL, CAUSAL, DECODE, VARLEN, VARLEN_CAUSAL])
+def test_flops_and_bytes_are_those_of_the_visible_pairs(cell: Cell) -> None:
+    flops = 0
+    for length in cell.lengths or [cell.kv_len] * cell.batch:
+        for row in range(length if cell.trains else 1):
+            keys = sum(key <= row or not cell.causal for key in range(length))
+            flops += cell.heads * keys * (2 * cell.head_dim + 2 * cell.head_dim)
+    assert cell.forward_flops == flops
+    if not cell.lengths:
+        inputs = bench.make_inputs(cell, torch.bfloat16, "cpu")
+        assert cell.kv_bytes(torch.bfloat16) == inputs.key.nbytes + inputs.value.nbytes
+
+
+@pytest.mark.parametrize("suite", bench.SUITES)
+def test_cells(suite: str) -> None:
+    cells, quick = bench.cells(suite), bench.cells(suite, quick=True)
+    assert cells == bench.cells(suite)  # the random lengths, too
+    assert 1 <= len(quick) <= len(cells)
+    assert len({cell.label for cell in cells}) == len(cells)
+    for cell in cells + quick:
+        assert cell.suite == suite and set(cell.without) <= set(bench.SUITES[suite])
+        assert cell.heads % cell.kv_heads == 0 and (cell.kv_heads == cell.heads or not cell.trains)
+        tokens = sum(cell.lengths) or cell.batch * cell.q_len
+        if suite in ("train", "varlen"):
+            assert cell.heads * cell.head_dim == 2048
+        if suite == "train":
+            assert tokens == 16384
+        if suite == "short":
+            assert 50_000 <= tokens <= 130_000
+        if suite == "decode":
+            assert 2 * cell.batch * cell.kv_heads * cell.kv_len * cell.head_dim * 2 <= 8 * 2**30
+
+
+def test_figures_of_a_row() -> None:
+    train = Cell("train", 4, 16, 16, 4096, 4096, 128)  # 4 * 16 * 4096^2 * 128 multiplications, twice
+    flops = 2 * 2 * 4 * 16 * 4096**2 * 128
+    forward = Row(train, "bf16", "forward", {"sigswap": 0.5, "fa2": 1.0}, {"cudnn": "no"})
+    assert forward.unit == "TFLOP/s"
+    assert forward.value("sigswap") == pytest.approx(flops / 0.5e-3 / 1e12)
+    assert forward.ratio("fa2") == 2.0
+    assert forward.value("cudnn") is None and forward.ratio("cudnn") is None
+    backward = Row(train, "bf16", "backward", {"sigswap": 1.0}, {})
+    assert backward.value("sigswap") == pytest.approx(2.5 * flops / 1e-3 / 1e12)
+    memory = Row(train, "bf16", "memory", {"sigswap": 100.0, "fa2": 150.0}, {})
+    assert (memory.unit, memory.value("fa2"), memory.ratio("fa2")) == ("MiB", 150.0, 1.5)
+    decode = Row(Cell("decode", 1, 32, 8, 1, 8192, 128), "fp16", "forward", {"sigswap": 0.02}, {})
+    assert decode.value("sigswap") == pytest.approx(2 * 8192 * 8 * 128 * 2 / 0.02e-3 / 1e9)
+    host = Row(Cell("host", 1, 2, 2, 16, 16, 16), "bf16", "forward+backward", {"sigswap": 30.0, "sdpa": 15.0}, {})
+    assert (host.unit, host.value("sigswap"), host.ratio("sdpa")) == ("us", 30.0, 0.5)
+
+
+# What a result becomes.
+
+
+@pytest.fixture
+def result() -> Benchmark:
+    rows = [
+        Row(FULL, "bf16", "forward", {"sigswap": 2.0, "fa2": 4.0}, {"cudnn": "RuntimeError: No available kernel."}),
+        Row(CAUSAL, "bf16", "forward", {"sigswap": 1.0, "cudnn": 1.5}, {"fa2": "RuntimeError: no"}),
+        Row(DECODE, "bf16", "forward", {"sigswap": 1e-3, "flex": 2e-3}, {}),
+        Row(VARLEN, "bf16", "backward", {"padded": 1.0}, {"sigswap": "BenchmarkError: wrong result"}),
+    ]
+    machine = {"gpu": "A GPU", "driver": "1.2.3", "cuda": "13.0", "torch": "2.11.0", "triton": "3.6.0"}
+    return Benchmark(machine, "bf16", 40.0, rows)
+
+
+def test_json(result: Benchmark) -> None:
+    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert data["machine"]["gpu"] == "A GPU" and data["dtype"] == "bf16"
+    first, _, decode, failed = data["rows"]
+    assert first["cell"]["head_dim"] == 16 and first["unit"] == "TFLOP/s"
+    assert first["results"]["fa2"]["ratio"] == 2.0 and first["results"]["fa2"]["milliseconds"] == 4.0
+    assert "No available kernel" in first["results"]["cudnn"]["reason"]
+    gb_per_s = 2 * 3 * 2 * 50 * 16 * 2 / 1e-6 / 1e9
+    assert decode["results"]["sigswap"]["value"] == pytest.approx(gb_per_s)
+    assert decode["results"]["sigswap"]["share_of_copy"] == pytest.approx(gb_per_s / 40)
+    assert failed["cell"]["lengths"] == [7, 40, 13] and failed["results"]["sigswap"] == {
+        "reason": "BenchmarkError: wrong result"
+    }
+
+
+def test_tables(result: Benchmark) -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(result)
+    text = stream.getvalue()
+    titles = " ".join(text.split())
+    assert titles.count("A GPU, driver 1.2.3, cuda 13.0, torch 2.11.0, triton 3.6.0") == 3  # one table per suite
+    assert "(2.00x)" in text and "(1.50x)" in text
+    assert "efficient" not in text  # it ran nowhere
+    assert "48%" in text  # 19.2 of 40 GB/s
+    causal = next(line for line in text.splitlines() if "B=2 N=40 D=16 causal" in line)
+    assert [part.strip() for part in causal.split("│")][4:6] == ["0.0", "-"]
+
+
+def test_failures(result: Benchmark) -> None:
+    assert result.failures == ["varlen 3 x 7..40 D=16: BenchmarkError: wrong result"]
+
+
+def test_plot(result: Benchmark, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plot.png"
+    bench.check_plot(file)
+    figure = result.figure()
+    figure.savefig(file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["TFLOP/s", "GB/s", "TFLOP/s"]
+    heights = [bar.get_height() for bar in figure.axes[1].patches]
+    assert heights == pytest.approx([19.2, 9.6])
+    with pytest.raises(ArgumentError, match=r"must end in one of .*\.png"):
+        bench.check_plot(tmp_path / "plot.txt")
+
+
+# Correctness.
+
+
+@pytest.mark.parametrize("cell", [FULL, CAUSAL, DECODE, VARLEN, VARLEN_CAUSAL])
+def test_check_accepts_the_op_and_nothing_else(cell: Cell) -> None:
+    inputs = bench.make_inputs(cell, torch.float32, "cpu")
+    out = bench._implementation("sigswap", cell, inputs).forward()
+    grads = torch.autograd.grad(out, inputs.leaves, inputs.grad_out) if cell.trains else ()
+    out = out.detach()
+    bench.check(cell, inputs, out, grads)
+    with pytest.raises(BenchmarkError, match="error of the output"):
+        bench.check(cell, inputs, 1.01 * out, grads)
+    with pytest.raises(BenchmarkError, match="error of the output is nan"):
+        bench.check(cell, inputs, out * torch.nan, grads)
+    for index, name in enumerate(("query", "key", "value")[: len(grads)]):
+        wrong = [1.01 * grad if at == index else grad for at, grad in enumerate(grads)]
+        with pytest.raises(BenchmarkError, match=f"gradient of {name}"):
+            bench.check(cell, inputs, out, wrong)
+
+
+def test_check_sees_a_wrong_mask() -> None:
+    inputs = bench.make_inputs(CAUSAL, torch.float32, "cpu")
+    with pytest.raises(BenchmarkError, match="output"):
+        bench.check(CAUSAL, inputs, sigswap.sigmoid_attention(*inputs.leaves).detach(), ())
+
+
+@pytest.mark.parametrize("cell", [VARLEN, VARLEN_CAUSAL])
+def test_padded_peer_is_softmax_attention_of_each_sequence(cell: Cell) -> None:
+    inputs = bench.make_inputs(cell, torch.float32, "cpu")
+    padded = bench._padded(cell, inputs)
+    out = padded.forward()
+    for number, (length, *parts) in enumerate(
+        zip(cell.lengths, *(leaf.split(cell.lengths) for leaf in inputs.leaves), strict=True)
+    ):
+        query, key, value = (part.transpose(0, 1) for part in parts)
+        expected = F.scaled_dot_product_attention(query, key, value, is_causal=cell.causal).transpose(0, 1)
+        torch.testing.assert_close(out[number, :length], expected)
+    assert torch.autograd.grad(out, padded.leaves, padded.grad_out)[0].shape == out.shape
+
+
+# The run, on a CPU in the GPU's place.
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_inputs = bench.make_inputs
+
+    def timed(call: Callable[[], object]) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(bench, "make_inputs", lambda cell, dtype, device: make_inputs(cell, dtype, "cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for timer in ("_gpu_ms", "_host_us", "_peak_mib"):
+        monkeypatch.setattr(bench, timer, timed)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_measure_times_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bench.Implementation:
+        raise RuntimeError("No available kernel.")
+
+    monkeypatch.setitem(bench._DENSE, "cudnn", refuse)
+    monkeypatch.setitem(bench._DENSE, "fa2", bench._DENSE["sdpa"])
+    rows = bench.measure(CAUSAL, "fp32", ["fa2", "cudnn", "flex"], left_out=["flex"])
+    assert [row.phase for row in rows] == ["forward", "backward", "memory"]
+    for row in rows:
+        assert row.measured == {"sigswap": 1.0, "fa2": 1.0}
+        assert row.reasons["cudnn"] == "RuntimeError: No available kernel."
+        assert "--peers" in row.reasons["flex"]
+    assert [row.phase for row in bench.measure(DECODE, "fp32", [])] == ["forward"]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_wrong_kernel_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "sigmoid_attention", lambda query, key, value, **_: query + key + value)
+    monkeypatch.setitem(bench._DENSE, "fa2", bench._DENSE["sdpa"])
+    for row in bench.measure(FULL, "fp32", ["fa2"]):
+        assert set(row.measured) == {"fa2"} and row.ratio("fa2") is None
+        assert "wrong result: the relative error of the output" in row.reasons["sigswap"]
+
+
+# The command.
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def test_help_names_every_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    text = run("--help").stdout
+    for name in (*bench.SUITES, *bench.PEERS, *bench.DTYPES):
+        assert name in text
+
+
+@without_gpu
+def test_without_a_gpu() -> None:
+    result = run("--quick")
+    assert result.exit_code == 1
+    assert "needs an NVIDIA GPU of compute capability 8.0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host."),
+        (("--peers", "fa4"), "peer 'fa4' is not one of fa2, cudnn,"),
+        (("--dtype", "int8"), "dtype 'int8' is not one of bf16, fp16, fp32."),
+        (("--json", "nowhere/figures.json"), "there is no directory nowhere"),
+        (("--plot", "nowhere/plot.png"), "there is no directory nowhere"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1 and message in result.stderr
+
+
+def test_a_plot_without_matplotlib_fails_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench, "run", lambda *_, **__: pytest.fail("it ran"))
+    result = run("--plot", tmp_path / "plot.png")
+    assert result.exit_code == 1 and "pip install 'sigswap[bench]'" in result.stderr
+
+
+def test_files_are_written_and_a_failure_of_sigswap_is_an_error(
+    result: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "run", lambda *_, **__: result)
+    done = run("--json", tmp_path / "figures.json")
+    assert done.exit_code == 1 and "varlen 3 x 7..40 D=16: BenchmarkError: wrong result" in done.stderr
+    assert json.loads((tmp_path / "figures.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_quick_run(tmp_path: Path) -> None:
+    done = run("--quick", "--json", tmp_path / "figures.json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert {row["suite"] for row in rows} == set(bench.SUITES)
+    for row in rows:
+        assert row["results"]["sigswap"]["value"] > 0
+        assert any("ratio" in result for result in row["results"].values()), row
