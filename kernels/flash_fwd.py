@@ -40,8 +40,6 @@ from sigswap.kernels.triton_common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    _TAIL,
-    _TAIL_BITS,
     ACCURATE,
     TAIL,
     UNSPECIALIZED,
@@ -169,9 +167,6 @@ def _accumulate(
     """acc += p v over all keys that some of the rows see; none, unless active is 1."""
     bias0 *= unit_of(FORM)
     bias1 *= unit_of(FORM)
-    if FORM == _TAIL:
-        bias0 += _TAIL_BITS
-        bias1 += _TAIL_BITS
     rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
     last_row = tl.minimum(row0 + SUBTILES * BLOCK_M, q_len) - 1
     begin, end = keys_of_rows(row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
@@ -280,7 +275,7 @@ def _forward_kernel(
             BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
 
-    fast = 1 if FORM >= _FAST else 0
+    fast = 1
     if FORM == _AUTO:
         fast = (tl.minimum(tl.min(bias0), tl.min(bias1)) >= _FAST_BIAS).to(tl.int32)
     # One of the two has no iterations. As the branches of an if they would not share their shared memory.
@@ -305,8 +300,6 @@ def _forward_kernel(
     factor = 1.0 / P_SCALE
     if DROPOUT:
         factor = factor / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    if FORM != _FAST and SLOW == _TAIL:
-        factor *= tl.where(fast == 1, 1.0, 0.5**_TAIL_BITS)
     acc0 *= factor
     store_rows(out, acc0, row0, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
     if SUBTILES == 2:

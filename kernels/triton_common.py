@@ -11,9 +11,9 @@ Three forms of the sigmoid. The special-function unit is the bottleneck beside t
   row bias, near which most scores lie, is above :data:`FAST_BIAS`.
 - accurate: ``1 / (1 + 2^(-x log2 e))``, 1e-6 everywhere. Two elements share one
   reciprocal (``1/a = b/(ab)``), so that it takes one and a half special instructions.
-- tail, for long sequences, where nearly all probabilities are small, in bfloat16: with ``t = 2^(x log2 e)``,
-  ``t / (1 + t)`` is ``t - t^2`` to a relative t^2. One special instruction per element, as long as t < 1/32 in a whole
-  warp's part of a tile, else the accurate form. Works out, and checks, 64 p, rounded, two elements at a time.
+- tail, for long sequences, where nearly all probabilities are small: with ``t = 2^(x log2 e)``, ``t / (1 + t)`` is
+  ``t - t^2`` to a relative t^2. One special instruction per element, as long as t <= 1/32 in a whole warp's part of
+  a tile; else that takes the accurate form.
 
 The choice (FORM) is the kernel's where it depends on a tensor: per block of rows, from the row bias itself.
 
@@ -46,39 +46,31 @@ _MASKED_SCORE = tl.constexpr(MASKED_SCORE)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-TAIL_BITS = 6
-"""The tail form works on 2^6 p, so that t >= 1/32 is what sets the topmost bit of the exponent."""
-
-
 def _tail_assembly(pack: int) -> str:
-    """PTX of the tail form. In: z = x log2 e + 6, in float32. Out: 64 p, in pairs of bfloat16."""
-    halves, each = pack // 2, range(pack)
-    source = [f"${halves + i}" for i in each]
-    lines = [f"{{ .reg .f32 t<{pack}>, r; .reg .b32 u<{halves}>, v, c, zero; .reg .pred large;"]
+    """PTX of the tail form, from y = x log2 e, of as many elements."""
+    each = range(pack)
+    source = [f"${pack + i}" for i in each]
+    lines = [f"{{ .reg .f32 t<{pack}>, r; .reg .b32 u; .reg .pred large;"]
     lines += [f"ex2.approx.ftz.f32 t{i}, {source[i]};" for i in each]
-    lines += [f"cvt.rn.bf16x2.f32 u{i}, t{2 * i + 1}, t{2 * i};" for i in range(halves)]
-    lines += ["mov.b32 v, u0;", *(f"or.b32 v, v, u{i};" for i in range(1, halves))]
-    # NaN and infinity have that bit, too. The vote makes the branch the whole warp's: none diverges.
-    lines += ["and.b32 v, v, 0x40004000;", "setp.ne.u32 large, v, 0;", "vote.sync.any.pred large, large, 0xffffffff;"]
-    lines += ["@large bra ACCURATE;"]
-    lines += ["mov.b32 c, 0xBC80BC80; mov.b32 zero, 0x80008000;"]  # -1/64 and -0. mul.bf16x2 is not on all devices.
-    lines += [f"fma.rn.bf16x2 v, u{i}, c, zero; fma.rn.bf16x2 ${i}, u{i}, v, u{i};" for i in range(halves)]
-    lines += ["bra DONE;", "ACCURATE:"]
-    for i in range(halves):
-        # As in sigmoid(): 1 / (1 + 2^(6 - z)), two with one reciprocal, times 64.
-        for k in (2 * i, 2 * i + 1):
-            lines += [f"max.NaN.f32 t{k}, {source[k]}, 0fC2580000; sub.f32 t{k}, 0f40C00000, t{k};"]
+    # t^2 by fma(-t, t, t).
+    lines += [f"neg.f32 r, t{i}; fma.rn.f32 ${i}, t{i}, r, t{i};" for i in each]
+    # As unsigned integers, floats up to -5 (0xC0A00000) are above all others, and NaN. A minimum takes two at a time.
+    lines += [f"min.u32 u, {source[0]}, {source[1]};", *(f"min.u32 u, u, {source[i]};" for i in each[2:])]
+    # The vote makes the branch the whole warp's: none diverges.
+    lines += ["setp.lt.u32 large, u, 0xC0A00000;", "vote.sync.any.pred large, large, 0xffffffff;", "@!large bra DONE;"]
+    for i in range(0, pack, 2):  # as in sigmoid()
+        for k in (i, i + 1):
+            lines += [f"max.NaN.f32 t{k}, {source[k]}, 0fC2700000; neg.f32 t{k}, t{k};"]
             lines += [f"ex2.approx.ftz.f32 t{k}, t{k}; add.f32 t{k}, t{k}, 0f3F800000;"]
-        lines += [f"mul.f32 r, t{2 * i}, t{2 * i + 1}; rcp.approx.ftz.f32 r, r; mul.f32 r, r, 0f42800000;"]
-        lines += [f"mul.f32 t{2 * i}, t{2 * i}, r; mul.f32 t{2 * i + 1}, t{2 * i + 1}, r;"]
-        lines += [f"cvt.rn.bf16x2.f32 ${i}, t{2 * i}, t{2 * i + 1};"]
+        lines += [f"mul.f32 r, t{i}, t{i + 1}; rcp.approx.ftz.f32 r, r;"]
+        lines += [f"mul.f32 ${i}, t{i + 1}, r; mul.f32 ${i + 1}, t{i}, r;"]
     return "\n".join([*lines, "DONE: }"])
 
 
-_TAIL_BITS = tl.constexpr(TAIL_BITS)
 _TAIL_PACK = tl.constexpr(32)
 _TAIL_ASSEMBLY = tl.constexpr(_tail_assembly(32))
-_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 16 + ["r"] * 32))
+# Outputs are written before the last inputs are read.
+_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
 
 UNSPECIALIZED = (
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for dim in "bhn"),
@@ -92,10 +84,7 @@ elements, if they allow it, so nothing is lost."""
 
 @triton.jit
 def sigmoid(x, FORM: tl.constexpr, ASM: tl.constexpr):
-    """sigmoid(y), from x = unit_of(FORM) * y; but 64 sigmoid(y) if FORM is TAIL, from x = unit_of(FORM) * y + 6.
-
-    Without ASM (the interpreter), in plain Triton.
-    """
+    """sigmoid(y), from x = unit_of(FORM) * y. Without ASM (the interpreter), in plain Triton."""
     if FORM == _FAST:
         if ASM:
             tanh = tl.inline_asm_elementwise(
@@ -106,10 +95,8 @@ def sigmoid(x, FORM: tl.constexpr, ASM: tl.constexpr):
         return 0.5 + 0.5 * tanh
     elif FORM == _TAIL and ASM:
         return tl.inline_asm_elementwise(
-            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=tl.bfloat16, is_pure=True, pack=_TAIL_PACK
+            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=_TAIL_PACK
         )
-    elif FORM == _TAIL:
-        return 64 / (1 + tl.exp2(_TAIL_BITS - x))
     else:
         if ASM:
             # Clamped at 2^60, so that the product of two does not overflow: sigmoid is never below 2^-60. NaN stays.
@@ -243,9 +230,9 @@ def probabilities(
         if HAS_LEFT:
             x = tl.where(col >= row + (shift - left), x, float("-inf"))
     p = sigmoid(x, FORM, ASM)
-    # The fast form of -inf is 0 as it is.
-    if ((mask is not None or HAS_RIGHT) or HAS_LEFT) and FORM != _FAST:
-        p = tl.where(x == float("-inf"), 0.0, p)
+    if FORM != _FAST:  # whose sigmoid(-inf) is 0 as it is
+        if mask is not None or ((HAS_LEFT or HAS_RIGHT) and edge):
+            p = tl.where(x == float("-inf"), 0.0, p)
     return p, slope
 
 
