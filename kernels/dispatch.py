@@ -26,6 +26,7 @@ class _Kernels(NamedTuple):
     flash_fwd: ModuleType
     flash_bwd: ModuleType
     decode: ModuleType
+    launch: ModuleType
 
 
 def forward(
@@ -65,6 +66,68 @@ def backward(
         return kernels.flash_bwd.backward(*arguments)
 
 
+def varlen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Options,
+) -> Tensor:
+    kernels = kernels_for(query, value)
+    if kernels is None:
+        return reference.varlen_forward(
+            query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, options
+        )
+    packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    views = _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
+    with _on(query.device):
+        return kernels.flash_fwd.forward(*views, None, seed, options, packed=packed)[0].transpose(0, 1)
+
+
+def varlen_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    output_mask: list[bool],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = kernels_for(query, value)
+    if kernels is None:
+        inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
+        return reference.varlen_backward(grad_out, *inputs, output_mask, options)
+    packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    views = _heads_first(grad_out), _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
+    with _on(query.device):
+        grads = kernels.flash_bwd.backward(*views, None, seed, [*output_mask, False], options, packed=packed)
+    query_key_value = [
+        grad[0].transpose(0, 1) if need else grad for grad, need in zip(grads[:3], output_mask, strict=False)
+    ]
+    grad_bias = grads[3][0, ..., 0].t() if output_mask[3] else grads[3]
+    return query_key_value[0], query_key_value[1], query_key_value[2], grad_bias
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """[total, H, D] as [1, H, total, D]."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _row_bias_view(bias: Tensor | None) -> Tensor | None:
+    """[1|total, 1|H] as [1, 1|H, 1|total, 1]."""
+    return None if bias is None else bias.t()[None, :, :, None]
+
+
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """The device as the current one; without a switch, if it is that already."""
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
@@ -86,10 +149,10 @@ def _device_kernels(device: int) -> _Kernels | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return _unable(f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0")
     try:
-        from sigswap.kernels import decode, flash_bwd, flash_fwd
+        from sigswap.kernels import decode, flash_bwd, flash_fwd, launch
     except ImportError as error:
         return _unable(f"Triton could not be imported ({error})")
-    return _Kernels(flash_fwd, flash_bwd, decode)
+    return _Kernels(flash_fwd, flash_bwd, decode, launch)
 
 
 @functools.cache

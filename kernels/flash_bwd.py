@@ -292,14 +292,15 @@ def _plan_mask(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...],
 def key_tile_for(signature: Signature) -> Tile:
     """The tile of the kernel of dK and dV."""
     capability, shared, _ = limits_of(signature.device)
-    size, dim = signature.element_size, max(signature.widths)
+    size, dim, band = signature.element_size, max(signature.widths), signature.band()
+    banded = band.has_left or band.has_right
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
     elif not signature.plain:
         tile = Tile(32, 64, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim <= 64:
-            tile = Tile(128, 64, 1, 4, 3)
+            tile = Tile(64, 64, 1, 4, 3, 168) if banded else Tile(128, 64, 1, 4, 3)
         elif dim <= 128:
             tile = Tile(64, 64, 1, 4, 2)
         else:
@@ -315,14 +316,15 @@ def key_tile_for(signature: Signature) -> Tile:
 def row_tile_for(signature: Signature) -> Tile:
     """The tile of the kernel of dQ."""
     capability, shared, _ = limits_of(signature.device)
-    size, dim = signature.element_size, max(signature.widths)
+    size, dim, band = signature.element_size, max(signature.widths), signature.band()
+    banded = band.has_left or band.has_right
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
     elif not signature.plain:
         tile = Tile(64, 32, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim <= 64:
-            tile = Tile(128, 64, 1, 4, 3)
+            tile = Tile(64, 64, 1, 4, 3) if banded else Tile(64, 64, 1, 4, 2, 128)
         elif dim <= 128:
             tile = Tile(128, 64, 1, 8, 3)
         else:

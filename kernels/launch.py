@@ -152,15 +152,13 @@ class Signature(NamedTuple):
             if band.has_left and band.has_right:
                 count = min(count, band.left + band.right + 1)
             lowest -= math.log(max(count, 1))
-            if lowest < FAST_BIAS and (self.has_rows or self.packed is not None):
-                return AUTO
         return FAST if lowest >= FAST_BIAS else ACCURATE
 
     def tma(self, shortest: int, *loaded: Layout) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, and can hold these as they lie in memory."""
         if not (self.plain and capability(self.device) >= 90 and self.element_size == 2):
             return False
-        if self.packed is not None or shortest < 512:
+        if self.packed is not None or shortest < 128:
             return False
         return all(describable(layout) for layout in loaded)
 

@@ -230,9 +230,9 @@ def probabilities(
         if HAS_LEFT:
             x = tl.where(col >= row + (shift - left), x, float("-inf"))
     p = sigmoid(x, FORM, ASM)
-    if FORM != _FAST:  # whose sigmoid(-inf) is 0 as it is
-        if mask is not None or ((HAS_LEFT or HAS_RIGHT) and edge):
-            p = tl.where(x == float("-inf"), 0.0, p)
+    # The fast form of -inf is 0 as it is.
+    if FORM != _FAST and (mask is not None or ((HAS_LEFT or HAS_RIGHT) and edge)):
+        p = tl.where(x == float("-inf"), 0.0, p)
     return p, slope
 
 

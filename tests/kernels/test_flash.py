@@ -20,7 +20,7 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, flash_bwd, flash_fwd
+from sigswap.kernels import decode, flash_bwd, flash_fwd, launch
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,8 +106,11 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False) 
     return Problem(query, key, value, bias, attn_mask, seed, heads_tensor(heads, q_len, value_dim), options)
 
 
-def straightforward(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients by matmul, sigmoid and matmul, in dtype throughout."""
+def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None = None) -> list[Tensor]:
+    """Output and gradients by matmul, sigmoid and matmul, in dtype throughout.
+
+    draws: the numbers of dropout's random numbers, [B, H, M, N]; by default they are counted.
+    """
     options = problem.options
     leaves = [
         t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_()
@@ -142,8 +145,9 @@ def straightforward(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
     p = torch.sigmoid(scores.masked_fill(~visible, -torch.inf) + row_bias)
     if options.dropout_p:
         assert problem.seed is not None
-        offset = torch.arange(p.numel(), device=p.device).view(p.shape)
-        keep = reference.random_uniform(problem.seed, offset) >= options.dropout_p
+        if draws is None:
+            draws = torch.arange(p.numel(), device=p.device).view(p.shape)
+        keep = reference.random_uniform(problem.seed, draws) >= options.dropout_p
         p = p * keep / (1 - options.dropout_p)
     out = p @ v
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -159,10 +163,12 @@ def ours(problem: Problem, **tuning: Any) -> list[Tensor]:
 
 def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
     """Each result's Frobenius error is at most 1.1 times that of the straightforward computation."""
-    exact = straightforward(problem, torch.float64)
-    naive = straightforward(problem, problem.query.dtype)
+    assert_near(results, straightforward(problem, problem.query.dtype), straightforward(problem, torch.float64))
+
+
+def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor]) -> None:
     for number, (result, theirs, truth) in enumerate(zip(results, naive, exact, strict=len(results) > 1)):
-        assert result.shape == truth.shape and result.dtype == problem.query.dtype
+        assert result.shape == truth.shape and result.dtype == theirs.dtype
         norm = truth.norm().item()
         error = (result.double() - truth).norm().item()
         # The error of a few numbers is a matter of luck, and one number may be what is left of a sum of large ones.
@@ -171,6 +177,72 @@ def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
         what = ("out", "query", "key", "value", "4th", "5th")[number]
         # Where the naive one overflows to NaN, ours need not.
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
+
+
+class PackedProblem(NamedTuple):
+    """Sequences one behind the other: query [1, H, total, D] and so on, and the sequences on their own."""
+
+    whole: Problem
+    packed: launch.Packed
+    each: list[Problem]
+    draws: list[Tensor]
+
+
+def random_packed_problem(index: int, device: str = DEVICE) -> PackedProblem:
+    draw = random.Random(1000 + index)
+    base = random_problem(1000 + index, device)
+    lengths = (0, 1, 17, 50, 127, 193, 300) if device == "cuda" else (0, 1, 5, 17, 33)
+    sequences = draw.choice((1, 2, 5))
+    q_lens = [draw.choice(lengths) for _ in range(sequences)] + [draw.choice(lengths[1:])]
+    k_lens = q_lens if draw.random() < 0.5 else [draw.choice(lengths) for _ in range(sequences)] + [17]
+    _, heads, _, dim = base.query.shape
+    kv_heads, value_dim, dtype = base.key.shape[1], base.value.shape[3], base.query.dtype
+
+    def rows(count: int, total: int, width: int) -> Tensor:
+        # Cut from a wider tensor, as from a projection to query, key and value at once.
+        return torch.randn(total, count, width + 8, device=device).to(dtype)[..., :width].transpose(0, 1)[None]
+
+    query, grad_out = rows(heads, sum(q_lens), dim), rows(heads, sum(q_lens), value_dim)
+    key, value = rows(kv_heads, sum(k_lens), dim), rows(kv_heads, sum(k_lens), value_dim)
+    bias = None
+    if draw.random() < 0.5:
+        shape = 1, draw.choice((1, heads)), draw.choice((1, sum(q_lens))), 1
+        bias = (torch.randn(shape, device=device) - 1).to(dtype)
+    whole = Problem(query, key, value, bias, None, base.seed, grad_out, base.options)
+    cu_q, cu_k = (
+        torch.tensor([sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32, device=device)
+        for lens in (q_lens, k_lens)
+    )
+    # The longest may be given too long.
+    packed = launch.Packed(cu_q, cu_k, max(q_lens) + draw.choice((0, 9)), max(k_lens) + draw.choice((0, 7)))
+    each, draws = [], []
+    for i, (m, n) in enumerate(zip(q_lens, k_lens, strict=True)):
+        q, k = slice(sum(q_lens[:i]), sum(q_lens[: i + 1])), slice(sum(k_lens[:i]), sum(k_lens[: i + 1]))
+        own_bias = bias if bias is None or bias.shape[2] == 1 else bias[:, :, q]
+        tensors = query[:, :, q], key[:, :, k], value[:, :, k], own_bias, None, base.seed, grad_out[:, :, q]
+        each.append(Problem(*tensors, base.options))
+        head, row = torch.arange(heads, device=device)[:, None, None], torch.arange(m, device=device)[:, None]
+        number = ((i * heads + head) * packed.longest_q + row) * packed.longest_k + torch.arange(n, device=device)
+        draws.append(number[None])
+    return PackedProblem(whole, packed, each, draws)
+
+
+def assert_packed_no_worse(problem: PackedProblem) -> None:
+    whole, packed = problem.whole, problem.packed
+    needed = [t is not None for t in whole.inputs[:4]] + [False]
+    out = flash_fwd.forward(*whole.inputs, whole.options, packed=packed)
+    grads = flash_bwd.backward(whole.grad_out, *whole.inputs, needed, whole.options, packed=packed)
+    results = [out, *(grad for grad, need in zip(grads, needed, strict=True) if need)]
+
+    def joined(dtype: torch.dtype) -> list[Tensor]:
+        parts = [straightforward(one, dtype, draw) for one, draw in zip(problem.each, problem.draws, strict=True)]
+        tensors = [torch.cat(each, 2) for each in list(zip(*parts, strict=True))[:4]]
+        if whole.bias is not None:
+            biases = [part[4] for part in parts]
+            tensors.append(torch.cat(biases, 2) if whole.bias.shape[2] > 1 else torch.stack(biases).sum(0))
+        return tensors
+
+    assert_near(results, joined(whole.query.dtype), joined(torch.float64))
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
@@ -203,6 +275,19 @@ def test_interpreted_decoding(index: int) -> None:
     problem = random_problem(index, decoding=True)
     out = decode.forward(*problem.inputs[:5], problem.options, splits=1 + index % 3)
     assert_no_worse([out], problem)
+
+
+@in_interpreter
+@shards(12)
+def test_interpreted_packed(index: int) -> None:
+    assert_packed_no_worse(random_packed_problem(index))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_packed(index: int) -> None:
+    assert_packed_no_worse(random_packed_problem(index))
 
 
 @pytest.mark.gpu
