@@ -46,6 +46,7 @@ from sigswap.kernels.triton_common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
+    ACCURATE,
     AUTO,
     UNSPECIALIZED,
     first_draw,
@@ -95,10 +96,14 @@ def backward(
     seed = seed if options.dropout_p > 0.0 else None
     by_grad_out = layout_of(grad_out)
 
+    new_query = _unit_stride_target(grad_query) if need_query else None
+    row_sums = query.new_empty(query.shape[:3], dtype=torch.float32) if need_bias else None
+    together = _together(signature, key_tile) and (need_key or need_value)
     if need_key or need_value:
         new_key = _unit_stride_target(grad_key) if need_key else None
         new_value = _unit_stride_target(grad_value) if need_value else None
-        plan = _plan_keys(signature, by_grad_out, _layout(new_key), _layout(new_value), key_tile, tma)
+        rows_too = (_layout(new_query), need_bias) if together else (None, False)
+        plan = _plan_keys(signature, by_grad_out, _layout(new_key), _layout(new_value), *rows_too, key_tile, tma)
         row_bias, floor = bias, None
         if signature.has_rows:
             # Every block of keys would work the rows' biases out again, replicated over its threads: as many
@@ -107,25 +112,33 @@ def backward(
             floor = row_bias.amin(-1) if plan.floor else None
         walked_query, walked_grad, *rest = plan.describe(query, grad_out, row_bias)
         operands = walked_query, key, value, walked_grad, new_key, new_value
+        operands += (new_query, row_sums) if together else (None, None)
         plan.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *cu_tensors(packed))
         _copy_if_other(grad_key, new_key)
         _copy_if_other(grad_value, new_value)
-    if need_query or need_bias:
-        new_query = _unit_stride_target(grad_query) if need_query else None
-        row_sums = query.new_empty(query.shape[:3], dtype=torch.float32) if need_bias else None
+    if (need_query or need_bias) and not together:
         plan = _plan_rows(signature, by_grad_out, _layout(new_query), need_bias, row_tile, tma)
         keys = plan.describe(key, value)
         sides = bias, count, attn_mask, seed
         plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
-        _copy_if_other(grad_query, new_query)
-        if row_sums is not None and bias is not None:
-            grad_bias.copy_(row_sums.unsqueeze(-1).sum_to_size(bias.shape))
+    _copy_if_other(grad_query, new_query)
+    if row_sums is not None and bias is not None:
+        grad_bias.copy_(row_sums.unsqueeze(-1).sum_to_size(bias.shape))
     if need_mask and attn_mask is not None:
         shape, launch = _plan_mask(signature, by_grad_out)
         partial = query.new_empty(shape, dtype=torch.float32)
         launch(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
         grad_mask.copy_(partial[0] if shape[0] == 1 else partial.sum(0))
     return grads
+
+
+@functools.lru_cache(MAX_PLANS)
+def _together(signature: Signature, tile: Tile | None) -> bool:
+    """Whether the kernel of dK and dV works out dQ and dbias, too: where one block has all keys, and there are so few
+    rows that one program per head is enough."""
+    if signature.packed is not None or not signature.plain:
+        return False
+    return signature.q_len <= 512 and signature.kv_len <= (tile or key_tile_for(signature)).keys
 
 
 def _layout(tensor: Tensor | None) -> Layout | None:
@@ -167,9 +180,12 @@ def _plan_keys(
     grad_out: Layout,
     grad_key: Layout | None,
     grad_value: Layout | None,
+    grad_query: Layout | None,
+    sums: bool,
     tile: Tile | None,
     tma: bool | None,
 ) -> _Plan:
+    """grad_query and sums: of what is worked out together with dK and dV."""
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or key_tile_for(signature)
     if tma is None:
@@ -191,25 +207,16 @@ def _plan_keys(
             described = *described, bias
             strides = strides[0] // rows, strides[1] // rows
         arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
-    arguments |= _output_strides(dk=grad_key, dv=grad_value) | _loop_arguments(tile, described)
+    row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
+    arguments |= _output_strides(dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
+    arguments |= _loop_arguments(tile, described)
     arguments["BIAS_ROWS"] = has_rows
     arguments["VISIBLE"] = signature.options.visible_bias and not has_rows
     floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
     walked = described or (query, grad_out)
-    tensors = (
-        walked[0],
-        key,
-        value,
-        walked[1],
-        grad_key,
-        grad_value,
-        bias,
-        floor,
-        attn_mask,
-        seed,
-        *cu_layouts(signature),
-    )
+    operands = walked[0], key, value, walked[1], grad_key, grad_value, grad_query, row_sums
+    tensors = (*operands, bias, floor, attn_mask, seed, *cu_layouts(signature))
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(_keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Plan(launch, described, floor is not None)
@@ -246,7 +253,7 @@ def _output_strides(**outputs: Layout | None) -> dict[str, int]:
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
-    return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    return {"SLOW": ACCURATE, "TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -371,19 +378,24 @@ def _score_gradients(
 
 @triton.jit
 def _accumulate_keys(
-    dk, dv, keys, values, col0, active, q, do, stride_q_n, stride_do_n, bias, bias_at, batch, head, mask,
-    stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, const_bias,
-    dropout_p,
+    dk, dv, keys, values, col0, active, q, do, dq_out, sum_out, stride_q_n, stride_do_n, stride_dq_n, stride_sum_n,
+    bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
+    left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk += dX^T q and dv += p^T dO over all rows that see some of the keys; none, unless active is 1."""
+    """dk += dX^T q and dv += p^T dO over all rows that see some of the keys; none, unless active is 1.
+
+    With dq_out or sum_out these are all keys: then dQ and the row sums of dS are stored, too, for all rows.
+    """
     col = (col0 + tl.arange(0, BLOCK_N))[:, None]
     last_col = tl.minimum(col0 + BLOCK_N, kv_len) - 1
     begin, end = rows_of_keys(col0, last_col, q_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M)
+    if dq_out is not None or sum_out is not None:
+        begin, end = 0, q_len
     for start in range(begin, end * active, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         edge = is_edge(start, start + BLOCK_M - 1, col0, last_col, shift, left, right, HAS_LEFT, HAS_RIGHT)
@@ -397,7 +409,7 @@ def _accumulate_keys(
                 row_bias = bias.load([bias_at, start]).reshape(BLOCK_M) * unit_of(FORM)
             else:
                 row_bias = tl.load(bias + row.to(tl.int64), mask=row < q_len, other=0.0) * unit_of(FORM)
-        p, _, dx = _score_gradients(
+        p, ds, dx = _score_gradients(
             s, dp, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
             q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge,
             MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
@@ -406,15 +418,21 @@ def _accumulate_keys(
             p *= P_SCALE
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         dk = tl.dot(dx.to(rows.dtype), rows, dk, input_precision=PRECISION)
+        if dq_out is not None:
+            dq = tl.dot(dx.to(keys.dtype).T, keys, input_precision=PRECISION) * scale
+            store_rows(dq_out, dq, start, q_len, stride_dq_n, HEAD_DIM, BLOCK_M, BLOCK_D)
+        if sum_out is not None:
+            tl.store(sum_out + row.to(tl.int64) * stride_sum_n, tl.sum(ds, 0), mask=row < q_len)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _keys_kernel(
-    q, k, v, do, dk_out, dv_out, bias, floor, mask, seed, cu_q, cu_k,
+    q, k, v, do, dk_out, dv_out, dq_out, sum_out, bias, floor, mask, seed, cu_q, cu_k,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
+    stride_dq_b, stride_dq_h, stride_dq_n, stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
@@ -423,9 +441,11 @@ def _keys_kernel(
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
-    FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it.
+    """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it. With dq_out or sum_out,
+    which need that there is one block of keys, also dQ and the row sums of dS.
 
     The row bias is const_bias, less ln kv_len if VISIBLE, plus bias, if it is a number per head; or all in bias, a
     vector of rows (BIAS_ROWS), of which floor has each head's minimum, if FORM is AUTO. q, do, and a bias of rows:
@@ -477,7 +497,11 @@ def _keys_kernel(
         if not TMA:
             q_head += batch64 * stride_q_b + head64 * stride_q_h
             do_head += batch64 * stride_do_b + head64 * stride_do_h
-        bias_head, mask_head, head_bias = bias, mask, const_bias
+        bias_head, mask_head, head_bias, dq_head, sum_head = bias, mask, const_bias, dq_out, sum_out
+        if dq_out is not None:
+            dq_head += batch64 * stride_dq_b + head64 * stride_dq_h
+        if sum_out is not None:
+            sum_head += batch64 * stride_sum_b + head64 * stride_sum_h
         bias_at = batch * stride_bias_b + head * stride_bias_h
         if bias is not None:
             if not (TMA and BIAS_ROWS):
@@ -494,20 +518,22 @@ def _keys_kernel(
             fast = (lowest >= _FAST_BIAS).to(tl.int32)
         if FORM >= _FAST:
             dk, dv = _accumulate_keys(
-                dk, dv, keys, values, col0, fast, q_head, do_head, stride_q_n, stride_do_n, bias_head,
-                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n,
+                dk, dv, keys, values, col0, fast, q_head, do_head, dq_head, sum_head,
+                stride_q_n, stride_do_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch, head, mask_head,
+                stride_mask_m, stride_mask_n,
                 seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
-                HEAD_DIM,
-                VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT,
+                SOFTCAP,
                 DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
             )  # fmt: skip
         if FORM != _FAST:
             dk, dv = _accumulate_keys(
-                dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, stride_q_n,
-                stride_do_n, bias_head, bias_at, batch, head, mask_head,
-                stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+                dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head,
+                dq_head, sum_head, stride_q_n, stride_do_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch,
+                head, mask_head, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left,
+                right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _ACCURATE, ASM, TMA, PRECISION,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
             )  # fmt: skip
 
     if dk_out is not None:
@@ -569,7 +595,8 @@ def _rows_kernel(
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
-    FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
     stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
@@ -640,7 +667,7 @@ def _rows_kernel(
             batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left,
             right,
             scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, _ACCURATE, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, SLOW, ASM, TMA, PRECISION,
         )  # fmt: skip
     if dq_out is not None:
         dq_out += batch64 * stride_dq_b + head64 * stride_dq_h

@@ -109,8 +109,7 @@ def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "SUBTILES": tile.subtiles,
-        # Larger tiles lose more by its branches than they gain.
-        "SLOW": TAIL if signature.mixed_forms and max(signature.widths) <= 64 else ACCURATE,
+        "SLOW": TAIL if signature.mixed_forms else ACCURATE,
     }
     operands = query, *(described or (key, value)), out
     tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
@@ -135,7 +134,7 @@ def tile_for(signature: Signature) -> Tile:
         elif dim <= 64:
             tile = Tile(128, 64, 1, 4, 3, 168 if signature.form() == FAST else 0)
         elif dim <= 128:
-            tile = Tile(64, 64, 1, 4, 3) if banded or q_len <= 4096 else Tile(128, 64, 2, 8, 3)
+            tile = Tile(64, 64, 1, 4, 3)
         else:
             tile = Tile(128, 64, 1, 8, 2)
     elif dim <= 64:

@@ -8,6 +8,7 @@ which takes longer than the kernels of short sequences run.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterable
@@ -272,16 +273,25 @@ def unit_stride(tensor: Tensor) -> Tensor:
 # Launches.
 
 
-class Described(NamedTuple):
+class Described:
     """How a kernel gets a tensor as a tensor descriptor."""
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-    dtype: torch.dtype
+    def __init__(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.shape, self.strides, self.block, self.dtype = shape, strides, block, dtype
+        self._checked: TensorDescriptor | None = None
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        return TensorDescriptor(tensor, self.shape, self.strides, self.block)
+        # A new one checks what is the same in all tensors of a layout. That takes as long as the launch.
+        if self._checked is None:
+            descriptor = TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
+            self._checked = copy.copy(descriptor)
+            self._checked.base = None  # a plan must not keep tensors alive
+            return descriptor
+        descriptor = copy.copy(self._checked)
+        descriptor.base = tensor
+        return descriptor
 
 
 def by_rows(layout: Layout, rows: int) -> Described:
