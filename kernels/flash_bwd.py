@@ -46,8 +46,8 @@ from sigswap.kernels.triton_common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    ACCURATE,
     AUTO,
+    FAST,
     UNSPECIALIZED,
     first_draw,
     is_edge,
@@ -253,7 +253,7 @@ def _output_strides(**outputs: Layout | None) -> dict[str, int]:
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
-    return {"SLOW": ACCURATE, "TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -306,8 +306,11 @@ def key_tile_for(signature: Signature) -> Tile:
     elif not signature.plain:
         tile = Tile(32, 64, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
-        if dim <= 64:
-            tile = Tile(64, 64, 1, 4, 3, 168) if banded else Tile(128, 64, 1, 4, 3)
+        if dim == 64 and signature.kv_len <= 64:
+            tile = Tile(32, 64, 1, 4, 2, 168)
+        elif dim <= 64:
+            banded_tile = Tile(64, 64, 1, 4, 3, 168 if signature.form() == FAST else 0)
+            tile = banded_tile if banded else Tile(128, 64, 1, 4, 3)
         elif dim <= 128:
             tile = Tile(64, 64, 1, 4, 2)
         else:
@@ -331,7 +334,7 @@ def row_tile_for(signature: Signature) -> Tile:
         tile = Tile(64, 32, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim <= 64:
-            tile = Tile(64, 64, 1, 4, 3) if banded else Tile(64, 64, 1, 4, 2, 128)
+            tile = Tile(64, 64, 1, 4, 3) if banded else Tile(128, 64, 1, 4, 3)
         elif dim <= 128:
             tile = Tile(128, 64, 1, 8, 3)
         else:

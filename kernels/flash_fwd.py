@@ -40,9 +40,7 @@ from sigswap.kernels.triton_common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    ACCURATE,
     FAST,
-    TAIL,
     UNSPECIALIZED,
     first_draw,
     is_edge,
@@ -109,7 +107,6 @@ def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "SUBTILES": tile.subtiles,
-        "SLOW": TAIL if signature.mixed_forms else ACCURATE,
     }
     operands = query, *(described or (key, value)), out
     tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))

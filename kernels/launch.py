@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
 from sigswap.kernels.reference import Options
-from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, FAST_BIAS, bias_kernel, count_kernel
+from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, FAST_BIAS, TAIL, bias_kernel, count_kernel
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -141,7 +141,7 @@ class Signature(NamedTuple):
         return self.sigmoid_form == "auto" and self.query.dtype == torch.bfloat16 and self.plain
 
     def form(self) -> int:
-        """FAST, AUTO or (also if it is the tail form) ACCURATE; :mod:`triton_common` describes them."""
+        """FAST, AUTO or ACCURATE, which stands for the kernel's SLOW form; :mod:`triton_common` describes them."""
         if not self.mixed_forms:
             return FAST if self.sigmoid_form == "fast" else ACCURATE
         if self.bias is not None:
@@ -206,6 +206,7 @@ class Signature(NamedTuple):
             # Small probabilities would be subnormal in float16; they are held times 1024 there.
             "P_SCALE": 1024.0 if self.query.dtype == torch.float16 else 1.0,
             "FORM": self.form(),
+            "SLOW": TAIL if self.mixed_forms else ACCURATE,
             "ASM": isinstance(count_kernel, triton.JITFunction),
             "PRECISION": "tf32" if self.query.dtype == torch.float32 and self.allow_tf32 else "ieee",
             "UNIT": unit,
