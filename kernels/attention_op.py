@@ -26,8 +26,6 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-
-# Function without its check that under torch.func it has a setup_context: the dispatcher handles torch.func here.
 from torch.autograd.function import _SingleLevelFunction
 
 from sigswap.errors import SigswapError
@@ -128,15 +126,22 @@ class AttentionOp:
 
         def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:
             tensors = inputs[: self.tensors]
-            if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in tensors):
-                raise SigswapError(f"{self.name} has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")
+            _check_no_tangents(self.name, tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
                 return _recorded(_Attention, self, keyset, Options(**keywords), *complete(inputs))
+            if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _IMPLEMENTED:
+                return forward(
+                    *inputs, **keywords
+                )  # what is next, without matching the arguments with the schema again
             return _below_autograd(self.op, keyset, inputs, keywords)
 
         def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: 1 + self.tensors]):
+            tensors = inputs[: 1 + self.tensors]
+            _check_no_tangents(f"{self.name}_backward", tensors)
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
                 return _recorded(_AttentionBackward, self, keyset, keywords, *inputs)
+            if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _IMPLEMENTED:
+                return backward(*inputs, **keywords)
             return _below_autograd(self.backward_op, keyset, inputs, keywords)
 
         for name, implementation, fake, autograd in (
@@ -178,6 +183,7 @@ def _keys(*names: str) -> int:
     return keyset.raw_repr()
 
 
+_IMPLEMENTED = _keys("CPU"), _keys("CUDA")
 _NOT_PLAIN = ~_keys("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "BackendSelect")
 
 
@@ -216,7 +222,16 @@ def _implementations(cuda: bool) -> ModuleType:
 # Autograd. Written out rather than by torch.library.register_autograd, which takes longer per call.
 
 
-class _Attention(_SingleLevelFunction):
+class _Function(_SingleLevelFunction):
+    """torch.autograd.Function, but for torch.func, whose levels are the dispatcher's matter here (:func:`_recorded`).
+
+    Function itself would want a setup_context, and would handle the levels a second time.
+    """
+
+    _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+
+
+class _Attention(_Function):
     @staticmethod
     def forward(
         ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet | None, options: Options, *inputs: Any
@@ -226,7 +241,7 @@ class _Attention(_SingleLevelFunction):
         ctx.save_for_backward(*inputs[: op.tensors])
         if keyset is None:
             return op.forward(inputs, options)
-        return _below_autograd(op.op, keyset, inputs, options._asdict())
+        return _below_autograd_recorded(op.op, keyset, inputs, options._asdict())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -242,20 +257,20 @@ class _Attention(_SingleLevelFunction):
         return None, None, None, *kept, *[None] * (len(tensors) - len(kept) + len(ctx.numbers))
 
 
-class _AttentionBackward(_SingleLevelFunction):
+class _AttentionBackward(_Function):
     @staticmethod
     def forward(
         ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet, keywords: dict[str, Any], *inputs: Any
     ) -> tuple[Tensor, ...]:
         ctx.name = op.name
-        return _below_autograd(op.backward_op, keyset, inputs, keywords)
+        return _below_autograd_recorded(op.backward_op, keyset, inputs, keywords)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise SigswapError(f"{ctx.name} has no second derivative. Compute its first without create_graph.")
 
 
-def _recorded(function: type[_SingleLevelFunction], *arguments: Any) -> Any:
+def _recorded(function: type[_Function], *arguments: Any) -> Any:
     """function.apply, also as one of several levels of torch.func."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
@@ -270,5 +285,16 @@ def _below_autograd(
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **keywords)
 
 
-def _has_tangent(tensor: Tensor | None) -> bool:
-    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+def _below_autograd_recorded(*arguments: Any) -> Any:
+    """In the forward of an autograd function, which has disabled derivatives: torch.func's outer levels need them."""
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(*arguments)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(*arguments)
+
+
+def _check_no_tangents(name: str, tensors: tuple[Tensor | None, ...]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise SigswapError(f"{name} has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")

@@ -78,6 +78,9 @@ def check_varlen(
             "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
             f"not {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
         )
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(length, int | torch.SymInt):
+            raise ArgumentError(f"{name} must be an int, not {type(length).__name__}; a tensor has .item().")
     _check_options(options, seed, query)
 
 

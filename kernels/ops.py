@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels import MASKED_SCORE, checks, reference
+from sigswap.kernels import MASKED_SCORE, checks, reference, vmap
 from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, is_plain, library
 
 
@@ -70,15 +70,15 @@ def sigmoid_attention(
     """
     if is_plain(query, key, value, bias, attn_mask, seed):
         options = reference.Options(
-            scale,
-            const_bias,
+            float(scale),
+            float(const_bias),
             visible_bias,
             is_causal,
             bottom_right,
             window_left,
             window_right,
-            softcap,
-            dropout_p,
+            float(softcap),
+            float(dropout_p),
         )
         return _attention.run((query, key, value, bias, attn_mask, seed), options)
     return torch.ops.sigswap.sigmoid_attention.default(
@@ -138,6 +138,7 @@ _attention = AttentionOp(
         query, key, value, bias, attn_mask, output_mask
     ),
 )
+vmap.register_folding(_attention)
 
 
 def _probs(

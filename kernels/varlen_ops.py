@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sigswap.kernels import checks, reference
+from sigswap.kernels import checks, reference, vmap
 from sigswap.kernels.attention_op import AttentionOp, is_plain
 
 
@@ -63,15 +63,15 @@ def sigmoid_attention_varlen(
     """
     if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
         options = reference.Options(
-            scale,
-            const_bias,
+            float(scale),
+            float(const_bias),
             visible_bias,
             is_causal,
             bottom_right,
             window_left,
             window_right,
-            softcap,
-            dropout_p,
+            float(softcap),
+            float(dropout_p),
         )
         inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
         return _varlen.run(inputs, options)
@@ -110,3 +110,4 @@ _varlen = AttentionOp(
         query, key, value, bias, others[-1]
     ),
 )
+vmap.register_looping(_varlen)

@@ -7,7 +7,7 @@
 """
 
 from sigswap import errors, transformers_hook
-from sigswap.attention import sigmoid_attention
+from sigswap.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.checkpoint import load, save
 from sigswap.config import SigmoidConfig
 from sigswap.convert import convert, inspect, is_converted, report, revert
@@ -29,4 +29,5 @@ __all__ = [
     "revert",
     "save",
     "sigmoid_attention",
+    "sigmoid_attention_varlen",
 ]

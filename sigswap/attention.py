@@ -1,6 +1,7 @@
 """Sigmoid attention as functions: what ``F.scaled_dot_product_attention`` and ``softmax`` are to softmax attention.
 
-:func:`sigmoid_attention` is public. :func:`attend` and :func:`probabilities` are what converted models call.
+:func:`sigmoid_attention` and :func:`sigmoid_attention_varlen` are public. Converted models call :func:`attend` and
+:func:`probabilities`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels import ops
+from sigswap.kernels import ops, varlen_ops
 
 Window = int | tuple[int | None, int | None]
 
@@ -57,20 +58,13 @@ def sigmoid_attention(
     Raises:
         ArgumentError: An argument is not as above. The message names it.
     """
-    const_bias, row_bias = 0.0, None
-    if isinstance(bias, Tensor):
-        row_bias = bias
-    elif isinstance(bias, float):
-        const_bias = bias
-    elif bias is not None:
-        # An int is a number of keys in SigmoidConfig; taken for a bias here, it would go wrong without a word.
-        raise ArgumentError(f"bias must be None, a float or a tensor, not {bias!r}; -math.log(n) for n keys.")
+    visible_bias, const_bias, row_bias = _bias_terms(bias)
     return attend(
         query,
         key,
         value,
         bias=row_bias,
-        visible_bias=bias is None,
+        visible_bias=visible_bias,
         const_bias=const_bias,
         attn_mask=attn_mask,
         is_causal=is_causal,
@@ -79,6 +73,87 @@ def sigmoid_attention(
         softcap=softcap,
         window=window,
         enable_gqa=enable_gqa,
+    )
+
+
+def sigmoid_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    bias: Tensor | float | None = None,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    window: Window | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`sigmoid_attention` for sequences of different lengths, packed one behind the other without padding.
+
+    Sequence b is ``query[cu_seqlens_q[b] : cu_seqlens_q[b + 1]]`` with the keys and values
+    ``cu_seqlens_k[b] : cu_seqlens_k[b + 1]``, and attends to itself alone: each result is that of
+    :func:`sigmoid_attention` on that sequence, and so is each gradient. The tensors, their order and their names are
+    those of ``flash_attn_varlen_func``.
+
+    Args:
+        query: [total_q, H, D], of a floating point dtype.
+        key: [total_k, H, D], of query's dtype.
+        value: [total_k, H, Dv], of query's dtype.
+        cu_seqlens_q: int32 [batch + 1], on query's device: where the sequences begin in query, and total_q at the
+            end. A sequence may be empty.
+        cu_seqlens_k: int32 [batch + 1], likewise for key and value, with total_k at the end.
+        max_seqlen_q: The length of the longest sequence in query, or more.
+        max_seqlen_k: The length of the longest sequence in key and value, or more.
+        bias: ``None``: -ln(n) in each row, where n is the number of keys that the row sees. A ``float``: that
+            number in every row. A tensor: it broadcasts to [total_q, H], so that [H] is a number per head; it has a
+            gradient.
+        is_causal: Row i of a sequence sees its keys 0 ... i, or with ``bottom_right`` 0 ... i + N - M, for M rows
+            and N keys.
+        bottom_right: Aligns the causal mask and the window of each sequence so that its last row is at its last key,
+            as decoding with a cache needs (and as ``flash_attn_varlen_func`` does).
+        scale, dropout_p, softcap, window, enable_gqa: As those of :func:`sigmoid_attention`. With dropout, a
+            sequence draws what it would draw in a batch padded to max_seqlen_q and max_seqlen_k.
+
+    Returns:
+        [total_q, H, Dv], of query's dtype (autocast's dtype under autocast). A row that sees no key is 0.
+
+    Raises:
+        ArgumentError: An argument is not as above. The message names it. On a GPU the values in cu_seqlens_q and
+            cu_seqlens_k are not checked, for that would wait for the GPU: wrong ones read and write wrong memory.
+    """
+    visible_bias, const_bias, row_bias = _bias_terms(bias)
+    if row_bias is not None and row_bias.dim() < 2:
+        row_bias = row_bias.reshape(1, -1)  # [], [1] or [H]; the op's is [1 | total_q, 1 | H]
+    if query.dim() == key.dim() == 3 and query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ArgumentError(
+            f"query has {query.shape[1]} heads and key {key.shape[1]}; enable_gqa=True lets key and value have fewer."
+        )
+    window_left, window_right = _window(window)
+    return varlen_ops.sigmoid_attention_varlen(
+        query,
+        key,
+        value,
+        row_bias,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        _dropout_seed(query, dropout_p),
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=_scale(query, scale),
+        const_bias=const_bias,
+        visible_bias=visible_bias,
+        is_causal=is_causal,
+        bottom_right=bottom_right,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=_softcap(softcap),
+        dropout_p=dropout_p,
     )
 
 
@@ -109,22 +184,17 @@ def attend(
         attn_mask, is_causal = None, True
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask must not be given together with is_causal=True.")
-    if softcap is not None and not softcap > 0.0:
-        raise ArgumentError(f"softcap must be None or positive, not {softcap}.")
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise ArgumentError(
             "query, key and value must be [..., length, head_dim], "
             f"not {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
         )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5 if query.shape[-1] > 0 else 1.0
     window_left, window_right = _window(window)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-
-    leading = _leading_shape(query, key, value, enable_gqa)
-    query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
+    scale, softcap, seed = _scale(query, scale), _softcap(softcap), _dropout_seed(query, dropout_p)
+    leading = query.shape[:-2]
+    if not (query.dim() == key.dim() == value.dim() == 4 and leading == key.shape[:2] == value.shape[:2]):
+        leading = _leading_shape(query, key, value, enable_gqa)
+        query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
     if bias is not None:
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
@@ -143,7 +213,7 @@ def attend(
         bottom_right=bottom_right,
         window_left=window_left,
         window_right=window_right,
-        softcap=0.0 if softcap is None else softcap,
+        softcap=softcap,
         dropout_p=dropout_p,
     )
     return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
@@ -179,6 +249,39 @@ def probabilities(
     return ops.sigmoid_probs(scores, bias, dim, visible_bias, const_bias)
 
 
+def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:
+    """The op's visible_bias, const_bias and bias."""
+    if bias is None:
+        return True, 0.0, None
+    if isinstance(bias, Tensor):
+        return False, 0.0, bias
+    if isinstance(bias, float):
+        return False, bias, None
+    # An int is a number of keys in SigmoidConfig; taken for a bias here, it would go wrong without a word.
+    raise ArgumentError(f"bias must be None, a float or a tensor, not {bias!r}; -math.log(n) for n keys.")
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    if scale is not None:
+        return scale
+    return query.shape[-1] ** -0.5 if query.shape[-1] > 0 else 1.0
+
+
+def _softcap(softcap: float | None) -> float:
+    """As the op takes it: 0 is none."""
+    if softcap is None:
+        return 0.0
+    if not softcap > 0.0:
+        raise ArgumentError(f"softcap must be None or positive, not {softcap}.")
+    return softcap
+
+
+def _dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
+    if dropout_p > 0.0:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
+    return None
+
+
 def _window(window: Window | None) -> tuple[int, int]:
     """(left, right) as the op takes it: -1 is no limit."""
     if window is None:
@@ -212,6 +315,8 @@ def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
                 f"query, key and value have {heads} heads; enable_gqa=True lets key and value have fewer than query."
             )
         head_shape = (max(heads),)
+    if query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        return (*query.shape[:-3], *head_shape)  # torch.broadcast_shapes would take longer than all the rest
     try:
         batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError as error:

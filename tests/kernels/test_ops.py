@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import MASKED_SCORE, ops
+from sigswap.kernels.attention_op import is_plain
 
 ATTENTION = torch.ops.sigswap.sigmoid_attention.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
@@ -178,6 +184,82 @@ def test_attention_is_one_node_before_dispatch() -> None:
     assert calls(graph) == [ATTENTION]
 
 
+def test_direct_calls_equal_calls_through_the_dispatcher() -> None:
+    torch.manual_seed(0)
+    inputs = [heads_tensor(2, 4, 5, 8, transposed=True), heads_tensor(2, 2, 7, 8), heads_tensor(2, 2, 7, 3)]
+    inputs += [torch.randn(1, 4, 1, 1), torch.randn(1, 1, 5, 7)]
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    options: dict[str, Any] = {"scale": 0.3, "is_causal": True, "softcap": 2, "dropout_p": 0.25}
+    seed = torch.tensor([3])
+    assert is_plain(*leaves, seed)
+    direct = ops.sigmoid_attention(*leaves, seed, **options)
+    dispatched = ATTENTION(*leaves, seed, **options)
+    assert torch.equal(direct, dispatched)
+    grad_out = torch.randn_like(direct)
+    grads = torch.autograd.grad(direct, leaves, grad_out), torch.autograd.grad(dispatched, leaves, grad_out)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    with torch.no_grad():
+        assert torch.equal(ops.sigmoid_attention(*leaves, seed, **options), direct)
+    with torch.inference_mode():
+        assert torch.equal(ops.sigmoid_attention(*leaves, seed, **options), direct)
+        fresh = leaves[0] + 0  # an inference tensor
+        assert is_plain(fresh) and torch.equal(ops.sigmoid_attention(fresh, *leaves[1:], seed, **options), direct)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_what_is_not_plain_goes_through_the_dispatcher() -> None:
+    query = heads_tensor(1, 2, 3, 4)
+    assert is_plain(query, None, torch.nn.Parameter(query))
+    assert not is_plain(query, query.to("meta"))
+    assert not is_plain(query.as_subclass(Subclass))
+    assert not is_plain(torch.zeros(3, dtype=torch.complex64).conj().imag)  # a lazy negation
+    assert not is_plain(FakeTensorMode().from_tensor(query))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_plain(query)
+    with forward_ad.dual_level():
+        assert not is_plain(query)
+    seen = []
+    torch.vmap(lambda q: seen.append(is_plain(q)) or q)(query)
+    torch.func.grad(lambda q: seen.append(is_plain(q)) or q.sum())(query)
+    make_fx(lambda q: seen.append(is_plain(q)) or q)(query)
+    torch.jit.trace(lambda q: seen.append(is_plain(q)) or q + 1, query, check_trace=False)
+    assert seen == [False] * 4
+    assert is_plain(query)
+
+
+def test_modes_and_the_profiler_see_the_op() -> None:
+    query = heads_tensor(1, 2, 3, 4, requires_grad=True)
+    seen: list[Any] = []
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def step() -> None:
+        ops.sigmoid_attention(query, query, query, scale=0.5).sum().backward()
+
+    with Dispatch():
+        step()
+    assert {ATTENTION, BACKWARD} <= set(seen)
+    seen.clear()
+    with Function():
+        step()
+    assert ATTENTION in seen
+    with torch.profiler.profile() as profile:
+        step()
+    names = {event.key for event in profile.key_averages()}
+    assert {"sigswap::sigmoid_attention", "sigswap::sigmoid_attention_backward"} <= names
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(backend: str) -> None:
     def function(query: Tensor, key: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -215,6 +297,14 @@ def test_dynamic_shapes_do_not_recompile(function_of: str) -> None:
         counts.append(counter.frame_count)
     # Not 1: with dynamic=True Dynamo takes the float defaults for symbols first, and starts over once.
     assert counts == [counts[0]] * 3
+
+
+def test_compiled_autograd() -> None:
+    query = heads_tensor(1, 2, 5, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(ops.sigmoid_attention(query, query, query, scale=0.3).square().sum(), query)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        ops.sigmoid_attention(query, query, query, scale=0.3).square().sum().backward()
+    torch.testing.assert_close(query.grad, expected)
 
 
 def test_autocast_acts_on_the_op_itself() -> None:

@@ -65,6 +65,39 @@ def test_compiled_training_step(implementation: str, backend: str) -> None:
         torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-3, atol=1e-5)
 
 
+def test_compiled_training_with_cuda_graphs() -> None:
+    model, inputs = llama("sdpa")
+    model = sigswap.convert(model).cuda()
+    compiled = torch.compile(copy.deepcopy(model), mode="reduce-overhead", fullgraph=True)
+    for step in range(4):  # warm-up, recording and replays, on other inputs
+        batch = moved(inputs)
+        batch["input_ids"] = (batch["input_ids"] + step) % 90 + 3
+        torch.compiler.cudagraph_mark_step_begin()
+        losses = [each(**batch, labels=batch["input_ids"]).loss for each in (model, compiled)]
+        torch.testing.assert_close(losses[1].clone(), losses[0], rtol=1e-4, atol=1e-5)
+        for loss in losses:
+            loss.backward()
+        for expected, parameter in zip(model.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-5)
+        for each in (model, compiled):
+            each.zero_grad()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_checkpointing(compiled: bool) -> None:
+    model, inputs = llama("sdpa")
+    model = sigswap.convert(model).cuda().train()
+    grads = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        step = torch.compile(model) if compiled else model
+        step(**moved(inputs), labels=inputs["input_ids"].cuda()).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     model, inputs = llama("sdpa")

@@ -1,0 +1,97 @@
+"""What torch.func.vmap makes of an attention op.
+
+``(info, in_dims, *inputs, **options) -> (result, out_dims)`` is the form of a rule: in_dims[i] is the dimension of
+inputs[i] that is mapped over, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sigswap.kernels.attention_op import AttentionOp, library
+
+Rule = Callable[..., tuple[Any, Any]]
+
+
+def register_folding(op: AttentionOp) -> None:
+    """For tensors [batch, heads, ...]: one call, in which the mapped dimension is part of the batch.
+
+    Dropout draws by the position in the batch, which then would differ from that of the op alone: it loops.
+    """
+    loop, loop_backward = _loop(op.op), _loop(op.backward_op)
+
+    def forward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Tensor, int]:
+        if options.get("dropout_p", 0.0) > 0.0:
+            return loop(info, in_dims, *inputs, **options)
+        size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
+        tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:3], in_dims, strict=False)]
+        tensors += [_fold_broadcast(*each, size, batch) for each in zip(inputs[3:5], in_dims[3:], strict=False)]
+        return op.op(*tensors, **options).unflatten(0, (size, batch)), 0
+
+    def backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
+        if options.get("dropout_p", 0.0) > 0.0:
+            return loop_backward(info, in_dims, *inputs, **options)
+        needs = inputs[-1]
+        size, batch = info.batch_size, _batch(inputs[1], in_dims[1])
+        tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:4], in_dims, strict=False)]
+        for tensor, dim, needed in zip(inputs[4:6], in_dims[4:], needs[3:], strict=False):
+            tensors.append(_fold_broadcast(tensor, dim, size, batch, shared=not needed))
+        grads = op.backward_op(*tensors, None, needs, **options)
+        results, out_dims = [], []
+        for grad, tensor, dim, needed in zip(grads, inputs[1:6], in_dims[1:6], needs, strict=True):
+            if needed and tensor is not None:
+                grad = grad.unflatten(0, (size, batch))
+                if _batch(tensor, dim) != batch:
+                    grad = grad.sum(1, keepdim=True)
+            results.append(grad)
+            out_dims.append(0 if needed and tensor is not None else None)
+        return tuple(results), tuple(out_dims)
+
+    torch.library.register_vmap(op.op.name(), forward, lib=library)
+    torch.library.register_vmap(op.backward_op.name(), backward, lib=library)
+
+
+def register_looping(op: AttentionOp) -> None:
+    """One call per element of the mapped dimension."""
+    for each in (op.op, op.backward_op):
+        torch.library.register_vmap(each.name(), _loop(each), lib=library)
+
+
+def _loop(op: torch._ops.OpOverload) -> Rule:
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
+        def element(index: int) -> list[Any]:
+            pairs = zip(inputs, in_dims, strict=True)
+            return [each.select(dim, index) if isinstance(dim, int) else each for each, dim in pairs]
+
+        results = [op(*element(index), **options) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(grads) for grads in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _batch(tensor: Tensor, dim: int | None) -> int:
+    """The size of a tensor's own first dimension."""
+    return tensor.shape[1 if dim == 0 else 0]
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """[batch, ...] of each as [size * batch, ...]."""
+    mapped = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+    return mapped.expand(size, *mapped.shape[1:]).flatten(0, 1)
+
+
+def _fold_broadcast(
+    tensor: Tensor | None, dim: int | None, size: int, batch: int, shared: bool = True
+) -> Tensor | None:
+    """[batch | 1, ...] of each as [size * batch, ...]; as [1, ...], if it is the same for all and may be shared."""
+    if tensor is None or (shared and dim is None and tensor.shape[0] == 1):
+        return tensor
+    own = _batch(tensor, dim)
+    mapped = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+    return mapped.expand(size, batch if own == 1 else own, *mapped.shape[2:]).flatten(0, 1)
