@@ -33,6 +33,7 @@ from sigswap.kernels.launch import (
 from sigswap.kernels.triton_common import (
     _ACCURATE,
     UNSPECIALIZED,
+    elements,
     keys_of_rows,
     load_rows,
     probabilities,
@@ -131,13 +132,13 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, VISIBLE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the keys, for BLOCK_M of the group * q_len rows of one key head."""
-    stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
-    stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
-    stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
-    stride_o_b, stride_o_h, stride_o_n = stride_o_b * UNIT, stride_o_h * UNIT, stride_o_n * UNIT
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_o_b, stride_o_h, stride_o_n = elements(stride_o_b, stride_o_h, stride_o_n, UNIT, WIDE)
     split = tl.program_id(0) % splits
     at = tl.program_id(0) // splits
     blocks = tl.cdiv(group * q_len, BLOCK_M)

@@ -11,7 +11,7 @@ of the mask, over everything that the mask is broadcast to. So there are no atom
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from sigswap.kernels.launch import (
     Packed,
     Signature,
     Tile,
+    are_wide,
     by_rows,
     contiguous_layout,
     cu_layouts,
@@ -49,6 +50,7 @@ from sigswap.kernels.triton_common import (
     AUTO,
     FAST,
     UNSPECIALIZED,
+    elements,
     first_draw,
     is_edge,
     kept,
@@ -56,6 +58,7 @@ from sigswap.kernels.triton_common import (
     load_rows,
     probabilities,
     row_biases,
+    row_stride,
     rows_of_keys,
     store_rows,
     unit_of,
@@ -208,7 +211,7 @@ def _plan_keys(
             strides = strides[0] // rows, strides[1] // rows
         arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
-    arguments |= _output_strides(dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
+    arguments |= _output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
     arguments |= _loop_arguments(tile, described)
     arguments["BIAS_ROWS"] = has_rows
     arguments["VISIBLE"] = signature.options.visible_bias and not has_rows
@@ -235,7 +238,8 @@ def _plan_rows(
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= _output_strides(dq=grad_query, sum=row_sums) | _loop_arguments(tile, described)
+    arguments |= _output_arguments(arguments, dq=grad_query, sum=row_sums)
+    arguments |= _loop_arguments(tile, described)
     outputs = grad_query, row_sums
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *cu_layouts(signature))
@@ -244,12 +248,10 @@ def _plan_rows(
     return _Plan(launch, described)
 
 
-def _output_strides(**outputs: Layout | None) -> dict[str, int]:
-    return {
-        f"stride_{name}_{dim}": stride
-        for name, layout in outputs.items()
-        for dim, stride in zip("bhn", (0, 0, 0) if layout is None else layout.strides_or_zero(3), strict=True)
-    }
+def _output_arguments(arguments: dict[str, Any], **outputs: Layout | None) -> dict[str, Any]:
+    strides = {name: (0, 0, 0) if layout is None else layout.strides_or_zero(3) for name, layout in outputs.items()}
+    named = {f"stride_{name}_{dim}": s for name, each in strides.items() for dim, s in zip("bhn", each, strict=True)}
+    return named | {"WIDE": arguments["WIDE"] or are_wide(strides.values())}
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
@@ -445,7 +447,7 @@ def _keys_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it. With dq_out or sum_out,
     which need that there is one block of keys, also dQ and the row sums of dS.
@@ -454,10 +456,12 @@ def _keys_kernel(
     vector of rows (BIAS_ROWS), of which floor has each head's minimum, if FORM is AUTO. q, do, and a bias of rows:
     descriptors if TMA (stride_bias_b and stride_bias_h then count the bias's rows).
     """
-    stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
-    stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
-    stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
-    stride_do_b, stride_do_h, stride_do_n = stride_do_b * UNIT, stride_do_h * UNIT, stride_do_n * UNIT
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
+    stride_dk_n, stride_dv_n = row_stride(stride_dk_n, WIDE), row_stride(stride_dv_n, WIDE)
+    stride_dq_n = row_stride(stride_dq_n, WIDE)
     blocks = tl.cdiv(kv_len, BLOCK_N)
     # Under a causal mask the first keys take longest, and start first.
     col0 = tl.program_id(0) % blocks * BLOCK_N
@@ -599,13 +603,14 @@ def _rows_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
-    stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
-    stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
-    stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
-    stride_do_b, stride_do_h, stride_do_n = stride_do_b * UNIT, stride_do_h * UNIT, stride_do_n * UNIT
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
+    stride_dq_n = row_stride(stride_dq_n, WIDE)
     blocks = tl.cdiv(q_len, BLOCK_M)
     row0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = (tl.program_id(0) // blocks) % heads
@@ -695,16 +700,16 @@ def _mask_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     OVER_BATCH: tl.constexpr, OVER_HEADS: tl.constexpr, OVER_ROWS: tl.constexpr, OVER_KEYS: tl.constexpr,
-    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the mask's gradient, summed over a part of what the mask is broadcast to.
 
     out: float32 [splits, B|1, H|1, M|1, N|1], contiguous.
     """
-    stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
-    stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
-    stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
-    stride_do_b, stride_do_h, stride_do_n = stride_do_b * UNIT, stride_do_h * UNIT, stride_do_n * UNIT
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
     row_blocks = tl.cdiv(q_len, BLOCK_M)
     key_blocks = tl.cdiv(kv_len, BLOCK_N)
     split = tl.program_id(0) // tiles

@@ -42,6 +42,7 @@ from sigswap.kernels.triton_common import (
     _FAST_BIAS,
     FAST,
     UNSPECIALIZED,
+    elements,
     first_draw,
     is_edge,
     kept,
@@ -214,16 +215,16 @@ def _forward_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: SUBTILES * BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses.
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest; each sequence has its own.
     """
-    stride_q_b, stride_q_h, stride_q_n = stride_q_b * UNIT, stride_q_h * UNIT, stride_q_n * UNIT
-    stride_k_b, stride_k_h, stride_k_n = stride_k_b * UNIT, stride_k_h * UNIT, stride_k_n * UNIT
-    stride_v_b, stride_v_h, stride_v_n = stride_v_b * UNIT, stride_v_h * UNIT, stride_v_n * UNIT
-    stride_o_b, stride_o_h, stride_o_n = stride_o_b * UNIT, stride_o_h * UNIT, stride_o_n * UNIT
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_o_b, stride_o_h, stride_o_n = elements(stride_o_b, stride_o_h, stride_o_n, UNIT, WIDE)
     blocks = tl.cdiv(q_len, SUBTILES * BLOCK_M)
     # Under a causal mask the last rows take longest: they start first.
     row0 = (blocks - 1 - tl.program_id(0) % blocks) * (SUBTILES * BLOCK_M)

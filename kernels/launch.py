@@ -210,6 +210,7 @@ class Signature(NamedTuple):
             "ASM": isinstance(count_kernel, triton.JITFunction),
             "PRECISION": "tf32" if self.query.dtype == torch.float32 and self.allow_tf32 else "ieee",
             "UNIT": unit,
+            "WIDE": are_wide(strides),
         }
 
     def side_layouts(self) -> tuple[Layout | None, Layout | None, Layout | None, Layout | None]:
@@ -252,6 +253,11 @@ def signature_of(
 
 def layout_of(tensor: Tensor) -> Layout:
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+
+def are_wide(strides: Iterable[tuple[int, ...]]) -> bool:
+    """Whether a block's rows, at most 256, may be 2^31 elements apart, or more."""
+    return any(stride[2] >= 1 << 23 for stride in strides)
 
 
 def contiguous_layout(shape: Iterable[int], dtype: torch.dtype = torch.int32) -> Layout:

@@ -250,6 +250,23 @@ def kept(seed, first, row, col, kv_len, dropout_p):
 
 
 @triton.jit
+def elements(stride_b, stride_h, stride_n, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """An operand's strides, given in units, in elements. WIDE: rows of a block are 2^31 elements apart, or more."""
+    stride_b = tl.cast(stride_b, tl.int64) * UNIT
+    stride_h = tl.cast(stride_h, tl.int64) * UNIT
+    if WIDE:
+        return stride_b, stride_h, tl.cast(stride_n, tl.int64) * UNIT
+    else:
+        return stride_b, stride_h, stride_n * UNIT
+
+
+@triton.jit
+def row_stride(stride, WIDE: tl.constexpr):
+    """An output's stride between rows."""
+    return tl.cast(stride, tl.int64) if WIDE else stride
+
+
+@triton.jit
 def load_rows(
     source, batch, head, start, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     TMA: tl.constexpr,
