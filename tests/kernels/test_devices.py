@@ -222,15 +222,22 @@ def test_checkpoint_recomputes_the_same_dropout(device: str, compiled: bool) -> 
         return checkpoint(function, *inputs, use_reentrant=False)
 
     inputs = problem(device, 65, 40)
-    torch.manual_seed(1)
-    expected = function(*inputs)
-    torch.manual_seed(1)
+    if not compiled:
+        torch.manual_seed(1)
+        expected = function(*inputs)
+        torch.manual_seed(1)
+        out = checkpointed(*inputs)
+        assert torch.equal(out, expected)
+        grads = gradients(out, inputs), gradients(expected, inputs)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    # Compiled code may draw other numbers than eager code. But the output is linear in value, so with
+    # L = |out|^2 it holds that <dL/dvalue, value> = 2 |out|^2, if forward and backward drop the same.
     if compiled:
         checkpointed = torch.compile(checkpointed, backend="aot_eager", fullgraph=True)
     out = checkpointed(*inputs)
-    assert torch.equal(out, expected)
-    grads = gradients(out, inputs), gradients(expected, inputs)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    value, grad = inputs[2].detach().double(), gradients(out, inputs)[2].double()
+    expected = 2 * out.detach().double().square().sum()
+    assert abs((grad * value).sum() - expected) < 1e-2 * expected  # a half of it, if they dropped independently
 
 
 @both

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -275,6 +276,21 @@ def test_interpreted_decoding(index: int) -> None:
     problem = random_problem(index, decoding=True)
     out = decode.forward(*problem.inputs[:5], problem.options, splits=1 + index % 3)
     assert_no_worse([out], problem)
+
+
+@in_interpreter
+def test_interpreted_plans_serve_other_tensors_and_keep_none_alive_shard0() -> None:
+    options = reference.Options(0.25, is_causal=True)
+    for _ in range(2):
+        query, key, value, grad_out = (torch.randn(2, 3, 40, 16).half() for _ in range(4))
+        problem = Problem(query, key, value, None, None, None, grad_out, options)
+        misses = flash_fwd._plan.cache_info().misses, flash_bwd._plan_keys.cache_info().misses
+        results = ours(problem, tma=True)
+        assert_no_worse(results, problem)
+    assert misses == (flash_fwd._plan.cache_info().misses, flash_bwd._plan_keys.cache_info().misses)
+    references = [weakref.ref(tensor) for tensor in (query, key, value, grad_out)]
+    del query, key, value, grad_out, problem, results
+    assert all(reference() is None for reference in references)
 
 
 @in_interpreter
