@@ -210,6 +210,26 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not keys & ~torch._C._dispatch_tls_local_exclude_set().raw_repr() & _NOT_PLAIN
 
 
+def have_option_types(
+    scale: Any,
+    const_bias: Any,
+    visible_bias: Any,
+    is_causal: Any,
+    bottom_right: Any,
+    window_left: Any,
+    window_right: Any,
+    softcap: Any,
+    dropout_p: Any,
+) -> bool:
+    """Whether the options have the schema's types. If not, the dispatcher converts them, or raises."""
+    for number in (scale, const_bias, softcap, dropout_p):
+        if type(number) is not float and type(number) is not int:
+            return False
+    if type(window_left) is not int or type(window_right) is not int:
+        return False
+    return type(visible_bias) is type(is_causal) is type(bottom_right) is bool
+
+
 @functools.cache
 def _implementations(cuda: bool) -> ModuleType:
     if not cuda:

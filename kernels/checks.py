@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels.reference import Options
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_attention(
@@ -37,8 +41,10 @@ def check_attention(
         _check_bias(bias, (batch, heads, q_len, 1), query)
     if attn_mask is not None:
         _check_broadcast("attn_mask", attn_mask, (batch, heads, q_len, kv_len), query)
-        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-            raise ArgumentError(f"attn_mask must be bool or floating point, not {attn_mask.dtype}.")
+        if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
+            raise ArgumentError(
+                f"attn_mask must be bool or floating point of 16, 32 or 64 bits, not {attn_mask.dtype}."
+            )
     _check_options(options, seed, query)
 
 
@@ -81,13 +87,17 @@ def check_varlen(
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(length, int | torch.SymInt):
             raise ArgumentError(f"{name} must be an int, not {type(length).__name__}; a tensor has .item().")
+    if max_seqlen_q <= 0 and total_q > 0:
+        raise ArgumentError(f"max_seqlen_q must be at least the longest sequence's rows, not {max_seqlen_q}.")
+    if max_seqlen_k <= 0 and total_k > 0:
+        raise ArgumentError(f"max_seqlen_k must be at least the longest sequence's keys, not {max_seqlen_k}.")
     _check_options(options, seed, query)
 
 
 def _check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
     dtype, device = query.dtype, query.device
-    if not dtype.is_floating_point:
-        raise ArgumentError(f"query must be floating point, not {dtype}.")
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"query must be floating point of 16, 32 or 64 bits, not {dtype}.")
     if key.dtype != dtype:
         raise ArgumentError(f"key must have query's dtype {dtype}, not {key.dtype}.")
     if value.dtype != dtype:
@@ -109,8 +119,8 @@ def _check_heads(query: Tensor, heads: int, kv_heads: int, head_dim: int) -> Non
 
 def _check_bias(bias: Tensor, full: tuple[int, ...], query: Tensor) -> None:
     _check_broadcast("bias", bias, full, query)
-    if not bias.dtype.is_floating_point:
-        raise ArgumentError(f"bias must be floating point, not {bias.dtype}.")
+    if bias.dtype not in _DTYPES:
+        raise ArgumentError(f"bias must be floating point of 16, 32 or 64 bits, not {bias.dtype}.")
 
 
 def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> None:
@@ -138,8 +148,8 @@ def _check_options(options: Options, seed: Tensor | None, query: Tensor) -> None
     if options.window_left < -1 or options.window_right < -1:
         window = options.window_left, options.window_right
         raise ArgumentError(f"window {window} must hold numbers >= 0, or -1: no limit.")
-    if not options.softcap >= 0.0:
-        raise ArgumentError(f"softcap must be positive, or 0 for none, not {options.softcap}.")
+    if not 0.0 <= options.softcap < math.inf:
+        raise ArgumentError(f"softcap must be positive and finite, or 0 for none, not {options.softcap}.")
     if not 0.0 <= options.dropout_p <= 1.0:
         raise ArgumentError(f"dropout_p must be in [0, 1], not {options.dropout_p}.")
     if options.dropout_p > 0.0:

@@ -85,8 +85,10 @@ def varlen_forward(
         )
     packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     views = _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
+    out = reference.empty_varlen_output(query, value)
     with _on(query.device):
-        return kernels.flash_fwd.forward(*views, None, seed, options, packed=packed)[0].transpose(0, 1)
+        kernels.flash_fwd.forward(*views, None, seed, options, packed=packed, out=_heads_first(out))
+    return out
 
 
 def varlen_backward(
@@ -109,13 +111,14 @@ def varlen_backward(
         return reference.varlen_backward(grad_out, *inputs, output_mask, options)
     packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     views = _heads_first(grad_out), _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
+    grads = reference.empty_varlen_gradients(query, key, value, bias, output_mask)
+    targets = [_heads_first(grad) if need else grad for grad, need in zip(grads[:3], output_mask, strict=False)]
+    targets += [_row_bias_view(grads[3]) if output_mask[3] else grads[3], grads[3]]
     with _on(query.device):
-        grads = kernels.flash_bwd.backward(*views, None, seed, [*output_mask, False], options, packed=packed)
-    query_key_value = [
-        grad[0].transpose(0, 1) if need else grad for grad, need in zip(grads[:3], output_mask, strict=False)
-    ]
-    grad_bias = grads[3][0, ..., 0].t() if output_mask[3] else grads[3]
-    return query_key_value[0], query_key_value[1], query_key_value[2], grad_bias
+        kernels.flash_bwd.backward(
+            *views, None, seed, [*output_mask, False], options, packed=packed, grads=tuple(targets)
+        )
+    return grads
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

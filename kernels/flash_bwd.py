@@ -77,6 +77,7 @@ def backward(
     options: reference.Options,
     *,
     packed: Packed | None = None,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
     key_tile: Tile | None = None,
     row_tile: Tile | None = None,
     tma: bool | None = None,
@@ -84,9 +85,10 @@ def backward(
     """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here.
 
     packed: query, key, value and bias are [1, H, total, ...] of these sequences.
+    grads: where the gradients are written, if they exist already.
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
-    grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
+    grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
     need_query, need_key, need_value, need_bias, need_mask = output_mask
     if grad_out.numel() == 0 or key.shape[2] == 0:
@@ -289,7 +291,7 @@ def _plan_mask(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...],
         "BLOCK_N": keys,
     }
     tensors = (query, key, value, grad_out, out, *signature.side_layouts())
-    warps = 4 if signature.element_size == 2 else 8
+    warps = min(4 if signature.element_size == 2 else 8, rows * keys // 64)  # as in Tile.launch_options()
     return out.shape, Launch(
         _mask_kernel, tiles * splits, signature.device, tensors, arguments, num_warps=warps, num_stages=1
     )
@@ -373,7 +375,7 @@ def _score_gradients(
     if DROPOUT:
         keep = kept(seed, draw0, row, col, draw_len, dropout_p)
         dropped = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
+        dp = tl.where(keep, dp / tl.maximum(1.0 - dropout_p, 1e-30), 0.0)  # with dropout_p = 1 nothing is kept
     ds = (p - p * p) * dp
     dx = ds
     if SOFTCAP:

@@ -65,15 +65,17 @@ def forward(
     options: reference.Options,
     *,
     packed: Packed | None = None,
+    out: Tensor | None = None,
     tile: Tile | None = None,
     tma: bool | None = None,
 ) -> Tensor:
     """``sigswap::sigmoid_attention``; the arguments are documented there, and valid here. Deterministic.
 
     packed: query, key, value and bias are [1, H, total, ...] of these sequences.
+    out: where the output is written, if it exists already.
     tile and tma override the tile configuration and the use of tensor descriptors, for tests and tuning.
     """
-    out = reference.empty_output(query, value)
+    out = reference.empty_output(query, value) if out is None else out
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)

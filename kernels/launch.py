@@ -246,7 +246,7 @@ def signature_of(
         options,
         query.device,
         settings.sigmoid_form,
-        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.matmul.fp32_precision == "tf32",  # allow_tf32 raises, once this is used
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
     )
 
@@ -324,6 +324,8 @@ def describable(layout: Layout) -> bool:
 class Launch:
     """A kernel with its grid and every argument but the tensors, which come first in its signature.
 
+    Triton's launch hooks work. Its debugging switches (``knobs``) count when a kernel is compiled, at its first launch.
+
     tensors: their layouts; None: not given.
     arguments: the others by name; those that the kernel does not have are left out. UPPER-CASE ones are constants.
     """
@@ -392,7 +394,8 @@ class Tile(NamedTuple):
     """Per thread, at most, if positive: so that more programs fit on a multiprocessor."""
 
     def launch_options(self) -> dict[str, int]:
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        # The sigmoid takes elements by twos, so every thread must have two of a tile.
+        options = {"num_warps": min(self.warps, self.rows * self.keys // 64), "num_stages": self.stages}
         return options | {"maxnreg": self.registers} if self.registers else options
 
 
@@ -498,6 +501,6 @@ def cu_tensors(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def cu_layouts(signature: Signature) -> tuple[Layout | None, Layout | None]:
-    """cu_seqlens come contiguous and aligned."""
+    """cu_seqlens are contiguous. Whether they are aligned does not matter to loads of single numbers."""
     layout = contiguous_layout((2,)) if signature.packed is not None else None
     return layout, layout

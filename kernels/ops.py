@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE, checks, reference, vmap
-from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, is_plain, library
+from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, have_option_types, is_plain, library
 
 
 def sigmoid_attention(
@@ -68,7 +68,8 @@ def sigmoid_attention(
     Raises:
         ArgumentError: A shape, dtype, device or value is not as above.
     """
-    if is_plain(query, key, value, bias, attn_mask, seed):
+    numbers = scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
+    if is_plain(query, key, value, bias, attn_mask, seed) and have_option_types(*numbers):
         options = reference.Options(
             float(scale),
             float(const_bias),
@@ -155,8 +156,8 @@ def _probs(
     if bias is not None:
         _check_score_bias(bias, scores, dim)
     with torch._C.DisableTorchFunction():
-        masked = scores <= MASKED_SCORE
         exact = scores if scores.dtype == torch.float64 else scores.float()
+        masked = exact <= MASKED_SCORE  # in float32: -5000 is no bfloat16
         # Autograd saves the bool mask for this line and p for the sigmoid; nothing else of scores' size.
         exact = exact.masked_fill(masked, -torch.inf)
         row_bias: float | Tensor = const_bias

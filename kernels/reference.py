@@ -55,8 +55,10 @@ class Options(NamedTuple):
     def band(self, q_len: int, kv_len: int) -> tuple[int, int | None, int | None]:
         """Row i sees the keys i + shift - left ... i + shift + right; None: no limit on that side."""
         shift = kv_len - q_len if self.bottom_right else 0
-        left = self.window_left if self.window_left >= 0 else None
-        right = self.window_right if self.window_right >= 0 else None
+        # Longer than everything is all; sums with it stay within their type.
+        longest = q_len + kv_len
+        left = min(self.window_left, longest) if self.window_left >= 0 else None
+        right = min(self.window_right, longest) if self.window_right >= 0 else None
         return shift, left, 0 if self.is_causal else right
 
 
@@ -227,10 +229,11 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     """The output, uninitialised: [B, H, M, Dv], stored as [B, M, H, Dv].
 
     Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
-    Fused softmax attention returns it, too.
+    Fused softmax attention returns it, too. It is no view, so that it may be changed in place.
     """
     batch, heads, q_len, _ = query.shape
-    return query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
+    dim = value.shape[3]
+    return query.new_empty_strided((batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1))
 
 
 def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
@@ -458,7 +461,8 @@ def _probabilities(
             hidden = ~mask
         else:
             scores += mask
-            hidden = mask <= MASKED_SCORE
+            # In float32: -5000 is no bfloat16.
+            hidden = mask.float() <= MASKED_SCORE
     q_len, kv_len = query.shape[2], key.shape[2]
     shift, left, right = options.band(q_len, kv_len)
     if left is not None or right is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import checks, reference, vmap
-from sigswap.kernels.attention_op import AttentionOp, is_plain
+from sigswap.kernels.attention_op import AttentionOp, have_option_types, is_plain
 
 
 def sigmoid_attention_varlen(
@@ -61,7 +61,8 @@ def sigmoid_attention_varlen(
         ArgumentError: A shape, dtype, device or value is not as above. The values in cu_seqlens_q and cu_seqlens_k
             are not checked where Triton kernels run, for that would wait for the GPU; wrong ones are not safe there.
     """
-    if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
+    numbers = scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
+    if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed) and have_option_types(*numbers):
         options = reference.Options(
             float(scale),
             float(const_bias),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sigswap.errors import ArgumentError
 from sigswap.kernels.attention_op import AttentionOp, library
 
 Rule = Callable[..., tuple[Any, Any]]
@@ -67,6 +68,8 @@ def _loop(op: torch._ops.OpOverload) -> Rule:
             pairs = zip(inputs, in_dims, strict=True)
             return [each.select(dim, index) if isinstance(dim, int) else each for each, dim in pairs]
 
+        if info.batch_size == 0:
+            raise ArgumentError("vmap of packed sequences over a dimension of size 0 is not supported.")
         results = [op(*element(index), **options) for index in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -262,6 +264,8 @@ def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ArgumentError("scale must be a number: as a tensor it would get no gradient. Multiply query by it.")
     if scale is not None:
         return scale
     return query.shape[-1] ** -0.5 if query.shape[-1] > 0 else 1.0
@@ -289,7 +293,13 @@ def _window(window: Window | None) -> tuple[int, int]:
     sides = (window, window) if isinstance(window, int) else window
     if not isinstance(sides, tuple) or len(sides) != 2:
         raise ArgumentError(f"window must be None, an int, or a tuple (left, right), not {window!r}.")
-    left, right = (-1 if side is None else side for side in sides)
+    try:
+        left, right = (
+            -1 if side is None else side if isinstance(side, int | torch.SymInt) else operator.index(side)
+            for side in sides
+        )
+    except TypeError as error:
+        raise ArgumentError(f"window must hold integers, or None for no limit, not {window!r}.") from error
     if left < -1 or right < -1:
         raise ArgumentError(f"window must hold numbers >= 0, or None or -1 for no limit, not {window!r}.")
     return left, right

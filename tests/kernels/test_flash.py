@@ -294,6 +294,21 @@ def test_interpreted_plans_serve_other_tensors_and_keep_none_alive_shard0() -> N
 
 
 @in_interpreter
+def test_interpreted_softcap_keeps_nan_and_precision_settings_do_not_raise_shard1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")  # after which reading allow_tf32 may raise
+    query, key, value = (torch.randn(1, 1, 8, 16).half() for _ in range(3))
+    query[0, 0, 3, 0] = torch.nan
+    options = reference.Options(1.0, softcap=5.0)
+    for out in (
+        flash_fwd.forward(query, key, value, None, None, None, options),
+        decode.forward(query, key, value, None, None, options),
+    ):
+        assert out[0, 0, 3].isnan().all() and not out[0, 0, [0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+@in_interpreter
 @shards(12)
 def test_interpreted_packed(index: int) -> None:
     assert_packed_no_worse(random_packed_problem(index))

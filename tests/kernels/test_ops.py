@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import MASKED_SCORE, ops
 from sigswap.kernels.attention_op import is_plain
@@ -397,3 +400,56 @@ def test_argument_errors_of_attention(changes: dict[str, Any], message: str) -> 
 def test_argument_errors_of_probs(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         ops.sigmoid_probs(*args)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_output_may_be_changed_in_place(recorded: bool) -> None:
+    query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=recorded) for _ in range(3))
+    out = ops.sigmoid_attention(query, key, value, scale=1.0)
+    expected = out.detach().clone().mul_(2).add_(1)
+    expected[:, 0] = 0
+    out.mul_(2)
+    out.add_(1)
+    out[:, 0] = 0
+    assert torch.equal(out, expected)
+    if recorded:
+        assert torch.autograd.grad(out.sum(), value)[0][:, 0].eq(0).all()
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": "no"}, {"window_left": 2.5}, {"window_right": "3"}],
+)
+def test_options_of_another_type_are_errors_in_eager_too(options: dict[str, Any]) -> None:
+    tensors = [torch.randn(1, 2, 3, 8) for _ in range(3)]
+    with pytest.raises((RuntimeError, TypeError)):
+        ops.sigmoid_attention(*tensors, **{"scale": 1.0, **options})
+
+
+def test_a_window_as_long_as_integers_get_is_none() -> None:
+    tensors = [torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3)]
+    wide = ops.sigmoid_attention(*tensors, scale=1.0, window_left=sys.maxsize, window_right=sys.maxsize)
+    assert torch.equal(wide, ops.sigmoid_attention(*tensors, scale=1.0))
+
+
+def test_what_is_no_number_or_no_float_type_is_an_error() -> None:
+    query = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ArgumentError, match="softcap must be positive and finite"):
+        ops.sigmoid_attention(query, query, query, scale=1.0, softcap=math.inf)
+    eighth = query.to(torch.float8_e4m3fn)
+    with pytest.raises(ArgumentError, match="query must be floating point of 16, 32 or 64 bits"):
+        ops.sigmoid_attention(eighth, eighth, eighth, scale=1.0)
+    with pytest.raises(ArgumentError, match="attn_mask must be bool or floating point of 16"):
+        ops.sigmoid_attention(query, query, query, None, eighth[..., :1, :3], scale=1.0)
+    with pytest.raises(ArgumentError, match="scale must be a number"):
+        sigswap.sigmoid_attention(query, query, query, scale=torch.tensor(1.0, requires_grad=True))
+    with pytest.raises(ArgumentError, match="window must hold integers"):
+        sigswap.sigmoid_attention(query, query, query, window=(2.5, 0))
+
+
+def test_a_bfloat16_mask_is_compared_in_float32() -> None:
+    query = torch.randn(1, 1, 2, 8, dtype=torch.bfloat16)
+    mask = torch.tensor([0.0, -4992.0], dtype=torch.bfloat16).view(1, 1, 1, 2)  # bfloat16's neighbour of -5000
+    out = ops.sigmoid_attention(query, query, query, None, mask, scale=0.0)
+    assert torch.allclose(out.float(), query[..., :1, :].float() / 3, atol=1e-2)  # sigmoid(-ln 2): two are visible
