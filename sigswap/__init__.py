@@ -8,26 +8,38 @@
 
 from sigswap import errors, transformers_hook
 from sigswap.attention import sigmoid_attention, sigmoid_attention_varlen
+from sigswap.calibrate import calibrate, rank_sites
+from sigswap.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.checkpoint import load, save
 from sigswap.config import SigmoidConfig
-from sigswap.convert import convert, inspect, is_converted, report, revert
+from sigswap.convert import convert, inspect, is_converted, report, revert, softmax
+from sigswap.distill import DistillationReport, distill, param_groups
 from sigswap.report import Report, SiteRecord
 
 __version__ = "0.1.0"
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
 __all__ = [
+    "CalibrationReport",
+    "DistillationReport",
+    "HeadRecord",
     "Report",
     "SigmoidConfig",
+    "SiteRanking",
     "SiteRecord",
+    "calibrate",
     "convert",
+    "distill",
     "errors",
     "inspect",
     "is_converted",
     "load",
+    "param_groups",
+    "rank_sites",
     "report",
     "revert",
     "save",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
+    "softmax",
 ]

@@ -130,6 +130,17 @@ def convert(
     strict: Annotated[
         bool, typer.Option("--strict/--no-strict", help="Fail if an attention cannot be swapped.")
     ] = True,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|none",
+            help="Calibrate on this text file or on the text files or images of this directory; none: without data.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many lines or images of --calibrate are used.")] = 64,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what --calibrate measured: .png, .svg, .pdf or .html.")
+    ] = None,
     pretrained: Pretrained = False,
     example: Example = None,
     force: Annotated[
@@ -150,6 +161,8 @@ def convert(
     with _failures(as_json, debug):
         if out.is_dir() and any(out.iterdir()) and not force:
             raise ArgumentError(f"{out} is not empty. Choose another directory, or pass --force.")
+        if picture is not None and calibrate is None:
+            raise ArgumentError("--picture shows a calibration: pass --calibrate as well.")
         import sigswap
 
         config = sigswap.SigmoidConfig(**settings)
@@ -164,16 +177,27 @@ def convert(
                 exclude=exclude,
                 strict=strict,
             )
+        calibration = None
+        if calibrate is not None:
+            from sigswap.batch_files import read_batches
+
+            batches = None if calibrate == "none" else read_batches(built, model, Path(calibrate), samples)
+            calibration = sigswap.calibrate(built, batches)
+            if picture is not None:
+                calibration.save(picture)
         with _errors.status(f"Saving to {out}"):
             from sigswap.sources import is_factory
 
             sigswap.save(built, out, factory=model if is_factory(model) else None)
         report = sigswap.report(built)
         if as_json:
-            _print_json({"model": model, "out": str(out), **report.to_dict()})
+            measured = {} if calibration is None else {"calibration": calibration.to_dict()}
+            _print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
         else:
             console = Console()
             console.print(report)
+            if calibration is not None:
+                console.print(calibration)
             console.print(f"Saved to {out}. Load it with sigswap.load({str(out)!r}).", highlight=False)
 
 
@@ -228,13 +252,13 @@ def bench(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=0, help="Distillation steps.")] = 60,
     seed: Annotated[int, typer.Option(help="Chooses the sentences and their order.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the converted model in this directory.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Convert the pretrained all-MiniLM-L6-v2, fine-tune it on real text, save it, load it, compare."""
+    """Convert the pretrained all-MiniLM-L6-v2, calibrate and distill it on real text, save it, load it, compare."""
     with _failures(as_json, debug):
         from sigswap.demo import run
 

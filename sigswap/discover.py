@@ -105,7 +105,7 @@ def run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] |
 
 
 def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] | None, fake: bool) -> Run:
-    device = _device_of(model)
+    device = device_of(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     clone, parameters = _clone(model, mode, device)
     for module in clone.modules():
@@ -186,7 +186,7 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
                     yield leaf
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """The device on which the copy runs: the model's, or the CPU for a model on the meta device."""
     for tensor in _tensors_of(model):
         if not tensor.is_meta:

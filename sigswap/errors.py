@@ -46,6 +46,10 @@ class UnknownCallError(SigswapError, RuntimeError):
     """A converted module made an attention call that was not seen when the model was converted."""
 
 
+class CalibrationError(SigswapError, RuntimeError):
+    """A model could not be calibrated or distilled on the batches. A failed calibration leaves it as it was."""
+
+
 class CheckpointError(SigswapError, RuntimeError):
     """A directory could not be saved to or loaded from."""
 

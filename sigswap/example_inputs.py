@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sigswap.discover import Inputs
-from sigswap.errors import ExampleInputsError
+from sigswap.errors import ArgumentError, ExampleInputsError
 
 _HOW = (
     "Pass example_inputs=: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those "
@@ -31,17 +31,31 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> list[Inputs]:
     calls = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not calls:
         raise ExampleInputsError(f"example_inputs is an empty list. {_HOW}")
-    return [_as_call(call) for call in calls]
+    return [as_call(call) for call in calls]
 
 
-def _as_call(call: Any) -> Inputs:
+def as_call(call: Any, name: str = "example_inputs") -> Inputs:
+    """A tensor, a tuple of positional arguments or a mapping of keyword arguments as (args, kwargs).
+
+    Raises ExampleInputsError, or ArgumentError for another argument than example_inputs, called ``name``.
+    """
     if isinstance(call, Mapping):  # a BatchEncoding of transformers is one as well
         return (), dict(call)
     if isinstance(call, tuple):
         return call, {}
     if isinstance(call, Tensor):
         return (call,), {}
+    if name != "example_inputs":
+        raise ArgumentError(
+            f"{name} holds a {type(call).__name__}; each must be a tensor, a tuple of positional arguments or a dict "
+            "of keyword arguments."
+        )
     raise ExampleInputsError(f"example_inputs holds a {type(call).__name__}. {_HOW}")
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has a parameter of that name."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def _is_timm(model: nn.Module) -> bool:

@@ -77,9 +77,7 @@ class SwapMode(TorchFunctionMode):
             return self._softmax(site, args, kwargs)
         if family == "sdpa":
             return self._sdpa(site, *args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return multi_head_attention_forward(site.attention, *args, **kwargs)
-        return native_multi_head_attention(site.attention, *args, **kwargs)
+        return self._whole(site, func, args, kwargs)
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
         scores = args[0] if args else kwargs["input"]
@@ -117,6 +115,11 @@ class SwapMode(TorchFunctionMode):
             const_bias=site.const_bias,
         )
 
+    def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.multi_head_attention_forward:
+            return multi_head_attention_forward(site.attention, *args, **kwargs)
+        return native_multi_head_attention(site.attention, *args, **kwargs)
+
     def _refuse_checkpoint(self) -> None:
         """A checkpoint inside the owner runs again in backward, when this mode is not active: as softmax."""
         frame = sys._getframe()
@@ -131,7 +134,7 @@ class SwapMode(TorchFunctionMode):
 
     def _product(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
         plan = site.plan.product
-        factors, rebuild = _factors(func, args, kwargs)
+        factors, rebuild = factors_of(func, args, kwargs)
         self.product_of = site
         query, key, self.query_bias = site.transformed_factors(factors[plan.query_arg], factors[plan.key_arg], plan)
         return rebuild(*((query, key) if plan.query_arg == 0 else (key, query)))
@@ -142,7 +145,7 @@ def _autograd_state() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _factors(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]:
+def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]:
     """The two factors of a product call, and the call as a function of them."""
     if func is torch.einsum:
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
@@ -181,6 +184,10 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)
         def sigswap_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
+            if state.softmax:
+                return base.forward(self, *args, **kwargs)
+            if state.observer is not None:
+                return state.observer.run(self, base.forward, args, kwargs)
             mode = SwapMode(state)
             with mode:
                 output = base.forward(self, *args, **kwargs)

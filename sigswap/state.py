@@ -126,6 +126,8 @@ class OwnerState(nn.Module):
     """The child module ``sigswap`` of an owner: one :class:`SiteState` per site, and what acts on its output."""
 
     layer_scale: nn.Parameter | None
+    softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
+    observer: Any = None  # while it is calibrated: a sigswap.observe.Observer that runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -153,6 +155,9 @@ class OwnerState(nn.Module):
 
     def site(self, index: int) -> SiteState:
         return self._modules[str(index)]  # type: ignore[return-value]
+
+    def sites(self) -> list[SiteState]:
+        return [self.site(index) for index in range(len(self.plan.sites))]
 
     def site_of(self, family: str, position: int) -> int:
         """The site of the ``position``-th call of ``family``, or NOT_ATTENTION. Raises UnknownCallError."""

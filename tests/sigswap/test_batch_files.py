@@ -1,0 +1,115 @@
+"""``sigswap convert --calibrate``: text files, image directories, none at all, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from typer.testing import CliRunner
+from zoo import hf, randomise
+
+import sigswap
+from sigswap.batch_files import read_batches
+from sigswap.cli import app
+from sigswap.errors import ArgumentError
+
+transformers = pytest.importorskip("transformers")
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    """A directory with a small Llama and a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    directory = tmp_path / "llama"
+    randomise(hf("LlamaForCausalLM")).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 2, "one": 3, "two": 4, "three": 5}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        directory
+    )
+    return directory
+
+
+def test_text(language_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three\n\n  \ntwo two one one\n" * 10)
+    picture = tmp_path / "heads.html"
+    result = run(
+        *("convert", language_model, "--out", tmp_path / "out", "--query-bias"),
+        *("--calibrate", text, "--samples", 18, "--picture", picture, "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)["calibration"]
+    assert measured["batches"] == 2 and len(measured["heads"]) == 8
+    assert picture.read_text().startswith("<!doctype html>")
+    loaded = sigswap.load(tmp_path / "out")
+    assert any(line.startswith("Calibrated: 2 batches") for line in sigswap.report(loaded).notes)
+
+    expected = sigswap.load(tmp_path / "out")
+    first = read_batches(expected, str(language_model), text, 18)
+    assert [len(batch["input_ids"]) for batch in first] == [16, 2]
+    assert first[0]["input_ids"][:2].tolist() == [[3, 4, 5, 2], [4, 4, 3, 3]]
+    assert first[0]["attention_mask"][:2].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    sigswap.calibrate(expected, first, progress=False)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(value, loaded.state_dict()[name])
+
+
+def test_without_data(language_model: Path, tmp_path: Path) -> None:
+    result = run("convert", language_model, "--out", tmp_path / "out", "--calibrate", "none")
+    assert result.exit_code == 0, result.output
+    assert "wrote itself" in " ".join(result.stdout.split())
+
+
+def test_images(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    image = pytest.importorskip("PIL.Image")
+    generator = numpy.random.default_rng(0)
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    for name in ("a.png", "more/b.jpg", "c.PNG"):
+        pixels = generator.integers(0, 255, (40, 60, 3), dtype=numpy.uint8)
+        image.fromarray(pixels).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    result = run("convert", "timm:test_vit", "--out", tmp_path / "out", "--calibrate", tmp_path / "in", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["calibration"]["batches"] == 1
+    model = sigswap.load(tmp_path / "out")
+    (batch,) = read_batches(model, "timm:test_vit", tmp_path / "in", 2)
+    assert batch.shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "there is no"), (b"\n \n", "no line of text"), (b"\xff\xfe\x00", "neither UTF-8")]
+)
+def test_mistakes(language_model: Path, tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "file"
+    if content is not None:
+        file.write_bytes(content)
+    result = run("convert", language_model, "--out", tmp_path / "out", "--calibrate", file)
+    assert result.exit_code == 1 and message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_for_a_vision_model(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    (tmp_path / "text.txt").write_text("words\n")
+    result = run("convert", "timm:test_vit", "--out", tmp_path / "out", "--calibrate", tmp_path / "text.txt")
+    assert result.exit_code == 1 and "input_ids" in result.stderr
+    with pytest.raises(ArgumentError, match="images are for"):
+        pixels = numpy.zeros((4, 4, 3), dtype=numpy.uint8)
+        pytest.importorskip("PIL.Image").fromarray(pixels).save(tmp_path / "image.png")
+        read_batches(hf("LlamaForCausalLM"), "somewhere", tmp_path / "image.png", 1)
+
+
+def test_a_picture_needs_a_calibration(language_model: Path, tmp_path: Path) -> None:
+    result = run("convert", language_model, "--out", tmp_path / "out", "--picture", "x.png")
+    assert result.exit_code == 1 and "--calibrate" in result.stderr

@@ -1,0 +1,252 @@
+"""Distillation and fine-tuning: the softmax switch, who learns what, and the trainers that people use."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import BY_NAME, call, hf, randomise
+
+import sigswap
+from sigswap.errors import ArgumentError, CalibrationError, NotConvertedError
+
+pytest.importorskip("transformers")
+QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True)
+VOCABULARY = 61
+
+
+def language_model() -> Any:
+    return randomise(hf("LlamaForCausalLM"), gain=0.7).eval()
+
+
+def texts(count: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count, 4, 12), generator=generator)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
+
+
+def converted() -> tuple[Any, Any]:
+    """A calibrated language model, and the original."""
+    original = language_model()
+    model = sigswap.convert(copy.deepcopy(original), QUERY_BIAS)
+    sigswap.calibrate(model, texts(), progress=False)
+    return model, original
+
+
+def ours(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if ".sigswap." in name}
+
+
+def divergence(model: Any, original: Any) -> float:
+    """KL(original || model) per position, in float64."""
+    with torch.no_grad():
+        pairs = [(original(**b).logits.double(), model(**b).logits.double()) for b in texts()]
+    terms = [(t.softmax(-1) * (t.log_softmax(-1) - y.log_softmax(-1))).sum(-1).mean() for t, y in pairs]
+    return float(sum(terms)) / len(terms)
+
+
+def test_softmax_is_the_original_without_a_copy() -> None:
+    model, original = converted()
+    batch = texts(1)[0]
+    with torch.no_grad():
+        truth, swapped = original(**batch).logits, model(**batch).logits
+        with sigswap.softmax(model) as same:
+            assert same is model and torch.equal(model(**batch).logits, truth)
+            with sigswap.softmax(model):
+                pass
+            assert torch.equal(model(**batch).logits, truth)
+        assert torch.equal(model(**batch).logits, swapped)
+        with pytest.raises(KeyError), sigswap.softmax(model):
+            raise KeyError
+        assert torch.equal(model(**batch).logits, swapped)
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(**batch).logits, swapped)
+        with sigswap.softmax(model):
+            torch.testing.assert_close(compiled(**batch).logits, truth)
+
+
+def test_sigmoid_parameters_alone_with_the_model_as_its_own_teacher() -> None:
+    original = language_model()
+    model = sigswap.convert(copy.deepcopy(original), QUERY_BIAS)  # not calibrated: there is much to learn
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if name not in ours(model)}
+    before = divergence(model, original)
+    report = sigswap.distill(
+        model, None, texts(), steps=20, layerwise_steps=4, train="sigmoid", lr=1e-3, progress=False
+    )
+    assert divergence(model, original) < before
+    assert (len(report.layerwise), len(report.end_to_end)) == (4, 20)
+    assert report.end_to_end[-1] < report.end_to_end[0] and "end to end" in str(report)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_everything_from_a_teacher(copied: bool) -> None:
+    """The teacher is the original, or a converted copy, which runs as softmax."""
+    model, original = converted()
+    teacher = copy.deepcopy(model) if copied else original
+    state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    before = divergence(model, original)
+    sigswap.distill(model, teacher, texts(), steps=20, lr=1e-3, progress=False)
+    assert divergence(model, original) < 0.7 * before
+    assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+    assert not teacher.training and all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "t5", "albert", "fairseq_moe"])
+def test_layerwise_loss_against_an_oracle(name: str) -> None:
+    """The first layer-wise loss is the relative error of the modules' outputs on the original's own inputs."""
+    entry = BY_NAME[name]
+    inputs = entry.make_inputs()
+    original = entry.build()
+    model = sigswap.convert(copy.deepcopy(original), example_inputs=inputs)
+    paths = {record.path for record in sigswap.report(model).sites if record.status == "swapped"}
+    losses = []
+
+    def compare(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            y, t = (x[0] if isinstance(x, tuple) else x for x in (model.get_submodule(path)(*args, **kwargs), output))
+            losses.append(float((y - t).square().sum() / t.square().sum()))
+
+        return hook
+
+    for path in paths:
+        original.get_submodule(path).register_forward_hook(compare(path), with_kwargs=True)
+    with torch.no_grad():
+        call(original, inputs)
+    expected = sum(losses) / len(losses)
+    for path in paths:
+        original.get_submodule(path)._forward_hooks.clear()
+    report = sigswap.distill(model, original, [inputs], steps=0, layerwise_steps=8, lr=1e-3, progress=False)
+    assert report.layerwise[0] == pytest.approx(expected, rel=1e-4)
+    assert report.layerwise[-1] < report.layerwise[0]
+
+
+def test_arguments_and_failures() -> None:
+    model, original = converted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NotConvertedError):
+        sigswap.distill(original, None, texts(), steps=1)
+    with pytest.raises(ArgumentError, match="train='sigmoid'"):
+        sigswap.distill(model, None, texts(), steps=1)
+    with pytest.raises(ArgumentError, match="steps"):
+        sigswap.distill(model, original, texts(), steps=-1)
+    with pytest.raises(ArgumentError, match="batches is empty"):
+        sigswap.distill(model, original, [], steps=1, progress=False)
+    with pytest.raises(CalibrationError, match=r"teacher has no module 'model\.layers"):
+        sigswap.distill(model, original.model, texts(), steps=1)
+    model.train()
+    bad = [*texts(2), {"input_ids": torch.tensor([[10**6]])}]
+    with pytest.raises(CalibrationError, match="batch 2"):
+        sigswap.distill(model, original, bad, steps=9, lr=1e-2, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_param_groups() -> None:
+    model, original = converted()
+    groups = {group["name"]: group for group in sigswap.param_groups(model, 1e-4, weight_decay=0.1)}
+    assert {id(p) for p in groups["sigmoid"]["params"]} == {id(p) for p in ours(model).values()}
+    grouped = [p for group in groups.values() for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == len(set(grouped))
+    assert all(p.dim() > 1 for p in groups["decay"]["params"]) and all(
+        p.dim() < 2 for p in groups["no_decay"]["params"]
+    )
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert rates == {"sigmoid": (1e-3, 0.0), "decay": (1e-4, 0.1), "no_decay": (1e-4, 0.0)}
+    torch.optim.AdamW(groups.values())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ArgumentError, match="requires_grad"):
+        sigswap.param_groups(model, 1e-4)
+    with pytest.raises(NotConvertedError):
+        sigswap.param_groups(original, 1e-4)
+
+
+def loss_of(model: Any) -> float:
+    with torch.no_grad():
+        return float(sum(model(**b, labels=b["input_ids"]).loss for b in texts()))
+
+
+def test_a_plain_loop() -> None:
+    model, _ = converted()
+    before = loss_of(model)
+    optimizer = torch.optim.AdamW(sigswap.param_groups(model, 1e-3))
+    changed = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for batch in texts() * 3:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss_of(model) < before
+    assert all(not torch.equal(p, changed[name]) for name, p in ours(model).items())
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    import transformers
+
+    model, _ = converted()
+    before = loss_of(model)
+    rows = [{"input_ids": ids, "labels": ids} for batch in texts() for ids in batch["input_ids"]]
+    optimizer = torch.optim.AdamW(sigswap.param_groups(model, 1e-3))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, save_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    assert loss_of(model) < before
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    assert sigswap.is_converted(loaded)
+    assert all(torch.equal(p, ours(model)[name]) for name, p in ours(loaded).items())
+    assert any(line.startswith("Calibrated") for line in sigswap.report(loaded).notes)
+
+
+def test_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, _ = converted()
+    before = loss_of(model)
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(sigswap.param_groups(model, 1e-3))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    for batch in texts() * 2:
+        accelerator.backward(prepared(**batch, labels=batch["input_ids"]).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss_of(accelerator.unwrap_model(prepared)) < before
+
+
+def test_calibration_of_a_dispatched_model() -> None:
+    """Under accelerate's device map, whose hooks replace each forward."""
+    accelerate = pytest.importorskip("accelerate")
+    one, two = (sigswap.convert(language_model(), QUERY_BIAS) for _ in range(2))
+    accelerate.dispatch_model(two, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    for model in (one, two):
+        sigswap.calibrate(model, texts(), progress=False)
+    assert all(torch.equal(p, ours(two)[name]) for name, p in ours(one).items())
+
+
+def test_lora_on_a_converted_model() -> None:
+    peft = pytest.importorskip("peft")
+    model, _ = converted()
+    names = [name.rsplit(".", 1)[0] for name in ours(model) if name.endswith(".0.bias")]
+    lora = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["sigswap"])
+    )
+    groups = {group["name"]: group["params"] for group in sigswap.param_groups(lora, 1e-3)}
+    trained = {id(p) for p in lora.parameters() if p.requires_grad}
+    assert {id(p) for part in groups.values() for p in part} == trained
+    assert names and "decay" in groups
+    before = loss_of(lora)
+    optimizer = torch.optim.AdamW(sigswap.param_groups(lora, 1e-2))
+    for batch in texts() * 3:
+        lora(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss_of(lora) < before
+    tuned = loss_of(lora)
+    assert loss_of(lora.merge_and_unload()) == pytest.approx(tuned, rel=1e-4)

