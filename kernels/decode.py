@@ -132,7 +132,7 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, VISIBLE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    P_SCALE: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the keys, for BLOCK_M of the group * q_len rows of one key head."""
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -182,11 +182,11 @@ def _decode_kernel(
             s, row_bias[:, None], row[:, None], col[None, :], mask, stride_mask_m, stride_mask_n, q_len, kv_len,
             shift, left, right, scale, softcap, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
         )  # fmt: skip
-        if values.dtype == tl.float16:
-            p *= 1024.0
+        if P_SCALE != 1.0:
+            p *= P_SCALE
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-    if v.dtype.element_ty == tl.float16:
-        acc *= 1.0 / 1024.0
+    if P_SCALE != 1.0:
+        acc *= 1.0 / P_SCALE
 
     dim = tl.arange(0, BLOCK_DV)
     out += split.to(tl.int64) * stride_split + batch64 * stride_o_b

@@ -194,7 +194,7 @@ def _plan_keys(
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or key_tile_for(signature)
     if tma is None:
-        tma = signature.tma(min(signature.q_len, signature.kv_len), query, grad_out)
+        tma = signature.tma(min(signature.q_len, signature.kv_len))
     described = None
     if tma and describable(query) and describable(grad_out):
         described = by_rows(query, tile.rows), by_rows(grad_out, tile.rows)
@@ -234,7 +234,7 @@ def _plan_rows(
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
     if tma is None:
-        tma = signature.tma(min(signature.q_len, signature.kv_len), key, value)
+        tma = signature.tma(min(signature.q_len, signature.kv_len))
     described = None
     if tma and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)

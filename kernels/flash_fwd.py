@@ -103,7 +103,9 @@ def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or tile_for(signature)
     described = None
-    if signature.tma(signature.kv_len, key, value) if tma is None else tma and describable(key) and describable(value):
+    if tma is None:
+        tma = signature.tma(signature.kv_len)
+    if tma and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     arguments = signature.arguments(q=query, k=key, v=value, o=out) | {
         "TMA": described is not None,

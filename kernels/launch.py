@@ -128,9 +128,7 @@ class Signature(NamedTuple):
         if self.packed is None:  # else each sequence has its own lengths
             has_left = left is not None and self.q_len - 1 + shift - left > 0
             has_right = right is not None and shift + right < self.kv_len - 1
-        # Longer than everything is all; so the kernels' sums stay within int32.
-        longest = self.q_len + self.kv_len
-        return Band(min(left or 0, longest), min(right or 0, longest), has_left, has_right)
+        return Band(left or 0, right or 0, has_left, has_right)
 
     @property
     def mixed_forms(self) -> bool:
@@ -155,13 +153,11 @@ class Signature(NamedTuple):
             lowest -= math.log(max(count, 1))
         return FAST if lowest >= FAST_BIAS else ACCURATE
 
-    def tma(self, shortest: int, *loaded: Layout) -> bool:
-        """Whether tensor descriptors of [B, H, N, D] tensors pay off, and can hold these as they lie in memory."""
+    def tma(self, shortest: int) -> bool:
+        """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
         if not (self.plain and capability(self.device) >= 90 and self.element_size == 2):
             return False
-        if self.packed is not None or shortest < 128:
-            return False
-        return all(describable(layout) for layout in loaded)
+        return self.packed is None and shortest >= 128
 
     def arguments(self, **operands: Layout) -> dict[str, Any]:
         """Every argument that kernels share, by name; operands get strides ``stride_<name>_b``, ``_h`` and ``_n``.

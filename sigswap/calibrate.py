@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sigswap.calibration_report import CalibrationReport, HeadRecord, SiteExclusion, SiteRanking
-from sigswap.convert import note_calibration, owners_of, softmax
+from sigswap.convert import note_calibration, owners_of, run_as_softmax, softmax
 from sigswap.discover import Inputs, device_of
 from sigswap.errors import ArgumentError, CalibrationError
 from sigswap.example_inputs import as_call
@@ -143,9 +143,7 @@ def rank_sites(model: nn.Module, batches: Any, *, progress: bool = True) -> Site
             truth = [_output(model, call, index) for index, call in enumerate(calls)]
 
         def error(excluded: Iterable[str]) -> float:
-            with ExitStack() as stack:
-                for path in excluded:
-                    stack.enter_context(_as_softmax(states[path]))
+            with run_as_softmax([states[path] for path in excluded]):
                 pairs = [(t, _output(model, call, i)) for i, (call, t) in enumerate(zip(calls, truth, strict=True))]
             bar.advance(task)
             missing = sum(float((out - t).square().sum()) for t, out in pairs)
@@ -423,16 +421,6 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in training.items():
             module.training = value
-
-
-@contextmanager
-def _as_softmax(state: OwnerState) -> Iterator[None]:
-    before = state.softmax
-    state.softmax = True
-    try:
-        yield
-    finally:
-        state.softmax = before
 
 
 def progress_bar(show: bool) -> Progress:

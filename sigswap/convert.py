@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -214,12 +214,18 @@ def softmax(model: nn.Module) -> Iterator[nn.Module]:
     LayerScale and hybrid-norm are off, too: it is the model that :func:`revert` would give. Code that was compiled
     before follows (torch.compile compiles once more); an exported program does not. Raises NotConvertedError.
     """
-    states = owners_of(model).values()
+    with run_as_softmax(owners_of(model).values()):
+        yield model
+
+
+@contextmanager
+def run_as_softmax(states: Collection[OwnerState]) -> Iterator[None]:
+    """While it is open, these converted modules run as softmax."""
     before = [state.softmax for state in states]
     try:
         for state in states:
             state.softmax = True
-        yield model
+        yield
     finally:
         for state, value in zip(states, before, strict=True):
             state.softmax = value
