@@ -65,7 +65,8 @@ def _tail_assembly(pack: int) -> str:
             lines += [f"ex2.approx.ftz.f32 t{k}, t{k}; add.f32 t{k}, t{k}, 0f3F800000;"]
         lines += [f"mul.f32 r, t{i}, t{i + 1}; rcp.approx.ftz.f32 r, r;"]
         lines += [f"mul.f32 ${i}, t{i + 1}, r; mul.f32 ${i + 1}, t{i}, r;"]
-    return "\n".join([*lines, "DONE: }"])
+    # On one line: inductor copies a kernel's source into a string literal, in which an escaped line end would not hold.
+    return " ".join([*lines, "DONE: }"])
 
 
 _TAIL_PACK = tl.constexpr(32)

@@ -55,7 +55,7 @@ def find(graph: torch.fx.Graph) -> FindResult:
     """
     sites: list[AttentionSite] = []
     left: list[LeftAlone] = []
-    data = _data_dependent(graph)
+    data = data_dependent(graph)
     for node in graph.nodes:
         name = op_name(node)
         if name == "scaled_dot_product_attention":
@@ -99,7 +99,7 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
     )
 
 
-def _data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+def data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """The nodes that depend on the model's inputs, not on its parameters alone."""
     data: set[torch.fx.Node] = set()
     for node in graph.nodes:
@@ -151,9 +151,17 @@ def _unrepeated(key: torch.fx.Node, axis: int) -> int:
 
 
 def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
+    axis = static_int(anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim"))
+    return score_site(anchor, axis, data)
+
+
+def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
+    """The attention whose probabilities ``anchor`` makes from its first argument, the scores, over their axis ``axis``.
+
+    ``data``: :func:`data_dependent` of the graph.
+    """
     scores = anchor.args[0]
     shape = shape_of(scores)
-    axis = static_int(anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim"))
     if shape is None or axis is None or not shape:
         return LeftAlone(anchor, "the shape of its scores is not known", False)
     key_axis = axis % len(shape)

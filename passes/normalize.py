@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.fx
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sigswap.passes.find import PARAMETER
 
 _SOURCE = "sigswap_source"
+_SAME = "sigswap_same"  # node.meta key: the Dynamo nodes whose value the shadow node is
 
 
 def normalize(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
@@ -61,6 +62,11 @@ def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
     return node.meta.get(_SOURCE)
 
 
+def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
+    """The first node of ``graph``, the Dynamo graph or one of its submodules', whose value a shadow node is."""
+    return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph), None)
+
+
 class _Stamping(torch.fx.Interpreter):
     """Runs a graph under tracing, and stamps each traced node with the node that is being run."""
 
@@ -79,6 +85,10 @@ class _Stamping(torch.fx.Interpreter):
         while node is not root and node.op != "placeholder" and _SOURCE not in node.meta:
             node.meta[_SOURCE] = n
             node = node.prev
+        if isinstance(result, torch.Tensor):
+            slot = get_proxy_slot(result, proxy_mode.tracer, None)
+            if slot is not None:
+                slot.proxy.node.meta.setdefault(_SAME, []).append(n)
         return result
 
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from sigswap import functions, multihead
 from sigswap.config import SigmoidConfig
 from sigswap.errors import ArgumentError, UnswappableSiteError
-from sigswap.passes.swap import swap
+from sigswap.passes.lower import LowerResult, lower
+from sigswap.passes.swap import SwapResult, swap
 from sigswap.state import bias_terms
 
 logger = logging.getLogger("sigswap")
@@ -51,7 +52,7 @@ def sigswap_backend(
     visible_bias, const_bias = bias_terms(SigmoidConfig(bias=options.get("bias", "visible")))
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
 
-    result = swap(graph_module, example_inputs, _STAND_INS, {"visible_bias": visible_bias, "const_bias": const_bias})
+    result, lowering = swap_and_lower(graph_module, example_inputs, visible_bias=visible_bias, const_bias=const_bias)
     stuck = [left for left in result.left_alone if left.attention]
     reasons = "; ".join(dict.fromkeys(left.reason for left in stuck))
     if stuck and options.get("strict", True):
@@ -64,7 +65,19 @@ def sigswap_backend(
         logger.log(
             logging.WARNING if left.attention else logging.INFO, "%s left as softmax: %s", left.anchor, left.reason
         )
+    logger.info("lowered %d attention(s), %d stay unfused", len(lowering.lowered), len(lowering.left_alone))
+    for left in lowering.left_alone:
+        logger.info("%s not lowered: %s", left.anchor, left.reason)
     return inner(graph_module, example_inputs)
+
+
+def swap_and_lower(
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, visible_bias: bool, const_bias: float
+) -> tuple[SwapResult, LowerResult]:
+    """The passes of the backend, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the row bias
+    given, and each sigmoid attention one call of FlashSigmoid."""
+    swapped = swap(graph_module, example_inputs, _STAND_INS, {"visible_bias": visible_bias, "const_bias": const_bias})
+    return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()))
 
 
 def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:

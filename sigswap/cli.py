@@ -79,6 +79,9 @@ def inspect(
     include: Include = None,
     exclude: Exclude = None,
     example: Example = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Show what torch.compile(backend='sigswap') makes of each attention.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -88,6 +91,14 @@ def inspect(
 
         with _errors.status(f"Building {model}"):
             built = _build(model, weights=False, pretrained=False)
+        if compile:
+            with _errors.status(f"Compiling {model}"):
+                compiled = sigswap.explain(built, _example(example))
+            if as_json:
+                _print_json({"model": model, **compiled.to_dict()})
+            else:
+                Console().print(compiled)
+            return
         if sigswap.is_converted(built):
             report = sigswap.report(built)
         else:
@@ -205,15 +216,22 @@ def convert(
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", metavar="train|short|decode|varlen|host", help="Default: all. Can be repeated."),
+        typer.Option(
+            "--suite", metavar="train|short|decode|varlen|host|models", help="Default: all but models. Can be repeated."
+        ),
+    ] = None,
+    cell: Annotated[
+        list[str] | None,
+        typer.Option("--cell", metavar="GLOB", help="Only cells whose label matches, as 'ViT*'. Can be repeated."),
     ] = None,
     peers: Annotated[
         list[str] | None,
         typer.Option(
             "--peers",
             metavar="NAME",
-            help="fa2, cudnn, efficient, sdpa, flex, padded, nested or triton-sigmoid. Can be repeated. Default: all, "
-            "but flex and triton-sigmoid, which compile or tune for each shape, in some cells only.",
+            help="fa2, cudnn, efficient, sdpa, flex, padded, nested, triton-sigmoid or unfused. Can be repeated. "
+            "Default: all, but flex and triton-sigmoid, which compile or tune for each shape, in some cells only, and "
+            "sdpa in some large models.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="bf16|fp16|fp32", help="Of all tensors.")] = "bf16",
@@ -226,11 +244,15 @@ def bench(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure sigswap's op beside PyTorch's softmax attention, on a GPU.
+    """Measure sigswap beside PyTorch's softmax attention, on a GPU.
 
     train: 16,384 tokens of width 2048, forward, backward and memory. short: a ViT's sequences. decode: one query per
     sequence on a cache. varlen: packed sequences. host: microseconds per call that the CPU takes. Each cell's results
     are checked before they are timed. 2.00x beside a peer's figure: it takes twice sigswap's time, or memory.
+
+    models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
+    beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it
+    runs only if it is named; a model whose package (timm, transformers) is not installed is left out.
     """
     with _failures(False, debug):
         from sigswap import bench as benchmark
@@ -240,7 +262,7 @@ def bench(
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if plot is not None:
             benchmark.check_plot(plot)
-        result = benchmark.run(suite, peers=peers, dtype=dtype, quick=quick, console=_errors)
+        result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, console=_errors)
         Console().print(result)
         if json_file is not None:
             json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Report:
         table = Table(title=f"softmax sites: {counts or 'none'}", title_justify="left")
         for column in ("path", "kind", "heads", "head_dim", "mask", "status", "reason"):
             table.add_column(column, overflow="fold", justify="right" if column.startswith("head") else "left")
-        for path, site in _folded(self.sites):
+        for path, site in folded(self.sites):
             numbers = ("" if value is None else str(value) for value in (site.heads, site.head_dim))
             table.add_row(path or "(the model)", site.kind, *numbers, site.mask, site.status, site.reason)
         table.caption = "\n".join(self.notes) or None
@@ -71,8 +71,8 @@ class Report:
         return stream.getvalue()
 
 
-def _folded(sites: list[SiteRecord]) -> list[tuple[str, SiteRecord]]:
-    """Sites that differ by one number in their path only, with those numbers written as a range."""
+def folded(sites: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Records with a ``path`` that differ by one number in it only, with those numbers written as a range."""
     groups: dict[Any, list[tuple[str, SiteRecord]]] = {}
     for site in sites:
         numbers = re.split(r"(?<![^.])(\d+)(?![^.])", site.path)

@@ -434,8 +434,12 @@ def random_case(index: int, device: str) -> tuple[Packed, Options]:
 
 def assert_no_worse(inputs: Packed, options: Options) -> None:
     """Each result's error is at most 1.1 times that of the oracle's own code in the inputs' dtype."""
-    grad_out = torch.randn(*inputs.query.shape[:2], inputs.value.shape[2], device=inputs.query.device)
-    grad_out = grad_out.to(inputs.query.dtype)
+    generator = torch.Generator(inputs.query.device).manual_seed(1)
+    grad_out = torch.randn(
+        *inputs.query.shape[:2], inputs.value.shape[2], device=inputs.query.device, generator=generator
+    ).to(inputs.query.dtype)
+    lengths = [cu.diff().tolist() for cu in (inputs.cu_seqlens_q, inputs.cu_seqlens_k)]
+    probabilities = inputs.query.shape[1] * sum(q * k for q, k in zip(*lengths, strict=True))
 
     def naive(inputs: Packed) -> Tensor:
         return _connected(oracle(inputs, options), inputs)
@@ -454,8 +458,8 @@ def assert_no_worse(inputs: Packed, options: Options) -> None:
         assert result.shape == truth.shape and result.dtype == inputs.query.dtype
         norm = truth.norm().item()
         error = (result.double() - truth).norm().item()
-        # The error of a few numbers is a matter of luck.
-        ratio = 1.1 if int((truth != 0).sum()) >= 256 else 2.0
+        # The error of a few numbers is a matter of luck, and so is that of many that come from a few probabilities.
+        ratio = 1.1 if min(int((truth != 0).sum()), probabilities) >= 256 else 2.0
         bound = ratio * (their.double() - truth).norm().item() + 1e-6 * norm + 5e-7
         assert error <= bound, (number, error, bound, norm)
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import sigswap
-from sigswap import bench
-from sigswap.bench import Benchmark, Cell, Row
+from sigswap import bench, bench_models, bench_peers
+from sigswap.bench import Benchmark, Cell, ModelCell, Row
 from sigswap.cli import app
 from sigswap.errors import ArgumentError, BenchmarkError
 
@@ -46,7 +46,7 @@ def test_flops_and_bytes_are_those_of_the_visible_pairs(cell: Cell) -> None:
         assert cell.kv_bytes(torch.bfloat16) == inputs.key.nbytes + inputs.value.nbytes
 
 
-@pytest.mark.parametrize("suite", bench.SUITES)
+@pytest.mark.parametrize("suite", bench.DEFAULT_SUITES)
 def test_cells(suite: str) -> None:
     cells, quick = bench.cells(suite), bench.cells(suite, quick=True)
     assert cells == bench.cells(suite)  # the random lengths, too
@@ -151,7 +151,7 @@ def test_plot(result: Benchmark, tmp_path: Path) -> None:
 @pytest.mark.parametrize("cell", [FULL, CAUSAL, DECODE, VARLEN, VARLEN_CAUSAL])
 def test_check_accepts_the_op_and_nothing_else(cell: Cell) -> None:
     inputs = bench.make_inputs(cell, torch.float32, "cpu")
-    out = bench._implementation("sigswap", cell, inputs).forward()
+    out = bench_peers.build("sigswap", cell, inputs).forward()
     grads = torch.autograd.grad(out, inputs.leaves, inputs.grad_out) if cell.trains else ()
     out = out.detach()
     bench.check(cell, inputs, out, grads)
@@ -174,7 +174,7 @@ def test_check_sees_a_wrong_mask() -> None:
 @pytest.mark.parametrize("cell", [VARLEN, VARLEN_CAUSAL])
 def test_padded_peer_is_softmax_attention_of_each_sequence(cell: Cell) -> None:
     inputs = bench.make_inputs(cell, torch.float32, "cpu")
-    padded = bench._padded(cell, inputs)
+    padded = bench_peers._padded(cell, inputs)
     out = padded.forward()
     for number, (length, *parts) in enumerate(
         zip(cell.lengths, *(leaf.split(cell.lengths) for leaf in inputs.leaves), strict=True)
@@ -198,17 +198,17 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench, "make_inputs", lambda cell, dtype, device: make_inputs(cell, dtype, "cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for timer in ("_gpu_ms", "_host_us", "_peak_mib"):
+    for timer in ("gpu_ms", "host_us", "peak_mib"):
         monkeypatch.setattr(bench, timer, timed)
 
 
 @pytest.mark.usefixtures("on_cpu")
 def test_measure_times_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> bench.Implementation:
+    def refuse(*_: object) -> bench_peers.Implementation:
         raise RuntimeError("No available kernel.")
 
-    monkeypatch.setitem(bench._DENSE, "cudnn", refuse)
-    monkeypatch.setitem(bench._DENSE, "fa2", bench._DENSE["sdpa"])
+    monkeypatch.setitem(bench_peers._DENSE, "cudnn", refuse)
+    monkeypatch.setitem(bench_peers._DENSE, "fa2", bench_peers._DENSE["sdpa"])
     rows = bench.measure(CAUSAL, "fp32", ["fa2", "cudnn", "flex"], left_out=["flex"])
     assert [row.phase for row in rows] == ["forward", "backward", "memory"]
     for row in rows:
@@ -220,11 +220,113 @@ def test_measure_times_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_a_wrong_kernel_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "sigmoid_attention", lambda query, key, value, **_: query + key + value)
-    monkeypatch.setitem(bench._DENSE, "fa2", bench._DENSE["sdpa"])
+    monkeypatch.setattr(bench_peers, "sigmoid_attention", lambda query, key, value, **_: query + key + value)
+    monkeypatch.setitem(bench_peers._DENSE, "fa2", bench_peers._DENSE["sdpa"])
     for row in bench.measure(FULL, "fp32", ["fa2"]):
         assert set(row.measured) == {"fa2"} and row.ratio("fa2") is None
         assert "wrong result: the relative error of the output" in row.reasons["sigswap"]
+
+
+# Whole models.
+
+
+def model_row(quantity: str, **measured: float) -> Row:
+    return Row(ModelCell("block", 4, 4096), "bf16", "training step", measured, {"fa2": "no"}, quantity, "cudnn")
+
+
+def test_model_cells() -> None:
+    cells, quick = bench.cells("models"), bench.cells("models", quick=True)
+    assert "models" not in bench.DEFAULT_SUITES
+    for some in (cells, quick):
+        assert {cell.model for cell in some} == set(bench_models.MODELS)
+        assert len({cell.label for cell in some}) == len(some)
+        assert all(cell.suite == "models" and set(cell.without) <= set(bench.SUITES["models"]) for cell in some)
+    assert [cell.label for cell in cells[:2]] == ["block 4 x 4096", "ViT-B/16 256 x 224"]
+
+
+def test_figures_of_models() -> None:
+    rows = [model_row("time", sigswap=8.0, cudnn=10.0, sdpa=12.0), model_row("kernels", sigswap=20.0, cudnn=16.0)]
+    assert [row.unit for row in rows] == ["ms", "kernels"]
+    assert [row.of_original for row in rows] == [0.8, 1.25]
+    assert rows[0].ratio("cudnn") == 1.25 and rows[0].value("sdpa") == 12.0
+    assert model_row("memory", sigswap=1.0).of_original is None
+
+    result = Benchmark({"gpu": "A GPU"}, "bf16", None, rows)
+    first, second = json.loads(json.dumps(result.to_dict()))["rows"]
+    assert (first["original"], first["unit"], first["cell"]["model"]) == ("cudnn", "ms", "block")
+    assert first["results"]["sigswap"] == {"value": 8.0, "of_original": 0.8}
+    assert first["results"]["sdpa"] == {"value": 12.0, "ratio": 1.5} and first["results"]["fa2"] == {"reason": "no"}
+    assert second["results"]["cudnn"]["value"] == 16.0
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(result)
+    line = next(line for line in stream.getvalue().splitlines() if "│ ms" in line)
+    parts = [part.strip() for part in line.strip("│").split("│")]
+    assert parts == ["block 4 x 4096", "training step", "ms", "8.00", "80%", "cudnn", "10.00 (1.25x)", "12.00 (1.50x)"]
+    pytest.importorskip("matplotlib")
+    assert [axes.get_ylabel() for axes in result.figure().axes] == ["ms", "kernels"]
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("model", "peer", "packages"),
+    [
+        ("block", "sdpa", ()),
+        ("llama-no-mask", "sdpa", ("transformers",)),
+        ("swin", "unfused", ("timm",)),
+        ("t5", "unfused", ("transformers",)),
+    ],
+)
+def test_a_model_is_measured_on_a_cpu(model: str, peer: str, packages: tuple[str, ...]) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    cell = next(cell for cell in bench.cells("models", quick=True) if cell.model == model)
+    peers = ["cudnn", "efficient", peer]
+    rows = bench_models.measure(cell, "fp32", peers, ["efficient"], device="cpu", inner="eager")
+    assert [(row.phase, row.quantity) for row in rows] == [
+        (phase, quantity) for phase in ("forward", "training step") for quantity in ("time", "memory", "kernels")
+    ]
+    for row in rows:
+        assert set(row.measured) | set(row.reasons) == {"sigswap", *peers}
+        assert row.reasons["cudnn"] and row.reasons["efficient"]  # a GPU's; left out, or of no such model
+        if row.quantity == "time":
+            assert set(row.measured) == {"sigswap", peer} and not row.unavailable
+            assert min(row.measured.values()) > 0
+            assert row.original == peer
+            assert row.of_original == row.measured["sigswap"] / row.measured[peer]
+        else:
+            assert not row.measured and row.unavailable and "needs a GPU" in row.reasons["sigswap"]
+    assert not Benchmark({}, "fp32", None, rows).failures
+
+
+@pytest.mark.parametrize(("model", "package"), [("vit", "timm"), ("t5", "transformers")])
+def test_a_model_without_its_package(model: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    rows = bench_models.measure(ModelCell(model, 2, 56, small=True), "fp32", ["sdpa"], device="cpu")
+    assert len(rows) == 6
+    for row in rows:
+        assert not row.measured and row.of_original is None
+        assert all(f"needs the package '{package}'" in row.reasons[name] for name in ("sigswap", "sdpa"))
+    assert not Benchmark({}, "fp32", None, rows).failures
+
+
+@without_gpu
+def test_a_wrong_model_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: torch.nn.Module, **_: object) -> None:
+        """Computes something else when it is compiled."""
+        model.register_forward_hook(lambda _, __, out: 2 * out if torch.compiler.is_compiling() else out)
+
+    monkeypatch.setattr(bench_models, "convert", wrong)
+    rows = bench_models.measure(ModelCell("block", 2, 32, small=True), "fp32", [], device="cpu", inner="eager")
+    for row in rows:
+        assert not row.measured and "relative error of the compiled model's output is" in row.reasons["sigswap"]
+    assert Benchmark({}, "fp32", None, rows).failures
+
+
+def test_outputs_that_are_not_finite_are_wrong() -> None:
+    out = torch.ones(3, 4)
+    bench_models._check_output(out, out)
+    with pytest.raises(BenchmarkError, match="not all outputs are finite"):
+        bench_models._check_output(out * torch.nan, None)
 
 
 # The command.
@@ -251,8 +353,9 @@ def test_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host."),
+        (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host, models."),
         (("--peers", "fa4"), "peer 'fa4' is not one of fa2, cudnn,"),
+        (("--cell", "ViT*"), "no cell of train, short, decode, varlen, host has a label like ViT*."),
         (("--dtype", "int8"), "dtype 'int8' is not one of bf16, fp16, fp32."),
         (("--json", "nowhere/figures.json"), "there is no directory nowhere"),
         (("--plot", "nowhere/plot.png"), "there is no directory nowhere"),
@@ -286,7 +389,19 @@ def test_quick_run(tmp_path: Path) -> None:
     done = run("--quick", "--json", tmp_path / "figures.json")
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert {row["suite"] for row in rows} == set(bench.SUITES)
+    assert {row["suite"] for row in rows} == set(bench.DEFAULT_SUITES)
     for row in rows:
         assert row["results"]["sigswap"]["value"] > 0
         assert any("ratio" in result for result in row["results"].values()), row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_quick_run_of_a_model(tmp_path: Path) -> None:
+    done = run("--quick", "--suite", "models", "--cell", "*block*", "--json", tmp_path / "figures.json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["original"] in ("fa2", "cudnn", "efficient", "sdpa")
+        assert row["results"]["sigswap"]["of_original"] > 0

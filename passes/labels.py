@@ -1,0 +1,198 @@
+"""Follows the axes of tensors as products of labels, through views that merge and split them.
+
+A label is an axis that means one thing: a batch axis, the heads, the queries, the keys, head_dim. An axis of a tensor is a
+tuple of labels, outer first: () has size 1 (or is broadcast), two labels are two axes merged by a reshape. Where a
+reshape splits an axis that was taken for one label, the label splits, in every tensor at once. So a product of
+[batch*heads, length, head_dim] whose scores are viewed as [batch, heads, length, length] has the same labels as one of
+[batch, heads, length, head_dim]; and a key whose heads were repeated by expand and reshape lacks the label of the groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch.fx
+
+from sigswap.passes.axes import (
+    ELEMENTWISE,
+    RESHAPES,
+    axis_map,
+    op_name,
+    rank_of,
+    reshape_groups,
+    shape_of,
+    static_int,
+)
+from sigswap.passes.find import einsum_labels
+
+Label = int
+Axes = tuple[tuple[Label, ...], ...]  # per axis of a tensor
+
+
+class Labels:
+    """The labels of one attention: their sizes, and how they were split."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._parts: dict[Label, tuple[Label, Label]] = {}
+
+    def new(self, size: int) -> Label:
+        self._sizes.append(size)
+        return len(self._sizes) - 1
+
+    def size(self, labels: Sequence[Label]) -> int:
+        return math.prod(self._sizes[label] for label in labels)
+
+    def whole(self, labels: Sequence[Label]) -> tuple[Label, ...]:
+        """``labels``, each that was split replaced by its parts."""
+        parts = (self.whole(self._parts[label]) if label in self._parts else (label,) for label in labels)
+        return tuple(label for part in parts for label in part)
+
+    def axes(self, axes: Axes) -> Axes:
+        return tuple(self.whole(axis) for axis in axes)
+
+    def through(self, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> Axes | None:
+        """The axes of ``node``, which is a view or an elementwise op of ``source``, whose axes are given.
+
+        None: the op is none of these, or an axis cannot be followed.
+        """
+        before, after = shape_of(source), shape_of(node)
+        if before is None or after is None:
+            return None
+        if op_name(node) in RESHAPES:
+            return self._reshaped(axes, before, after)
+        mapped = axis_map(node, source) if op_name(node) in _FOLLOWED else None
+        if mapped is None or any(
+            axis is None and before[i] != 1 or (axis is not None and before[i] not in (1, after[axis]))
+            for i, axis in enumerate(mapped)
+        ):
+            return None
+        result: list[tuple[Label, ...]] = [()] * len(after)
+        for axis, target in zip(axes, mapped, strict=True):
+            if target is not None:
+                result[target] = axis
+        return tuple(result)
+
+    def above(self, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> Axes | None:
+        """The axes of ``source``, of which ``node`` is a view, a copy or a broadcast, and has the axes given.
+
+        A broadcast axis has no label in ``source``. None: the op is none of these, or an axis cannot be followed.
+        """
+        before, after, name = shape_of(source), shape_of(node), op_name(node)
+        if before is None or after is None:
+            return None
+        if name in RESHAPES:
+            return self._reshaped(axes, after, before)
+        if name == "repeat_interleave":
+            return self._unrepeated(node, before, axes)
+        mapped = axis_map(node, source) if name in UNDONE else None
+        if mapped is None:
+            return None
+        if any(axis is None and before[i] != 1 for i, axis in enumerate(mapped)):
+            return None
+        result: list[tuple[Label, ...]] = []
+        for i, axis in enumerate(mapped):
+            result.append(() if axis is None or before[i] == 1 else axes[axis])
+            if axis is not None and before[i] not in (1, after[axis]):
+                return None
+        return tuple(result)
+
+    def split(self, label: Label, inner: int) -> tuple[Label, Label]:
+        """Splits ``label`` in two, of which the inner one has size ``inner``."""
+        self._parts[label] = self.new(self._sizes[label] // inner), self.new(inner)
+        return self._parts[label]
+
+    def _unrepeated(self, node: torch.fx.Node, before: tuple[int, ...], axes: Axes) -> Axes | None:
+        repeats = static_int(node.args[1])
+        axis = static_int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim"))
+        if repeats is None or axis is None:
+            return None
+        axis %= len(before)
+        labels = list(self.whole(axes[axis]))
+        outer: list[Label] = []
+        while labels and self.size(outer) < before[axis]:
+            label = labels.pop(0)
+            rest = before[axis] // self.size(outer)
+            if self.size([label]) > rest:
+                if self.size([label]) % rest:
+                    return None
+                label, inner = self.split(label, self.size([label]) // rest)
+                labels.insert(0, inner)
+            outer.append(label)
+        if self.size(outer) != before[axis]:
+            return None
+        return (*axes[:axis], tuple(outer), *axes[axis + 1 :])
+
+    def _reshaped(self, axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes | None:
+        groups = reshape_groups(before, after)
+        if groups is None or 0 in before:
+            return None
+        result: list[tuple[Label, ...]] = [()] * len(after)
+        for old, new in groups:
+            pending = [label for axis in old for label in self.whole(axes[axis])]
+            if len(pending) == 0 and len([axis for axis in old if before[axis] != 1]) <= 1:
+                large = [axis for axis in new if after[axis] != 1]
+                if len(large) > 1:
+                    return None
+                continue  # a broadcast axis of its own
+            if self.size(pending) != math.prod(before[axis] for axis in old):
+                return None
+            for axis in new:
+                taken: list[Label] = []
+                while self.size(taken) < after[axis]:
+                    rest = after[axis] // self.size(taken)
+                    label = pending.pop(0)
+                    if self.size([label]) > rest:
+                        if self.size([label]) % rest:
+                            return None
+                        label, inner = self.split(label, self.size([label]) // rest)
+                        pending.insert(0, inner)
+                    taken.append(label)
+                if self.size(taken) != after[axis]:
+                    return None
+                result[axis] = tuple(taken)
+        return tuple(result)
+
+
+_VIEWS = frozenset(
+    "permute transpose swapaxes swapdims t mT numpy_T movedim moveaxis unsqueeze squeeze contiguous clone alias".split()
+)
+COPIES = frozenset({"contiguous", "clone", "repeat_interleave"})
+_BROADCASTS = frozenset({"expand", "expand_as", "broadcast_to"})
+UNDONE = _VIEWS | _BROADCASTS  # what can be left out above an operand
+_FOLLOWED = (_VIEWS | ELEMENTWISE) - frozenset(
+    "roll flip slice narrow index_select gather take_along_dim constant_pad_nd pad slice_scatter cat concat concatenate "
+    "tril triu index_put masked_scatter copy".split()
+)
+
+
+def contraction(
+    node: torch.fx.Node,
+) -> tuple[torch.fx.Node, torch.fx.Node, list[Hashable], list[Hashable], list[Hashable]] | None:
+    """A product of two tensors: its factors, and a label per axis of each and of the result.
+
+    None: ``node`` is no product, or one with a bias (``linear`` with three arguments) or a repeated label.
+    """
+    name = op_name(node)
+    if name == "einsum":
+        spelled = einsum_labels(node)
+        if spelled is None:
+            return None
+        (first, second), out = spelled
+        return node.args[1][0], node.args[1][1], list(first), list(second), list(out)
+    if name not in ("matmul", "mm", "bmm", "baddbmm", "linear") or (name == "linear" and len(node.args) > 2):
+        return None
+    left, right = node.args[1:3] if name == "baddbmm" else node.args[:2]
+    rank, rank_left, rank_right = rank_of(node), rank_of(left), rank_of(right)
+    if rank_left < 2 or rank_right < 2:
+        return None
+    batch: list[Hashable] = list(range(rank - 2))
+    outer, inner = ["inner", "column"], ["column", "inner"]
+    return (
+        left,
+        right,
+        [*batch[len(batch) - (rank_left - 2) :], "row", "inner"],
+        [*batch[len(batch) - (rank_right - 2) :], *(inner if name == "linear" else outer)],
+        [*batch, "row", "column"],
+    )

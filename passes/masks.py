@@ -1,0 +1,411 @@
+"""Proves from the graph that builds a mask what the mask is: a conjunction of half-planes and of tensors.
+
+A mask [..., M, N] that comparisons of ``arange``, ``tril`` or ``triu`` make is a band around a diagonal; the kernels take
+a band as two numbers, and skip the blocks outside of it. A mask of keys ([batch, 1, 1, N], padding) that was combined with
+it stays a tensor of its own small shape. What is not proved stays the tensor that it is.
+
+A proof must hold for every size of a dynamic graph, of which the shadow shows one. So numbers that may depend on a
+symbolic size prove nothing; only ``arange``'s end and the sizes of constants may, for they do not enter the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+
+from sigswap.passes.axes import axis_map, op_name, rank_of, shape_of
+from sigswap.passes.normalize import source_of
+
+MASKED_SCORE = -5000.0  # as in sigswap.kernels: a score at or below it is masked
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """An integer tensor: ``offset + sum(steps[axis] * index[axis])``."""
+
+    steps: tuple[int, ...]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A tensor of one number."""
+
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """What must hold where a mask is True: ``half`` >= 0, if known, and else ``node`` (inverted: its opposite).
+
+    ``axes``: for each axis of ``node`` the axis of the mask that it is, or None for one of size 1.
+    """
+
+    node: torch.fx.Node
+    axes: tuple[int | None, ...]
+    half: Affine | None = None
+    inverted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A tensor of two values: ``true`` where every term holds, and ``false`` elsewhere."""
+
+    terms: tuple[Term, ...]
+    true: float = 1.0
+    false: float = 0.0
+
+
+Known = Affine | Constant | Mask | None
+
+
+class Masks:
+    """What is known of the nodes of one graph."""
+
+    def __init__(self) -> None:
+        self._known: dict[torch.fx.Node, Known] = {}
+
+    def visible(self, node: torch.fx.Node, where: bool = True) -> tuple[Term, ...]:
+        """The terms that hold where the boolean tensor ``node`` is ``where``; in doubt, that of the tensor itself."""
+        found = self.known(node)
+        if isinstance(found, Constant) and bool(found.value) == where:
+            return ()
+        terms = None
+        if isinstance(found, Mask):
+            terms = _terms_where(found, lambda value: bool(value) == where)
+        return (dataclasses.replace(_itself(node), inverted=not where),) if terms is None else terms
+
+    def visible_by_sum(self, node: torch.fx.Node) -> tuple[Term, ...] | None:
+        """The terms that hold where a tensor that is added to scores is 0, if it masks all others; else None."""
+        found = self.known(node)
+        if isinstance(found, Constant) and found.value == 0:
+            return ()
+        if isinstance(found, Mask) and min(found.true, found.false) <= MASKED_SCORE:
+            return _terms_where(found, lambda value: value == 0)
+        return None
+
+    def constant(self, value: Any) -> float | None:
+        """A number, or a tensor of one number."""
+        if isinstance(value, torch.fx.Node):
+            found = self.known(value)
+            return found.value if isinstance(found, Constant) else None
+        return float(value) if isinstance(value, int | float | bool) else None
+
+    def known(self, node: torch.fx.Node) -> Known:
+        if node not in self._known:
+            self._known[node] = None  # until it is known, for the sake of loops that no graph has
+            self._known[node] = self._derive(node)
+        return self._known[node]
+
+    def _derive(self, node: torch.fx.Node) -> Known:
+        name, args = op_name(node), node.args
+        if node.op == "get_attr":
+            return _stored_number(node)
+        if shape_of(node) is None or not args:
+            return None
+        if name in _FILLED:
+            return _fill(node, name)
+        if name == "arange":
+            return _arange(node)
+        if name in _SAME:
+            return self._same(node, args[0])
+        if name in _VIEWS:
+            return self._viewed(node, args[0])
+        if name in ("slice", "narrow"):
+            return self._sliced(node, args[0])
+        if name in ("add", "sub", "subtract", "rsub", "mul", "multiply", "neg"):
+            return self._arithmetic(node, name)
+        if name in _COMPARISONS:
+            return self._comparison(node, name)
+        if name in ("logical_and", "bitwise_and", "__and__"):
+            return self._both(node, args[0], args[1])
+        if name in ("logical_not", "bitwise_not"):
+            return self._not(node, args[0])
+        if name == "where":
+            return self._where(node, *args[:3]) if len(args) > 2 else None
+        if name == "masked_fill":
+            return self._where(node, args[1], args[2], args[0])
+        if name in ("tril", "triu"):
+            return self._triangle(node, name)
+        return None
+
+    # Each of these gives what is known of ``node``, from what is known of its arguments.
+
+    def _value(self, value: Any, node: torch.fx.Node) -> Known:
+        """Of an argument of ``node``, on ``node``'s axes."""
+        if isinstance(value, int | float | bool):
+            return Constant(float(value))
+        if not isinstance(value, torch.fx.Node):
+            return None
+        before, shift = shape_of(value), rank_of(node) - rank_of(value)
+        if before is None or shift < 0:
+            return None
+        return _moved(self.known(value), [axis + shift for axis in range(len(before))], rank_of(node))
+
+    def _condition(self, value: Any, node: torch.fx.Node) -> Mask | None:
+        """Of a boolean argument of ``node``: what is known, or the tensor itself."""
+        if not isinstance(value, torch.fx.Node) or value.meta["val"].dtype != torch.bool:
+            return None
+        known = self.known(value)
+        axes = [axis + rank_of(node) - rank_of(value) for axis in range(rank_of(value))]
+        moved = _moved(known if isinstance(known, Mask) else Mask((_itself(value),)), axes, rank_of(node))
+        return moved if isinstance(moved, Mask) else None
+
+    def _same(self, node: torch.fx.Node, source: Any) -> Known:
+        known = self.known(source) if isinstance(source, torch.fx.Node) else None
+        if known is None or isinstance(known, Constant):
+            return known
+        dtype = node.meta["val"].dtype
+        if isinstance(known, Affine):
+            return known if not dtype.is_floating_point and dtype != torch.bool else None
+        if dtype == torch.bool:
+            return dataclasses.replace(known, true=float(known.true != 0), false=float(known.false != 0))
+        return known if dtype.is_floating_point or max(abs(known.true), abs(known.false)) <= 1 else None
+
+    def _viewed(self, node: torch.fx.Node, source: Any) -> Known:
+        axes = axis_map(node, source) if isinstance(source, torch.fx.Node) else None
+        before = shape_of(source)
+        if axes is None or before is None or any(axis is None and before[i] != 1 for i, axis in enumerate(axes)):
+            return None
+        return _moved(self.known(source), axes, rank_of(node))
+
+    def _sliced(self, node: torch.fx.Node, source: Any) -> Known:
+        known = self.known(source)
+        tensors = isinstance(known, Mask) and any(term.half is None for term in known.terms)
+        if shape_of(node) == shape_of(source) and not (tensors and _has_symbol(node)):
+            return known
+        start = node.args[2] if len(node.args) > 2 else 0
+        step = node.args[4] if len(node.args) > 4 else 1
+        if op_name(node) != "slice" or start not in (0, None) or step != 1:
+            return None
+        # From 0 on, half-planes stay what they are; tensors would have to be sliced, too.
+        return None if tensors else known
+
+    def _arithmetic(self, node: torch.fx.Node, name: str) -> Known:
+        if _has_symbol(node) or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+            return None
+        left, right = (self._value(arg, node) for arg in (node.args[:2] if name != "neg" else (0, node.args[0])))
+        if name == "rsub":
+            left, right = right, left
+        if name in ("mul", "multiply"):
+            return _combined(left, right, lambda a, b: a * b)
+        sign = 1 if name == "add" else -1
+        first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
+        if first is None or second is None or (isinstance(left, Constant) and isinstance(right, Constant)):
+            return _combined(left, right, lambda a, b: a + sign * b)
+        steps = tuple(a + sign * b for a, b in zip(first.steps, second.steps, strict=True))
+        return Affine(steps, first.offset + sign * second.offset)
+
+    def _comparison(self, node: torch.fx.Node, name: str) -> Known:
+        if _has_symbol(node):
+            return None
+        left, right = (self._value(arg, node) for arg in node.args[:2])
+        if isinstance(left, Mask) or isinstance(right, Mask):
+            compare = _COMPARISONS[name]
+            return _combined(left, right, lambda a, b: float(compare(a, b)))
+        first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
+        if first is None or second is None or name in ("eq", "ne"):
+            return None
+        if name in ("le", "lt"):
+            first, second = second, first
+        steps = tuple(a - b for a, b in zip(first.steps, second.steps, strict=True))
+        offset = first.offset - second.offset - (name in ("gt", "lt"))
+        return Mask((dataclasses.replace(_itself(node), half=Affine(steps, offset)),))
+
+    def _both(self, node: torch.fx.Node, *sources: Any) -> Known:
+        terms: list[Term] = []
+        for source in sources:
+            part = self._condition(source, node)
+            held = None if part is None else _terms_where(part, bool)
+            if held is None:
+                return None
+            terms += held
+        return Mask(tuple(terms))
+
+    def _not(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
+        part = self._condition(source, node)
+        return None if part is None else dataclasses.replace(part, true=1 - part.true, false=1 - part.false)
+
+    def _where(self, node: torch.fx.Node, condition: Any, true: Any, false: Any) -> Known:
+        """Of masked_fill, too, whose order it is."""
+        held = self._condition(condition, node)
+        first, second = self._value(true, node), self._value(false, node)
+        if held is None or _has_symbol(node):
+            return None
+        if not held.true:
+            held = Mask(held.terms)
+            first, second = second, first
+        if isinstance(first, Constant) and isinstance(second, Constant):
+            return Mask(held.terms, first.value, second.value)
+        # A mask, masked again.
+        if isinstance(first, Mask) and isinstance(second, Constant) and second.value == first.false:
+            return dataclasses.replace(first, terms=(*held.terms, *first.terms))
+        if isinstance(second, Mask) and isinstance(first, Constant) and first.value == second.false:
+            if len(held.terms) == 1:
+                return dataclasses.replace(second, terms=(_opposite(held.terms[0]), *second.terms))
+        return None
+
+    def _triangle(self, node: torch.fx.Node, name: str) -> Known:
+        diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+        content, rank = self._value(node.args[0], node), rank_of(node)
+        if not isinstance(diagonal, int) or _has_symbol(node) or not isinstance(content, Constant) or rank < 2:
+            return None
+        # tril keeps j <= i + diagonal, triu j >= i + diagonal; the rest is 0.
+        low = [0] * (rank - 2) + [1, -1]
+        half = Affine(tuple(low), diagonal) if name == "tril" else Affine(tuple(-x for x in low), -diagonal)
+        return Mask((dataclasses.replace(_itself(node), half=half),), content.value)
+
+
+_FILLED = frozenset(
+    "full ones zeros full_like ones_like zeros_like new_full new_ones new_zeros scalar_tensor fill".split()
+)
+_SAME = frozenset(
+    "to _to_copy type_as float half bfloat16 double bool contiguous clone alias detach lift_fresh".split()
+)
+_SAME |= {"lift_fresh_copy"}
+_VIEWS = frozenset(
+    "view reshape _unsafe_view unsqueeze squeeze expand expand_as broadcast_to permute transpose mT t flatten "
+    "unflatten".split()
+)
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")
+}
+
+
+def _itself(node: torch.fx.Node) -> Term:
+    return Term(node, tuple(range(rank_of(node))))
+
+
+def _opposite(term: Term) -> Term:
+    """Where ``term`` does not hold. Of integers: not (a >= 0) is -a - 1 >= 0."""
+    half = term.half and Affine(tuple(-step for step in term.half.steps), -term.half.offset - 1)
+    return dataclasses.replace(term, half=half, inverted=not term.inverted)
+
+
+def _terms_where(mask: Mask, holds: Callable[[float], bool]) -> tuple[Term, ...] | None:
+    """Terms that hold just where the mask's value does; None if there are no such."""
+    true, false = holds(mask.true), holds(mask.false)
+    if true and not false:
+        return mask.terms
+    if false and not true and len(mask.terms) == 1:
+        return (_opposite(mask.terms[0]),)
+    return () if true and false else None
+
+
+def _moved(known: Known, axes: list[int | None], rank: int) -> Known:
+    """``known`` of a tensor whose axes are those ``axes`` of another, broadcast or viewed."""
+    if isinstance(known, Affine):
+        steps = [0] * rank
+        for step, axis in zip(known.steps, axes, strict=True):
+            if axis is not None:
+                steps[axis] = step
+        return Affine(tuple(steps), known.offset)
+    if isinstance(known, Mask):
+        terms = []
+        for term in known.terms:
+            half = _moved(term.half, axes, rank)
+            own = tuple(None if axis is None else axes[axis] for axis in term.axes)
+            terms.append(dataclasses.replace(term, half=half if isinstance(half, Affine) else None, axes=own))
+        return dataclasses.replace(known, terms=tuple(terms))
+    return known
+
+
+def _combined(left: Known, right: Known, function: Callable[[float, float], float]) -> Known:
+    """``function`` of two numbers, or of a tensor of two values and a number."""
+    if isinstance(left, Constant) and isinstance(right, Constant):
+        return _checked(Constant(function(left.value, right.value)))
+    if isinstance(left, Mask) and isinstance(right, Constant):
+        return _checked(Mask(left.terms, function(left.true, right.value), function(left.false, right.value)))
+    if isinstance(left, Constant) and isinstance(right, Mask):
+        return _checked(Mask(right.terms, function(left.value, right.true), function(left.value, right.false)))
+    if isinstance(left, Affine) and isinstance(right, Constant) and function(1, 3) == 3:  # a product
+        left, right = right, left
+    if isinstance(left, Constant) and isinstance(right, Affine) and function(3, 1) == 3:
+        if not math.isfinite(left.value) or left.value != int(left.value):
+            return None
+        factor = int(left.value)
+        return Affine(tuple(step * factor for step in right.steps), right.offset * factor)
+    return None
+
+
+def _checked(known: Constant | Mask) -> Known:
+    values = (known.value,) if isinstance(known, Constant) else (known.true, known.false)
+    return None if any(math.isnan(value) for value in values) else known
+
+
+def _as_affine(known: Known, rank: int) -> Affine | None:
+    if isinstance(known, Constant) and math.isfinite(known.value) and known.value == int(known.value):
+        return Affine((0,) * rank, int(known.value))
+    return known if isinstance(known, Affine) else None
+
+
+def _fill(node: torch.fx.Node, name: str) -> Known:
+    if name.startswith(("ones", "new_ones")) or name in ("ones", "ones_like", "new_ones"):
+        return Constant(1.0)
+    if "zeros" in name:
+        return Constant(0.0)
+    value = node.args[0] if name == "scalar_tensor" else node.args[-1] if len(node.args) > 1 else None
+    value = node.kwargs.get("fill_value", value)
+    if name == "fill" or not isinstance(value, int | float | bool) or _fills_symbol(node):
+        return None
+    return Constant(float(value))
+
+
+def _fills_symbol(node: torch.fx.Node) -> bool:
+    """Whether the number that fills a constant may depend on a symbolic size."""
+    source = source_of(node)
+    if source is None:
+        return True
+    return any(_is_symbolic(arg) for arg in (*source.args[1:], *source.kwargs.values()))
+
+
+def _arange(node: torch.fx.Node) -> Known:
+    numbers = [arg for arg in node.args if isinstance(arg, int | float)]
+    if len(numbers) != len(node.args) or not all(isinstance(number, int) for number in numbers):
+        return None
+    if node.meta["val"].dtype.is_floating_point:
+        return None
+    start, step = (numbers[0] if len(numbers) > 1 else 0), (numbers[2] if len(numbers) > 2 else 1)
+    source = source_of(node)
+    if source is None or op_name(source) != "arange":
+        return None if source is None or _has_symbol(node) else Affine((int(step),), int(start))
+    if len(source.args) > 1 and any(_is_symbolic(arg) for arg in (source.args[0], *source.args[2:])):
+        return None
+    if any(_is_symbolic(source.kwargs.get(name)) for name in ("start", "step")):
+        return None
+    return Affine((int(step),), int(start))
+
+
+def _has_symbol(node: torch.fx.Node) -> bool:
+    """Whether a number among the arguments of the node may depend on a symbolic size."""
+    source = source_of(node)
+    if source is None:
+        return True
+    return any(_is_symbolic(arg) for arg in source.all_input_nodes)
+
+
+def _is_symbolic(value: Any) -> bool:
+    if not isinstance(value, torch.fx.Node):
+        return False
+    return not isinstance(value.meta.get("example_value", value.meta.get("val")), torch.Tensor)
+
+
+def _stored_number(node: torch.fx.Node) -> Known:
+    """A tensor of one number that tracing has stored in the graph's module; not one that the model holds."""
+    source = source_of(node)
+    if source is None or source.op not in ("call_function", "call_method"):
+        return None
+    module: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        module = getattr(module, part, None)
+    if not isinstance(module, torch.Tensor) or module.numel() != 1 or isinstance(module, torch.nn.Parameter):
+        return None
+    if type(module) is not torch.Tensor:
+        return None
+    return Constant(float(module))

@@ -1,0 +1,107 @@
+"""How ``sigswap bench`` times, and what it does about errors and memory between two measurements."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+COPIED_BYTES = 2**30
+HOST_CALLS = 100  # per timing; few enough for all their kernels to fit into the GPU's launch queue
+
+
+def gpu_ms(call: Callable[[], object]) -> float:
+    """The median of CUDA event timings, with the L2 cache cleared before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
+
+
+def repeated_ms(call: Callable[[], object], repetitions: int = 10) -> float:
+    """The median of timings of long calls that follow one another: by CUDA events, or without a GPU by the clock."""
+    if not torch.cuda.is_available():
+        times = []
+        for _ in range(repetitions):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    for before, after in events:
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in events)
+
+
+def host_us(call: Callable[[], object]) -> float:
+    """Wall clock time per call of calls that wait for nothing."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / HOST_CALLS * 1e6
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """The most memory that the call had allocated at one time, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def launched_kernels(call: Callable[[], object]) -> int:
+    """How many kernels the call runs on the GPU; copies and fills by the driver do not count."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as directory:  # only the written trace tells kernels from annotations
+        file = Path(directory) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    return sum(event.get("cat") == "kernel" for event in events)
+
+
+def copy_gb_per_s() -> float:
+    """Bytes read and written per second by a copy on the device."""
+    source = torch.zeros(COPIED_BYTES, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / gpu_ms(lambda: target.copy_(source)) / 1e6
+
+
+@contextmanager
+def refusals(name: str, reasons: dict[str, str]) -> Iterator[None]:
+    """Makes an exception the reason why ``name`` is not measured. PyTorch gives its reasons in warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except Exception as error:
+            told = (warning.message for warning in caught if warning.category is UserWarning)
+            texts = dict.fromkeys(str(text) for text in (error, *told))
+            reasons[name] = f"{type(error).__name__}: {' '.join(texts)}"[:2000]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises again if the GPU cannot be used any more
+
+
+def free() -> None:
+    """Forgets compiled code, and gives memory back."""
+    torch.compiler.reset()  # also lest FlexAttention hit the limit of compilations per function
+    gc.collect()
+    torch.cuda.empty_cache()

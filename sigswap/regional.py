@@ -1,0 +1,30 @@
+"""Regional compilation: the attention of an eager model compiled, and nothing else of it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sigswap.convert import owners_of
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def compile_attention(model: _Model, **options: Any) -> _Model:
+    """Compiles the modules of a converted model that own its attention, each by itself, in place; returns the model.
+
+    The rest of the model stays eager. Attention that computes its own scores (Swin, T5, research code) then runs in the
+    kernel, forward and backward, in memory linear in the length. Layers of the same class share what was compiled.
+    It goes through ``nn.Module.compile``: a copy, a pickle and a saved model are not compiled.
+
+    Args:
+        model: A converted model.
+        options: Of ``torch.compile(backend="sigswap")``: ``mode`` or ``options``, ``dynamic``, ``fullgraph``.
+
+    Raises:
+        NotConvertedError: The model is not converted.
+    """
+    for path in owners_of(model):
+        model.get_submodule(path).compile(backend="sigswap", **options)
+    return model
