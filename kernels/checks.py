@@ -40,7 +40,7 @@ def check_attention(
     if bias is not None:
         _check_bias(bias, (batch, heads, q_len, 1), query)
     if attn_mask is not None:
-        _check_broadcast("attn_mask", attn_mask, (batch, heads, q_len, kv_len), query)
+        _check_broadcast("attn_mask", attn_mask, (batch, heads, q_len, kv_len), query, repeats=True)
         if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
             raise ArgumentError(
                 f"attn_mask must be bool or floating point of 16, 32 or 64 bits, not {attn_mask.dtype}."
@@ -123,14 +123,19 @@ def _check_bias(bias: Tensor, full: tuple[int, ...], query: Tensor) -> None:
         raise ArgumentError(f"bias must be floating point of 16, 32 or 64 bits, not {bias.dtype}.")
 
 
-def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> None:
+def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor, *, repeats: bool = False) -> None:
+    """repeats: the first size may be any divisor of the full one."""
     fits = tensor.dim() == len(full)
     if fits:
-        for size, whole in zip(tensor.shape, full, strict=True):
-            if size != 1 and size != whole:
+        for dim, (size, whole) in enumerate(zip(tensor.shape, full, strict=True)):
+            # In this order: what holds already, of symbolic sizes, adds no guard.
+            if size != 1 and size != whole and not (repeats and dim == 0 and size != 0 and whole % size == 0):
                 fits = False
     if not fits:
-        raise ArgumentError(f"{name} {_shape(tensor)} must broadcast to {list(full)} (1 in a dimension: for all).")
+        divisor = "; its batch size may be a divisor, too" if repeats else ""
+        raise ArgumentError(
+            f"{name} {_shape(tensor)} must broadcast to {list(full)} (1 in a dimension: for all{divisor})."
+        )
     if tensor.device != query.device:
         raise ArgumentError(f"{name} must be on query's device {query.device}, not {tensor.device}.")
 

@@ -127,7 +127,7 @@ def _decode_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, splits,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, VISIBLE: tl.constexpr,
@@ -157,10 +157,11 @@ def _decode_kernel(
     rows = tl.load(pointers[:, None] + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
     if bias is not None:
         bias += batch64 * stride_bias_b + head * stride_bias_h
-    if count is not None:
-        count += batch64 * stride_count_b + head * stride_count_h
     if mask is not None:
-        mask += batch64 * stride_mask_b + (head * stride_mask_h)[:, None]
+        mask_batch = (batch % mask_batches).to(tl.int64)
+        mask += mask_batch * stride_mask_b + (head * stride_mask_h)[:, None]
+        if count is not None:
+            count += mask_batch * stride_count_b + head * stride_count_h
     row_bias = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
         bias is not None, VISIBLE, HAS_LEFT, HAS_RIGHT,

@@ -265,21 +265,21 @@ def _plan_mask(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...],
     """Partial sums of dS, float32 [parts, *mask's shape], and what computes them."""
     assert signature.attn_mask is not None
     query, key, value, shape = signature.query, signature.key, signature.value, signature.attn_mask.shape
-    full = batch, heads, q_len, kv_len = signature.batch, signature.heads, signature.q_len, signature.kv_len
+    batch, heads, q_len, kv_len = signature.batch, signature.heads, signature.q_len, signature.kv_len
     block = 64 if signature.element_size == 2 and max(signature.widths) <= 128 else 32
     rows = min(block, max(16, triton.next_power_of_2(q_len)))
     keys = min(block, max(16, triton.next_power_of_2(kv_len)))
     row_blocks, key_blocks = triton.cdiv(q_len, rows), triton.cdiv(kv_len, keys)
-    over_batch, over_heads, over_rows, over_keys = (
-        of_mask == 1 and size > 1 for of_mask, size in zip(shape, full, strict=True)
+    over_batch = shape[0] < batch
+    over_heads, over_rows, over_keys = (
+        of_mask == 1 and size > 1 for of_mask, size in zip(shape[1:], (heads, q_len, kv_len), strict=True)
     )
     tiles = shape[0] * shape[1] * (1 if over_rows else row_blocks) * (1 if over_keys else key_blocks)
-    terms = (batch if over_batch else 1) * (heads if over_heads else 1)
+    terms = batch // shape[0] * (heads if over_heads else 1)
     terms *= (row_blocks if over_rows else 1) * (key_blocks if over_keys else 1)
     splits = min(terms, max(1, 4 * limits_of(signature.device).multiprocessors // tiles))
     out = contiguous_layout((splits, *shape), torch.float32)
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out) | {
-        "batches": batch,
         "terms": terms,
         "terms_per_split": triton.cdiv(terms, splits),
         "tiles": tiles,
@@ -441,7 +441,7 @@ def _keys_kernel(
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     stride_dq_b, stride_dq_h, stride_dq_n, stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h,
-    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -490,6 +490,8 @@ def _keys_kernel(
             bias += q_start
     k += batch64 * stride_k_b + kv_head64 * stride_k_h
     v += batch64 * stride_v_b + kv_head64 * stride_v_h
+    if mask is not None:
+        mask += (batch % mask_batches).to(tl.int64) * stride_mask_b
     if VISIBLE:
         const_bias -= tl.log(tl.maximum(kv_len, 1).to(tl.float32))
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
@@ -518,7 +520,7 @@ def _keys_kernel(
             if not BIAS_ROWS:
                 head_bias += tl.load(bias_head).to(tl.float32)
         if mask is not None:
-            mask_head += batch64 * stride_mask_b + head64 * stride_mask_h
+            mask_head += head64 * stride_mask_h
         fast = 1
         if FORM == _AUTO:
             lowest = head_bias
@@ -597,7 +599,7 @@ def _rows_kernel(
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dq_b, stride_dq_h, stride_dq_n, stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -645,10 +647,11 @@ def _rows_kernel(
         bias += batch64 * stride_bias_b + head64 * stride_bias_h
         if not BIAS_ROWS:
             const_bias += tl.load(bias).to(tl.float32)
-    if count is not None:
-        count += batch64 * stride_count_b + head64 * stride_count_h
     if mask is not None:
-        mask += batch64 * stride_mask_b + head64 * stride_mask_h
+        mask_batch = (batch % mask_batches).to(tl.int64)
+        mask += mask_batch * stride_mask_b + head64 * stride_mask_h
+        if count is not None:
+            count += mask_batch * stride_count_b + head64 * stride_count_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
     rows = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
@@ -693,9 +696,9 @@ def _mask_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
-    batches, terms, terms_per_split, tiles,
+    terms, terms_per_split, tiles,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -706,7 +709,7 @@ def _mask_kernel(
 ):  # fmt: skip
     """One program: one tile of the mask's gradient, summed over a part of what the mask is broadcast to.
 
-    out: float32 [splits, B|1, H|1, M|1, N|1], contiguous.
+    out: float32 [splits, mask_batches, H|1, M|1, N|1], contiguous.
     """
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
@@ -716,8 +719,8 @@ def _mask_kernel(
     key_blocks = tl.cdiv(kv_len, BLOCK_N)
     split = tl.program_id(0) // tiles
     at = tl.program_id(0) % tiles
-    key_block, row_block, own_head, own_batch = 0, 0, 0, 0
-    mask_keys, mask_rows, mask_heads, mask_batches = 1, 1, 1, 1
+    key_block, row_block, own_head = 0, 0, 0
+    mask_keys, mask_rows, mask_heads = 1, 1, 1
     if not OVER_KEYS:
         key_block = at % key_blocks
         at = at // key_blocks
@@ -730,9 +733,8 @@ def _mask_kernel(
         own_head = at % heads
         at = at // heads
         mask_heads = heads
-    if not OVER_BATCH:
-        own_batch = at
-        mask_batches = batches
+    own_batch = at
+    own_batch64 = own_batch.to(tl.int64)
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -749,7 +751,7 @@ def _mask_kernel(
             head = rest % heads
             rest = rest // heads
         if OVER_BATCH:
-            batch = rest
+            batch += rest * mask_batches
         batch64, head64 = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
         kv_head64 = head64 // group
         row0, col0 = line_block * BLOCK_M, column_block * BLOCK_N
@@ -780,14 +782,14 @@ def _mask_kernel(
             if not BIAS_ROWS:
                 term_bias += tl.load(bias_head).to(tl.float32)
         if count is not None:
-            count_head += batch64 * stride_count_b + head64 * stride_count_h
+            count_head += own_batch64 * stride_count_b + head64 * stride_count_h
         row_bias = row_biases(
             row, bias_head, stride_bias_m, count_head, stride_count_m, term_bias, q_len, kv_len, shift, left, right,
             BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
         ) * unit_of(_ACCURATE)  # fmt: skip
         _, ds, _ = _score_gradients(
             s, dp, row_bias[:, None], row[:, None], col[None, :],
-            mask + batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, seed,
+            mask + own_batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, seed,
             (batch64 * heads + head64) * q_len, kv_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
             True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
         )  # fmt: skip

@@ -211,7 +211,7 @@ def _forward_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -258,10 +258,11 @@ def _forward_kernel(
         bias += batch64 * stride_bias_b + head64 * stride_bias_h
         if not BIAS_ROWS:
             const_bias += tl.load(bias).to(tl.float32)
-    if count is not None:
-        count += batch64 * stride_count_b + head64 * stride_count_h
     if mask is not None:
-        mask += batch64 * stride_mask_b + head64 * stride_mask_h
+        mask_batch = (batch % mask_batches).to(tl.int64)
+        mask += mask_batch * stride_mask_b + head64 * stride_mask_h
+        if count is not None:
+            count += mask_batch * stride_count_b + head64 * stride_count_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
     q0 = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)

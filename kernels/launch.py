@@ -180,6 +180,7 @@ class Signature(NamedTuple):
             "group": self.heads // max(1, self.kv_heads),
             "q_len": self.q_len,
             "kv_len": self.kv_len,
+            "mask_batches": self.attn_mask.shape[0] if self.attn_mask is not None else 1,
             "left": band.left,
             "right": band.right,
             "scale": options.scale,
@@ -216,8 +217,8 @@ class Signature(NamedTuple):
         return self.bias, count, self.attn_mask, seed
 
     def count_shape(self) -> tuple[int, int, int]:
-        """[B|1, H|1, M|1] of the counts under a mask: what all rows share is counted once, unless a band tells rows
-        apart."""
+        """[b, H|1, M|1] of the counts under a mask [b, ...]: what all rows share is counted once, unless a band tells
+        rows apart."""
         assert self.attn_mask is not None
         batch, heads, rows, _ = self.attn_mask.shape
         band = self.band()
@@ -457,7 +458,7 @@ def _plan_count(signature: Signature) -> Launch:
 
 
 def visible_counts(signature: Signature, attn_mask: Tensor) -> Tensor:
-    """How many keys each row sees, int32 [B|1, H|1, M|1], under a mask and a band."""
+    """How many keys each row sees, int32 [b, H|1, M|1], under a mask [b, ...] and a band."""
     count = torch.empty(signature.count_shape(), dtype=torch.int32, device=attn_mask.device)
     _plan_count(signature)(attn_mask, count)
     return count
@@ -469,6 +470,7 @@ def row_bias_layout(signature: Signature) -> Layout:
     shapes = [signature.bias.shape[:2]] if signature.bias is not None else []
     shapes += [signature.count_shape()[:2]] if signature.counted else []
     batch, heads = (max((shape[dim] for shape in shapes), default=1) for dim in (0, 1))
+    batch = 1 if batch == 1 else signature.batch  # a mask's batch size may be a divisor
     rows = signature.query.shape[2] if signature.packed else triton.cdiv(signature.q_len, 4) * 4
     return contiguous_layout((batch, heads, rows), torch.float32)
 

@@ -49,8 +49,9 @@ def sigmoid_attention(
         key: [B, Hk, N, D]; query head h uses key head h // (H / Hk).
         value: [B, Hk, N, Dv].
         bias: Row bias, floating point, [B|1, H|1, M|1, 1]; has a gradient.
-        attn_mask: [B|1, H|1, M|1, N|1]. Bool: True is visible. Floating point: added to the scores, and
-            values at or below ``MASKED_SCORE`` are masked; has a gradient.
+        attn_mask: [b, H|1, M|1, N|1], where b divides B: batch element i has mask i % b, as if repeated B / b times.
+            Bool: True is visible. Floating point: added to the scores, and values at or below ``MASKED_SCORE``
+            are masked; has a gradient.
         seed: int64, one element; dropout draws from it. Needed if dropout_p > 0, else ignored.
         scale: Multiplies the scores.
         const_bias: Added to the bias of every row.

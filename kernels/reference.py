@@ -97,7 +97,7 @@ class _Targets(NamedTuple):
     row_sums: Tensor | None
     """[B, H, M, 1]: sum_j dS, in the compute dtype."""
     mask_sums: Tensor | None
-    """Of the mask's shape: dS summed to it, in the compute dtype; added to."""
+    """Of the mask's shape: dS summed over what has the same mask, in the compute dtype; added to."""
 
 
 def forward(
@@ -310,7 +310,7 @@ def _forward_into(
     if out.numel() == 0 or key.shape[2] == 0:
         out.zero_()
         return
-    for heads in _head_groups(query, key, options):
+    for heads in _head_groups(query, key, attn_mask, options):
         k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
         v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
         for tile in _tiles(heads, query.shape[2], key.shape[2], options):
@@ -340,7 +340,7 @@ def _backward_into(
                 target.zero_()
         return
     needs_scores = any(target is not None for target in targets._replace(value=None))
-    for heads in _head_groups(query, key, options):
+    for heads in _head_groups(query, key, attn_mask, options):
         k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
         v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
         grad_k = torch.zeros_like(k) if targets.key is not None else None
@@ -362,8 +362,8 @@ def _backward_into(
             if targets.row_sums is not None:
                 _cut(targets.row_sums, *tile[:3]).copy_(grad_s.sum(-1, keepdim=True))
             if targets.mask_sums is not None:
-                part = _cut(targets.mask_sums, *tile)
-                part += grad_s.sum_to_size(part.shape)
+                part = _cut_mask(targets.mask_sums, tile)
+                part += _by_mask(grad_s, part).sum_to_size(part.shape)
             if tanh is not None:
                 grad_s *= 1 - tanh * tanh
             grad_s = grad_s.view(k.shape[0], q.shape[1], p.shape[-1])
@@ -409,8 +409,25 @@ def _cut(tensor: Tensor, *ranges: slice) -> Tensor:
     return tensor
 
 
-def _head_groups(query: Tensor, key: Tensor, options: Options) -> Iterator[_Heads]:
-    """Cuts the problem into groups of heads whose tiles hold about MAX_TILE_SCORES scores."""
+def _cut_mask(mask: Tensor, tile: _Tile) -> Tensor:
+    """The tile's part of a tensor of the mask's shape, for :func:`_by_mask`."""
+    period = mask.shape[0]
+    first, size = tile.batch.start % period, tile.batch.stop - tile.batch.start
+    return _cut(mask, slice(first, first + min(size, period)), *tile[1:])
+
+
+def _by_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores [b, h, m, n] of a tile in a shape, [b, ...] or [repeats, b / repeats, ...], that the tile's part of the
+    mask broadcasts to. A view."""
+    period = mask.shape[0]
+    return scores if period in (1, scores.shape[0]) else scores.view(-1, period, *scores.shape[1:])
+
+
+def _head_groups(query: Tensor, key: Tensor, attn_mask: Tensor | None, options: Options) -> Iterator[_Heads]:
+    """Cuts the problem into groups of heads whose tiles hold about MAX_TILE_SCORES scores.
+
+    Their ranges of the batch are some of the mask's batch, or all of it, once or several times.
+    """
     batch, n_heads, q_len, _ = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     group = n_heads // kv_heads
@@ -420,10 +437,16 @@ def _head_groups(query: Tensor, key: Tensor, options: Options) -> Iterator[_Head
     rows = min(rows, max(1, MAX_TILE_SCORES // (group * kv_len)))
     kv_heads_at_once = min(kv_heads, max(1, MAX_TILE_SCORES // (group * rows * kv_len)))
     batches = min(batch, max(1, MAX_TILE_SCORES // (n_heads * rows * kv_len)))
-    for b in range(0, batch, batches):
-        for h in range(0, kv_heads, kv_heads_at_once):
-            stop = min(h + kv_heads_at_once, kv_heads)
-            yield _Heads(slice(b, min(b + batches, batch)), slice(h, stop), slice(h * group, stop * group), rows)
+    period = 1 if attn_mask is None else attn_mask.shape[0]
+    whole = max(period, batches // period * period)
+    ranges = [
+        slice(b, min(b + batches, first + whole, batch))
+        for first in range(0, batch, whole)
+        for b in range(first, min(first + whole, batch), batches)
+    ]
+    for at_once, h in itertools.product(ranges, range(0, kv_heads, kv_heads_at_once)):
+        stop = min(h + kv_heads_at_once, kv_heads)
+        yield _Heads(at_once, slice(h, stop), slice(h * group, stop * group), rows)
 
 
 def _tiles(heads: _Heads, q_len: int, kv_len: int, options: Options) -> Iterator[_Tile]:
@@ -454,13 +477,14 @@ def _probabilities(
         tanh = scores.div_(options.softcap).tanh_()
         scores = tanh * options.softcap
 
-    hidden = visible = None  # the scores that are masked; how many are not, per row (None: all)
+    hidden = visible = mask = None  # the scores that are masked; how many are not, per row (None: all)
     if attn_mask is not None:
-        mask = _cut(attn_mask, *tile)
+        mask = _cut_mask(attn_mask, tile)
         if mask.dtype == torch.bool:
             hidden = ~mask
         else:
-            scores += mask
+            by_mask = _by_mask(scores, mask)
+            by_mask += mask
             # In float32: -5000 is no bfloat16.
             hidden = mask.float() <= MASKED_SCORE
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -478,10 +502,12 @@ def _probabilities(
 
     row_bias: float | Tensor = options.const_bias
     if options.visible_bias:
-        if attn_mask is not None and hidden is not None:
+        if mask is not None and hidden is not None:
             # A mask that is broadcast over the keys has one column for all of them.
             columns = shape[3] if hidden.shape[-1] == 1 else 1
             visible = (~hidden).sum(-1, keepdim=True) * columns
+            if 1 < len(visible) < shape[0]:
+                visible = visible.repeat(shape[0] // len(visible), 1, 1, 1)
         if visible is None:
             row_bias -= math.log(kv_len)
         else:
@@ -491,7 +517,8 @@ def _probabilities(
     scores += row_bias
     p = scores.sigmoid_()
     if hidden is not None:
-        p.masked_fill_(hidden.expand_as(p), 0.0)  # several times faster than to broadcast inside it
+        by_mask = p if mask is None else _by_mask(p, mask)
+        by_mask.masked_fill_(hidden.expand_as(by_mask), 0.0)  # several times faster than to broadcast inside it
     return p, tanh
 
 

@@ -78,7 +78,7 @@ UNSPECIALIZED = (
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for dim in "bhn"),
     *("stride_sum_b", "stride_sum_h", "stride_sum_n", "stride_floor_b", "stride_floor_h", "stride_out_h"),
     *("heads", "group", "q_len", "kv_len", "left", "right", "scale", "softcap", "const_bias", "dropout_p"),
-    *("stride_split", "splits", "batches", "terms", "terms_per_split", "tiles", "total"),
+    *("stride_split", "splits", "mask_batches", "terms", "terms_per_split", "tiles", "total"),
 )
 """Scalars whose value (1, a multiple of 16) must not compile another kernel. Strides of operands come in units of 8
 elements, if they allow it, so nothing is lost."""
@@ -344,7 +344,7 @@ def is_edge(
 def bias_kernel(
     out, bias, count, cu_q, cu_k, stride_out_h,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    heads, q_len, kv_len, left, right, const_bias,
+    mask_batches, heads, q_len, kv_len, left, right, const_bias,
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +357,7 @@ def bias_kernel(
     if bias is not None:
         bias += batch64 * stride_bias_b + head64 * stride_bias_h
     if count is not None:
-        count += batch64 * stride_count_b + head64 * stride_count_h
+        count += (batch % mask_batches).to(tl.int64) * stride_count_b + head64 * stride_count_h
     if cu_q is not None:
         q_start = tl.load(cu_q + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -383,7 +383,7 @@ def count_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """count[b, h, i] = the keys that row i sees: in its band, and not masked."""
+    """count[b, h, i] = the keys that row i sees: in its band, and not masked. b and h: of the mask."""
     blocks = tl.cdiv(q_len, BLOCK_M)
     start = tl.program_id(0) % blocks * BLOCK_M
     head = (tl.program_id(0) // blocks) % heads

@@ -30,7 +30,8 @@ def register_folding(op: AttentionOp) -> None:
             return loop(info, in_dims, *inputs, **options)
         size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
         tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:3], in_dims, strict=False)]
-        tensors += [_fold_broadcast(*each, size, batch) for each in zip(inputs[3:5], in_dims[3:], strict=False)]
+        bias, mask = zip(inputs[3:5], in_dims[3:5], strict=True)
+        tensors += [_fold_broadcast(*bias, size, batch), _fold_mask(*mask, size, batch)]
         return op.op(*tensors, **options).unflatten(0, (size, batch)), 0
 
     def backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
@@ -39,15 +40,17 @@ def register_folding(op: AttentionOp) -> None:
         needs = inputs[-1]
         size, batch = info.batch_size, _batch(inputs[1], in_dims[1])
         tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:4], in_dims, strict=False)]
-        for tensor, dim, needed in zip(inputs[4:6], in_dims[4:], needs[3:], strict=False):
-            tensors.append(_fold_broadcast(tensor, dim, size, batch, shared=not needed))
+        bias, mask = zip(inputs[4:6], in_dims[4:6], strict=True)
+        tensors.append(_fold_broadcast(*bias, size, batch, shared=not needs[3]))
+        tensors.append(_fold_mask(*mask, size, batch, shared=not needs[4]))
         grads = op.backward_op(*tensors, None, needs, **options)
         results, out_dims = [], []
         for grad, tensor, dim, needed in zip(grads, inputs[1:6], in_dims[1:6], needs, strict=True):
             if needed and tensor is not None:
+                own = _batch(tensor, dim)
                 grad = grad.unflatten(0, (size, batch))
-                if _batch(tensor, dim) != batch:
-                    grad = grad.sum(1, keepdim=True)
+                if own != batch:
+                    grad = grad.unflatten(1, (batch // own, own)).sum(1)
             results.append(grad)
             out_dims.append(0 if needed and tensor is not None else None)
         return tuple(results), tuple(out_dims)
@@ -98,3 +101,16 @@ def _fold_broadcast(
     own = _batch(tensor, dim)
     mapped = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
     return mapped.expand(size, batch if own == 1 else own, *mapped.shape[2:]).flatten(0, 1)
+
+
+def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int, shared: bool = True) -> Tensor | None:
+    """As _fold_broadcast, for a mask [b, ...] of each, where b divides batch."""
+    if mask is not None:
+        own = _batch(mask, dim)
+        if own > 1 and batch % own == 0:
+            if shared and dim is None:
+                return mask  # element s * batch + i has mask (s * batch + i) % b, which is i % b
+            mapped = mask.unsqueeze(0) if dim is None else mask.movedim(dim, 0)
+            repeated = mapped.unsqueeze(1).expand(size, batch // own, *mapped.shape[1:])
+            return repeated.flatten(0, 2)
+    return _fold_broadcast(mask, dim, size, batch, shared)

@@ -1,10 +1,11 @@
 """Follows the axes of tensors as products of labels, through views that merge and split them.
 
-A label is an axis that means one thing: a batch axis, the heads, the queries, the keys, head_dim. An axis of a tensor is a
-tuple of labels, outer first: () has size 1 (or is broadcast), two labels are two axes merged by a reshape. Where a
+A label is an axis that means one thing: a batch axis, the heads, the queries, the keys, head_dim. An axis of a tensor
+is a tuple of labels, outer first: () has size 1 (or is broadcast), two labels are two axes merged by a reshape. Where a
 reshape splits an axis that was taken for one label, the label splits, in every tensor at once. So a product of
 [batch*heads, length, head_dim] whose scores are viewed as [batch, heads, length, length] has the same labels as one of
-[batch, heads, length, head_dim]; and a key whose heads were repeated by expand and reshape lacks the label of the groups.
+[batch, heads, length, head_dim]; and a key whose heads were repeated by expand and reshape lacks the label of the
+groups.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Labels:
             return self._reshaped(axes, before, after)
         mapped = axis_map(node, source) if op_name(node) in _FOLLOWED else None
         if mapped is None or any(
-            axis is None and before[i] != 1 or (axis is not None and before[i] not in (1, after[axis]))
+            (axis is None and before[i] != 1) or (axis is not None and before[i] not in (1, after[axis]))
             for i, axis in enumerate(mapped)
         ):
             return None
@@ -159,11 +160,12 @@ _VIEWS = frozenset(
     "permute transpose swapaxes swapdims t mT numpy_T movedim moveaxis unsqueeze squeeze contiguous clone alias".split()
 )
 COPIES = frozenset({"contiguous", "clone", "repeat_interleave"})
-_BROADCASTS = frozenset({"expand", "expand_as", "broadcast_to"})
-UNDONE = _VIEWS | _BROADCASTS  # what can be left out above an operand
+CASTS = frozenset("to _to_copy type_as float half bfloat16 double".split())
+BROADCASTS = frozenset({"expand", "expand_as", "broadcast_to"})
+UNDONE = _VIEWS | BROADCASTS  # what can be left out above an operand
 _FOLLOWED = (_VIEWS | ELEMENTWISE) - frozenset(
-    "roll flip slice narrow index_select gather take_along_dim constant_pad_nd pad slice_scatter cat concat concatenate "
-    "tril triu index_put masked_scatter copy".split()
+    "roll flip slice narrow index_select gather take_along_dim constant_pad_nd pad slice_scatter cat concat "
+    "concatenate tril triu index_put masked_scatter copy detach".split()
 )
 
 
@@ -188,11 +190,10 @@ def contraction(
     if rank_left < 2 or rank_right < 2:
         return None
     batch: list[Hashable] = list(range(rank - 2))
-    outer, inner = ["inner", "column"], ["column", "inner"]
     return (
         left,
         right,
         [*batch[len(batch) - (rank_left - 2) :], "row", "inner"],
-        [*batch[len(batch) - (rank_right - 2) :], *(inner if name == "linear" else outer)],
+        [*batch[len(batch) - (rank_right - 2) :], *(["column", "inner"] if name == "linear" else ["inner", "column"])],
         [*batch, "row", "column"],
     )

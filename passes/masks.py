@@ -1,8 +1,8 @@
 """Proves from the graph that builds a mask what the mask is: a conjunction of half-planes and of tensors.
 
-A mask [..., M, N] that comparisons of ``arange``, ``tril`` or ``triu`` make is a band around a diagonal; the kernels take
-a band as two numbers, and skip the blocks outside of it. A mask of keys ([batch, 1, 1, N], padding) that was combined with
-it stays a tensor of its own small shape. What is not proved stays the tensor that it is.
+A mask [..., M, N] that comparisons of ``arange``, ``tril`` or ``triu`` make is a band around a diagonal; the kernels
+take a band as two numbers, and skip the blocks outside of it. A mask of keys ([batch, 1, 1, N], padding) that was
+combined with it stays a tensor of its own small shape. What is not proved stays the tensor that it is.
 
 A proof must hold for every size of a dynamic graph, of which the shadow shows one. So numbers that may depend on a
 symbolic size prove nothing; only ``arange``'s end and the sizes of constants may, for they do not enter the values.
@@ -81,12 +81,12 @@ class Masks:
             terms = _terms_where(found, lambda value: bool(value) == where)
         return (dataclasses.replace(_itself(node), inverted=not where),) if terms is None else terms
 
-    def visible_by_sum(self, node: torch.fx.Node) -> tuple[Term, ...] | None:
-        """The terms that hold where a tensor that is added to scores is 0, if it masks all others; else None."""
+    def visible_by_sum(self, node: torch.fx.Node, factor: float) -> tuple[Term, ...] | None:
+        """The terms that hold where a tensor is 0 that, times ``factor``, is added to scores, if it masks the others."""
         found = self.known(node)
         if isinstance(found, Constant) and found.value == 0:
             return ()
-        if isinstance(found, Mask) and min(found.true, found.false) <= MASKED_SCORE:
+        if isinstance(found, Mask) and min(found.true * factor, found.false * factor) <= MASKED_SCORE:
             return _terms_where(found, lambda value: value == 0)
         return None
 
@@ -246,9 +246,9 @@ class Masks:
         # A mask, masked again.
         if isinstance(first, Mask) and isinstance(second, Constant) and second.value == first.false:
             return dataclasses.replace(first, terms=(*held.terms, *first.terms))
-        if isinstance(second, Mask) and isinstance(first, Constant) and first.value == second.false:
-            if len(held.terms) == 1:
-                return dataclasses.replace(second, terms=(_opposite(held.terms[0]), *second.terms))
+        again = isinstance(second, Mask) and isinstance(first, Constant) and first.value == second.false
+        if again and len(held.terms) == 1:
+            return dataclasses.replace(second, terms=(_opposite(held.terms[0]), *second.terms))
         return None
 
     def _triangle(self, node: torch.fx.Node, name: str) -> Known:

@@ -67,6 +67,11 @@ def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
     return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph), None)
 
 
+def rename(node: torch.fx.Node, graph: torch.fx.Graph, replacement: torch.fx.Node) -> None:
+    """From now on, the node of ``graph`` whose value the shadow node ``node`` is, is ``replacement``."""
+    node.meta[_SAME] = [replacement, *(same for same in node.meta.get(_SAME, ()) if same.graph is not graph)]
+
+
 class _Stamping(torch.fx.Interpreter):
     """Runs a graph under tracing, and stamps each traced node with the node that is being run."""
 

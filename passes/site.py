@@ -1,4 +1,4 @@
-"""What the passes talk about: a softmax attention found in a graph, and a softmax that was left alone."""
+"""What the passes talk about: an attention that was found in a graph, one that was lowered, a softmax left alone."""
 
 from __future__ import annotations
 
@@ -72,6 +72,14 @@ class LeftAlone:
     anchor: torch.fx.Node
     reason: str
     attention: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A site that is now one call of the op: ``node``, in the Dynamo graph, and its operands in words."""
+
+    node: torch.fx.Node
+    operands: str
 
 
 @dataclasses.dataclass(frozen=True)

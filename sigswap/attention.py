@@ -356,6 +356,11 @@ def _four_dims_broadcast(name: str, tensor: Tensor, leading: tuple[int, ...]) ->
     for _ in range(max(4, dims) - tensor.dim()):
         tensor = tensor.unsqueeze(0)
     if tensor.dim() == 4:
+        # The op would repeat a mask of fewer batches, which is not what broadcasting does.
+        if tensor.shape[0] != 1 and tensor.shape[0] != leading[0]:
+            raise ArgumentError(
+                f"{name} {list(tensor.shape)} must broadcast to query's batch dimensions {list(leading[:-1])}."
+            )
         return tensor
     if any(size != 1 for size in tensor.shape[:-3]):
         try:

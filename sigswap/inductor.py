@@ -1,7 +1,7 @@
 """Lowering under plain ``torch.compile``: sigswap's pass in inductor's own hook for passes before autograd.
 
-``torch.compile(converted_model)`` without ``backend="sigswap"`` runs each ``scaled_dot_product_attention`` that was swapped
-as FlashSigmoid already; attention that computes its own scores runs unfused, unless this pass lowers it.
+``torch.compile(converted_model)`` without ``backend="sigswap"`` runs each ``scaled_dot_product_attention`` that was
+swapped as FlashSigmoid already; attention that computes its own scores runs unfused, unless this pass lowers it.
 """
 
 from __future__ import annotations

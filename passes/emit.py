@@ -1,0 +1,481 @@
+"""Writes a matched attention into its Dynamo graph as one call of ``sigswap::sigmoid_attention``."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from sigswap.passes.axes import op_name
+from sigswap.passes.labels import BROADCASTS, CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels
+from sigswap.passes.masks import Masks
+from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, is_edit, visible_of
+from sigswap.passes.normalize import rename, same_in, source_of
+from sigswap.passes.site import Lowered
+
+OP = torch.ops.sigswap.sigmoid_attention.default
+# Calls that change what a call between them does.
+_REGIONS = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
+_WHERE = "nn_module_stack", "stack_trace", "source_fn_stack"
+
+
+class Emission:
+    """Writes one call of the op, in the place of a path of nodes."""
+
+    def __init__(self, call: Call, masks: Masks) -> None:
+        """Raises Refused: the attention's nodes cannot be had, or not be had where the op would be called."""
+        self.asked, self.labels, self.masks = call, call.labels, masks
+        source = source_of(call.path[-1])
+        if source is None:
+            raise Refused("its output is not in the graph")
+        self.graph = source.graph
+        self.static: dict[Label, bool] = {}  # whether a label has the same size in every call
+        self.output, self.trail = self._output(call.output)
+        self.query = self._base(call.query, upcast=True)
+        self.key, self.value = self._key_and_value()
+        for operand in (self.query, self.key, self.value, self.output):
+            self._learn(operand)
+        # Every label is whole from here on: what follows splits none.
+        whole = self.labels.whole
+        self.rows, self.keys, self.head_dim = whole(call.rows), whole(call.keys), whole(call.head_dim)
+        self.value_dim = whole(call.value_dim)
+        batch = [label for label in self._set_of(self.output) if label not in (*self.rows, *self.value_dim)]
+        self.outer, self.heads = self._heads(batch)
+        self.scores = self.outer, self.heads, self.rows, self.keys
+        self._check_region()
+        self._check_edits()
+
+    def emit(self) -> Lowered:
+        """Raises Refused, and leaves the graph as it was."""
+        last = self.output.node
+        target = same_in(last, self.graph)
+        assert target is not None
+        before = target.prev
+        with self.graph.inserting_before(target):
+            try:
+                result, words = self._write()
+                final = self._arrange(result, (self.outer, self.heads, self.rows, self.value_dim), self.output.axes)
+            except Refused:
+                while target.prev is not before:
+                    self.graph.erase_node(target.prev)
+                raise
+            if last.meta["val"].dtype != self.dtype:
+                final = final.to(last.meta["val"].dtype)
+        added = target.prev
+        while added is not before:
+            added.meta.update({name: target.meta[name] for name in _WHERE if name in target.meta})
+            added = added.prev
+        final.node.meta.update(target.meta)
+        target.replace_all_uses_with(final.node)
+        self._erase()
+        rename(last, self.graph, final.node)
+        return Lowered(result.node, words)
+
+    # Which nodes to read.
+
+    def _base(self, operand: Operand, *, repeated: bool = False, upcast: bool = False) -> Operand:
+        """The operand without the copies and transposes above it, as a tensor that the Dynamo graph has.
+
+        ``repeated``: without what repeats it along an axis, too. ``upcast``: without casts from half precision, too.
+        """
+        best = operand if same_in(operand.node, self.graph) is not None else None
+        current, copied = operand, False
+        while True:
+            node, name = current.node, op_name(current.node)
+            source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+            repeats, casts = name in BROADCASTS or name == "repeat_interleave", _is_upcast(node)
+            if source is None or not (name in UNDONE or name in RESHAPES or name in COPIES or casts):
+                break
+            if (repeats and not repeated) or (casts and not upcast):
+                break
+            axes = current.axes if casts else self.labels.above(node, source, current.axes)
+            if axes is None:
+                break
+            copied |= repeats or casts or name in COPIES or _moves(node, source)
+            current = Operand(source, axes, operand.factor)
+            if same_in(source, self.graph) is None:
+                continue
+            # Above a copy: that much is gained. Above a transpose: the op has its axes in another order anyway.
+            if copied or best is None or (name in UNDONE and all(len(axis) <= 1 for axis in axes)):
+                best = current
+        if best is None:
+            raise Refused("its operands are inside of a function that the graph holds as a whole")
+        return best
+
+    def _key_and_value(self) -> tuple[Operand, Operand]:
+        """Both without what repeats their heads, if both are repeated alike."""
+        call = self.asked
+        plain = self._base(call.key, upcast=True), self._base(call.value)
+        key, value = self._base(call.key, repeated=True, upcast=True), self._base(call.value, repeated=True)
+        own = {*self.labels.whole(call.rows), *self.labels.whole(call.head_dim)}
+        query = set(self._set_of(call.query))
+        missing = [query - own - set(self._set_of(operand)) for operand in (key, value)]
+        return (key, value) if missing[0] == missing[1] else plain
+
+    def _set_of(self, operand: Operand) -> list[Label]:
+        return [label for axis in self.labels.axes(operand.axes) for label in axis]
+
+    def _heads(self, batch: Sequence[Label]) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
+        """The labels of the op's batch and heads. The queries that share a key are the inner part of the heads."""
+        shared = [label for label in batch if label not in self._set_of(self.key)]
+        if shared != [label for label in batch if label not in self._set_of(self.value)]:
+            raise Refused("its keys and values are shared by different heads")
+        if not shared or len(shared) == len(batch):
+            return tuple(batch[:-1]), tuple(batch[-1:])
+        end = max(batch.index(label) for label in shared) + 1
+        start = end - 1
+        while start > 0 and batch[start - 1] in shared:
+            start -= 1
+        start = max(start - 1, 0)
+        return (*batch[:start], *batch[end:]), tuple(batch[start:end])
+
+    def _output(self, output: Operand) -> tuple[Operand, list[torch.fx.Node]]:
+        """The output, or a view that is its only use and has plain axes; and the views up to it."""
+        seen = [output]
+        while len(seen[-1].node.users) == 1:
+            user = next(iter(seen[-1].node.users))
+            if op_name(user) not in (RESHAPES | UNDONE) - BROADCASTS:
+                break
+            axes = self.labels.through(user, seen[-1].node, seen[-1].axes)
+            if axes is None:
+                break
+            seen.append(Operand(user, axes))
+        known = [operand for operand in seen if same_in(operand.node, self.graph) is not None]
+        if not known:
+            raise Refused("its output is inside of a function that the graph holds as a whole")
+        plain = [operand for operand in known if all(len(axis) <= 1 for axis in self.labels.axes(operand.axes))]
+        best = (plain or known)[0]
+        return best, [operand.node for operand in seen[1 : seen.index(best) + 1]]
+
+    # Checks.
+
+    def _check_region(self) -> None:
+        """The op is called where the output was: what its inputs met on the way must hold there."""
+        first, node = source_of(self.asked.path[0]), same_in(self.output.node, self.graph)
+        if first is None or first.graph is not self.graph:
+            raise Refused("its scores and its output are in different graphs (a checkpoint between them)")
+        while node is not None and node is not first and node.op != "root":
+            if op_name(node) in _REGIONS or getattr(node.target, "__name__", "") in _REGIONS:
+                raise Refused("autocast or gradients are switched on or off between its scores and its output")
+            node = node.prev
+
+    def _check_edits(self) -> None:
+        """No tensor that the op will read may be written to after it was first read."""
+        found = self.asked.modifiers
+        operands = [self.query, self.key, self.value, *found.terms]
+        operands += [operand for operand, _ in found.query_factors + found.key_factors]
+        nodes = [operand.node for operand in operands] + [visible.term.node for visible in found.masks]
+        order = {node: number for number, node in enumerate(self.output.node.graph.nodes)}
+        read: dict[torch.fx.Node, int] = {}
+        for node in nodes:
+            read[_root(node)] = min(order[node], read.get(_root(node), order[node]))
+        for node, number in order.items():
+            if number < order[self.output.node] and is_edit(node) and node not in self.asked.path:
+                edited = [_root(arg) for arg in node.args if isinstance(arg, torch.fx.Node)][:1]
+                if any(number > read.get(root, number) for root in edited):
+                    raise Refused("one of its operands is edited in place before its output")
+
+    def _learn(self, operand: Operand) -> None:
+        node = same_in(operand.node, self.graph)
+        value = node.meta.get("example_value", node.meta.get("val")) if node is not None else None
+        if not isinstance(value, torch.Tensor):
+            return
+        for axis, size in zip(self.labels.axes(operand.axes), value.shape, strict=True):
+            if isinstance(size, int):
+                self.static.update(dict.fromkeys(axis, True))
+            elif len(axis) == 1:
+                self.static.setdefault(axis[0], False)
+
+    # The call. Tensors are torch.fx proxies: what is done to them is written into the graph.
+
+    def _write(self) -> tuple[torch.fx.Proxy, str]:
+        """The call, and its operands in words."""
+        call, found = self.asked, self.asked.modifiers
+        k, shared = self._canonical(self.key, (self.outer, self.heads, self.keys, self.head_dim))
+        v, value_shared = self._canonical(self.value, (self.outer, self.heads, self.keys, self.value_dim))
+        q, own = self._canonical(self.query, (self.outer, self.heads, self.rows, self.head_dim))
+        if own[1] != self.heads or (own[0] != self.outer and shared[0] != self.outer):
+            raise Refused("its queries lack a batch axis of its keys")
+        q = self._filled(q, 0, own[0], self.outer, k)
+        k, v = self._filled(k, 0, shared[0], self.outer, q), self._filled(v, 0, value_shared[0], self.outer, q)
+        repeated = shared[1] != self.heads
+        if shared[1] != self.heads[: len(shared[1])] or value_shared[1] != shared[1]:
+            raise Refused("its keys are shared by heads that are not neighbours")
+        dtypes = [operand.node.meta["val"].dtype for operand in (self.query, self.key, self.value)]
+        self.dtype = functools.reduce(torch.promote_types, dtypes)
+        q, k, v = (x if dtype == self.dtype else x.to(self.dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
+        for operand, divides in found.query_factors:
+            q = self._times(q, operand, (self.outer, self.heads, self.rows, ()), divides)
+        for operand, divides in found.key_factors:
+            if repeated:
+                raise Refused("its scores are multiplied by a tensor over keys that several heads share")
+            k = self._times(k, operand, (self.outer, self.heads, self.keys, ()), divides)
+        bias, attn_mask, band, mask_words = self._masks(found, q)
+        seed = None
+        if call.dropout_p:
+            seed = None if call.seed is None else same_in(call.seed, self.graph)
+            if seed is None:
+                device = self.query.node.meta["val"].device
+                seed = self._call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
+        cap = found.cap
+        if cap is not None and cap <= 0:
+            raise Refused("its soft cap is not positive")
+        scale = found.scale if cap is None else found.scale * cap
+        words = [f"scale {scale:.4g}", *mask_words]
+        words += [f"soft cap {cap:.4g}"] if cap is not None else []
+        words += ["row bias"] if bias is not None else []
+        words += [f"{self.labels.size(self.heads)} heads over {self.labels.size(shared[1])}"] if repeated else []
+        words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
+        result = self._call(
+            OP,
+            q,
+            k,
+            v,
+            bias,
+            attn_mask,
+            seed,
+            scale=scale,
+            const_bias=found.const_bias,
+            visible_bias=call.visible_bias,
+            **band,
+            softcap=cap or 0.0,
+            dropout_p=call.dropout_p,
+        )
+        return result, ", ".join(words)
+
+    def _masks(
+        self, found: Modifiers, q: torch.fx.Proxy
+    ) -> tuple[torch.fx.Proxy | None, torch.fx.Proxy | None, dict[str, Any], list[str]]:
+        """Row bias, attn_mask, the options of the band, and words for them."""
+        bias = additive = boolean = None
+        visible = list(found.masks)
+        for term in found.terms:
+            terms = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
+            if terms is not None:
+                visible += [visible_of(each, term.axes) for each in terms]
+                continue
+            tensor = self._broadcast(term, q)
+            tensor = tensor if term.factor == 1.0 else tensor * term.factor
+            if self.keys and not set(self._set_of(term)) & set(self.keys):
+                bias = tensor if bias is None else bias + tensor
+            else:
+                additive = tensor if additive is None else additive + tensor
+        left, right = found.left, found.right
+        for each in visible:
+            side, distance = _band(each, self.labels, self.rows, self.keys)
+            if side == "right":
+                right = distance if right < 0 else min(right, distance)
+            elif side == "left":
+                left = distance if left < 0 else min(left, distance)
+            elif side == "tensor":
+                tensor = self._broadcast(Operand(each.term.node, each.own), q)
+                if each.term.inverted:
+                    tensor = self._call(torch.logical_not, tensor)
+                boolean = tensor if boolean is None else boolean & tensor
+        words = ["causal"] if right == 0 else []
+        words += [f"window ({left}, {right})"] if left >= 0 or right > 0 else []
+        if additive is not None:
+            words.append("additive mask")
+            if boolean is not None:
+                additive = additive.masked_fill(self._call(torch.logical_not, boolean), -math.inf)
+                words.append("with a boolean one")
+        elif boolean is not None:
+            words.append("boolean mask")
+        band = {"is_causal": right == 0, "window_left": left, "window_right": right if right > 0 else -1}
+        return bias, boolean if additive is None else additive, band, words
+
+    def _broadcast(self, operand: Operand, q: torch.fx.Proxy) -> torch.fx.Proxy:
+        """A mask or a bias as [B|1, H|1, M|1, N|1]."""
+        if same_in(operand.node, self.graph) is None:
+            operand = self._base(operand, repeated=True)
+        tensor, present = self._canonical(operand, self.scores)
+        for dim in (0, 1):
+            if present[dim]:
+                tensor = self._filled(tensor, dim, present[dim], self.scores[dim], q)
+        if any(present[dim] and present[dim] != self.scores[dim] for dim in (2, 3)):
+            raise Refused("one of its masks has a part of an axis")
+        return tensor
+
+    def _times(
+        self, tensor: torch.fx.Proxy, operand: Operand, groups: tuple[tuple[Label, ...], ...], divides: bool
+    ) -> torch.fx.Proxy:
+        """Query or key, times a tensor of the scores that does not vary along the other's length."""
+        factor, present = self._canonical(operand, groups)
+        for dim in (0, 1):
+            if present[dim]:
+                factor = self._filled(factor, dim, present[dim], groups[dim], tensor)
+        result = tensor / factor if divides else tensor * factor
+        return result if operand.node.meta["val"].dtype == self.dtype else result.to(self.dtype)
+
+    def _canonical(
+        self, operand: Operand, groups: tuple[tuple[Label, ...], ...]
+    ) -> tuple[torch.fx.Proxy, list[tuple[Label, ...]]]:
+        """The operand with one axis per group, and the labels in each of them (broadcast: none)."""
+        node = same_in(operand.node, self.graph)
+        if node is None:
+            raise Refused("its operands are inside of a function that the graph holds as a whole")
+        self._learn(operand)
+        tensor = torch.fx.Proxy(node, torch.fx.proxy.GraphAppendingTracer(self.graph))
+        units = list(self.labels.axes(operand.axes))
+        tensor, units = self._exploded(tensor, units, groups)
+        kept = [i for i, unit in enumerate(units) if unit]
+        if len(kept) < len(units):
+            tensor = tensor.squeeze(tuple(i for i in range(len(units)) if i not in kept))
+            units = [units[i] for i in kept]
+        order, counts, present = [], [], []
+        for group in groups:
+            members = sorted(
+                (i for i, unit in enumerate(units) if unit[0] in group), key=lambda i: group.index(units[i][0])
+            )
+            order += members
+            counts.append(len(members))
+            present.append(tuple(label for i in members for label in units[i]))
+        if sorted(order) != list(range(len(units))):
+            raise Refused("one of its operands has an axis that is none of batch, heads, rows and keys")
+        return self._joined(tensor, order, counts), present
+
+    def _arrange(self, tensor: torch.fx.Proxy, groups: tuple[tuple[Label, ...], ...], axes: Axes) -> torch.fx.Proxy:
+        """``tensor``, with one axis per group, with the axes given."""
+        targets = self.labels.axes(axes)
+        units = list(groups)
+        tensor, units = self._exploded(tensor, units, targets)
+        kept = [i for i, unit in enumerate(units) if unit]
+        if len(kept) < len(units):
+            tensor = tensor.squeeze(tuple(i for i in range(len(units)) if i not in kept))
+            units = [units[i] for i in kept]
+        order, counts = [], []
+        for target in targets:
+            members = sorted(
+                (i for i, unit in enumerate(units) if unit[0] in target), key=lambda i: target.index(units[i][0])
+            )
+            order += members
+            counts.append(len(members))
+        return self._joined(tensor, order, counts)
+
+    def _exploded(
+        self, tensor: torch.fx.Proxy, units: list[tuple[Label, ...]], groups: Sequence[tuple[Label, ...]]
+    ) -> tuple[torch.fx.Proxy, list[tuple[Label, ...]]]:
+        """Splits each axis that is not a part of one group."""
+        result: list[tuple[Label, ...]] = []
+        for unit in units:
+            if len(unit) <= 1 or any(unit == group[i : i + len(unit)] for group in groups for i in range(len(group))):
+                result.append(unit)
+                continue
+            unknown = [label for label in unit if not self.static.get(label, False)]
+            if len(unknown) > 1:
+                raise Refused("an axis of one of its operands merges several sizes that vary")
+            sizes = [-1 if label in unknown else self.labels.size([label]) for label in unit]
+            tensor = tensor.unflatten(len(result), sizes)
+            result += [(label,) for label in unit]
+        return tensor, result
+
+    def _joined(self, tensor: torch.fx.Proxy, order: list[int], counts: list[int]) -> torch.fx.Proxy:
+        """Permutes by ``order``, and makes one axis of each run of as many axes as ``counts`` says."""
+        if order != list(range(len(order))):
+            tensor = tensor.permute(*order)
+        for axis, count in enumerate(counts):
+            if count == 0:
+                tensor = tensor.unsqueeze(axis)
+            elif count > 1:
+                tensor = tensor.flatten(axis, axis + count - 1)
+        return tensor
+
+    def _filled(
+        self,
+        tensor: torch.fx.Proxy,
+        dim: int,
+        present: tuple[Label, ...],
+        group: tuple[Label, ...],
+        q: torch.fx.Proxy,
+    ) -> torch.fx.Proxy:
+        """Expands ``dim``, of which the labels ``present`` are there, to the whole group."""
+        if present == group:
+            return tensor
+        sizes = [-1, -1, -1, -1]
+        if not present:
+            sizes[dim] = q.size(dim)
+            return tensor.expand(*sizes)
+        inner = present == group[: len(present)]  # what is missing is inside
+        if not inner and present != group[len(group) - len(present) :]:
+            raise Refused("one of its masks lacks a part of the batch")
+        missing = self._call(operator.floordiv, q.size(dim), tensor.size(dim))
+        at = dim + inner
+        sizes.insert(at, missing)
+        return tensor.unsqueeze(at).expand(*sizes).flatten(dim, dim + 1)
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.fx.Proxy:
+        def unwrap(value: Any) -> Any:
+            return value.node if isinstance(value, torch.fx.Proxy) else value
+
+        node = self.graph.call_function(
+            function, tuple(unwrap(arg) for arg in args), {name: unwrap(arg) for name, arg in kwargs.items()}
+        )
+        return torch.fx.Proxy(node, torch.fx.proxy.GraphAppendingTracer(self.graph))
+
+    def _erase(self) -> None:
+        """Erases what was replaced: above all dropout, which would go on drawing random numbers."""
+        sources = [same_in(node, self.graph) for node in self.trail] + [source_of(node) for node in self.asked.path]
+        for node in sorted({x for x in sources if x is not None and x.graph is self.graph}, reverse=True):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+
+
+# Small questions about nodes.
+
+
+def _band(visible: Visible, labels: Labels, rows: tuple[Label, ...], keys: tuple[Label, ...]) -> tuple[str, int]:
+    """What a term lets a row see: ("right", r): keys up to row + r; ("left", l): keys from row - l on; ("all", 0); or
+    ("tensor", 0): what its tensor says."""
+    half = visible.term.half
+    if half is None:
+        return "tensor", 0
+    row_step = key_step = 0
+    for step, axis in zip(half.steps, labels.axes(visible.axes), strict=True):
+        if axis and step and axis not in (rows, keys):
+            return "tensor", 0
+        row_step += step if axis == rows and axis else 0
+        key_step += step if axis == keys and axis else 0
+    if row_step == key_step == 0:
+        return ("all" if half.offset >= 0 else "tensor"), 0
+    # With one row, whose number is 0, its step does not matter.
+    if half.offset >= 0 and key_step == -1 and (row_step == 1 or not rows):
+        return "right", half.offset
+    if half.offset >= 0 and key_step == 1 and (row_step == -1 or not rows):
+        return "left", half.offset
+    return "tensor", 0
+
+
+def _is_upcast(node: torch.fx.Node) -> bool:
+    """Whether ``node`` casts from half precision to a wider type: a product of such numbers is exact in both."""
+    if op_name(node) not in CASTS:
+        return False
+    source, result = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    return source in (torch.float16, torch.bfloat16) and result in (torch.float32, torch.float64)
+
+
+def _moves(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """Whether a reshape has to copy its tensor."""
+    if op_name(node) not in RESHAPES:
+        return False
+    try:
+        source.meta["val"].view(node.meta["val"].shape)
+    except (RuntimeError, ValueError):
+        return True
+    return False
+
+
+_ALIASES = (
+    UNDONE | RESHAPES | frozenset("slice select narrow getitem unbind split split_with_sizes chunk detach".split())
+)
+
+
+def _root(node: torch.fx.Node) -> torch.fx.Node:
+    """The node whose memory ``node`` is, or may be."""
+    while (op_name(node) in _ALIASES or is_edit(node)) and node.args and isinstance(node.args[0], torch.fx.Node):
+        node = node.args[0]
+    return node

@@ -1,0 +1,506 @@
+"""Reads a sigmoid attention off a shadow graph: query, key, value, and what is done to the scores between them.
+
+Nothing is changed here. A form that the op does not have raises :class:`Refused`, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.fx
+
+from sigswap.passes.axes import axis_map, chain_inputs, op_name, shape_of
+from sigswap.passes.labels import CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels, contraction
+from sigswap.passes.masks import MASKED_SCORE, Masks, Term
+
+
+class Refused(Exception):
+    """Why a site is not lowered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of the shadow, and what its axes are. ``factor``: by which it is to be multiplied."""
+
+    node: torch.fx.Node
+    axes: Axes
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """A term of a mask, with what the axes of the mask are (of ``term.half``), and those of the term's own node."""
+
+    term: Term
+    axes: Axes
+    own: Axes
+
+
+@dataclasses.dataclass
+class Modifiers:
+    """What stands between the product of query and key and the probabilities::
+
+        cap * tanh(scale * query_factors * key_factors * q.k) + const_bias + sum(terms), masked
+
+    without a ``cap``: scale * ..., no tanh. ``left`` and ``right``: a window, as the op has it; a causal mask is one
+    with nothing to the right (0).
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+    const_bias: float = 0.0
+    query_factors: list[tuple[Operand, bool]] = dataclasses.field(default_factory=list)  # (tensor, whether it divides)
+    key_factors: list[tuple[Operand, bool]] = dataclasses.field(default_factory=list)
+    terms: list[Operand] = dataclasses.field(default_factory=list)
+    masks: list[Visible] = dataclasses.field(default_factory=list)
+    fill: float = -math.inf  # the largest score that a masked one has got
+    left: int = -1
+    right: int = -1
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing but scaling came yet."""
+        return self.cap is None and not self.terms and not self.masks and self.const_bias == 0
+
+
+@dataclasses.dataclass
+class Call:
+    """An attention as the op could compute it. ``path``: the nodes of the shadow that it would replace, in order."""
+
+    labels: Labels
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Operand
+    rows: tuple[Label, ...]
+    keys: tuple[Label, ...]
+    head_dim: tuple[Label, ...]
+    value_dim: tuple[Label, ...]
+    modifiers: Modifiers
+    visible_bias: bool
+    dropout_p: float
+    path: list[torch.fx.Node]
+    seed: torch.fx.Node | None = None
+
+
+class Match:
+    """One attention whose scores are in the graph: ``anchor`` makes them, over ``key_axis``, probabilities."""
+
+    def __init__(
+        self, anchor: torch.fx.Node, key_axis: int, product: torch.fx.Node, output: torch.fx.Node, masks: Masks
+    ) -> None:
+        self.anchor, self.key_axis, self.product, self.output, self.masks = anchor, key_axis, product, output, masks
+        self.labels = Labels()
+        self.up = _path_up(anchor, product)
+        self.down = _path_down(anchor, output)
+
+    def call(self) -> Call:
+        """Raises Refused."""
+        self._check_uses()
+        query, key, axes = self._scores()
+        found, axes = self._modifiers(axes)
+        if self.labels.whole(axes[self.key_axis]) != self.labels.whole(self.keys):
+            raise Refused("its sigmoid is not over the keys of the product")
+        visible_bias = self._row_bias(found, axes)
+        axes, dropout_p = self._probabilities(found, axes, visible_bias)
+        value, output, value_dim = self._weighted(axes)
+        return Call(
+            self.labels,
+            query,
+            key,
+            value,
+            output,
+            self.rows,
+            self.keys,
+            self.head_dim,
+            value_dim,
+            found,
+            visible_bias,
+            dropout_p,
+            [*self.up, *self.down],
+        )
+
+    def _check_uses(self) -> None:
+        for node, following in itertools.pairwise([*self.up, *self.down]):
+            others = [user for user in node.users if user is not following]
+            if others:
+                what = "probabilities" if node in self.down or node is self.anchor else "scores"
+                used = "returned" if any(user.op == "output" for user in others) else "used elsewhere"
+                raise Refused(f"its {what} are also {used} (output_attentions, say)")
+            if is_edit(following) and following.args[0] is not node:
+                raise Refused("another tensor is edited in place by its scores")
+        if is_edit(self.product):
+            raise Refused("its scores are added to another tensor in place")
+
+    # The scores.
+
+    def _scores(self) -> tuple[Operand, Operand, Axes]:
+        """Query and key, and the axes of their product."""
+        product = contraction(self.product)
+        if product is None:
+            raise Refused("its scores are a product of a form that is not lowered (a sum, or a layer with a bias)")
+        left, right, names_left, names_right, names_out = product
+        sizes: dict[Any, int] = {}
+        for node, names in ((left, names_left), (right, names_right)):
+            for name, size in zip(names, shape_of(node) or (), strict=True):
+                sizes[name] = max(sizes.get(name, 1), size)
+        by_name = {name: () if size == 1 else (self.labels.new(size),) for name, size in sizes.items()}
+        contracted = [name for name in names_left if name in names_right and name not in names_out]
+        key_name = names_out[_axis_above(self.up, self.key_axis)]
+        if (key_name in names_left) == (key_name in names_right):
+            raise Refused("its sigmoid is not over the keys of the product")
+        query, key = (left, names_left), (right, names_right)
+        if key_name in names_left:
+            query, key = key, query
+        rows = [name for name in names_out if name in query[1] and name not in key[1]]
+        columns = [name for name in names_out if name in key[1] and name not in query[1]]
+        if len(contracted) != 1 or columns != [key_name] or not rows:
+            raise Refused("its product of query and key contracts, or has, several axes of keys")
+        self.rows, self.keys, self.head_dim = by_name[rows[-1]], by_name[key_name], by_name[contracted[0]]
+
+        def operand(node: torch.fx.Node, names: Sequence[Any]) -> Operand:
+            shape = shape_of(node) or ()
+            return Operand(node, tuple(() if n == 1 else by_name[name] for name, n in zip(names, shape, strict=True)))
+
+        return operand(*query), operand(*key), tuple(by_name[name] for name in names_out)
+
+    def _modifiers(self, axes: Axes) -> tuple[Modifiers, Axes]:
+        found = Modifiers()
+        if op_name(self.product) == "baddbmm":
+            found.scale = float(self.product.kwargs.get("alpha", 1))
+            beta = float(self.product.kwargs.get("beta", 1))
+            if beta:
+                found.terms.append(_broadcast(self.product.args[0], axes, beta))
+        for source, node in zip(self.up, self.up[1:], strict=False):
+            if node is self.anchor:
+                break
+            followed = self.labels.through(node, source, axes)
+            if followed is None:
+                raise Refused(f"its scores pass through {op_name(node)}")
+            axes = followed
+            shape = shape_of(node) or ()
+            if any(self.labels.size(axis) != size for axis, size in zip(axes, shape, strict=True)):
+                raise Refused("its scores are broadcast over axes that query and key do not have")
+            self._modify(found, node, source, axes)
+        if found.masks and found.fill > MASKED_SCORE:
+            raise Refused("its masked scores are scaled to values that are not masked")
+        return found, axes
+
+    def _modify(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
+        name, args = op_name(node), node.args
+        if name in UNDONE or name in RESHAPES or name in COPIES:
+            return
+        if name in CASTS:
+            if not node.meta["val"].dtype.is_floating_point:
+                raise Refused("its scores are cast to integers")
+            return
+        if name in ("mul", "multiply", "div", "divide", "true_divide"):
+            divides = name.startswith(("div", "true"))
+            other = args[1] if args[0] is source else args[0]
+            if (
+                (divides and args[0] is not source)
+                or len(args) > 2
+                or node.kwargs.get("rounding_mode")
+                or other is source
+            ):
+                raise Refused(f"its scores pass through {name} in a form that is not lowered")
+            self._scale(found, other, axes, divides)
+        elif name in ("add", "sub", "subtract", "rsub"):
+            self._add(found, node, source, axes)
+        elif name == "tanh":
+            if not found.is_bare:
+                raise Refused("its soft cap comes after masks or a bias")
+            found.cap = 1.0
+        elif name == "masked_fill":
+            self._mask(found, args[1], args[2], axes, inverted=True)
+        elif name == "where":
+            inverted = args[2] is source
+            self._mask(found, args[0], args[1] if inverted else args[2], axes, inverted)
+        elif name in ("clamp", "clamp_min", "clamp_max", "maximum", "minimum"):
+            self._clamp(node, source)
+        else:
+            raise Refused(f"its scores pass through {name}")
+
+    def _scale(self, found: Modifiers, other: Any, axes: Axes, divides: bool) -> None:
+        number = self.masks.constant(other)
+        if number is not None:
+            if divides and number == 0:
+                raise Refused("its scores are divided by 0")
+            factor = 1 / number if divides else number
+            if found.masks and factor <= 0:
+                raise Refused("its masked scores are multiplied by a number that is not positive")
+            found.fill *= factor
+            if found.cap is None:
+                found.scale *= factor
+            else:
+                found.cap *= factor
+            found.const_bias *= factor
+            found.terms = [dataclasses.replace(term, factor=term.factor * factor) for term in found.terms]
+            return
+        if not isinstance(other, torch.fx.Node):
+            raise Refused("its scores are multiplied by a number that is not known")
+        if not found.is_bare:
+            raise Refused("its scores are multiplied by a tensor after a mask or a bias")
+        operand = _broadcast(other, axes)
+        present = {label for axis in self.labels.axes(operand.axes) for label in axis}
+        if not present & set(self.labels.whole(self.keys)):
+            found.query_factors.append((operand, divides))
+        elif not present & set(self.labels.whole(self.rows)):
+            found.key_factors.append((operand, divides))
+        else:
+            raise Refused("its scores are multiplied by a tensor of their own size")
+
+    def _add(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
+        name, (left, right) = op_name(node), node.args[:2]
+        alpha = self.masks.constant(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1))
+        if alpha is None or left is right:
+            raise Refused(f"its scores pass through {name} in a form that is not lowered")
+        first = right is source if name == "rsub" else left is source
+        other = (left if name == "rsub" else right) if first else (right if name == "rsub" else left)
+        if not first and (name != "add" or alpha != 1):
+            raise Refused("its scores are subtracted")
+        sign = alpha if name == "add" else -alpha
+        if name == "rsub" and first:
+            raise Refused("its scores are subtracted")
+        number = self.masks.constant(other)
+        if number is not None and number * sign > MASKED_SCORE:
+            found.const_bias += sign * number
+        elif isinstance(other, torch.fx.Node):
+            found.terms.append(_broadcast(other, axes, sign))
+        else:
+            raise Refused("a number that is not known is added to its scores")
+
+    def _mask(self, found: Modifiers, condition: Any, fill: Any, axes: Axes, inverted: bool) -> None:
+        """``inverted``: masked where the condition is True."""
+        number = self.masks.constant(fill)
+        if number is None or number > MASKED_SCORE:
+            raise Refused("its scores are replaced by other values than a masked score's")
+        found.fill = max(found.fill, number)
+        self._conditions(found, condition, axes, inverted)
+
+    def _conditions(self, found: Modifiers, condition: torch.fx.Node, axes: Axes, inverted: bool) -> None:
+        if condition.meta["val"].dtype != torch.bool:
+            raise Refused("its mask is not boolean")
+        whole = _broadcast(condition, axes).axes
+        found.masks += [visible_of(term, whole) for term in self.masks.visible(condition, not inverted)]
+
+    def _clamp(self, node: torch.fx.Node, source: torch.fx.Node) -> None:
+        """Bounds that a sigmoid does not feel: masked scores stay masked, and from 5000 on it is 1."""
+        name = op_name(node)
+        if name in ("maximum", "minimum"):
+            bound = node.args[1] if node.args[0] is source else node.args[0]
+            bounds = [(bound, None) if name == "maximum" else (None, bound)]
+        elif name == "clamp":
+            low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+            bounds = [(low, node.args[2] if len(node.args) > 2 else node.kwargs.get("max"))]
+        else:
+            bounds = [(node.args[1], None) if name == "clamp_min" else (None, node.args[1])]
+        for low, high in bounds:
+            lowest, highest = self.masks.constant(low), self.masks.constant(high)
+            if (low is not None and (lowest is None or lowest > MASKED_SCORE)) or (
+                high is not None and (highest is None or highest < -MASKED_SCORE)
+            ):
+                raise Refused("its scores are clamped")
+
+    # The probabilities.
+
+    def _row_bias(self, found: Modifiers, axes: Axes) -> bool:
+        """Adds the anchor's own bias to ``found``; whether it counts the visible keys."""
+        if op_name(self.anchor) == "sigmoid":
+            return False
+        bias = argument(self.anchor, 1, "bias", None)
+        if bias is not None:
+            found.terms.append(_broadcast(bias, axes))
+        found.const_bias += argument(self.anchor, 4, "const_bias", 0.0)
+        return argument(self.anchor, 3, "visible_bias", True)
+
+    def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
+        """The axes of the probabilities where they meet the value, and their dropout."""
+        dropout_p = 0.0
+        for source, node in zip([self.anchor, *self.down], self.down[:-1], strict=False):
+            followed = self.labels.through(node, source, axes)
+            if followed is None:
+                raise Refused(f"its probabilities pass through {op_name(node)}")
+            axes, name, args = followed, op_name(node), node.args
+            if name in UNDONE or name in RESHAPES or name in COPIES:
+                continue
+            if name in CASTS and node.meta["val"].dtype.is_floating_point:
+                continue
+            if name == "dropout":
+                if args[2] and args[1] > 0:
+                    if dropout_p:
+                        raise Refused("its probabilities pass through two dropouts")
+                    dropout_p = float(args[1])
+                continue
+            hides = name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
+            fill = (
+                self.masks.constant(args[2] if name == "masked_fill" or args[1] is source else args[1])
+                if hides
+                else None
+            )
+            if fill == 0:  # after the sigmoid: a mask, too, if the bias does not count it
+                condition, inverted = (args[1], True) if name == "masked_fill" else (args[0], args[2] is source)
+                self._conditions(found, condition, axes, inverted)
+                continue
+            raise Refused(f"its probabilities pass through {name}")
+        return axes, dropout_p
+
+    def _weighted(self, axes: Axes) -> tuple[Operand, Operand, tuple[Label, ...]]:
+        """Value, output, and the label of the value's head_dim."""
+        product = contraction(self.output)
+        if product is None or op_name(self.output) == "baddbmm":
+            raise Refused("its product with the value is of a form that is not lowered")
+        left, right, names_left, names_right, names_out = product
+        weights = self.down[-2] if len(self.down) > 1 else self.anchor
+        if left is right:
+            raise Refused("its probabilities weight themselves")
+        names, value, value_names = (
+            (names_left, right, names_right) if left is weights else (names_right, left, names_left)
+        )
+        named = dict(zip(names, axes, strict=True))
+        shape = dict(zip(value_names, shape_of(value) or (), strict=True))
+        own = [name for name in value_names if name not in named]
+        summed = [name for name in value_names if name in named and name not in names_out]
+        gone = [name for name in names if name not in names_out and name not in summed]
+        keys = self.labels.whole(self.keys)
+        if (
+            len(own) != 1
+            or own[0] not in names_out
+            or gone
+            or [self.labels.whole(named[name]) for name in summed] != [keys]
+        ):
+            raise Refused("its product with the value does not sum over the keys alone")
+        value_dim = () if shape[own[0]] == 1 else (self.labels.new(shape[own[0]]),)
+        named[own[0]] = value_dim
+        for name, size in shape.items():
+            if size not in (1, self.labels.size(named[name])):
+                raise Refused("its value has an axis that its scores do not have")
+        value_axes = tuple(() if shape[name] == 1 else named[name] for name in value_names)
+        output_axes = tuple(named[name] for name in names_out)
+        return Operand(value, value_axes), Operand(self.output, output_axes), value_dim
+
+
+def match_call(node: torch.fx.Node, masks: Masks) -> Call:
+    """A call of the op that is in the graph. Raises Refused."""
+    options = node.kwargs
+    tensors = [*node.args, *[None] * 6][:6]
+    shapes = [shape_of(tensor) for tensor in tensors[:3]]
+    if options.get("bottom_right") or None in shapes:
+        raise Refused("its band is aligned with the last key")
+    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes  # type: ignore[misc]
+    labels = Labels()
+
+    def new(size: int) -> tuple[Label, ...]:
+        return () if size == 1 else (labels.new(size),)
+
+    outer, rows, keys, dim, own = (new(size) for size in (batch, q_len, kv_len, head_dim, value_dim))
+    shared = new(kv_heads)
+    whole = (*shared, *new(heads // kv_heads))
+    found = Modifiers()
+    found.cap = options.get("softcap") or None
+    found.scale = options["scale"] / (found.cap or 1.0)
+    found.const_bias = options.get("const_bias", 0.0)
+    found.left, found.right = options.get("window_left", -1), options.get("window_right", -1)
+    if options.get("is_causal"):
+        found.right = 0
+    axes = (outer, whole, rows, keys)
+    bias, attn_mask = tensors[3:5]
+    if bias is not None:
+        found.terms.append(_broadcast(bias, axes))
+    if attn_mask is not None and attn_mask.meta["val"].dtype == torch.bool:
+        operand = _broadcast(attn_mask, axes)
+        found.masks += [visible_of(term, operand.axes) for term in masks.visible(attn_mask)]
+    elif attn_mask is not None:
+        found.terms.append(_broadcast(attn_mask, axes))
+    return Call(
+        labels,
+        Operand(tensors[0], (outer, whole, rows, dim)),
+        Operand(tensors[1], (outer, shared, keys, dim)),
+        Operand(tensors[2], (outer, shared, keys, own)),
+        Operand(node, (outer, whole, rows, own)),
+        rows,
+        keys,
+        dim,
+        own,
+        found,
+        options.get("visible_bias", True),
+        options.get("dropout_p", 0.0),
+        [node],
+        tensors[5],
+    )
+
+
+# Small questions about nodes.
+
+
+def argument(node: torch.fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
+    """``node``, broadcast against a tensor with the axes given."""
+    shape = shape_of(node)
+    if shape is None or len(shape) > len(axes):
+        raise Refused("its scores are combined with a tensor of unknown shape")
+    own = axes[len(axes) - len(shape) :]
+    return Operand(node, tuple(() if size == 1 else axis for axis, size in zip(own, shape, strict=True)), factor)
+
+
+def visible_of(term: Term, axes: Axes) -> Visible:
+    """``axes``: of the mask."""
+    shape = shape_of(term.node) or ()
+    own = tuple(() if axis is None or size == 1 else axes[axis] for axis, size in zip(term.axes, shape, strict=True))
+    return Visible(term, axes, own)
+
+
+def _path_up(anchor: torch.fx.Node, product: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes from the product to the anchor, through which the scores flow."""
+    pending: list[list[torch.fx.Node]] = [[anchor]]
+    seen: set[torch.fx.Node] = set()
+    while pending:
+        path = pending.pop()
+        if path[-1] is product:
+            return path[::-1]
+        inputs = [path[-1].args[0]] if path[-1] is anchor else chain_inputs(path[-1])
+        for node in inputs:
+            if node not in seen:
+                seen.add(node)
+                pending.append([*path, node])
+    raise Refused("its scores cannot be followed from the product of query and key")
+
+
+def _path_down(anchor: torch.fx.Node, output: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes after the anchor down to the output, through which the probabilities flow."""
+    pending: list[list[torch.fx.Node]] = [[anchor]]
+    seen: set[torch.fx.Node] = set()
+    while pending:
+        path = pending.pop(0)
+        if path[-1] is output:
+            return path[1:]
+        for node in path[-1].users:
+            if node not in seen and (node is output or path[-1] in chain_inputs(node)):
+                seen.add(node)
+                pending.append([*path, node])
+    raise Refused("its probabilities cannot be followed to the product with the value")
+
+
+def _axis_above(path: Sequence[torch.fx.Node], axis: int) -> int:
+    """The axis of the first node of the path that is ``axis`` of the one before the last."""
+    for node, source in zip(path[-2:0:-1], path[-3::-1], strict=False):
+        if op_name(node) == "baddbmm":
+            continue
+        axes = axis_map(node, source)
+        if axes is None or axis not in axes:
+            raise Refused(f"its keys cannot be followed through {op_name(node)}")
+        axis = axes.index(axis)
+    return axis
+
+
+def is_edit(node: torch.fx.Node) -> bool:
+    """Whether ``node`` writes to its first argument."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
