@@ -30,8 +30,8 @@ def register_folding(op: AttentionOp) -> None:
             return loop(info, in_dims, *inputs, **options)
         size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
         tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:3], in_dims, strict=False)]
-        bias, mask = zip(inputs[3:5], in_dims[3:5], strict=True)
-        tensors += [_fold_broadcast(*bias, size, batch), _fold_mask(*mask, size, batch)]
+        for fold, tensor, dim in zip((_fold_broadcast, _fold_mask), inputs[3:5], in_dims[3:], strict=False):
+            tensors.append(fold(tensor, dim, size, batch))
         return op.op(*tensors, **options).unflatten(0, (size, batch)), 0
 
     def backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
@@ -40,9 +40,9 @@ def register_folding(op: AttentionOp) -> None:
         needs = inputs[-1]
         size, batch = info.batch_size, _batch(inputs[1], in_dims[1])
         tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:4], in_dims, strict=False)]
-        bias, mask = zip(inputs[4:6], in_dims[4:6], strict=True)
-        tensors.append(_fold_broadcast(*bias, size, batch, shared=not needs[3]))
-        tensors.append(_fold_mask(*mask, size, batch, shared=not needs[4]))
+        folds = _fold_broadcast, _fold_mask
+        for fold, tensor, dim, needed in zip(folds, inputs[4:6], in_dims[4:], needs[3:], strict=False):
+            tensors.append(fold(tensor, dim, size, batch, shared=not needed))
         grads = op.backward_op(*tensors, None, needs, **options)
         results, out_dims = [], []
         for grad, tensor, dim, needed in zip(grads, inputs[1:6], in_dims[1:6], needs, strict=True):

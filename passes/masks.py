@@ -270,7 +270,7 @@ _SAME = frozenset(
 )
 _SAME |= {"lift_fresh_copy"}
 _VIEWS = frozenset(
-    "view reshape _unsafe_view unsqueeze squeeze expand expand_as broadcast_to permute transpose mT t flatten "
+    "view reshape _unsafe_view unsqueeze squeeze expand expand_as broadcast_to permute transpose mT t numpy_T flatten "
     "unflatten".split()
 )
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {

@@ -157,9 +157,8 @@ class Match:
         if key_name in names_left:
             query, key = key, query
         rows = [name for name in names_out if name in query[1] and name not in key[1]]
-        columns = [name for name in names_out if name in key[1] and name not in query[1]]
-        if len(contracted) != 1 or columns != [key_name] or not rows:
-            raise Refused("its product of query and key contracts, or has, several axes of keys")
+        if len(contracted) != 1 or not rows:
+            raise Refused("its product of query and key contracts several axes, or has no axis of queries")
         self.rows, self.keys, self.head_dim = by_name[rows[-1]], by_name[key_name], by_name[contracted[0]]
 
         def operand(node: torch.fx.Node, names: Sequence[Any]) -> Operand:

@@ -104,6 +104,29 @@ def test_compiles_once_for_all_lengths(device: str, public: bool) -> None:
     assert counts == [counts[0]] * 3
 
 
+@both
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_per_window(device: str, compiled: bool) -> None:
+    """As in Swin: images are cut into windows of 7 x 7, of which each has its mask, the same in all images."""
+    images, windows, length = 3, 4, 49
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = [torch.randn(images * windows, 4, length, 32, device=device).to(dtype) for _ in range(3)]
+    inputs.append(torch.randn(windows, 1, length, length, device=device).to(dtype))
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        return attention(query, key, value, None, mask, is_causal=False)
+
+    out = (torch.compile(function, fullgraph=True) if compiled else function)(*inputs)
+    expected = oracle(*inputs[:3], None, inputs[3].repeat(images, 1, 1, 1), causal=False)
+    assert_close(out, expected)
+    assert_close(gradients(out, inputs), torch.autograd.grad(expected.square().sum(), inputs))
+    visible = torch.rand(windows, 1, length, length, device=device) > 0.3
+    hidden = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
+    with torch.no_grad():
+        assert_close(function(*inputs[:3], visible), function(*inputs[:3], hidden.repeat(images, 1, 1, 1)))
+
+
 @on_gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_opcheck(dropout_p: float) -> None:

@@ -45,8 +45,9 @@ class Problem(NamedTuple):
         return self.query, self.key, self.value, self.bias, self.attn_mask, self.seed
 
 
-def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False) -> Problem:
-    """The problem number index: sizes, strides and features are drawn from it."""
+def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False, repeats: int = 1) -> Problem:
+    """The problem number index: sizes, strides and features are drawn from it. With repeats > 1 there is a mask, whose
+    batch size is the problem's divided by it."""
     draw = random.Random(index)
     torch.manual_seed(index)
     large = device == "cuda"
@@ -56,6 +57,10 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False) 
     dtype = draw.choice(dtypes)
     batch, kv_heads, group = draw.choice((1, 2, 3)), draw.choice((1, 2)), draw.choice((1, 1, 2, 4))
     heads = kv_heads * group
+    mask_batch = batch
+    if repeats > 1:
+        mask_batch = max(2, batch)
+        batch = repeats * mask_batch
     q_len, kv_len = draw.choice(lengths), draw.choice(lengths)
     if decoding:
         q_len, kv_len = draw.choice((1, 1, 2, 5)), draw.choice((600, 1000, 4097) if large else (40, 70))
@@ -81,9 +86,11 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False) 
     if draw.random() < 0.4:
         shape = [draw.choice((1, size)) for size in full[:3]]
         bias = (torch.randn(*shape, 1, device=device) - 1).to(dtype)
-    if draw.random() < 0.45:
+    if draw.random() < 0.45 or repeats > 1:
+        own = mask_batch, heads, q_len, kv_len
+        one = 1 if repeats == 1 else mask_batch
         shape = draw.choice(
-            ((full[0], 1, 1, kv_len), (1, 1, q_len, kv_len), (1, heads, q_len, kv_len), full, (batch, 1, q_len, 1))
+            ((own[0], 1, 1, kv_len), (one, 1, q_len, kv_len), (one, heads, q_len, kv_len), own, (own[0], 1, q_len, 1))
         )
         attn_mask = torch.rand(shape, device=device) > 0.3
         if draw.random() < 0.6:
@@ -119,6 +126,8 @@ def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None =
     ]
     query, key, value, bias, mask = leaves
     assert query is not None and key is not None and value is not None
+    if mask is not None and 1 < mask.shape[0] < query.shape[0]:
+        mask = mask.repeat(query.shape[0] // mask.shape[0], 1, 1, 1)
     group = query.shape[1] // key.shape[1]
     k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -279,6 +288,21 @@ def test_interpreted_decoding(index: int) -> None:
 
 
 @in_interpreter
+@shards(11)
+def test_interpreted_repeated_mask(index: int) -> None:
+    problem = random_problem(index, repeats=2 + index % 2)
+    assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
+
+
+@in_interpreter
+@shards(4)
+def test_interpreted_decoding_with_a_repeated_mask(index: int) -> None:
+    problem = random_problem(index, decoding=True, repeats=2)
+    out = decode.forward(*problem.inputs[:5], problem.options, splits=1 + index % 3)
+    assert_no_worse([out], problem)
+
+
+@in_interpreter
 def test_interpreted_plans_serve_other_tensors_and_keep_none_alive_shard0() -> None:
     options = reference.Options(0.25, is_causal=True)
     for _ in range(2):
@@ -334,4 +358,14 @@ def test_random_features(index: int) -> None:
 @pytest.mark.parametrize("index", range(40))
 def test_random_features_decoding(index: int) -> None:
     problem = random_problem(index, decoding=True)
+    assert_no_worse([decode.forward(*problem.inputs[:5], problem.options)], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(40))
+def test_random_features_with_a_repeated_mask(index: int) -> None:
+    problem = random_problem(index, repeats=2 + index % 3)
+    assert_no_worse(ours(problem), problem)
+    problem = random_problem(index, decoding=True, repeats=2 + index % 3)
     assert_no_worse([decode.forward(*problem.inputs[:5], problem.options)], problem)

@@ -75,6 +75,33 @@ def test_vmap_of_bias_and_mask(bias_shape: Any, mask_shape: Any, bias_dim: int |
     torch.testing.assert_close(vmap(attention, in_dims)(*inputs), loop(explicit, in_dims, *inputs))
 
 
+@pytest.mark.parametrize("mask_batch", [1, 2, 4])
+@pytest.mark.parametrize("mask_dim", [None, 0, 2])
+def test_vmap_of_a_repeated_mask(mask_batch: int, mask_dim: int | None) -> None:
+    def repeated(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        return explicit(query, key, None, mask.repeat(4 // mask_batch, 1, 1, 1))
+
+    def ours(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        return attention(query, key, None, mask)
+
+    in_dims = (0, None, mask_dim)
+    query, key, mask = tensors((3, 4, 4, 5, 8), (4, 2, 7, 8), (3, mask_batch, 1, 5, 7))
+    mask = mask[0] if mask_dim is None else mask.movedim(0, mask_dim)
+    expected = loop(repeated, in_dims, query, key, mask)
+    torch.testing.assert_close(vmap(ours, in_dims)(query, key, mask), expected)
+    for which in ((0, 1, 2), (0,)):
+        results = (
+            vmap(grad(lambda *t, f=f: f(*t).square().sum(), which), in_dims)(query, key, mask) for f in (ours, repeated)
+        )
+        torch.testing.assert_close(*results)
+
+
+def test_vmap_does_not_hide_that_a_mask_does_not_fit() -> None:
+    query, mask = tensors((3, 2, 4, 5, 8), (3, 1, 5, 5))  # 3 divides the folded batch of 6, but not 2
+    with pytest.raises(ArgumentError, match="attn_mask"):
+        vmap(lambda q: attention(q, q, None, mask))(query)
+
+
 def test_grad_and_vjp() -> None:
     inputs = tensors((2, 4, 5, 8), (2, 2, 7, 8), (1, 4, 1, 1), (1, 1, 5, 7))
     every = (0, 1, 2, 3)

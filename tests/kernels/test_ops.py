@@ -41,11 +41,12 @@ def calls(graph: torch.fx.Graph) -> list[Any]:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("features", ["plain", "bias and mask", "dropout"])
+@pytest.mark.parametrize("features", ["plain", "bias and mask", "repeated mask", "dropout"])
 def test_opcheck_attention(requires_grad: bool, features: str) -> None:
-    query = heads_tensor(2, 4, 5, 8, requires_grad=requires_grad, transposed=True)
-    key = heads_tensor(2, 2, 7, 8, requires_grad=requires_grad)
-    value = heads_tensor(2, 2, 7, 3, requires_grad=requires_grad)
+    batch = 6 if features == "repeated mask" else 2
+    query = heads_tensor(batch, 4, 5, 8, requires_grad=requires_grad, transposed=True)
+    key = heads_tensor(batch, 2, 7, 8, requires_grad=requires_grad)
+    value = heads_tensor(batch, 2, 7, 3, requires_grad=requires_grad)
     args: list[Tensor | None] = [query, key, value]
     options: dict[str, Any] = {"scale": 0.3}
     if features == "bias and mask":
@@ -53,16 +54,19 @@ def test_opcheck_attention(requires_grad: bool, features: str) -> None:
         mask = torch.randn(1, 1, 5, 7).where(torch.rand(5, 7) > 0.3, -torch.inf).requires_grad_(requires_grad)
         args += [bias, mask]
         options |= {"window_left": 2, "softcap": 3.0, "const_bias": -1.0, "visible_bias": False}
+    if features == "repeated mask":
+        args += [None, torch.randn(3, 1, 5, 7, requires_grad=requires_grad)]
     if features == "dropout":
         args += [None, None, torch.tensor([7])]
         options |= {"dropout_p": 0.25, "is_causal": True, "bottom_right": True}
     torch.library.opcheck(ATTENTION, tuple(args), options)
 
 
-def test_opcheck_attention_backward() -> None:
-    query, key = heads_tensor(2, 4, 5, 8, transposed=True), heads_tensor(2, 2, 7, 8)
-    bias, mask = torch.randn(1, 4, 1, 1), torch.randn(1, 1, 5, 7)
-    args = (heads_tensor(2, 4, 5, 8), query, key, heads_tensor(2, 2, 7, 8, transposed=True), bias, mask, None)
+@pytest.mark.parametrize("mask_batch", [1, 2, 4])
+def test_opcheck_attention_backward(mask_batch: int) -> None:
+    query, key = heads_tensor(4, 4, 5, 8, transposed=True), heads_tensor(4, 2, 7, 8)
+    bias, mask = torch.randn(1, 4, 1, 1), torch.randn(mask_batch, 1, 5, 7)
+    args = (heads_tensor(4, 4, 5, 8), query, key, heads_tensor(4, 2, 7, 8, transposed=True), bias, mask, None)
     for needed in ([True] * 5, [False, True, False, False, True]):
         torch.library.opcheck(BACKWARD, (*args, needed), {"scale": 0.3})
 
@@ -302,6 +306,30 @@ def test_dynamic_shapes_do_not_recompile(function_of: str) -> None:
     assert counts == [counts[0]] * 3
 
 
+@pytest.mark.parametrize("repeated", ["never", "always"])
+def test_dynamic_shapes_of_a_mask_do_not_recompile(repeated: str) -> None:
+    """A mask per window, of images cut into windows, and a mask per batch element."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        return ops.sigmoid_attention(query, key, key, None, mask, scale=0.3, is_causal=True)
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for images, windows, q_len, kv_len in ((3, 4, 5, 7), (5, 3, 9, 6), (2, 11, 17, 33)):
+        batch = images * windows
+        query = heads_tensor(batch, 2, q_len, 8, requires_grad=True)
+        key = heads_tensor(batch, 2, kv_len, 8, requires_grad=True)
+        mask = torch.randn(windows if repeated == "always" else batch, 1, q_len, kv_len, requires_grad=True)
+        inputs = (query, key, mask)
+        out, expected = compiled(*inputs), function(*inputs)
+        torch.testing.assert_close(out, expected)
+        grads = torch.autograd.grad(out.sum(), inputs)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), inputs))
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 3
+
+
 def test_compiled_autograd() -> None:
     query = heads_tensor(1, 2, 5, 8, requires_grad=True)
     (expected,) = torch.autograd.grad(ops.sigmoid_attention(query, query, query, scale=0.3).square().sum(), query)
@@ -372,6 +400,10 @@ GOOD: dict[str, Any] = {
         ({"bias": torch.zeros(4, 1, 1)}, "bias"),
         ({"bias": torch.zeros(1, 1, 1, 1, dtype=torch.int64)}, "bias must be floating point"),
         ({"attn_mask": torch.zeros(2, 4, 5, 3)}, "attn_mask .* must broadcast"),
+        ({"attn_mask": torch.zeros(3, 1, 3, 5)}, r"attn_mask \[3, 1, 3, 5\] must broadcast .*may be a divisor"),
+        ({"attn_mask": torch.zeros(4, 1, 3, 5)}, "attn_mask .* must broadcast"),
+        ({"attn_mask": torch.zeros(0, 1, 3, 5)}, "attn_mask .* must broadcast"),
+        ({"attn_mask": torch.zeros(2, 2, 3, 5)}, "attn_mask .* must broadcast"),
         ({"attn_mask": torch.zeros(1, 1, 3, 5, dtype=torch.int64)}, "attn_mask must be bool or floating"),
         ({"window_left": -2}, "window"),
         ({"softcap": -1.0}, "softcap"),
@@ -446,6 +478,20 @@ def test_what_is_no_number_or_no_float_type_is_an_error() -> None:
         sigswap.sigmoid_attention(query, query, query, scale=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ArgumentError, match="window must hold integers"):
         sigswap.sigmoid_attention(query, query, query, window=(2.5, 0))
+
+
+def test_the_public_function_broadcasts_and_does_not_repeat() -> None:
+    query = torch.randn(4, 2, 3, 8)
+    with pytest.raises(ArgumentError, match=r"attn_mask \[2, 1, 3, 3\] must broadcast to .* \[4\]"):
+        sigswap.sigmoid_attention(query, query, query, attn_mask=torch.zeros(2, 1, 3, 3))
+
+
+def test_no_images_of_several_windows() -> None:
+    query = torch.randn(0, 2, 3, 8, requires_grad=True)
+    mask = torch.randn(4, 1, 3, 3, requires_grad=True)
+    out = ops.sigmoid_attention(query, query, query, None, mask, scale=1.0)
+    assert out.shape == query.shape
+    assert torch.equal(torch.autograd.grad(out.sum(), mask)[0], torch.zeros_like(mask))
 
 
 def test_a_bfloat16_mask_is_compared_in_float32() -> None:

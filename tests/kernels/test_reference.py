@@ -72,8 +72,9 @@ def oracle(
 @st.composite
 def problems(draw: st.DrawFn) -> dict:
     kv_heads = draw(st.sampled_from([1, 2]))
+    batch = draw(st.sampled_from([1, 2, 6]))
     return {
-        "batch": draw(st.sampled_from([1, 2])),
+        "batch": batch,
         "kv_heads": kv_heads,
         "heads": kv_heads * draw(st.sampled_from([1, 3])),
         "q_len": draw(st.sampled_from([1, 2, 17, 40])),
@@ -82,7 +83,8 @@ def problems(draw: st.DrawFn) -> dict:
         "value_dim": draw(st.sampled_from([1, 8])),
         "bias": draw(st.sampled_from([None, (1, 1, 1), (1, 0, 1), (0, 0, 0), (0, 1, 0)])),
         "mask": draw(st.sampled_from([None, "bool", "float"])),
-        "mask_ones": draw(st.tuples(*[st.booleans()] * 4)),
+        "mask_batch": draw(st.sampled_from([size for size in (1, 2, 3, 6) if batch % size == 0])),
+        "mask_ones": draw(st.tuples(*[st.booleans()] * 3)),
         "masked_value": draw(st.sampled_from([-torch.inf, torch.finfo(torch.float32).min, -1e4])),
         "transposed": draw(st.booleans()),
         "tile": draw(st.sampled_from([1, 60, 500, 1 << 20])),
@@ -124,7 +126,8 @@ def test_matches_the_definition_forward_and_backward(problem: dict) -> None:
         bias = torch.randn(*sizes, 1, dtype=torch.float64)
     mask = None
     if problem["mask"]:
-        sizes = [1 if one else size for one, size in zip(problem["mask_ones"], full, strict=True)]
+        sizes = [1 if one else size for one, size in zip(problem["mask_ones"], full[1:], strict=True)]
+        sizes = [problem["mask_batch"], *sizes]
         mask = torch.rand(sizes) > 0.4
         if problem["mask"] == "float":
             mask = torch.where(mask, torch.randn(sizes, dtype=torch.float64), problem["masked_value"])
@@ -143,7 +146,8 @@ def test_matches_the_definition_forward_and_backward(problem: dict) -> None:
         out = ops.sigmoid_attention(query, key, value, bias, mask, seed, **options)
         grad_out = torch.randn_like(out)
         grads = torch.autograd.grad(out, inputs, grad_out)
-    expected = oracle(query, key, value, bias, mask, keep, **options)
+    whole_mask = None if mask is None else mask.repeat(batch // mask.shape[0], 1, 1, 1)
+    expected = oracle(query, key, value, bias, whole_mask, keep, **options)
     torch.testing.assert_close(out, expected)
     for grad, wanted in zip(grads, torch.autograd.grad(expected, inputs, grad_out), strict=True):
         torch.testing.assert_close(grad, wanted)

@@ -1,0 +1,551 @@
+"""The lower pass: each attention becomes one call of the op, with the same result; what looks like one does not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import handwritten
+import pytest
+import torch
+import torch.nn.functional as F
+from handwritten import HEAD_DIM, HEADS, MODELS, Handwritten
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from zoo import CASES, Entry, call, case_id
+
+import sigswap.backend
+
+OP = torch.ops.sigswap.sigmoid_attention.default
+B, M, D = 2, 12, 8
+
+
+class Graphs:
+    """A backend that records what the passes give to the inner compiler: ``Graphs().compile(model)``."""
+
+    def __init__(self, inner: str = "aot_eager") -> None:
+        self.modules: list[torch.fx.GraphModule] = []
+        self.inner = inner
+
+    def compile(self, model: Callable[..., Any], dynamic: bool | None = None, fullgraph: bool = True) -> Any:
+        torch._dynamo.reset()
+        return torch.compile(
+            model, backend="sigswap", options={"inner": self._record}, dynamic=dynamic, fullgraph=fullgraph
+        )
+
+    def _record(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.modules.append(module)
+        return torch._dynamo.lookup_backend(self.inner)(module, inputs)
+
+    @property
+    def calls(self) -> list[torch.fx.Node]:
+        """Of the op."""
+        return [node for node in self.nodes if node.target is OP]
+
+    @property
+    def nodes(self) -> list[torch.fx.Node]:
+        modules = [m for graph in self.modules for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        return [node for module in modules for node in module.graph.nodes]
+
+    @property
+    def unfused(self) -> int:
+        names = ("softmax", "sigmoid", "sigmoid_probs.default")
+        return sum(getattr(node.target, "__name__", node.target) in names for node in self.nodes)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    scale = expected.abs().max().item() + 1e-9
+    assert (actual.double() - expected.double()).abs().max().item() <= tolerance * scale
+
+
+def oracle_of(model: Handwritten) -> Handwritten:
+    """The model in float64, with sigmoid written out in place of its softmax."""
+    oracle = copy.deepcopy(model).double()
+    oracle.normalise = handwritten.sigmoid
+    return oracle
+
+
+def compare(model: Handwritten, compiled: Any, x: Tensor) -> None:
+    """Output and all gradients of ``compiled`` are those of the oracle."""
+    x64 = x.detach().double().requires_grad_()
+    oracle = oracle_of(model)
+    x = x.detach().requires_grad_()
+    actual, expected = compiled(x), oracle(x64)
+    close(actual.detach(), expected.detach())
+    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad((actual * direction).sum(), [x, *parameters])
+    exact = torch.autograd.grad((expected * direction.double()).sum(), [x64, *oracle.parameters()])
+    for ours, theirs in zip(grads, exact, strict=True):
+        close(ours, theirs)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_handwritten_attention_is_lowered(kind: type[Handwritten]) -> None:
+    model, graphs = kind().eval(), Graphs()
+    compare(model, graphs.compile(model), torch.randn(B, M, handwritten.DIM))
+    assert len(graphs.calls) == kind.sites and graphs.unfused == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.dynamic], ids=lambda kind: kind.__name__)
+def test_one_graph_for_every_length(kind: type[Handwritten]) -> None:
+    model, graphs = kind().eval(), Graphs()
+    compiled = graphs.compile(model, dynamic=True)
+    for length in (M, 7, 15):
+        compare(model, compiled, torch.randn(B, length, handwritten.DIM))
+    assert len(graphs.modules) == 1 and len(graphs.calls) == kind.sites and graphs.unfused == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case[1] == case[0].variants[-1] and not case[0].name.startswith(("torch_", "mha", "enc"))
+    ],
+    ids=case_id,
+)
+def test_the_zoo_is_lowered(case: tuple[Entry, str]) -> None:
+    """Every attention of the models of the zoo. (What they compute is compared with an oracle in test_models.py.)"""
+    entry, variant = case
+    model, graphs = entry.build(variant), Graphs("eager")
+    with torch.no_grad():
+        call(graphs.compile(model, fullgraph=entry.fullgraph), entry.make_inputs(variant))
+    # XLNet's last layer computes a stream that nobody reads.
+    unread = 1 if entry.name == "xlnet_two_stream" else 0
+    assert len(graphs.calls) == (entry.calls or entry.sites) - unread
+    assert not [node for node in graphs.nodes if "sigmoid_probs" in str(node.target)]
+
+
+# ------------------------------------------------------------------------------------- generated graphs
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> tuple[dict[str, Any], Callable[..., Tensor]]:
+    """A form of attention, as ``function(q, k, v, bias, normalise)`` of [B, H, M, D] tensors."""
+    form = {
+        "layout": draw(st.sampled_from(["matmul", "bmm", "einsum", "bnhd", "keys first"])),
+        "scale": draw(st.sampled_from(["query", "mul", "div", "key", "none", "tensor"])),
+        "softcap": draw(st.booleans()),
+        "bias": draw(st.sampled_from([None, "heads", "rows", "keys", "full", "number"])),
+        "mask": draw(st.sampled_from([None, "causal", "window", "padding", "additive", "triu", "where", "both"])),
+        "groups": draw(st.sampled_from([1, 1, 2, "interleave"])),
+        "upcast": draw(st.booleans()),
+    }
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, normalise: Any) -> Tensor:
+        batch, heads, m, d = q.shape
+        n = k.shape[2]
+        if form["groups"] == 2:
+            k, v = (
+                t[:, : heads // 2, None].expand(batch, heads // 2, 2, n, d).reshape(q.shape[0], heads, n, d)
+                for t in (k, v)
+            )
+        elif form["groups"] == "interleave":
+            k, v = (t[:, : heads // 2].repeat_interleave(2, dim=1) for t in (k, v))
+        scale = d**-0.5
+        if form["scale"] == "query":
+            q = q * scale
+        elif form["scale"] == "key":
+            k = k / d**0.5
+        if form["layout"] == "bmm":
+            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(batch, heads, m, n)
+        elif form["layout"] == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        elif form["layout"] == "bnhd":
+            scores = torch.einsum("bihd,bjhd->bhij", q.transpose(1, 2), k.transpose(1, 2))
+        elif form["layout"] == "keys first":
+            scores = (k @ q.mT).mT
+        else:
+            scores = q @ k.mT
+        if form["scale"] == "mul":
+            scores = scale * scores
+        elif form["scale"] == "div":
+            scores = scores / d**0.5
+        elif form["scale"] == "tensor":
+            scores = scores * bias[:, :1, :1].abs()
+        if form["softcap"]:
+            scores = torch.tanh(scores / 3.0) * 3.0
+        if form["bias"] is not None:
+            part = {
+                "heads": bias[:, :1, :1],
+                "rows": bias[:1, :, :1],
+                "keys": bias[0, 0],
+                "full": bias,
+                "number": 0.25,
+            }[form["bias"]]
+            scores = scores + part
+        i, j = torch.arange(m), torch.arange(n)
+        padding = j[None] < torch.tensor([n, n - 3])[:, None]
+        low = torch.finfo(torch.float32).min
+        if form["mask"] == "causal":
+            scores = scores.masked_fill(j > i[:, None], -math.inf)
+        elif form["mask"] == "window":
+            scores = scores.masked_fill(~((i[:, None] - j < 3) & (j - i[:, None] <= 1)), low)
+        elif form["mask"] == "padding":
+            scores = scores.masked_fill(~padding[:, None, None], low)
+        elif form["mask"] == "additive":
+            scores = scores + (1.0 - padding[:, None, None].to(scores.dtype)) * -1e9
+        elif form["mask"] == "triu":
+            scores = scores + torch.triu(torch.full((m, n), -math.inf, dtype=scores.dtype), 1)
+        elif form["mask"] == "where":
+            scores = torch.where(torch.ones(m, n, dtype=torch.bool).tril(2), scores, low)
+        elif form["mask"] == "both":
+            visible = (j <= i[:, None]) & padding[:, None, None]
+            scores = scores + torch.where(visible, 0.0, low).to(scores.dtype)
+        if form["upcast"]:
+            scores = scores.double()
+        weights = normalise(scores, -1).to(v.dtype)
+        if form["layout"] == "bmm":
+            return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(batch, heads, m, -1)
+        if form["layout"] == "bnhd":
+            return torch.einsum("bhij,bjhd->bihd", weights, v.transpose(1, 2)).transpose(1, 2)
+        return weights @ v
+
+    return form, function
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(attentions())
+def test_generated_attention_is_lowered(drawn: tuple[dict[str, Any], Callable[..., Tensor]]) -> None:
+    _, function = drawn
+    tensors = [torch.randn(B, HEADS, M, D) for _ in range(3)] + [torch.randn(HEADS, M, M)]
+    inputs = [tensor.requires_grad_() for tensor in tensors]
+    double = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    graphs = Graphs()
+    actual = graphs.compile(lambda *args: function(*args, handwritten.softmax))(*inputs)
+    expected = function(*double, handwritten.sigmoid)
+    assert len(graphs.calls) == 1 and graphs.unfused == 0
+    close(actual.detach(), expected.detach())
+    weights = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
+    grads = torch.autograd.grad((actual * weights).sum(), inputs, allow_unused=True)
+    exact = torch.autograd.grad((expected * weights.double()).sum(), double, allow_unused=True)
+    for ours, theirs in zip(grads, exact, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            close(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------ near misses
+
+
+def _scores_used_twice(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = q @ k.mT
+    return torch.sigmoid(scores) @ v, scores.mean()
+
+
+def _edited_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.clone()
+    scores = q @ k.mT
+    k.mul_(2)
+    return torch.sigmoid(scores) @ v + k
+
+
+def _edited_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    v = v.clone()
+    weights = torch.sigmoid(q @ k.mT)
+    v[:, :, 0].zero_()
+    scores = q.clone()
+    half = scores[..., :4]
+    kept = torch.sigmoid(scores @ k.mT)
+    half.add_(1)
+    return weights @ v + kept @ scores
+
+
+NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "probabilities returned": (lambda q, k, v: ((p := torch.sigmoid(q @ k.mT)) @ v, p), "also returned"),
+    "probabilities used twice": (lambda q, k, v: ((p := torch.sigmoid(q @ k.mT)) @ v) * p.mean(), "used elsewhere"),
+    "scores used twice": (_scores_used_twice, "used elsewhere"),
+    "scores that mask themselves": (
+        lambda q, k, v: torch.sigmoid((s := q @ k.mT).masked_fill(s < 0, -math.inf)) @ v,
+        "used elsewhere",
+    ),
+    "edited key": (_edited_key, "edited in place"),
+    "masked with a score": (lambda q, k, v: torch.sigmoid((q @ k.mT).tril()) @ v, "pass through tril"),
+    "filled with 0": (
+        lambda q, k, v: torch.sigmoid((q @ k.mT).masked_fill(torch.ones(M, M).triu(1) > 0, 0.0)) @ v,
+        "other values",
+    ),
+    "a gate on the probabilities": (lambda q, k, v: (torch.sigmoid(q @ k.mT) * q[..., :1]) @ v, "pass through mul"),
+    "power": (lambda q, k, v: torch.sigmoid((q @ k.mT) ** 2) @ v, ""),
+    "clamped": (lambda q, k, v: torch.sigmoid((q @ k.mT).clamp(-1, 1)) @ v, "clamped"),
+    "a mask that turns visible": (
+        lambda q, k, v: torch.sigmoid((q @ k.mT).masked_fill(torch.ones(M, M).triu(1) > 0, -6000.0) * 1e-3) @ v,
+        "scaled to values",
+    ),
+    "scaled by a tensor of its size": (lambda q, k, v: torch.sigmoid((q @ k.mT) * (q @ q.mT).detach()) @ v, ""),
+    "talking heads": (
+        lambda q, k, v: torch.sigmoid(F.linear((q @ k.mT).movedim(1, -1), torch.eye(HEADS)).movedim(-1, 1)) @ v,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay_as_they_are(name: str) -> None:
+    """They compute what they did, and the report says why they are not lowered."""
+    function, reason = NEAR_MISSES[name]
+    tensors = [torch.randn(B, HEADS, M, M) for _ in range(3)]
+    graphs, results = Graphs(), []
+    original = sigswap.backend.lower
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        results.append(original(*args, **kwargs))
+        return results[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sigswap.backend, "lower", recorded)
+        actual = graphs.compile(function)(*tensors)
+    assert not graphs.calls
+    if reason:
+        assert [left for result in results for left in result.left_alone if reason in left.reason]
+    torch.testing.assert_close(actual, function(*tensors))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.sigmoid(q) * v,  # a gate
+        lambda q, k, v: F.silu(q @ k.mT) @ v,
+        lambda q, k, v: torch.sigmoid(F.linear(q, torch.eye(M))) @ v,  # a layer
+        lambda q, k, v: (torch.sigmoid(q @ k.mT) * v).sum(-1),  # not a sum over the keys
+        lambda q, k, v: torch.sigmoid(q @ k.mT).mT @ v,  # sums over the queries: the keys are the queries
+    ],
+    ids=["gate", "silu", "layer", "not multiplied", "transposed"],
+)
+def test_other_sigmoids_are_computed_as_before(function: Callable[..., Tensor]) -> None:
+    tensors = [torch.randn(B, HEADS, M, M) for _ in range(3)]
+    torch.testing.assert_close(Graphs().compile(function)(*tensors), function(*tensors), rtol=1e-4, atol=1e-4)
+
+
+def test_edits_of_what_was_read_keep_their_order() -> None:
+    tensors = [torch.randn(B, HEADS, M, M) for _ in range(3)]
+    torch.testing.assert_close(Graphs().compile(_edited_view)(*tensors), _edited_view(*tensors), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+MASKS: dict[str, tuple[Callable[[int], Tensor], tuple[bool, int, int, bool]]] = {
+    # (the mask of n keys and queries) -> (is_causal, window_left, window_right, whether a tensor is left)
+    "tril": (lambda n: torch.ones(n, n, dtype=torch.bool).tril(), (True, -1, -1, False)),
+    "tril of floats": (lambda n: torch.tril(torch.ones(n, n)) != 0, (True, -1, -1, False)),
+    "not triu": (lambda n: ~torch.ones(n, n, dtype=torch.bool).triu(1), (True, -1, -1, False)),
+    "triu == 0": (lambda n: torch.triu(torch.ones(n, n), 1) == 0, (True, -1, -1, False)),
+    "arange": (lambda n: torch.arange(n)[None] <= torch.arange(n)[:, None], (True, -1, -1, False)),
+    "arange, less": (lambda n: torch.arange(n)[None] < torch.arange(1, n + 1)[:, None], (True, -1, -1, False)),
+    "difference": (lambda n: (torch.arange(n)[:, None] - torch.arange(n)) >= 0, (True, -1, -1, False)),
+    "scaled": (lambda n: 2 * torch.arange(n)[None] <= 2 * torch.arange(n)[:, None], (False, -1, -1, True)),
+    "window": (
+        lambda n: ((i := torch.arange(n))[:, None] - i < 3) & (i - i[:, None] <= 2),
+        (False, 2, 2, False),
+    ),
+    "causal window": (
+        lambda n: ((i := torch.arange(n))[:, None] >= i) & ~(i[:, None] - i > 4),
+        (True, 4, -1, False),
+    ),
+    "a view of 4 axes": (
+        lambda n: torch.ones(n, n, dtype=torch.bool).tril().view(1, 1, n, n).expand(B, 1, n, n),
+        (True, -1, -1, False),
+    ),
+    "a part of a longer one": (
+        lambda n: torch.ones(2 * n, 2 * n, dtype=torch.bool).tril()[:n, :n],
+        (True, -1, -1, False),
+    ),
+    "another part": (lambda n: torch.ones(2 * n, 2 * n, dtype=torch.bool).tril()[n:, :n], (False, -1, -1, True)),
+    "above the diagonal": (lambda n: torch.ones(n, n, dtype=torch.bool).triu(0), (False, 0, -1, False)),
+    "strictly below": (lambda n: torch.ones(n, n, dtype=torch.bool).tril(-1), (False, -1, -1, True)),
+    "transposed": (lambda n: torch.ones(n, n, dtype=torch.bool).tril().T, (False, 0, -1, False)),
+    "flipped": (lambda n: torch.ones(n, n, dtype=torch.bool).tril().flip(0), (False, -1, -1, True)),
+    "either": (
+        lambda n: torch.ones(n, n, dtype=torch.bool).tril() | (torch.arange(n) < 2),
+        (False, -1, -1, True),
+    ),
+    "with padding": (
+        lambda n: (
+            torch.ones(n, n, dtype=torch.bool).tril() & (torch.arange(n) < torch.tensor([[n], [4]]))[:, None, None]
+        ),
+        (True, -1, -1, True),
+    ),
+    "documents": (
+        lambda n: torch.ones(n, n, dtype=torch.bool).tril() & ((d := torch.arange(n) // 4)[:, None] == d),
+        (True, -1, -1, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str, dynamic: bool, additive: bool) -> None:
+    build, (causal, left, right, tensor) = MASKS[name]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = build(q.shape[2])
+        if additive:
+            mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    graphs = Graphs("eager")
+    compiled = graphs.compile(attention, dynamic=dynamic)
+    for n in (9, 13) if dynamic else (9,):
+        q, k, v = (torch.randn(B, HEADS, n, HEAD_DIM) for _ in range(3))
+        scores = (q.double() @ k.double().mT) * HEAD_DIM**-0.5
+        expected = handwritten.sigmoid(scores.masked_fill(~build(n), -math.inf), -1) @ v.double()
+        close(compiled(q, k, v), expected)
+    (node,) = graphs.calls
+    options = node.kwargs
+    assert (options["is_causal"], options["window_left"], options["window_right"]) == (causal, left, right)
+    assert (node.args[4] is not None) == tensor
+
+
+def test_a_mask_that_depends_on_a_length_is_no_proof() -> None:
+    """The offset of a cache: the same numbers at this length only."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        past = k.shape[2] - q.shape[2]
+        visible = torch.arange(k.shape[2]) <= (torch.arange(q.shape[2]) + past)[:, None]
+        return torch.softmax((q @ k.mT).masked_fill(~visible, -math.inf), -1) @ v
+
+    graphs = Graphs()
+    compiled = graphs.compile(attention, dynamic=True)
+    for m, n in ((5, 9), (3, 7), (6, 16)):
+        q, k, v = torch.randn(B, HEADS, m, D), torch.randn(B, HEADS, n, D), torch.randn(B, HEADS, n, D)
+        visible = torch.ones(m, n, dtype=torch.bool).tril(n - m)
+        scores = (q.double() @ k.double().mT).masked_fill(~visible, -math.inf)
+        close(compiled(q, k, v), handwritten.sigmoid(scores, -1) @ v.double())
+    assert len(graphs.modules) == 1 and len(graphs.calls) == 1
+
+
+def test_padding_keeps_its_small_shape() -> None:
+    """The n x n mask that padding and causality were combined to is not passed on."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        causal = torch.ones(M, M, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal & padding[:, None, None])
+
+    masks: list[Any] = []
+
+    class Shapes(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is OP:
+                masks.append((tuple(args[4].shape), kwargs["is_causal"]))
+            return super().call_function(target, args, kwargs)
+
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
+    options = {"inner": lambda module, inputs: Shapes(module).run}
+    torch.compile(attention, backend="sigswap", options=options)(q, k, v, torch.arange(M) < torch.tensor([[M], [5]]))
+    assert masks == [((B, 1, 1, M), True)]
+
+
+# ---------------------------------------------------------------------------------------------- regions
+
+
+class Dropped(Handwritten):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(F.dropout(self.normalise(q @ k.mT, -1), 0.25, self.training) @ v)
+
+
+def test_dropout_becomes_the_ops() -> None:
+    model, graphs = Dropped().train(), Graphs()
+    compiled = graphs.compile(model)
+    x = torch.randn(B, M, handwritten.DIM)
+    with torch.no_grad():
+        mean = torch.stack([compiled(x) for _ in range(400)]).double().mean(0)
+        expected = oracle_of(model).eval()(x.double())
+    (node,) = graphs.calls
+    assert node.kwargs["dropout_p"] == 0.25
+    assert not [n for n in graphs.nodes if getattr(n.target, "__name__", "") == "dropout"]
+    assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+class Checkpointed(Handwritten):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._attention, x, torch.ones(x.shape[1], x.shape[1]).tril() == 0, use_reentrant=False)
+
+    def _attention(self, x: Tensor, hidden: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(self.normalise((q @ k.mT).masked_fill(hidden, -math.inf), -1) @ v)
+
+
+def test_checkpointed_regions_are_lowered() -> None:
+    model, graphs = Checkpointed(), Graphs()
+    compare(model, graphs.compile(model), torch.randn(B, M, handwritten.DIM))
+    assert len(graphs.calls) == 1 and graphs.calls[0].kwargs["is_causal"]
+
+
+class Autocast(Handwritten):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype != torch.float64):
+            out = self.normalise(q @ k.mT * 0.3, -1) @ v
+        return self.merged(out.to(x.dtype))
+
+
+def test_autocast_regions() -> None:
+    model, graphs = Autocast().eval(), Graphs()
+    x = torch.randn(B, M, handwritten.DIM)
+    actual = graphs.compile(model)(x)
+    assert len(graphs.calls) == 1
+    close(actual.detach(), oracle_of(model)(x.double()).detach(), 3e-2)
+
+
+def test_a_region_without_gradients_is_not_crossed() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = torch.sigmoid(q @ k.mT)
+        return weights @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
+    graphs = Graphs()
+    graphs.compile(attention)(q, k, v).sum().backward()
+    assert not graphs.calls and q.grad is None and v.grad is not None
+
+
+def test_half_precision_stays_half() -> None:
+    """An upcast of query and key, whose products are exact anyway, is left out; that of the scores, too."""
+
+    class Upcast(Handwritten):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            scores = q.float() @ k.float().mT * 0.3 if q.dtype != torch.float64 else q @ k.mT * 0.3
+            return self.merged(self.normalise(scores, -1).to(v.dtype) @ v)
+
+    model, graphs = Upcast().bfloat16().eval(), Graphs()
+    x = torch.randn(B, M, handwritten.DIM).bfloat16()
+    actual = graphs.compile(model)(x)
+    above = list(graphs.calls[0].all_input_nodes)
+    for node in above:
+        assert node.target != "float"
+        above += node.all_input_nodes
+    close(actual.detach(), oracle_of(model)(x.double()).detach(), 3e-2)
+
+
+def test_modules_of_torch_nn_run_the_op() -> None:
+    """Inside of F.multi_head_attention_forward, which a Dynamo graph holds as a whole, it is the op that runs, too."""
+    ops: list[Any] = []
+
+    def aot(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+            ops.extend(node for node in graph.graph.nodes if node.target is OP)
+            return graph.forward
+
+        return aot_autograd(fw_compiler=compiler)(module, inputs)
+
+    model = nn.MultiheadAttention(handwritten.DIM, HEADS, batch_first=True)
+    torch._dynamo.reset()
+    x = torch.randn(B, M, handwritten.DIM)
+    torch.compile(model, backend="sigswap", options={"inner": aot})(x, x, x, need_weights=False)
+    assert len(ops) == 1
