@@ -253,19 +253,15 @@ class Emission:
     ) -> tuple[torch.fx.Proxy | None, torch.fx.Proxy | None, dict[str, Any], list[str]]:
         """Row bias, attn_mask, the options of the band, and words for them."""
         bias = additive = boolean = None
-        visible = list(found.masks)
+        visible, terms = list(found.masks), []
         for term in found.terms:
-            terms = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
-            if terms is not None:
-                visible += [visible_of(each, term.axes) for each in terms]
-                continue
-            tensor = self._broadcast(term, q)
-            tensor = tensor if term.factor == 1.0 else tensor * term.factor
-            if self.keys and not set(self._set_of(term)) & set(self.keys):
-                bias = tensor if bias is None else bias + tensor
+            hidden = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
+            if hidden is None:
+                terms.append(term)
             else:
-                additive = tensor if additive is None else additive + tensor
+                visible += [visible_of(each, term.axes) for each in hidden]
         left, right = found.left, found.right
+        tensors: list[tuple[Operand, bool]] = []  # boolean; whether it is to be inverted
         for each in visible:
             side, distance = _band(each, self.labels, self.rows, self.keys)
             if side == "right":
@@ -273,10 +269,23 @@ class Emission:
             elif side == "left":
                 left = distance if left < 0 else min(left, distance)
             elif side == "tensor":
-                tensor = self._broadcast(Operand(each.term.node, each.own), q)
-                if each.term.inverted:
-                    tensor = self._call(torch.logical_not, tensor)
-                boolean = tensor if boolean is None else boolean & tensor
+                tensors.append((Operand(each.term.node, each.own), each.term.inverted))
+
+        def is_row(term: Operand) -> bool:
+            return bool(self.keys) and not set(self._set_of(term)) & set(self.keys)
+
+        repeats = self._repeats([term for term in terms if not is_row(term)] + [operand for operand, _ in tensors])
+        for term in terms:
+            tensor = self._broadcast(term, q, repeats and not is_row(term))
+            tensor = tensor if term.factor == 1.0 else tensor * term.factor
+            if is_row(term):
+                bias = tensor if bias is None else bias + tensor
+            else:
+                additive = tensor if additive is None else additive + tensor
+        for operand, inverted in tensors:
+            tensor = self._broadcast(operand, q, repeats)
+            tensor = self._call(torch.logical_not, tensor) if inverted else tensor
+            boolean = tensor if boolean is None else boolean & tensor
         words = ["causal"] if right == 0 else []
         words += [f"window ({left}, {right})"] if left >= 0 or right > 0 else []
         if additive is not None:
@@ -289,13 +298,18 @@ class Emission:
         band = {"is_causal": right == 0, "window_left": left, "window_right": right if right > 0 else -1}
         return bias, boolean if additive is None else additive, band, words
 
-    def _broadcast(self, operand: Operand, q: torch.fx.Proxy) -> torch.fx.Proxy:
-        """A mask or a bias as [B|1, H|1, M|1, N|1]."""
+    def _repeats(self, operands: Sequence[Operand]) -> bool:
+        """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""
+        parts = {tuple(label for label in self._set_of(operand) if label in self.outer) for operand in operands} - {()}
+        return len(parts) == 1 and parts == {self.outer[-len(next(iter(parts))) :]}
+
+    def _broadcast(self, operand: Operand, q: torch.fx.Proxy, repeats: bool = False) -> torch.fx.Proxy:
+        """A mask or a bias as [B|1, H|1, M|1, N|1]; ``repeats``: or with the inner part of the batch."""
         if same_in(operand.node, self.graph) is None:
             operand = self._base(operand, repeated=True)
         tensor, present = self._canonical(operand, self.scores)
         for dim in (0, 1):
-            if present[dim]:
+            if present[dim] and not (dim == 0 and repeats):
                 tensor = self._filled(tensor, dim, present[dim], self.scores[dim], q)
         if any(present[dim] and present[dim] != self.scores[dim] for dim in (2, 3)):
             raise Refused("one of its masks has a part of an axis")

@@ -82,7 +82,7 @@ class Masks:
         return (dataclasses.replace(_itself(node), inverted=not where),) if terms is None else terms
 
     def visible_by_sum(self, node: torch.fx.Node, factor: float) -> tuple[Term, ...] | None:
-        """The terms that hold where a tensor is 0 that, times ``factor``, is added to scores, if it masks the others."""
+        """The terms that hold where a tensor is 0 that, times ``factor``, is added to scores, if it masks the rest."""
         found = self.known(node)
         if isinstance(found, Constant) and found.value == 0:
             return ()

@@ -74,8 +74,8 @@ def sigswap_backend(
 def swap_and_lower(
     graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, visible_bias: bool, const_bias: float
 ) -> tuple[SwapResult, LowerResult]:
-    """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the row bias given,
-    and each sigmoid attention one call of FlashSigmoid."""
+    """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the row bias
+    given, and each sigmoid attention one call of FlashSigmoid."""
     swapped = swap(graph_module, example_inputs, _STAND_INS, {"visible_bias": visible_bias, "const_bias": const_bias})
     return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()))
 

@@ -54,12 +54,13 @@ class InductorLowering(CustomGraphPass):
 class Enabled:
     """What :func:`enable_inductor_lowering` gives: ``remove()`` ends it, and so does the end of a ``with``."""
 
-    def __init__(self, added: InductorLowering) -> None:
+    def __init__(self, added: InductorLowering | None) -> None:
+        """``added``: None, if it was enabled before; then whoever did that removes it."""
         self.added = added
 
     def remove(self) -> None:
         """Puts back the pass that was there before. Models that are compiled already stay as they are."""
-        if torch._inductor.config.pre_grad_custom_pass is self.added:
+        if self.added is not None and torch._inductor.config.pre_grad_custom_pass is self.added:
             torch._inductor.config.pre_grad_custom_pass = self.added.after
 
     def __enter__(self) -> Enabled:
@@ -77,7 +78,7 @@ def enable_inductor_lowering() -> Enabled:
     """
     present = torch._inductor.config.pre_grad_custom_pass
     if isinstance(present, InductorLowering):
-        return Enabled(present)
+        return Enabled(None)
     added = InductorLowering(present)
     torch._inductor.config.pre_grad_custom_pass = added
     return Enabled(added)

@@ -549,3 +549,21 @@ def test_modules_of_torch_nn_run_the_op() -> None:
     x = torch.randn(B, M, handwritten.DIM)
     torch.compile(model, backend="sigswap", options={"inner": aot})(x, x, x, need_weights=False)
     assert len(ops) == 1
+
+
+def test_a_mask_per_window_is_not_repeated() -> None:
+    """Swin's: as large as the windows of one image, for a batch of images."""
+    masks: list[Any] = []
+
+    class Shapes(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is OP:
+                masks.append((tuple(args[0].shape), tuple(args[4].shape)))
+            return super().call_function(target, args, kwargs)
+
+    torch._dynamo.reset()
+    model = handwritten.CosineWindows()
+    options = {"inner": lambda module, inputs: Shapes(module).run}
+    with torch.no_grad():
+        torch.compile(model, backend="sigswap", options=options)(torch.randn(3, 12, handwritten.DIM))
+    assert masks == [((6, HEADS, 6, HEAD_DIM), (2, HEADS, 6, 6))]

@@ -1,0 +1,298 @@
+"""How users reach the lower pass: inductor's hook, regional compilation, explain; caches, modes, export."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from handwritten import DIM, Grouped, Handwritten, LocalWithSoftcap, NanoGPT, sigmoid
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from typer.testing import CliRunner
+from zoo import BY_NAME, call
+
+import sigswap
+from sigswap import inductor
+from sigswap.cli import app
+from sigswap.errors import ExampleInputsError, NotConvertedError
+
+B, M = 2, 12
+
+
+class Blocks(nn.Module):
+    """A model around hand-written attention."""
+
+    def __init__(self, kind: type[Handwritten] = Grouped, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(layers))
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(self.norm(x))
+        return x
+
+
+def oracle(model: nn.Module, x: Tensor) -> Tensor:
+    """The model before its conversion, in float64, with sigmoid."""
+    double = copy.deepcopy(model).double()
+    for layer in double.layers:  # type: ignore[union-attr]
+        layer.normalise = sigmoid
+    return double(x.double())
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(B, M, DIM)
+
+
+@pytest.fixture
+def model() -> Blocks:
+    torch.manual_seed(0)
+    return Blocks().eval()
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the pass in inductor's hook did, call by call."""
+    results: list[Any] = []
+    original = inductor.lower
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        results.append(original(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(inductor, "lower", recorded)
+    return results
+
+
+def count(results: list[Any]) -> int:
+    return sum(len(result.lowered) for result in results)
+
+
+# ------------------------------------------------------------------------------------------- the hook
+
+
+def test_hook_for_one_model(model: Blocks, x: Tensor, lowered: list[Any]) -> None:
+    expected = oracle(model, x)
+    sigswap.convert(model, example_inputs=(x,))
+    options = {"pre_grad_custom_pass": sigswap.InductorLowering()}
+    compiled = torch.compile(model, options=options, fullgraph=True)
+    close(compiled(x), expected)
+    assert count(lowered) == 3
+    assert inductor_config.pre_grad_custom_pass is None
+
+
+def test_hook_for_all_models(model: Blocks, x: Tensor, lowered: list[Any]) -> None:
+    expected = oracle(model, x)
+    sigswap.convert(model, example_inputs=(x,))
+    with sigswap.enable_inductor_lowering():
+        with sigswap.enable_inductor_lowering():  # a second time: the same
+            pass
+        sigswap.enable_inductor_lowering()
+        out = torch.compile(model)(x)
+    assert inductor_config.pre_grad_custom_pass is None
+    close(out, expected)
+    out.sum().backward()
+    assert count(lowered) == 3
+
+
+def test_hook_changes_no_other_model(model: Blocks, x: Tensor, lowered: list[Any]) -> None:
+    """Softmax stays softmax, and a sigmoid attention that is not sigswap's stays unfused."""
+    softmax = model(x)
+    with sigswap.enable_inductor_lowering():
+        close(torch.compile(model)(x), softmax)
+        for layer in model.layers:
+            layer.normalise = sigmoid
+        torch._dynamo.reset()
+        close(torch.compile(model)(x), model(x))
+    assert count(lowered) == 0
+
+
+def test_hook_runs_a_pass_that_is_there_first(model: Blocks, x: Tensor) -> None:
+    seen: list[torch.fx.Graph] = []
+    sigswap.convert(model, example_inputs=(x,))
+    with inductor_config.patch(pre_grad_custom_pass=seen.append):
+        enabled = sigswap.enable_inductor_lowering()
+        torch.compile(model)(x)
+        enabled.remove()
+        assert inductor_config.pre_grad_custom_pass == seen.append
+    assert seen
+
+
+def test_uuid_is_that_of_the_source() -> None:
+    code = "import sigswap; print(sigswap.InductorLowering().uuid())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert str(sigswap.InductorLowering().uuid()) == other.strip()
+    first = sigswap.InductorLowering(sigswap.InductorLowering())
+    assert first.uuid() not in (None, sigswap.InductorLowering().uuid())
+    assert sigswap.InductorLowering(lambda graph: None).uuid() is None  # its source is not known: no caching
+
+
+@pytest.mark.parametrize("backend", ["inductor", "sigswap"])
+def test_caches_hit(backend: str, model: Blocks, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    sigswap.convert(model, example_inputs=(x,))
+    options = {"pre_grad_custom_pass": sigswap.InductorLowering()} if backend == "inductor" else None
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            torch.compile(model, backend=backend, options=options)(x)
+        found.append((counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]))
+        found[-1] += (counters["aot_autograd"]["autograd_cache_hit"],)
+    assert found[0][1:] == (0, 0) and found[1][0] == 0 and (found[1][1] or found[1][2])
+
+
+# -------------------------------------------------------------------------------- regional compilation
+
+
+@pytest.mark.parametrize("kind", [Grouped, NanoGPT, LocalWithSoftcap])
+def test_compile_attention(kind: type[Handwritten], x: Tensor) -> None:
+    """The layers share one graph, the rest stays eager, and it trains."""
+    torch.manual_seed(0)
+    model = Blocks(kind).eval()
+    x64 = x.double().requires_grad_()
+    expected = oracle(model, x64)
+    sigswap.convert(model, example_inputs=(x,))
+    counter = CompileCounterWithBackend("aot_eager")
+    assert sigswap.compile_attention(model, options={"inner": counter}) is model
+    x.requires_grad_()
+    out = model(x)
+    close(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    close(x.grad, x64.grad)  # type: ignore[arg-type]
+    assert counter.frame_count == 1
+    ops = [n for graph in counter.graphs for n in graph.graph.nodes if "sigmoid_attention" in str(n.target)]
+    assert len(ops) == 1
+    # A copy is not compiled, and converts back.
+    assert copy.deepcopy(model).layers[0]._compiled_call_impl is None
+    sigswap.revert(model)
+
+
+def test_compile_attention_of_swin() -> None:
+    """Its windows, relative biases and masks, of which each kind of block has its own graph."""
+    entry = BY_NAME["swin"]
+    model, inputs = entry.build("unfused"), entry.make_inputs("unfused")
+    sigswap.convert(model, example_inputs=inputs)
+    with torch.no_grad():
+        expected = call(model, inputs)
+        counter = CompileCounterWithBackend("eager")
+        actual = call(sigswap.compile_attention(model, options={"inner": counter}), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    ops = [n for graph in counter.graphs for n in graph.graph.nodes if "sigmoid_attention" in str(n.target)]
+    assert len(ops) == counter.frame_count and not any(
+        "sigmoid_probs" in str(n.target) for graph in counter.graphs for n in graph.graph.nodes
+    )
+
+
+def test_compile_attention_needs_a_converted_model(model: Blocks) -> None:
+    with pytest.raises(NotConvertedError):
+        sigswap.compile_attention(model)
+
+
+# --------------------------------------------------------------------------------------------- explain
+
+
+def test_explain(model: Blocks, x: Tensor) -> None:
+    model.layers[2] = NanoGPT().eval()
+    before = list(model.state_dict()), type(model)
+    for _ in range(2):  # unconverted, converted
+        report = sigswap.explain(model, (x,))
+        assert report.graphs == 1 and report.count("lowered") == 3
+        assert [site.path for site in report.sites] == ["layers.0", "layers.1", "layers.2"]
+        assert "4 heads over 2" in report.sites[0].detail and "causal" in report.sites[2].detail
+        assert "layers.{0..1} (2x)" in str(report)
+        assert (list(model.state_dict()), type(model)) == before or sigswap.is_converted(model)
+        if not sigswap.is_converted(model):
+            sigswap.convert(model, example_inputs=(x,))
+
+
+def test_explain_says_why_not(x: Tensor) -> None:
+    model = nn.MultiheadAttention(DIM, 4, batch_first=True)
+    report = sigswap.explain(model, (x, x, x))  # need_weights is its default
+    assert report.count("unfused") == 1 and "used elsewhere" in report.sites[0].detail
+    with pytest.raises(ExampleInputsError, match="example_inputs"):
+        sigswap.explain(model, (x,))
+
+
+def test_inspect_compile() -> None:
+    done = CliRunner().invoke(app, ["inspect", "timm:vit_tiny_patch16_224", "--compile", "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [site["status"] for site in report["sites"]] == ["lowered"] * 12
+    assert report["sites"][3]["path"] == "blocks.3.attn" and report["graphs"] == 1
+
+
+# --------------------------------------------------------------------------------- modes and packages
+
+
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_modes(mode: str, model: Blocks, x: Tensor) -> None:
+    expected = oracle(model, x)
+    sigswap.convert(model, example_inputs=(x,))
+    close(torch.compile(model, backend="sigswap", mode=mode)(x), expected)
+
+
+def test_no_copies_around_the_op(x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated code: what stands before the op is one kernel for QK-norm and rotation, and after it no copy."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    from torch._inductor.utils import run_and_get_code
+
+    class Rotated(Handwritten):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            q, k = (nn.functional.rms_norm(t, (8,)) for t in (q, k))
+            angle = torch.arange(x.shape[1])[:, None] * torch.ones(8)
+            q, k = (t * angle.cos() + t.roll(4, -1) * angle.sin() for t in (q, k))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.merged(out) * 0.5 + x
+
+    model = Rotated().eval()
+    kernels = []
+    for name in ("inductor", "sigswap"):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(torch.compile(model, backend=name, fullgraph=True), x)
+        kernels.append(code.count("async_compile.cpp_pybinding("))
+        assert (".sigmoid_attention.default(" in code) == (name == "sigswap")
+    assert kernels[1] <= kernels[0]
+
+
+def test_export_and_package(model: Blocks, x: Tensor, tmp_path: Path) -> None:
+    expected = oracle(model, x)
+    sigswap.convert(model, example_inputs=(x,))
+    program = torch.export.export(model, (x,))
+    close(program.module()(x), expected)
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        close(torch._inductor.aoti_load_package(path)(x), expected)
+
+
+def test_package_of_a_model_with_sdpa(tmp_path: Path) -> None:
+    """The op is in the package: sigswap must be imported where that is loaded."""
+    entry = BY_NAME["vit"]
+    model, inputs = entry.build("fused"), entry.make_inputs("fused")
+    sigswap.convert(model, example_inputs=inputs)
+    with torch.no_grad():
+        expected = call(model, inputs)
+        program = torch.export.export(model, inputs)  # type: ignore[arg-type]
+        assert [n for n in program.graph.nodes if "sigmoid_attention" in str(n.target)]
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        actual = torch._inductor.aoti_load_package(path)(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
