@@ -35,6 +35,8 @@ def swap(
     same arguments and the keywords ``bias``. The graph is linted and recompiled.
     """
     whole = _swap_whole(graph_module, stand_ins, bias)
+    if not _may_have_site(graph_module):
+        return SwapResult(whole, ())
     found = find(normalize(graph_module, example_inputs).graph)
     left = list(found.left_alone)
     swapped = 0
@@ -57,6 +59,17 @@ _WHOLE_ATTENTIONS = (
     torch._native_multi_head_attention,
     torch._transformer_encoder_layer_fwd,
 )
+
+
+def _may_have_site(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether any call could be, or hold, a softmax. Most graphs of converted models have none, and need no shadow."""
+    for module in graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            own = getattr(node.target, "namespace", None) == "sigswap"
+            if node.op.startswith("call") and not own and ("softmax" in name or "attention" in name or "attn" in name):
+                return True
+    return False
 
 
 def _swap_whole(

@@ -66,8 +66,8 @@ def sigswap_backend(
             logging.WARNING if left.attention else logging.INFO, "%s left as softmax: %s", left.anchor, left.reason
         )
     logger.info("lowered %d attention(s), %d stay unfused", len(lowering.lowered), len(lowering.left_alone))
-    for left in lowering.left_alone:
-        logger.info("%s not lowered: %s", left.anchor, left.reason)
+    for reason in dict.fromkeys(left.reason for left in lowering.left_alone):
+        logger.warning("an attention stays unfused: %s", reason)
     return inner(graph_module, example_inputs)
 
 

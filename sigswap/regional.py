@@ -16,7 +16,9 @@ def compile_attention(model: _Model, **options: Any) -> _Model:
 
     The rest of the model stays eager. Attention that computes its own scores (Swin, T5, research code) then runs in the
     kernel, forward and backward, in memory linear in the length. Layers of the same class share what was compiled.
-    It goes through ``nn.Module.compile``: a copy, a pickle and a saved model are not compiled.
+    It goes through ``nn.Module.compile``: a copy, a pickle and a saved model are not compiled. Attention that also
+    returns its probabilities stays unfused, and is logged as a warning: transformers' does so with
+    ``attn_implementation="eager"``. Its default, "sdpa", runs the kernel without any compilation.
 
     Args:
         model: A converted model.

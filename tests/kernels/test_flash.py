@@ -183,7 +183,8 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
         error = (result.double() - truth).norm().item()
         # The error of a few numbers is a matter of luck, and one number may be what is left of a sum of large ones.
         ratio, floor = (1.1, 1e-12) if int((truth != 0).sum()) >= 256 else (2.0, 5e-7)
-        bound = ratio * (theirs.double() - truth).norm().item() + 1e-6 * norm + floor
+        # The GPU's exponential and reciprocal are good to about 1e-6, which float32 alone can feel.
+        bound = ratio * (theirs.double() - truth).norm().item() + 1.5e-6 * norm + floor
         what = ("out", "query", "key", "value", "4th", "5th")[number]
         # Where the naive one overflows to NaN, ours need not.
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
