@@ -133,6 +133,13 @@ class Masks:
             return self._where(node, args[1], args[2], args[0])
         if name in ("tril", "triu"):
             return self._triangle(node, name)
+        if name == "diff":
+            return self._difference(node)
+        if name == "cumsum":
+            known = self.known(args[0])
+            return known if _is_zero(known) else None
+        if name == "index":
+            return self._indexed(node, args[0], args[1])
         return None
 
     # Each of these gives what is known of ``node``, from what is known of its arguments.
@@ -153,6 +160,8 @@ class Masks:
         if not isinstance(value, torch.fx.Node) or value.meta["val"].dtype != torch.bool:
             return None
         known = self.known(value)
+        if isinstance(known, Constant) and known.value:
+            known = Mask(())
         axes = [axis + rank_of(node) - rank_of(value) for axis in range(rank_of(value))]
         moved = _moved(known if isinstance(known, Mask) else Mask((_itself(value),)), axes, rank_of(node))
         return moved if isinstance(moved, Mask) else None
@@ -206,7 +215,8 @@ class Masks:
         if _has_symbol(node):
             return None
         left, right = (self._value(arg, node) for arg in node.args[:2])
-        if isinstance(left, Mask) or isinstance(right, Mask):
+        constants = isinstance(left, Constant) and isinstance(right, Constant)
+        if isinstance(left, Mask) or isinstance(right, Mask) or constants:
             compare = _COMPARISONS[name]
             return _combined(left, right, lambda a, b: float(compare(a, b)))
         first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
@@ -260,6 +270,40 @@ class Masks:
         low = [0] * (rank - 2) + [1, -1]
         half = Affine(tuple(low), diagonal) if name == "tril" else Affine(tuple(-x for x in low), -diagonal)
         return Mask((dataclasses.replace(_itself(node), half=half),), content.value)
+
+    # Documents that are packed behind one another begin where positions do not go up by one: transformers works that
+    # out from positions, which may be an arange, and then there is one document.
+
+    def _difference(self, node: torch.fx.Node) -> Known:
+        """Of ``torch.diff(x, 1, dim, prepend)``, where x goes up evenly, also from what is prepended."""
+        args = [*node.args, *[None] * 5][:5]
+        source, times, dim, before, after = args
+        known, first = (self.known(x) if isinstance(x, torch.fx.Node) else None for x in (source, before))
+        if not isinstance(known, Affine) or times not in (1, None) or after is not None or _has_symbol(node):
+            return None
+        axis = (-1 if dim is None else dim) % rank_of(node)
+        if before is not None:
+            if not isinstance(first, Affine) or shape_of(before)[axis] != 1:  # type: ignore[index]
+                return None
+            steps = [(a, b) for i, (a, b) in enumerate(zip(known.steps, first.steps, strict=True)) if i != axis]
+            if any(a != b for a, b in steps) or known.offset - first.offset != known.steps[axis]:
+                return None
+        return Constant(float(known.steps[axis]))
+
+    def _indexed(self, node: torch.fx.Node, source: torch.fx.Node, indices: Any) -> Known:
+        known = self.known(source)
+        if isinstance(known, Constant):
+            return known
+        if not isinstance(known, Affine) or len(indices) != len(known.steps) or _has_symbol(node):
+            return None
+        steps, offset = [0] * rank_of(node), known.offset
+        for step, index in zip(known.steps, indices, strict=True):
+            at = self._value(index, node)
+            if not isinstance(at, Affine) or at.offset < 0 or min(at.steps, default=0) < 0:
+                return None
+            steps = [a + step * b for a, b in zip(steps, at.steps, strict=True)]
+            offset += step * at.offset
+        return Affine(tuple(steps), offset)
 
 
 _FILLED = frozenset(
@@ -343,6 +387,10 @@ def _as_affine(known: Known, rank: int) -> Affine | None:
     if isinstance(known, Constant) and math.isfinite(known.value) and known.value == int(known.value):
         return Affine((0,) * rank, int(known.value))
     return known if isinstance(known, Affine) else None
+
+
+def _is_zero(known: Known) -> bool:
+    return isinstance(known, Constant) and known.value == 0
 
 
 def _fill(node: torch.fx.Node, name: str) -> Known:

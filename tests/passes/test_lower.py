@@ -334,6 +334,16 @@ def test_edits_of_what_was_read_keep_their_order() -> None:
 
 # ------------------------------------------------------------------------------------------------ masks
 
+
+def _documents(positions: Tensor) -> Tensor:
+    """Packed documents, causal: each begins where the positions do not go up by one."""
+    before = positions[:, :1] - 1
+    number = (torch.diff(positions, prepend=before, dim=-1) != 1).cumsum(-1)
+    n = torch.arange(positions.shape[1])
+    batch, row, key = torch.arange(len(positions))[:, None, None, None], n[None, None, :, None], n[None, None, None]
+    return (key <= row) & (number[batch, row] == number[batch, key])
+
+
 MASKS: dict[str, tuple[Callable[[int], Tensor], tuple[bool, int, int, bool]]] = {
     # (the mask of n keys and queries) -> (is_causal, window_left, window_right, whether a tensor is left)
     "tril": (lambda n: torch.ones(n, n, dtype=torch.bool).tril(), (True, -1, -1, False)),
@@ -373,6 +383,14 @@ MASKS: dict[str, tuple[Callable[[int], Tensor], tuple[bool, int, int, bool]]] = 
         lambda n: (
             torch.ones(n, n, dtype=torch.bool).tril() & (torch.arange(n) < torch.tensor([[n], [4]]))[:, None, None]
         ),
+        (True, -1, -1, True),
+    ),
+    "one document, as transformers finds it": (
+        lambda n: _documents(torch.arange(n)[None].expand(B, n)),
+        (True, -1, -1, False),
+    ),
+    "documents by positions": (
+        lambda n: _documents((torch.arange(n) * 2 % n)[None].expand(B, n)),
         (True, -1, -1, True),
     ),
     "documents": (
@@ -423,6 +441,19 @@ def test_a_mask_that_depends_on_a_length_is_no_proof() -> None:
         scores = (q.double() @ k.double().mT).masked_fill(~visible, -math.inf)
         close(compiled(q, k, v), handwritten.sigmoid(scores, -1) @ v.double())
     assert len(graphs.modules) == 1 and len(graphs.calls) == 1
+
+
+def test_llama_in_training_is_causal() -> None:
+    """Without a cache transformers looks for packed documents, and builds a mask that is causal for all that."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=1, use_cache=False, **sizes))
+    tokens = torch.randint(0, 50, (B, M))
+    graphs = Graphs("eager")
+    graphs.compile(model)(input_ids=tokens, labels=tokens)
+    (node,) = graphs.calls
+    assert node.args[4] is None and node.kwargs["is_causal"] and node.kwargs["window_left"] == -1
 
 
 def test_padding_keeps_its_small_shape() -> None:
