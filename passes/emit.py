@@ -13,8 +13,8 @@ import torch.fx
 
 from sigswap.passes.axes import op_name
 from sigswap.passes.labels import BROADCASTS, CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels
-from sigswap.passes.masks import Masks
-from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, is_edit, visible_of
+from sigswap.passes.masks import Masks, edited_by, memory_of
+from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, visible_of
 from sigswap.passes.normalize import rename, same_in, source_of
 from sigswap.passes.site import Lowered
 
@@ -34,6 +34,8 @@ class Emission:
         if source is None:
             raise Refused("its output is not in the graph")
         self.graph = source.graph
+        # What is left out above the operands must have run under the same autocast and grad mode as the op will.
+        self.has_regions = any(_is_region(node) for node in self.graph.nodes)
         self.static: dict[Label, bool] = {}  # whether a label has the same size in every call
         self.output, self.trail = self._output(call.output)
         self.query = self._base(call.query, upcast=True)
@@ -64,8 +66,11 @@ class Emission:
                 while target.prev is not before:
                     self.graph.erase_node(target.prev)
                 raise
-            if last.meta["val"].dtype != self.dtype:
-                final = final.to(last.meta["val"].dtype)
+            if _dtype(target) != self.dtype:
+                final = final.to(_dtype(target))
+            # A product is contiguous, and so may be viewed; the op's result is [B, M, H, D] in memory.
+            if len(self.asked.path) > 1 and _needs_strides(target):
+                final = final.contiguous()
         added = target.prev
         while added is not before:
             added.meta.update({name: target.meta[name] for name in _WHERE if name in target.meta})
@@ -85,13 +90,16 @@ class Emission:
         """
         best = operand if same_in(operand.node, self.graph) is not None else None
         current, copied = operand, False
-        while True:
+        while not self.has_regions:
             node, name = current.node, op_name(current.node)
             source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
             repeats, casts = name in BROADCASTS or name == "repeat_interleave", _is_upcast(node)
             if source is None or not (name in UNDONE or name in RESHAPES or name in COPIES or casts):
                 break
             if (repeats and not repeated) or (casts and not upcast):
+                break
+            # A copy that is written to, perhaps through a view, is not what it was copied from.
+            if memory_of(node) in self.masks.edited and memory_of(node) != memory_of(source):
                 break
             axes = current.axes if casts else self.labels.above(node, source, current.axes)
             if axes is None:
@@ -137,7 +145,7 @@ class Emission:
     def _output(self, output: Operand) -> tuple[Operand, list[torch.fx.Node]]:
         """The output, or a view that is its only use and has plain axes; and the views up to it."""
         seen = [output]
-        while len(seen[-1].node.users) == 1:
+        while len(seen[-1].node.users) == 1 and not self.has_regions:
             user = next(iter(seen[-1].node.users))
             if op_name(user) not in (RESHAPES | UNDONE) - BROADCASTS:
                 break
@@ -160,7 +168,7 @@ class Emission:
         if first is None or first.graph is not self.graph:
             raise Refused("its scores and its output are in different graphs (a checkpoint between them)")
         while node is not None and node is not first and node.op != "root":
-            if op_name(node) in _REGIONS or getattr(node.target, "__name__", "") in _REGIONS:
+            if _is_region(node):
                 raise Refused("autocast or gradients are switched on or off between its scores and its output")
             node = node.prev
 
@@ -171,14 +179,13 @@ class Emission:
         operands += [operand for operand, _ in found.query_factors + found.key_factors]
         nodes = [operand.node for operand in operands] + [visible.term.node for visible in found.masks]
         order = {node: number for number, node in enumerate(self.output.node.graph.nodes)}
-        read: dict[torch.fx.Node, int] = {}
+        read: dict[int | None, int] = {}
         for node in nodes:
-            read[_root(node)] = min(order[node], read.get(_root(node), order[node]))
+            read[memory_of(node)] = min(order[node], read.get(memory_of(node), order[node]))
         for node, number in order.items():
-            if number < order[self.output.node] and is_edit(node) and node not in self.asked.path:
-                edited = [_root(arg) for arg in node.args if isinstance(arg, torch.fx.Node)][:1]
-                if any(number > read.get(root, number) for root in edited):
-                    raise Refused("one of its operands is edited in place before its output")
+            before = number < order[self.output.node] and node not in self.asked.path
+            if before and any(number > read.get(memory_of(edited), number) for edited in edited_by(node)):
+                raise Refused("one of its operands is edited in place before its output")
 
     def _learn(self, operand: Operand) -> None:
         node = same_in(operand.node, self.graph)
@@ -206,7 +213,12 @@ class Emission:
         repeated = shared[1] != self.heads
         if shared[1] != self.heads[: len(shared[1])] or value_shared[1] != shared[1]:
             raise Refused("its keys are shared by heads that are not neighbours")
-        dtypes = [operand.node.meta["val"].dtype for operand in (self.query, self.key, self.value)]
+        if own[3] != self.head_dim or shared[2:] != [self.keys, self.head_dim]:
+            raise Refused("its query or key is broadcast along head_dim or its length")
+        if value_shared[2:] != [self.keys, self.value_dim]:
+            raise Refused("its value is broadcast along head_dim or its length")
+        inputs = [same_in(operand.node, self.graph) for operand in (self.query, self.key, self.value)]
+        dtypes = [_dtype(node) for node in inputs if node is not None]
         self.dtype = functools.reduce(torch.promote_types, dtypes)
         q, k, v = (x if dtype == self.dtype else x.to(self.dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
         for operand, divides in found.query_factors:
@@ -239,7 +251,8 @@ class Emission:
             bias,
             attn_mask,
             seed,
-            scale=scale,
+            # The dimension may vary; then this is the number that the model would have worked out.
+            scale=self._call(operator.pow, q.size(-1), -0.5) if call.scale_by_dim else scale,
             const_bias=found.const_bias,
             visible_bias=call.visible_bias,
             **band,
@@ -277,6 +290,8 @@ class Emission:
         repeats = self._repeats([term for term in terms if not is_row(term)] + [operand for operand, _ in tensors])
         for term in terms:
             tensor = self._broadcast(term, q, repeats and not is_row(term))
+            if not term.node.meta["val"].dtype.is_floating_point:
+                tensor = tensor.to(self.dtype)
             tensor = tensor if term.factor == 1.0 else tensor * term.factor
             if is_row(term):
                 bias = tensor if bias is None else bias + tensor
@@ -284,6 +299,8 @@ class Emission:
                 additive = tensor if additive is None else additive + tensor
         for operand, inverted in tensors:
             tensor = self._broadcast(operand, q, repeats)
+            if operand.node.meta["val"].dtype != torch.bool:  # a triangle of a number, and of 0 elsewhere
+                tensor = self._call(torch.ne, tensor, 0)
             tensor = self._call(torch.logical_not, tensor) if inverted else tensor
             boolean = tensor if boolean is None else boolean & tensor
         words = ["causal"] if right == 0 else []
@@ -483,13 +500,21 @@ def _moves(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     return False
 
 
-_ALIASES = (
-    UNDONE | RESHAPES | frozenset("slice select narrow getitem unbind split split_with_sizes chunk detach".split())
-)
+def _is_region(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS
 
 
-def _root(node: torch.fx.Node) -> torch.fx.Node:
-    """The node whose memory ``node`` is, or may be."""
-    while (op_name(node) in _ALIASES or is_edit(node)) and node.args and isinstance(node.args[0], torch.fx.Node):
-        node = node.args[0]
-    return node
+def _dtype(node: torch.fx.Node) -> torch.dtype:
+    """Of a node of the Dynamo graph: inside of autocast regions the shadow's may be another."""
+    return node.meta["example_value"].dtype
+
+
+def _needs_strides(node: torch.fx.Node) -> bool:
+    """Whether a tensor, or a transpose of it, is viewed or returned, so that its strides matter."""
+    for user in node.users:
+        name = user.target if user.op == "call_method" else op_name(user)
+        if user.op == "output" or name in ("view", "view_as", "as_strided", "_unsafe_view", "stride", "is_contiguous"):
+            return True
+        if name in ("transpose", "permute", "unsqueeze", "squeeze", "getitem") and _needs_strides(user):
+            return True
+    return False

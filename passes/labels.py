@@ -115,6 +115,8 @@ class Labels:
         while labels and self.size(outer) < before[axis]:
             label = labels.pop(0)
             rest = before[axis] // self.size(outer)
+            if before[axis] % self.size(outer):
+                return None
             if self.size([label]) > rest:
                 if self.size([label]) % rest:
                     return None
@@ -143,6 +145,8 @@ class Labels:
                 taken: list[Label] = []
                 while self.size(taken) < after[axis]:
                     rest = after[axis] // self.size(taken)
+                    if not pending or after[axis] % self.size(taken):
+                        return None
                     label = pending.pop(0)
                     if self.size([label]) > rest:
                         if self.size([label]) % rest:

@@ -52,16 +52,22 @@ def lower(
     """
     if not _may_have_site(graph_module, handwritten, frozenset(stand_ins)):
         return LowerResult((), ())
-    shadow = normalize(graph_module, example_inputs).graph
+    try:
+        shadow = normalize(graph_module, example_inputs).graph
+    except Exception as error:  # the graph itself compiles: what the shadow cannot run must not stop it
+        first = next(iter(graph_module.graph.nodes))
+        reason = f"the graph could not be traced a second time ({type(error).__name__}: {str(error)[:200]})"
+        return LowerResult((), (LeftAlone(first, reason, True),))
     shadow.eliminate_dead_code()  # probabilities that nobody reads are no second use
-    data, masks = data_dependent(shadow), Masks()
+    data, masks = data_dependent(shadow), Masks(shadow)
     lowered: list[Lowered] = []
     left: list[LeftAlone] = []
+    replaced: set[torch.fx.Node] = set()
     for node in shadow.nodes:
         if node.target is OP:
             lowered.append(_lower_again(node, masks))
         elif node.target is _PROBS or (handwritten and op_name(node) == "sigmoid" and rank_of(node) >= 2):
-            found = _lower_scores(node, data, masks)
+            found = _lower_scores(node, data, masks, replaced)
             if isinstance(found, Lowered):
                 lowered.append(found)
             elif found.attention or node.target is _PROBS:
@@ -73,8 +79,10 @@ def lower(
     return LowerResult(tuple(lowered), tuple(left))
 
 
-def _lower_scores(anchor: torch.fx.Node, data: set[torch.fx.Node], masks: Masks) -> Lowered | LeftAlone:
-    """Lowers the attention whose probabilities ``anchor`` makes from scores."""
+def _lower_scores(
+    anchor: torch.fx.Node, data: set[torch.fx.Node], masks: Masks, replaced: set[torch.fx.Node]
+) -> Lowered | LeftAlone:
+    """Lowers the attention whose probabilities ``anchor`` makes from scores, and adds its nodes to ``replaced``."""
     rank = rank_of(anchor)
     axes = [argument(anchor, 2, "dim", -1) % rank] if anchor.target is _PROBS else [rank - 1, rank - 2]
     sites = [score_site(anchor, axis, data) for axis in axes]
@@ -83,8 +91,12 @@ def _lower_scores(anchor: torch.fx.Node, data: set[torch.fx.Node], masks: Masks)
         alone = [left for left in sites if isinstance(left, LeftAlone)]
         return next((left for left in alone if left.attention), alone[0])
     try:
-        match = Match(anchor, site.key_axis, site.products[0].node, site.output, masks)
-        return Emission(match.call(), masks).emit()
+        call = Match(anchor, site.key_axis, site.products[0].node, site.output, masks).call()
+        if not replaced.isdisjoint(call.path):
+            raise Refused("a part of it is a part of another attention, which was lowered")
+        result = Emission(call, masks).emit()
+        replaced.update(call.path)
+        return result
     except Refused as refused:
         return LeftAlone(anchor, str(refused), True)
 

@@ -68,8 +68,10 @@ Known = Affine | Constant | Mask | None
 class Masks:
     """What is known of the nodes of one graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: torch.fx.Graph) -> None:
         self._known: dict[torch.fx.Node, Known] = {}
+        # What is written to in place, perhaps through a view, is not what it was made as.
+        self.edited = {memory_of(arg) for node in graph.nodes for arg in edited_by(node)}
 
     def visible(self, node: torch.fx.Node, where: bool = True) -> tuple[Term, ...]:
         """The terms that hold where the boolean tensor ``node`` is ``where``; in doubt, that of the tensor itself."""
@@ -105,9 +107,11 @@ class Masks:
 
     def _derive(self, node: torch.fx.Node) -> Known:
         name, args = op_name(node), node.args
+        if shape_of(node) is None or memory_of(node) in self.edited or not _counts(node.meta["val"].dtype):
+            return None
         if node.op == "get_attr":
             return _stored_number(node)
-        if shape_of(node) is None or not args:
+        if not args:
             return None
         if name in _FILLED:
             return _fill(node, name)
@@ -160,7 +164,9 @@ class Masks:
         if not isinstance(value, torch.fx.Node) or value.meta["val"].dtype != torch.bool:
             return None
         known = self.known(value)
-        if isinstance(known, Constant) and known.value:
+        if isinstance(known, Constant):
+            if not known.value:
+                return None
             known = Mask(())
         axes = [axis + rank_of(node) - rank_of(value) for axis in range(rank_of(value))]
         moved = _moved(known if isinstance(known, Mask) else Mask((_itself(value),)), axes, rank_of(node))
@@ -168,14 +174,19 @@ class Masks:
 
     def _same(self, node: torch.fx.Node, source: Any) -> Known:
         known = self.known(source) if isinstance(source, torch.fx.Node) else None
-        if known is None or isinstance(known, Constant):
-            return known
         dtype = node.meta["val"].dtype
+        if isinstance(known, Constant):
+            value = float(known.value != 0) if dtype == torch.bool else known.value
+            whole = dtype.is_floating_point or (math.isfinite(value) and value == int(value))
+            return Constant(value) if whole else None
+        if known is None:
+            return None
         if isinstance(known, Affine):
             return known if not dtype.is_floating_point and dtype != torch.bool else None
         if dtype == torch.bool:
-            return dataclasses.replace(known, true=float(known.true != 0), false=float(known.false != 0))
-        return known if dtype.is_floating_point or max(abs(known.true), abs(known.false)) <= 1 else None
+            return _checked(Mask(known.terms, float(known.true != 0), float(known.false != 0)))
+        whole = all(math.isfinite(value) and value == int(value) for value in (known.true, known.false))
+        return known if dtype.is_floating_point or whole else None
 
     def _viewed(self, node: torch.fx.Node, source: Any) -> Known:
         axes = axis_map(node, source) if isinstance(source, torch.fx.Node) else None
@@ -187,7 +198,7 @@ class Masks:
     def _sliced(self, node: torch.fx.Node, source: Any) -> Known:
         known = self.known(source)
         tensors = isinstance(known, Mask) and any(term.half is None for term in known.terms)
-        if shape_of(node) == shape_of(source) and not (tensors and _has_symbol(node)):
+        if shape_of(node) == shape_of(source) and not (tensors and has_symbol(node)):
             return known
         start = node.args[2] if len(node.args) > 2 else 0
         step = node.args[4] if len(node.args) > 4 else 1
@@ -197,7 +208,7 @@ class Masks:
         return None if tensors else known
 
     def _arithmetic(self, node: torch.fx.Node, name: str) -> Known:
-        if _has_symbol(node) or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        if has_symbol(node) or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
             return None
         left, right = (self._value(arg, node) for arg in (node.args[:2] if name != "neg" else (0, node.args[0])))
         if name == "rsub":
@@ -212,7 +223,7 @@ class Masks:
         return Affine(steps, first.offset + sign * second.offset)
 
     def _comparison(self, node: torch.fx.Node, name: str) -> Known:
-        if _has_symbol(node):
+        if has_symbol(node):
             return None
         left, right = (self._value(arg, node) for arg in node.args[:2])
         constants = isinstance(left, Constant) and isinstance(right, Constant)
@@ -246,13 +257,13 @@ class Masks:
         """Of masked_fill, too, whose order it is."""
         held = self._condition(condition, node)
         first, second = self._value(true, node), self._value(false, node)
-        if held is None or _has_symbol(node):
+        if held is None or has_symbol(node):
             return None
         if not held.true:
             held = Mask(held.terms)
             first, second = second, first
         if isinstance(first, Constant) and isinstance(second, Constant):
-            return Mask(held.terms, first.value, second.value)
+            return _checked(Mask(held.terms, first.value, second.value))
         # A mask, masked again.
         if isinstance(first, Mask) and isinstance(second, Constant) and second.value == first.false:
             return dataclasses.replace(first, terms=(*held.terms, *first.terms))
@@ -264,12 +275,12 @@ class Masks:
     def _triangle(self, node: torch.fx.Node, name: str) -> Known:
         diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
         content, rank = self._value(node.args[0], node), rank_of(node)
-        if not isinstance(diagonal, int) or _has_symbol(node) or not isinstance(content, Constant) or rank < 2:
+        if not isinstance(diagonal, int) or has_symbol(node) or not isinstance(content, Constant) or rank < 2:
             return None
         # tril keeps j <= i + diagonal, triu j >= i + diagonal; the rest is 0.
         low = [0] * (rank - 2) + [1, -1]
         half = Affine(tuple(low), diagonal) if name == "tril" else Affine(tuple(-x for x in low), -diagonal)
-        return Mask((dataclasses.replace(_itself(node), half=half),), content.value)
+        return _checked(Mask((dataclasses.replace(_itself(node), half=half),), content.value))
 
     # Documents that are packed behind one another begin where positions do not go up by one: transformers works that
     # out from positions, which may be an arange, and then there is one document.
@@ -279,7 +290,7 @@ class Masks:
         args = [*node.args, *[None] * 5][:5]
         source, times, dim, before, after = args
         known, first = (self.known(x) if isinstance(x, torch.fx.Node) else None for x in (source, before))
-        if not isinstance(known, Affine) or times not in (1, None) or after is not None or _has_symbol(node):
+        if not isinstance(known, Affine) or times not in (1, None) or after is not None or has_symbol(node):
             return None
         axis = (-1 if dim is None else dim) % rank_of(node)
         if before is not None:
@@ -294,7 +305,7 @@ class Masks:
         known = self.known(source)
         if isinstance(known, Constant):
             return known
-        if not isinstance(known, Affine) or len(indices) != len(known.steps) or _has_symbol(node):
+        if not isinstance(known, Affine) or len(indices) != len(known.steps) or has_symbol(node):
             return None
         steps, offset = [0] * rank_of(node), known.offset
         for step, index in zip(known.steps, indices, strict=True):
@@ -380,7 +391,9 @@ def _combined(left: Known, right: Known, function: Callable[[float, float], floa
 
 def _checked(known: Constant | Mask) -> Known:
     values = (known.value,) if isinstance(known, Constant) else (known.true, known.false)
-    return None if any(math.isnan(value) for value in values) else known
+    if any(math.isnan(value) for value in values):
+        return None
+    return Constant(known.true) if isinstance(known, Mask) and known.true == known.false else known
 
 
 def _as_affine(known: Known, rank: int) -> Affine | None:
@@ -400,7 +413,8 @@ def _fill(node: torch.fx.Node, name: str) -> Known:
         return Constant(0.0)
     value = node.args[0] if name == "scalar_tensor" else node.args[-1] if len(node.args) > 1 else None
     value = node.kwargs.get("fill_value", value)
-    if name == "fill" or not isinstance(value, int | float | bool) or _fills_symbol(node):
+    symbolic = has_symbol(node) if name == "scalar_tensor" else _fills_symbol(node)
+    if name == "fill" or not isinstance(value, int | float | bool) or symbolic:
         return None
     return Constant(float(value))
 
@@ -422,7 +436,7 @@ def _arange(node: torch.fx.Node) -> Known:
     start, step = (numbers[0] if len(numbers) > 1 else 0), (numbers[2] if len(numbers) > 2 else 1)
     source = source_of(node)
     if source is None or op_name(source) != "arange":
-        return None if source is None or _has_symbol(node) else Affine((int(step),), int(start))
+        return None if source is None or has_symbol(node) else Affine((int(step),), int(start))
     if len(source.args) > 1 and any(_is_symbolic(arg) for arg in (source.args[0], *source.args[2:])):
         return None
     if any(_is_symbolic(source.kwargs.get(name)) for name in ("start", "step")):
@@ -430,7 +444,7 @@ def _arange(node: torch.fx.Node) -> Known:
     return Affine((int(step),), int(start))
 
 
-def _has_symbol(node: torch.fx.Node) -> bool:
+def has_symbol(node: torch.fx.Node) -> bool:
     """Whether a number among the arguments of the node may depend on a symbolic size."""
     source = source_of(node)
     if source is None:
@@ -447,7 +461,7 @@ def _is_symbolic(value: Any) -> bool:
 def _stored_number(node: torch.fx.Node) -> Known:
     """A tensor of one number that tracing has stored in the graph's module; not one that the model holds."""
     source = source_of(node)
-    if source is None or source.op not in ("call_function", "call_method"):
+    if source is None or source.op not in ("call_function", "call_method") or has_symbol(node):
         return None
     module: Any = node.graph.owning_module
     for part in str(node.target).split("."):
@@ -457,3 +471,36 @@ def _stored_number(node: torch.fx.Node) -> Known:
     if type(module) is not torch.Tensor:
         return None
     return Constant(float(module))
+
+
+def _counts(dtype: torch.dtype) -> bool:
+    """Whether numbers of the dtype behave as numbers: small integers wrap around."""
+    return dtype.is_floating_point or dtype in (torch.bool, torch.int32, torch.int64)
+
+
+def is_edit(node: torch.fx.Node) -> bool:
+    """Whether ``node`` writes to one of its arguments."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return False
+    return op_name(node) != "detach"
+
+
+def edited_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The arguments that ``node`` writes to."""
+    if not is_edit(node):
+        return []
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = [*zip(arguments, node.args, strict=False)]
+    given += [(each, node.kwargs[each.name]) for each in arguments if each.name in node.kwargs]
+    return [
+        value
+        for each, value in given
+        if isinstance(value, torch.fx.Node) and each.alias_info is not None and each.alias_info.is_write
+    ]
+
+
+def memory_of(node: torch.fx.Node) -> int | None:
+    """What identifies the memory that a node's tensor is a view of."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None

@@ -15,7 +15,8 @@ import torch.fx
 
 from sigswap.passes.axes import axis_map, chain_inputs, op_name, shape_of
 from sigswap.passes.labels import CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels, contraction
-from sigswap.passes.masks import MASKED_SCORE, Masks, Term
+from sigswap.passes.masks import MASKED_SCORE, Masks, Term, has_symbol, is_edit
+from sigswap.passes.normalize import source_of
 
 
 class Refused(Exception):
@@ -58,6 +59,7 @@ class Modifiers:
     terms: list[Operand] = dataclasses.field(default_factory=list)
     masks: list[Visible] = dataclasses.field(default_factory=list)
     fill: float = -math.inf  # the largest score that a masked one has got
+    clamped: bool = False
     left: int = -1
     right: int = -1
 
@@ -85,6 +87,7 @@ class Call:
     dropout_p: float
     path: list[torch.fx.Node]
     seed: torch.fx.Node | None = None
+    scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
 
 
 class Match:
@@ -170,6 +173,8 @@ class Match:
     def _modifiers(self, axes: Axes) -> tuple[Modifiers, Axes]:
         found = Modifiers()
         if op_name(self.product) == "baddbmm":
+            if has_symbol(self.product):
+                raise Refused("its scores are scaled by a number that depends on a size that varies")
             found.scale = float(self.product.kwargs.get("alpha", 1))
             beta = float(self.product.kwargs.get("beta", 1))
             if beta:
@@ -197,6 +202,8 @@ class Match:
             if not node.meta["val"].dtype.is_floating_point:
                 raise Refused("its scores are cast to integers")
             return
+        if has_symbol(node):
+            raise Refused(f"its scores pass through {name} with a number that depends on a size that varies")
         if name in ("mul", "multiply", "div", "divide", "true_divide"):
             divides = name.startswith(("div", "true"))
             other = args[1] if args[0] is source else args[0]
@@ -211,8 +218,8 @@ class Match:
         elif name in ("add", "sub", "subtract", "rsub"):
             self._add(found, node, source, axes)
         elif name == "tanh":
-            if not found.is_bare:
-                raise Refused("its soft cap comes after masks or a bias")
+            if not found.is_bare or found.clamped:
+                raise Refused("its soft cap comes after masks, a bias or a clamp")
             found.cap = 1.0
         elif name == "masked_fill":
             self._mask(found, args[1], args[2], axes, inverted=True)
@@ -221,10 +228,13 @@ class Match:
             self._mask(found, args[0], args[1] if inverted else args[2], axes, inverted)
         elif name in ("clamp", "clamp_min", "clamp_max", "maximum", "minimum"):
             self._clamp(node, source)
+            found.clamped = True
         else:
             raise Refused(f"its scores pass through {name}")
 
     def _scale(self, found: Modifiers, other: Any, axes: Axes, divides: bool) -> None:
+        if found.clamped:
+            raise Refused("its scores are clamped and then scaled")
         number = self.masks.constant(other)
         if number is not None:
             if divides and number == 0:
@@ -276,7 +286,7 @@ class Match:
     def _mask(self, found: Modifiers, condition: Any, fill: Any, axes: Axes, inverted: bool) -> None:
         """``inverted``: masked where the condition is True."""
         number = self.masks.constant(fill)
-        if number is None or number > MASKED_SCORE:
+        if number is None or not number <= MASKED_SCORE:
             raise Refused("its scores are replaced by other values than a masked score's")
         found.fill = max(found.fill, number)
         self._conditions(found, condition, axes, inverted)
@@ -311,6 +321,8 @@ class Match:
         """Adds the anchor's own bias to ``found``; whether it counts the visible keys."""
         if op_name(self.anchor) == "sigmoid":
             return False
+        if has_symbol(self.anchor):
+            raise Refused("its bias depends on a size that varies")
         bias = argument(self.anchor, 1, "bias", None)
         if bias is not None:
             found.terms.append(_broadcast(bias, axes))
@@ -325,10 +337,14 @@ class Match:
             if followed is None:
                 raise Refused(f"its probabilities pass through {op_name(node)}")
             axes, name, args = followed, op_name(node), node.args
+            if any(self.labels.size(axis) != size for axis, size in zip(axes, shape_of(node) or (), strict=True)):
+                raise Refused("its probabilities are broadcast over axes that query and key do not have")
             if name in UNDONE or name in RESHAPES or name in COPIES:
                 continue
             if name in CASTS and node.meta["val"].dtype.is_floating_point:
                 continue
+            if has_symbol(node):
+                raise Refused(f"its probabilities pass through {name} with a number that depends on a size that varies")
             if name == "dropout":
                 if args[2] and args[1] > 0:
                     if dropout_p:
@@ -390,6 +406,14 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     shapes = [shape_of(tensor) for tensor in tensors[:3]]
     if options.get("bottom_right") or None in shapes:
         raise Refused("its band is aligned with the last key")
+    source = source_of(node)
+    if source is None or has_symbol(node):
+        raise Refused("a number among its arguments depends on a size that varies")
+    # scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    sizes = source.all_input_nodes[0].meta["example_value"].shape
+    by_dim = source.target is not node.target and not isinstance(sizes[-1], int)
+    if by_dim and (argument(source, 6, "scale", None) is not None or options.get("softcap")):
+        by_dim = False
     (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes  # type: ignore[misc]
     labels = Labels()
 
@@ -430,6 +454,7 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
         options.get("dropout_p", 0.0),
         [node],
         tensors[5],
+        by_dim,
     )
 
 
@@ -497,9 +522,3 @@ def _axis_above(path: Sequence[torch.fx.Node], axis: int) -> int:
             raise Refused(f"its keys cannot be followed through {op_name(node)}")
         axis = axes.index(axis)
     return axis
-
-
-def is_edit(node: torch.fx.Node) -> bool:
-    """Whether ``node`` writes to its first argument."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

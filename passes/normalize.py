@@ -64,7 +64,7 @@ def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
 
 def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
     """The first node of ``graph``, the Dynamo graph or one of its submodules', whose value a shadow node is."""
-    return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph), None)
+    return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph and not same._erased), None)
 
 
 def rename(node: torch.fx.Node, graph: torch.fx.Graph, replacement: torch.fx.Node) -> None:

@@ -244,9 +244,9 @@ def _scores_used_twice(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 
 def _edited_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k = k.clone()
+    k = k * 1
     scores = q @ k.mT
-    k.mul_(2)
+    k[:, :, 0].mul_(2)
     return torch.sigmoid(scores) @ v + k
 
 
@@ -598,3 +598,83 @@ def test_a_mask_per_window_is_not_repeated() -> None:
     with torch.no_grad():
         torch.compile(model, backend="sigswap", options=options)(torch.randn(3, 12, handwritten.DIM))
     assert masks == [((6, HEADS, 6, HEAD_DIM), (2, HEADS, 6, 6))]
+
+
+# --------------------------------------------------------------------- what a review found, once each
+
+INF = math.inf
+
+
+def _prefix(n: int) -> Tensor:
+    mask = torch.full((n, n), -INF)
+    mask[:, :3] = 0
+    return mask.triu(1)
+
+
+def _assigned(n: int) -> Tensor:
+    hidden = torch.zeros(n, n, dtype=torch.bool)
+    hidden[:, 4:] = True
+    return torch.zeros(n, n).masked_fill(hidden, -INF)
+
+
+def _wrapped(n: int) -> Tensor:
+    i = torch.arange(n, dtype=torch.uint8)
+    return torch.where(i[:, None] - i >= 0, 0.0, -INF)
+
+
+EDITED_MASKS: dict[str, Callable[[int], Tensor]] = {
+    "a prefix, written into -inf": _prefix,
+    "assigned": _assigned,
+    "integers that wrap around": _wrapped,
+    "a condition that always holds": lambda n: torch.where(torch.ones(n, n).tril() >= 0, 0.0, -INF),
+    "floats below the diagonal": lambda n: torch.where(torch.ones(n, n).tril(-1) == 0, 0.0, -INF),
+    "a sum with a boolean": lambda n: torch.ones(n, n, dtype=torch.bool).tril() + torch.zeros(n, n),
+}
+
+
+@pytest.mark.parametrize("name", EDITED_MASKS)
+def test_masks_that_are_not_what_they_seem(name: str) -> None:
+    q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
+    mask = EDITED_MASKS[name]
+    actual = Graphs().compile(lambda q, k, v: torch.softmax(q @ k.mT + mask(M), -1) @ v)(q, k, v)
+    close(actual, handwritten.sigmoid(q.double() @ k.double().mT + mask(M).double(), -1) @ v.double())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.sigmoid(q @ k.mT / q.shape[2]) @ v,
+        lambda q, k, v: torch.sigmoid((q @ k.mT).clamp(-2e4, 2e4) * 1e-4) @ v,
+        lambda q, k, v: torch.sigmoid(q @ k.mT + torch.ones(q.shape[2]).bool()) @ v,
+        lambda q, k, v: (torch.sigmoid(q @ k.mT) @ v).view(B * HEADS, -1, D),
+        lambda q, k, v: (torch.sigmoid(q @ k.mT) @ v).reshape(B, q.shape[2], -1),
+        lambda q, k, v: torch.sigmoid(q @ k.mT) @ torch.sigmoid(k @ q.mT) @ v,
+        lambda q, k, v: torch.sigmoid(torch.bmm(q[0], k[0].mT)).masked_fill(v[:, :1, :, :1] > 0, 0.0) @ v,
+        lambda q, k, v: torch.sigmoid((o := torch.sigmoid(q @ k.mT).flatten(0, 1) @ v.flatten(0, 1)) @ o.mT) @ o,
+    ],
+    ids=["length", "clamp", "boolean", "view", "reshape", "two", "broadcast", "chain"],
+)
+def test_sigmoids_that_a_review_broke(function: Callable[..., Tensor]) -> None:
+    compiled = Graphs().compile(function, dynamic=True)
+    for length in (9, 13):
+        tensors = [torch.randn(B, HEADS, length, D) for _ in range(3)]
+        torch.testing.assert_close(compiled(*tensors), function(*tensors), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_without_gradients_stays_without() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            copied = k.clone()
+        return torch.sigmoid(q @ copied.mT) @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
+    Graphs().compile(attention)(q, k, v).sum().backward()
+    assert k.grad is None and q.grad is not None
+
+
+def test_head_dim_may_vary() -> None:
+    compiled = Graphs().compile(F.scaled_dot_product_attention, dynamic=True)
+    for dim in (8, 16):
+        q, k, v = (torch.randn(3, 5, 7, dim) for _ in range(3))
+        expected = handwritten.sigmoid(q.double() @ k.double().mT * dim**-0.5, -1) @ v.double()
+        close(compiled(q, k, v), expected)
