@@ -15,7 +15,7 @@ from sigswap.passes.axes import op_name
 from sigswap.passes.labels import BROADCASTS, CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels
 from sigswap.passes.masks import Masks, edited_by, memory_of
 from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, visible_of
-from sigswap.passes.normalize import rename, same_in, source_of
+from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
 from sigswap.passes.site import Lowered
 
 OP = torch.ops.sigswap.sigmoid_attention.default
@@ -57,7 +57,7 @@ class Emission:
         last = self.output.node
         target = same_in(last, self.graph)
         assert target is not None
-        before = target.prev
+        before, dtype = target.prev, _dtype(target)
         with self.graph.inserting_before(target):
             try:
                 result, words = self._write()
@@ -66,8 +66,8 @@ class Emission:
                 while target.prev is not before:
                     self.graph.erase_node(target.prev)
                 raise
-            if _dtype(target) != self.dtype:
-                final = final.to(_dtype(target))
+            if dtype != self.dtype:
+                final = final.to(dtype)
             # A product is contiguous, and so may be viewed; the op's result is [B, M, H, D] in memory.
             if len(self.asked.path) > 1 and _needs_strides(target):
                 final = final.contiguous()
@@ -189,8 +189,8 @@ class Emission:
 
     def _learn(self, operand: Operand) -> None:
         node = same_in(operand.node, self.graph)
-        value = node.meta.get("example_value", node.meta.get("val")) if node is not None else None
-        if not isinstance(value, torch.Tensor):
+        value = tensor_of(node) if node is not None else None
+        if value is None:
             return
         for axis, size in zip(self.labels.axes(operand.axes), value.shape, strict=True):
             if isinstance(size, int):
@@ -506,7 +506,10 @@ def _is_region(node: torch.fx.Node) -> bool:
 
 def _dtype(node: torch.fx.Node) -> torch.dtype:
     """Of a node of the Dynamo graph: inside of autocast regions the shadow's may be another."""
-    return node.meta["example_value"].dtype
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise Refused("the graph does not say the dtype of one of its operands")
+    return tensor.dtype
 
 
 def _needs_strides(node: torch.fx.Node) -> bool:

@@ -16,7 +16,7 @@ import torch.fx
 from sigswap.passes.axes import axis_map, chain_inputs, op_name, shape_of
 from sigswap.passes.labels import CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels, contraction
 from sigswap.passes.masks import MASKED_SCORE, Masks, Term, has_symbol, is_edit
-from sigswap.passes.normalize import source_of
+from sigswap.passes.normalize import source_of, tensor_of
 
 
 class Refused(Exception):
@@ -410,8 +410,8 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     if source is None or has_symbol(node):
         raise Refused("a number among its arguments depends on a size that varies")
     # scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    sizes = source.all_input_nodes[0].meta["example_value"].shape
-    by_dim = source.target is not node.target and not isinstance(sizes[-1], int)
+    given = tensor_of(source.all_input_nodes[0])
+    by_dim = source.target is not node.target and given is not None and not isinstance(given.shape[-1], int)
     if by_dim and (argument(source, 6, "scale", None) is not None or options.get("softcap")):
         by_dim = False
     (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes  # type: ignore[misc]

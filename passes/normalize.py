@@ -67,6 +67,12 @@ def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
     return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph and not same._erased), None)
 
 
+def tensor_of(node: torch.fx.Node) -> torch.Tensor | None:
+    """The fake tensor of a node of the Dynamo graph (or of an exported one)."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def rename(node: torch.fx.Node, graph: torch.fx.Graph, replacement: torch.fx.Node) -> None:
     """From now on, the node of ``graph`` whose value the shadow node ``node`` is, is ``replacement``."""
     node.meta[_SAME] = [replacement, *(same for same in node.meta.get(_SAME, ()) if same.graph is not graph)]
