@@ -110,22 +110,10 @@ class Labels:
         if repeats is None or axis is None:
             return None
         axis %= len(before)
-        labels = list(self.whole(axes[axis]))
-        outer: list[Label] = []
-        while labels and self.size(outer) < before[axis]:
-            label = labels.pop(0)
-            rest = before[axis] // self.size(outer)
-            if before[axis] % self.size(outer):
-                return None
-            if self.size([label]) > rest:
-                if self.size([label]) % rest:
-                    return None
-                label, inner = self.split(label, self.size([label]) // rest)
-                labels.insert(0, inner)
-            outer.append(label)
-        if self.size(outer) != before[axis]:
+        outer = self._take(list(self.whole(axes[axis])), before[axis])
+        if outer is None:
             return None
-        return (*axes[:axis], tuple(outer), *axes[axis + 1 :])
+        return (*axes[:axis], outer, *axes[axis + 1 :])
 
     def _reshaped(self, axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes | None:
         groups = reshape_groups(before, after)
@@ -142,22 +130,26 @@ class Labels:
             if self.size(pending) != math.prod(before[axis] for axis in old):
                 return None
             for axis in new:
-                taken: list[Label] = []
-                while self.size(taken) < after[axis]:
-                    rest = after[axis] // self.size(taken)
-                    if not pending or after[axis] % self.size(taken):
-                        return None
-                    label = pending.pop(0)
-                    if self.size([label]) > rest:
-                        if self.size([label]) % rest:
-                            return None
-                        label, inner = self.split(label, self.size([label]) // rest)
-                        pending.insert(0, inner)
-                    taken.append(label)
-                if self.size(taken) != after[axis]:
+                taken = self._take(pending, after[axis])
+                if taken is None:
                     return None
-                result[axis] = tuple(taken)
+                result[axis] = taken
         return tuple(result)
+
+    def _take(self, pending: list[Label], size: int) -> tuple[Label, ...] | None:
+        """Takes the first labels off ``pending``, whose sizes multiply to ``size``; splits the last, if need be."""
+        taken: list[Label] = []
+        while self.size(taken) < size:
+            if not pending or size % self.size(taken):
+                return None
+            label, rest = pending.pop(0), size // self.size(taken)
+            if self.size([label]) > rest:
+                if self.size([label]) % rest:
+                    return None
+                label, inner = self.split(label, self.size([label]) // rest)
+                pending.insert(0, inner)
+            taken.append(label)
+        return tuple(taken) if self.size(taken) == size else None
 
 
 _VIEWS = frozenset(
