@@ -13,8 +13,8 @@ import torch.fx
 
 from sigswap.passes.axes import op_name
 from sigswap.passes.labels import BROADCASTS, CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels
-from sigswap.passes.masks import Masks, edited_by, memory_of
-from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, visible_of
+from sigswap.passes.masks import MASKED_SCORE, Masks, edited_by, memory_of
+from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, broadcast, visible_of
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
 from sigswap.passes.site import Lowered
 
@@ -266,13 +266,17 @@ class Emission:
     ) -> tuple[torch.fx.Proxy | None, torch.fx.Proxy | None, dict[str, Any], list[str]]:
         """Row bias, attn_mask, the options of the band, and words for them."""
         bias = additive = boolean = None
-        visible, terms = list(found.masks), []
-        for term in found.terms:
+        visible, terms, pending = list(found.masks), [], list(found.terms)
+        while pending:
+            term = pending.pop(0)
             hidden = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
-            if hidden is None:
-                terms.append(term)
-            else:
+            if hidden is not None:
                 visible += [visible_of(each, term.axes) for each in hidden]
+            elif (parts := self._mask_of_bias(term)) is not None:
+                pending.insert(0, parts[0])
+                visible += parts[1]
+            else:
+                terms.append(term)
         left, right = found.left, found.right
         tensors: list[tuple[Operand, bool]] = []  # boolean; whether it is to be inverted
         for each in visible:
@@ -314,6 +318,31 @@ class Emission:
             words.append("boolean mask")
         band = {"is_causal": right == 0, "window_left": left, "window_right": right if right > 0 else -1}
         return bias, boolean if additive is None else additive, band, words
+
+    def _mask_of_bias(self, term: Operand) -> tuple[Operand, list[Visible]] | None:
+        """A term that is a bias where a mask holds and hides the rest, as T5's, taken apart: if the mask has a band."""
+        if same_in(term.node, self.graph) is not None:
+            term = self._base(term)  # without copies of it
+        node, name = term.node, op_name(term.node)
+        if name == "where" and len(node.args) > 2:
+            condition, content, fill, holds = *node.args[:3], True
+        elif name == "masked_fill":
+            content, condition, fill, holds = *node.args[:3], False
+        else:
+            return None
+        number = self.masks.constant(fill)
+        if not isinstance(content, torch.fx.Node) or number is None or not number * term.factor <= MASKED_SCORE:
+            return None
+        # What was edited is not what it was; a bias inside of a function cannot be had.
+        edited = self.masks.edited & {memory_of(node), memory_of(content), memory_of(condition)}
+        dtypes = {each.meta["val"].dtype for each in (node, content)}
+        if edited or len(dtypes) > 1 or same_in(content, self.graph) is None:
+            return None
+        whole = broadcast(condition, term.axes).axes
+        visible = [visible_of(each, whole) for each in self.masks.visible(condition, holds)]
+        if visible and all(_band(each, self.labels, self.rows, self.keys)[0] == "tensor" for each in visible):
+            return None
+        return broadcast(content, term.axes, term.factor), visible
 
     def _repeats(self, operands: Sequence[Operand]) -> bool:
         """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""
@@ -465,14 +494,14 @@ def _band(visible: Visible, labels: Labels, rows: tuple[Label, ...], keys: tuple
     half = visible.term.half
     if half is None:
         return "tensor", 0
+    if half.offset >= 0 and min(half.steps, default=0) >= 0:  # no index is negative
+        return "all", 0
     row_step = key_step = 0
     for step, axis in zip(half.steps, labels.axes(visible.axes), strict=True):
         if axis and step and axis not in (rows, keys):
             return "tensor", 0
         row_step += step if axis == rows and axis else 0
         key_step += step if axis == keys and axis else 0
-    if row_step == key_step == 0:
-        return ("all" if half.offset >= 0 else "tensor"), 0
     # With one row, whose number is 0, its step does not matter.
     if half.offset >= 0 and key_step == -1 and (row_step == 1 or not rows):
         return "right", half.offset

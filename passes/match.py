@@ -178,7 +178,7 @@ class Match:
             found.scale = float(self.product.kwargs.get("alpha", 1))
             beta = float(self.product.kwargs.get("beta", 1))
             if beta:
-                found.terms.append(_broadcast(self.product.args[0], axes, beta))
+                found.terms.append(broadcast(self.product.args[0], axes, beta))
         for source, node in zip(self.up, self.up[1:], strict=False):
             if node is self.anchor:
                 break
@@ -254,7 +254,7 @@ class Match:
             raise Refused("its scores are multiplied by a number that is not known")
         if not found.is_bare:
             raise Refused("its scores are multiplied by a tensor after a mask or a bias")
-        operand = _broadcast(other, axes)
+        operand = broadcast(other, axes)
         present = {label for axis in self.labels.axes(operand.axes) for label in axis}
         if not present & set(self.labels.whole(self.keys)):
             found.query_factors.append((operand, divides))
@@ -279,7 +279,7 @@ class Match:
         if number is not None and number * sign > MASKED_SCORE:
             found.const_bias += sign * number
         elif isinstance(other, torch.fx.Node):
-            found.terms.append(_broadcast(other, axes, sign))
+            found.terms.append(broadcast(other, axes, sign))
         else:
             raise Refused("a number that is not known is added to its scores")
 
@@ -294,7 +294,7 @@ class Match:
     def _conditions(self, found: Modifiers, condition: torch.fx.Node, axes: Axes, inverted: bool) -> None:
         if condition.meta["val"].dtype != torch.bool:
             raise Refused("its mask is not boolean")
-        whole = _broadcast(condition, axes).axes
+        whole = broadcast(condition, axes).axes
         found.masks += [visible_of(term, whole) for term in self.masks.visible(condition, not inverted)]
 
     def _clamp(self, node: torch.fx.Node, source: torch.fx.Node) -> None:
@@ -325,7 +325,7 @@ class Match:
             raise Refused("its bias depends on a size that varies")
         bias = argument(self.anchor, 1, "bias", None)
         if bias is not None:
-            found.terms.append(_broadcast(bias, axes))
+            found.terms.append(broadcast(bias, axes))
         found.const_bias += argument(self.anchor, 4, "const_bias", 0.0)
         return argument(self.anchor, 3, "visible_bias", True)
 
@@ -433,12 +433,12 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     axes = (outer, whole, rows, keys)
     bias, attn_mask = tensors[3:5]
     if bias is not None:
-        found.terms.append(_broadcast(bias, axes))
+        found.terms.append(broadcast(bias, axes))
     if attn_mask is not None and attn_mask.meta["val"].dtype == torch.bool:
-        operand = _broadcast(attn_mask, axes)
+        operand = broadcast(attn_mask, axes)
         found.masks += [visible_of(term, operand.axes) for term in masks.visible(attn_mask)]
     elif attn_mask is not None:
-        found.terms.append(_broadcast(attn_mask, axes))
+        found.terms.append(broadcast(attn_mask, axes))
     return Call(
         labels,
         Operand(tensors[0], (outer, whole, rows, dim)),
@@ -465,7 +465,7 @@ def argument(node: torch.fx.Node, position: int, name: str, default: Any) -> Any
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
+def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
     """``node``, broadcast against a tensor with the axes given."""
     shape = shape_of(node)
     if shape is None or len(shape) > len(axes):
