@@ -11,14 +11,14 @@ of the mask, over everything that the mask is broadcast to. So there are no atom
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
+from sigswap.kernels import reference, windows
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Described,
@@ -27,27 +27,29 @@ from sigswap.kernels.launch import (
     Packed,
     Signature,
     Tile,
-    are_wide,
     by_rows,
     contiguous_layout,
     cu_layouts,
     cu_tensors,
     describable,
     fit,
+    floor_layout,
     layout_of,
     limits_of,
+    output_arguments,
     row_bias_layout,
-    row_bias_tensor,
+    row_bias_tensors,
     signature_of,
     unit_stride,
     visible_counts,
 )
+from sigswap.kernels.sums import sum_into
 from sigswap.kernels.triton_common import (
     _ACCURATE,
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    AUTO,
+    _ROW_BIAS_BLOCK,
     FAST,
     UNSPECIALIZED,
     elements,
@@ -97,6 +99,14 @@ def backward(
         return grads
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    if attn_mask is not None and key_tile is None and row_tile is None and windows.fit(signature):
+        targets = tuple(
+            _unit_stride_target(grad) if need else None for grad, need in zip(grads, output_mask, strict=True)
+        )
+        windows.backward(signature, grad_out, query, key, value, bias, attn_mask, targets)
+        for grad, target in zip(grads, targets, strict=True):
+            _copy_if_other(grad, target)
+        return grads
     count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
     seed = seed if options.dropout_p > 0.0 else None
     by_grad_out = layout_of(grad_out)
@@ -113,8 +123,7 @@ def backward(
         if signature.has_rows:
             # Every block of keys would work the rows' biases out again, replicated over its threads: as many
             # logarithms as sigmoids. So they come from a tensor, where they differ between rows.
-            row_bias = row_bias_tensor(signature, bias, count, packed)
-            floor = row_bias.amin(-1) if plan.floor else None
+            row_bias, floor = row_bias_tensors(signature, bias, count, packed)
         walked_query, walked_grad, *rest = plan.describe(query, grad_out, row_bias)
         operands = walked_query, key, value, walked_grad, new_key, new_value
         operands += (new_query, row_sums) if together else (None, None)
@@ -128,12 +137,12 @@ def backward(
         plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
     _copy_if_other(grad_query, new_query)
     if row_sums is not None and bias is not None:
-        grad_bias.copy_(row_sums.unsqueeze(-1).sum_to_size(bias.shape))
+        sum_into(grad_bias, row_sums.unsqueeze(-1))
     if need_mask and attn_mask is not None:
         shape, launch = _plan_mask(signature, by_grad_out)
         partial = query.new_empty(shape, dtype=torch.float32)
         launch(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
-        grad_mask.copy_(partial[0] if shape[0] == 1 else partial.sum(0))
+        sum_into(grad_mask.unsqueeze(0), partial)
     return grads
 
 
@@ -170,8 +179,6 @@ class _Plan(NamedTuple):
     described: tuple[Described, ...] | None
     """What the kernel walks over (query, grad_out and row biases, or key and value), if it is loaded by tensor
     descriptors."""
-    floor: bool = False
-    """Whether the kernel of dK and dV needs the minimum of each head's row biases."""
 
     def describe(self, *tensors: Tensor) -> tuple:
         if self.described is None:
@@ -205,7 +212,7 @@ def _plan_keys(
     if has_rows:
         bias = layout = row_bias_layout(signature)
         batch, heads, rows = layout.shape
-        floor = contiguous_layout((batch, heads), torch.float32) if signature.form() == AUTO else None
+        floor = floor_layout(signature)
         strides = layout.strides_or_zero(2)
         if described is not None:
             bias = Described((batch * heads, rows), (rows, 1), (1, tile.rows), torch.float32)
@@ -213,7 +220,7 @@ def _plan_keys(
             strides = strides[0] // rows, strides[1] // rows
         arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
-    arguments |= _output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
+    arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
     arguments |= _loop_arguments(tile, described)
     arguments["BIAS_ROWS"] = has_rows
     arguments["VISIBLE"] = signature.options.visible_bias and not has_rows
@@ -224,7 +231,7 @@ def _plan_keys(
     tensors = (*operands, bias, floor, attn_mask, seed, *cu_layouts(signature))
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(_keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, described, floor is not None)
+    return _Plan(launch, described)
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -240,7 +247,7 @@ def _plan_rows(
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= _output_arguments(arguments, dq=grad_query, sum=row_sums)
+    arguments |= output_arguments(arguments, dq=grad_query, sum=row_sums)
     arguments |= _loop_arguments(tile, described)
     outputs = grad_query, row_sums
     keys = described or (key, value)
@@ -248,12 +255,6 @@ def _plan_rows(
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Plan(launch, described)
-
-
-def _output_arguments(arguments: dict[str, Any], **outputs: Layout | None) -> dict[str, Any]:
-    strides = {name: (0, 0, 0) if layout is None else layout.strides_or_zero(3) for name, layout in outputs.items()}
-    named = {f"stride_{name}_{dim}": s for name, each in strides.items() for dim, s in zip("bhn", each, strict=True)}
-    return named | {"WIDE": arguments["WIDE"] or are_wide(strides.values())}
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
@@ -455,7 +456,7 @@ def _keys_kernel(
     which need that there is one block of keys, also dQ and the row sums of dS.
 
     The row bias is const_bias, less ln kv_len if VISIBLE, plus bias, if it is a number per head; or all in bias, a
-    vector of rows (BIAS_ROWS), of which floor has each head's minimum, if FORM is AUTO. q, do, and a bias of rows:
+    vector of rows (BIAS_ROWS), of which floor has each block's minimum, if FORM is AUTO. q, do, and a bias of rows:
     descriptors if TMA (stride_bias_b and stride_bias_h then count the bias's rows).
     """
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -525,7 +526,14 @@ def _keys_kernel(
         if FORM == _AUTO:
             lowest = head_bias
             if floor is not None:
-                lowest = tl.load(floor + batch64 * stride_floor_b + head64 * stride_floor_h)
+                floors = floor + batch64 * stride_floor_b + head64 * stride_floor_h
+                lowest = tl.full((), float("inf"), tl.float32)
+                block_count = tl.cdiv(draw_rows, _ROW_BIAS_BLOCK)
+                for at in range(0, block_count, 64):
+                    block = at + tl.arange(0, 64)
+                    lowest = tl.minimum(
+                        lowest, tl.min(tl.load(floors + block, mask=block < block_count, other=float("inf")))
+                    )
             fast = (lowest >= _FAST_BIAS).to(tl.int32)
         if FORM >= _FAST:
             dk, dv = _accumulate_keys(

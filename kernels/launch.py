@@ -21,7 +21,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
 from sigswap.kernels.reference import Options
-from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, FAST_BIAS, TAIL, bias_kernel, count_kernel
+from sigswap.kernels.triton_common import (
+    ACCURATE,
+    AUTO,
+    FAST,
+    FAST_BIAS,
+    ROW_BIAS_BLOCK,
+    TAIL,
+    bias_kernel,
+    count_kernel,
+)
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -264,6 +273,13 @@ def contiguous_layout(shape: Iterable[int], dtype: torch.dtype = torch.int32) ->
     return Layout(sizes, strides, dtype, True)
 
 
+def output_arguments(arguments: dict[str, Any], **outputs: Layout | None) -> dict[str, Any]:
+    """Strides of outputs [B, H, N, ...], named as in Signature.arguments(), but in elements; and WIDE for all."""
+    strides = {name: (0, 0, 0) if layout is None else layout.strides_or_zero(3) for name, layout in outputs.items()}
+    named = {f"stride_{name}_{dim}": s for name, each in strides.items() for dim, s in zip("bhn", each, strict=True)}
+    return named | {"WIDE": arguments["WIDE"] or are_wide(strides.values())}
+
+
 def width(dim: int) -> int:
     """A head dimension as the tiles hold it."""
     return max(16, triton.next_power_of_2(dim))
@@ -475,23 +491,39 @@ def row_bias_layout(signature: Signature) -> Layout:
     return contiguous_layout((batch, heads, rows), torch.float32)
 
 
+def floor_layout(signature: Signature) -> Layout | None:
+    """Of the least row bias of each block of rows, float32 [B|1, H|1, blocks], or [sequences, ...] if packed; None
+    if no kernel asks for it."""
+    if signature.form() != AUTO:
+        return None
+    batch, heads, _ = row_bias_layout(signature).shape
+    sequences = signature.batch if signature.packed else batch
+    return contiguous_layout((sequences, heads, triton.cdiv(signature.q_len, ROW_BIAS_BLOCK)), torch.float32)
+
+
 @functools.lru_cache(MAX_PLANS)
-def _plan_row_bias(signature: Signature) -> tuple[tuple[int, ...], Launch]:
-    out = row_bias_layout(signature)
+def _plan_row_bias(signature: Signature) -> tuple[Layout, Layout | None, Launch]:
+    out, floor = row_bias_layout(signature), floor_layout(signature)
     batch, heads, rows = out.shape
     sequences = signature.batch if signature.packed else batch
-    arguments = signature.arguments() | {"heads": heads, "BLOCK_M": 256, "stride_out_h": rows}
-    tensors = (out, *signature.side_layouts()[:2], *cu_layouts(signature))
-    blocks = triton.cdiv(signature.q_len, 256) * heads * sequences
-    return out.shape, Launch(bias_kernel, blocks, signature.device, tensors, arguments)
+    arguments = signature.arguments() | {"heads": heads, "BLOCK_M": ROW_BIAS_BLOCK, "stride_out_h": rows}
+    tensors = (out, floor, *signature.side_layouts()[:2], *cu_layouts(signature))
+    blocks = triton.cdiv(signature.q_len, ROW_BIAS_BLOCK) * heads * sequences
+    return out, floor, Launch(bias_kernel, blocks, signature.device, tensors, arguments)
 
 
-def row_bias_tensor(signature: Signature, bias: Tensor | None, count: Tensor | None, packed: Packed | None) -> Tensor:
-    """b_i, of row_bias_layout()."""
-    shape, launch = _plan_row_bias(signature)
-    out = torch.empty(shape, dtype=torch.float32, device=signature.device)
-    launch(out, bias, count, *cu_tensors(packed))
-    return out
+def row_bias_tensors(
+    signature: Signature, bias: Tensor | None, count: Tensor | None, packed: Packed | None
+) -> tuple[Tensor, Tensor | None]:
+    """b_i, of row_bias_layout(), and the least of each block, of floor_layout()."""
+    *layouts, launch = _plan_row_bias(signature)
+    out, floor = (
+        None if layout is None else torch.empty(layout.shape, dtype=torch.float32, device=signature.device)
+        for layout in layouts
+    )
+    assert out is not None
+    launch(out, floor, bias, count, *cu_tensors(packed))
+    return out, floor
 
 
 def cu_tensors(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:

@@ -44,6 +44,9 @@ _FAST = tl.constexpr(FAST)
 _AUTO = tl.constexpr(AUTO)
 _FAST_BIAS = tl.constexpr(FAST_BIAS)
 _MASKED_SCORE = tl.constexpr(MASKED_SCORE)
+ROW_BIAS_BLOCK = 256
+"""Rows of a block of bias_kernel()."""
+_ROW_BIAS_BLOCK = tl.constexpr(ROW_BIAS_BLOCK)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -342,13 +345,16 @@ def is_edge(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_kernel(
-    out, bias, count, cu_q, cu_k, stride_out_h,
+    out, floor, bias, count, cu_q, cu_k, stride_out_h,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     mask_batches, heads, q_len, kv_len, left, right, const_bias,
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, i] = b_i; rows are stride_out_h apart. Of packed sequences out[0, h, i], of all rows."""
+    """out[b, h, i] = b_i; rows are stride_out_h apart. Of packed sequences out[0, h, i], of all rows.
+
+    floor[b, h, k]: the least of block k's, also of packed sequences.
+    """
     blocks = tl.cdiv(q_len, BLOCK_M)
     head = (tl.program_id(0) // blocks) % heads
     batch = tl.program_id(0) // blocks // heads
@@ -374,6 +380,8 @@ def bias_kernel(
     )  # fmt: skip
     # Up to the stride: descriptors read it. Rows beyond the last have finite biases, too.
     tl.store(out + row, result, mask=row < (q_len if cu_q is not None else stride_out_h))
+    if floor is not None:
+        tl.store(floor + tl.program_id(0), tl.min(tl.where(row < q_len, result, float("inf"))))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

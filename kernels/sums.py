@@ -1,0 +1,54 @@
+"""Sums of float32 partial results, rounded once to the dtype of what they are summed into: one Triton kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, contiguous_layout, layout_of
+
+
+def sum_into(out: Tensor, parts: Tensor) -> None:
+    """``out.copy_(parts.sum_to_size(out.shape))``; in a fixed order.
+
+    out: any floating-point dtype, of parts' rank; it is 1 in the dimensions that are summed over.
+    parts: float32, contiguous.
+    """
+    launch = _plan(layout_of(out), tuple(parts.shape), out.device) if out.is_contiguous() else None
+    if launch is None:  # not one run of dimensions is kept
+        out.copy_(parts.sum_to_size(out.shape))
+    else:
+        launch(parts, out)
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launch | None:
+    """None: the dimensions that are kept do not follow one another, or there is nothing to sum."""
+    out = tuple(layout.shape)
+    kept = [dim for dim, size in enumerate(out) if size > 1]
+    start, end = (kept[0], kept[-1] + 1) if kept else (0, 0)
+    if out[start:end] != parts[start:end] or math.prod(parts) == 0:
+        return None
+    outer, middle, inner = (math.prod(parts[part]) for part in (slice(start), slice(start, end), slice(end, None)))
+    numbers, terms = (64, 64) if inner == 1 else (1, 4096)
+    arguments = {"kept": middle, "inner": inner, "terms": outer * inner, "BLOCK_K": numbers, "BLOCK_T": terms}
+    tensors = contiguous_layout(parts, torch.float32), layout
+    return Launch(_sum_kernel, triton.cdiv(middle, numbers), device, tensors, arguments, num_warps=8)
+
+
+@triton.jit(do_not_specialize=["kept", "terms"])
+def _sum_kernel(parts, out, kept, inner, terms, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """out[k] = the sum over s and r of parts[s, k, r]; r goes up to inner, and terms is how many pairs there are."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    for start in range(0, terms, BLOCK_T):
+        term = start + tl.arange(0, BLOCK_T)
+        offset = (term // inner).to(tl.int64) * kept * inner + term % inner
+        pointers = parts + offset[:, None] + (k.to(tl.int64) * inner)[None, :]
+        total += tl.load(pointers, mask=(term < terms)[:, None] & (k < kept)[None, :], other=0.0)
+    tl.store(out + k, tl.sum(total, 0).to(out.dtype.element_ty), mask=k < kept)

@@ -1,0 +1,333 @@
+"""Sigmoid attention of short sequences under a mask with rows, as Swin's windows have it, in Triton.
+
+All scores of a head fit into one tile. A program takes one head, and of the batch every sequence that has the same mask
+(or a part of them): what the mask, the band and the row bias add to a score is one tile, loaded and worked out once.
+The backward is one kernel for the same reason: dS stays in registers, and its sum over the batch is the gradient of
+the mask.
+
+What the batch's parts add up to is summed in a fixed order, by :mod:`sums`: all is deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sigswap.kernels.launch import (
+    MAX_PLANS,
+    Launch,
+    Layout,
+    Signature,
+    contiguous_layout,
+    layout_of,
+    limits_of,
+    output_arguments,
+)
+from sigswap.kernels.sums import sum_into
+from sigswap.kernels.triton_common import (
+    _MASKED_SCORE,
+    UNSPECIALIZED,
+    elements,
+    load_rows,
+    row_stride,
+    sigmoid,
+    store_rows,
+    unit_of,
+)
+
+LONGEST = 64
+"""The most rows or keys of a tile."""
+
+FORWARD_PROGRAMS = 12
+BACKWARD_PROGRAMS = 4
+"""Per multiprocessor, if there is work for so many; each takes as many sequences as then remain for it."""
+
+
+def fit(signature: Signature) -> bool:
+    """Whether these kernels take the attention: others have dropout, a soft cap, GQA, a row bias of the batch, or
+    scores of float32, whose products run on the ordinary units."""
+    options, bias = signature.options, signature.bias
+    return (
+        signature.packed is None
+        and signature.attn_mask is not None
+        and signature.attn_mask.shape[2] > 1
+        and max(signature.q_len, signature.kv_len, *signature.widths) <= LONGEST
+        and signature.heads == signature.kv_heads
+        and signature.element_size == 2
+        and options.dropout_p == 0.0
+        and options.softcap == 0.0
+        and (bias is None or bias.shape[0] == 1)
+    )
+
+
+def forward(
+    signature: Signature,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor,
+    out: Tensor,
+    programs: int = FORWARD_PROGRAMS,
+) -> None:
+    """Writes the output; the arguments are :func:`flash_fwd.forward`'s, and fit()."""
+    _plan_forward(signature, layout_of(out), programs)(query, key, value, out, bias, attn_mask)
+
+
+def backward(
+    signature: Signature,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    programs: int = BACKWARD_PROGRAMS,
+) -> None:
+    """Writes those of the five gradients that are given; the other arguments are :func:`flash_bwd.backward`'s."""
+    grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
+    layouts = tuple(None if grad is None else layout_of(grad) for grad in (grad_query, grad_key, grad_value))
+    plan = _plan_backward(
+        signature, layout_of(grad_out), layouts, grad_bias is not None, grad_mask is not None, programs
+    )
+    sums, parts = (
+        None if shape is None else query.new_empty(shape, dtype=torch.float32) for shape in (plan.sums, plan.parts)
+    )
+    plan.launch(query, key, value, grad_out, grad_query, grad_key, grad_value, sums, parts, bias, attn_mask)
+    if grad_bias is not None and sums is not None:
+        sum_into(grad_bias, sums)
+    if grad_mask is not None and parts is not None:
+        sum_into(grad_mask.unsqueeze(0), parts)
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_forward(signature: Signature, out: Layout, programs: int) -> Launch:
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=out)
+    splits, divided = _division(signature, programs)
+    tensors = signature.query, signature.key, signature.value, out, signature.bias, signature.attn_mask
+    options = {"num_warps": 4, "num_stages": 2}
+    return Launch(_forward_kernel, splits * divided["tiles"], signature.device, tensors, arguments | divided, **options)
+
+
+class _Plan(NamedTuple):
+    launch: Launch
+    sums: tuple[int, ...] | None
+    """The shape of the sums of dS over keys, [splits * mask's batch, H, M, 1]."""
+    parts: tuple[int, ...] | None
+    """The shape of the sums of dS over the batch's parts, [splits, mask's batch, H, M, N]."""
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan_backward(
+    signature: Signature,
+    grad_out: Layout,
+    grads: tuple[Layout | None, Layout | None, Layout | None],
+    need_bias: bool,
+    need_mask: bool,
+    programs: int,
+) -> _Plan:
+    query, key, value = signature.query, signature.key, signature.value
+    arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
+    arguments |= output_arguments(arguments, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    splits, divided = _division(signature, programs)
+    batches, rows = divided["mask_batches"], signature.q_len
+    sums = (splits * batches, signature.heads, rows, 1) if need_bias else None
+    parts = (splits, batches, signature.heads, rows, signature.kv_len) if need_mask else None
+    partial = (None if shape is None else contiguous_layout(shape, torch.float32) for shape in (sums, parts))
+    tensors = (query, key, value, grad_out, *grads, *partial, signature.bias, signature.attn_mask)
+    blocks, options = splits * divided["tiles"], {"num_warps": 4, "num_stages": 2}
+    launch = Launch(_backward_kernel, blocks, signature.device, tensors, arguments | divided, **options)
+    return _Plan(launch, sums, parts)
+
+
+def _division(signature: Signature, programs: int) -> tuple[int, dict[str, int]]:
+    """The parts that the sequences with the same mask are divided into, and the kernels' arguments for it."""
+    assert signature.attn_mask is not None
+    batches = signature.attn_mask.shape[0]
+    tiles, terms = batches * signature.heads, signature.batch // batches
+    wanted = max(1, programs * limits_of(signature.device).multiprocessors // tiles)
+    each = triton.cdiv(terms, min(terms, wanted))
+    sizes = {"BLOCK_M": signature.q_len, "BLOCK_N": signature.kv_len}
+    blocks = {name: max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
+    return triton.cdiv(terms, each), {
+        "mask_batches": batches,
+        "tiles": tiles,
+        "terms": terms,
+        "terms_per_split": each,
+        **blocks,
+    }
+
+
+# Device functions.
+
+
+@triton.jit
+def _added(
+    mask, bias, stride_mask_m, stride_mask_n, stride_bias_m, q_len, kv_len, left, right, const_bias,
+    VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What is added to the scores, [BLOCK_M, BLOCK_N]; and whether a row sees a key."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    col = tl.arange(0, BLOCK_N)[None, :]
+    shift = kv_len - q_len if BOTTOM_RIGHT else 0
+    visible = (row < q_len) & (col < kv_len)
+    if HAS_LEFT:
+        visible &= col >= row + (shift - left)
+    if HAS_RIGHT:
+        visible &= col <= row + (shift + right)
+    tile = tl.load(mask + row.to(tl.int64) * stride_mask_m + col.to(tl.int64) * stride_mask_n, mask=visible, other=0)
+    if mask.dtype.element_ty.is_int():
+        visible &= tile != 0
+        added = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        added = tile.to(tl.float32)
+        visible &= (added <= _MASKED_SCORE) == 0  # NaN is visible
+    row_bias = tl.zeros((BLOCK_M,), tl.float32) + const_bias
+    if VISIBLE:
+        row_bias -= tl.log(tl.maximum(tl.sum(visible.to(tl.int32), 1), 1).to(tl.float32))
+    if bias is not None:
+        rows = tl.arange(0, BLOCK_M)
+        row_bias += tl.load(bias + rows.to(tl.int64) * stride_bias_m, mask=rows < q_len, other=0.0).to(tl.float32)
+    return added + row_bias[:, None], visible
+
+
+@triton.jit
+def _probabilities(s, scale, added, visible, FORM: tl.constexpr, ASM: tl.constexpr):
+    """added: in units of unit_of(FORM). What is masked is exactly 0, also where the score is NaN."""
+    x = tl.where(visible, s * (scale * unit_of(FORM)) + added, float("-inf"))
+    return tl.where(visible, sigmoid(x, FORM, ASM), 0.0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward_kernel(
+    q, k, v, out, bias, mask,
+    stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
+    stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
+    stride_bias_h, stride_bias_m, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
+    heads, q_len, kv_len, left, right, scale, const_bias, tiles, terms, terms_per_split,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: one head, in a part of the sequences that have one mask."""
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_o_b, stride_o_h, stride_o_n = elements(stride_o_b, stride_o_h, stride_o_n, UNIT, WIDE)
+    split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    own, head = tile // heads, tile % heads
+    own64, head64 = own.to(tl.int64), head.to(tl.int64)
+    if bias is not None:
+        bias += head64 * stride_bias_h
+    added, visible = _added(
+        mask + own64 * stride_mask_b + head64 * stride_mask_h, bias, stride_mask_m, stride_mask_n, stride_bias_m,
+        q_len, kv_len, left, right, const_bias, VISIBLE, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    added *= unit_of(FORM)
+    q += head64 * stride_q_h
+    k += head64 * stride_k_h
+    v += head64 * stride_v_h
+    out += head64 * stride_o_h
+    for term in range(split * terms_per_split, tl.minimum((split + 1) * terms_per_split, terms)):
+        batch = tl.cast(own + term * mask_batches, tl.int64)
+        rows = load_rows(
+            q + batch * stride_q_b, 0, 0, 0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False
+        )  # fmt: skip
+        keys = load_rows(
+            k + batch * stride_k_b, 0, 0, 0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False
+        )  # fmt: skip
+        values = load_rows(
+            v + batch * stride_v_b, 0, 0, 0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False
+        )  # fmt: skip
+        s = tl.dot(rows, keys.T, input_precision=PRECISION)
+        p = _probabilities(s, scale, added, visible, FORM, ASM) * P_SCALE
+        acc = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / P_SCALE)
+        store_rows(out + batch * stride_o_b, acc, 0, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_kernel(
+    q, k, v, do, dq_out, dk_out, dv_out, sums, parts, bias, mask,
+    stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
+    stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
+    stride_dq_b, stride_dq_h, stride_dq_n, stride_dk_b, stride_dk_h, stride_dk_n,
+    stride_dv_b, stride_dv_h, stride_dv_n,
+    stride_bias_h, stride_bias_m, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
+    heads, q_len, kv_len, left, right, scale, const_bias, tiles, terms, terms_per_split,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: all gradients of one head, in a part of the sequences that have one mask."""
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
+    stride_dq_n, stride_dk_n = row_stride(stride_dq_n, WIDE), row_stride(stride_dk_n, WIDE)
+    stride_dv_n = row_stride(stride_dv_n, WIDE)
+    split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    own, head = tile // heads, tile % heads
+    own64, head64 = own.to(tl.int64), head.to(tl.int64)
+    if bias is not None:
+        bias += head64 * stride_bias_h
+    added, visible = _added(
+        mask + own64 * stride_mask_b + head64 * stride_mask_h, bias, stride_mask_m, stride_mask_n, stride_bias_m,
+        q_len, kv_len, left, right, const_bias, VISIBLE, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    added *= unit_of(FORM)
+    q += head64 * stride_q_h
+    k += head64 * stride_k_h
+    v += head64 * stride_v_h
+    do += head64 * stride_do_h
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for term in range(split * terms_per_split, tl.minimum((split + 1) * terms_per_split, terms)):
+        batch = tl.cast(own + term * mask_batches, tl.int64)
+        rows = load_rows(
+            q + batch * stride_q_b, 0, 0, 0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False
+        )  # fmt: skip
+        keys = load_rows(
+            k + batch * stride_k_b, 0, 0, 0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False
+        )  # fmt: skip
+        values = load_rows(
+            v + batch * stride_v_b, 0, 0, 0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False
+        )  # fmt: skip
+        grads = load_rows(
+            do + batch * stride_do_b, 0, 0, 0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False
+        )  # fmt: skip
+        s = tl.dot(rows, keys.T, input_precision=PRECISION)
+        dp = tl.dot(grads, values.T, input_precision=PRECISION)
+        p = _probabilities(s, scale, added, visible, FORM, ASM)
+        ds = (p - p * p) * dp
+        total += ds
+        if dv_out is not None:
+            scaled = (p * P_SCALE).to(grads.dtype)
+            dv = tl.dot(scaled.T, grads, input_precision=PRECISION) * (1.0 / P_SCALE)
+            target = dv_out + batch * stride_dv_b + head64 * stride_dv_h
+            store_rows(target, dv, 0, kv_len, stride_dv_n, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        if dk_out is not None:
+            dk = tl.dot(ds.to(rows.dtype).T, rows, input_precision=PRECISION) * scale
+            target = dk_out + batch * stride_dk_b + head64 * stride_dk_h
+            store_rows(target, dk, 0, kv_len, stride_dk_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+        if dq_out is not None:
+            dq = tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION) * scale
+            target = dq_out + batch * stride_dq_b + head64 * stride_dq_h
+            store_rows(target, dq, 0, q_len, stride_dq_n, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    base = (tl.cast(split, tl.int64) * tiles + tile) * q_len
+    if sums is not None:
+        tl.store(sums + base + row, tl.sum(total, 1), mask=row < q_len)
+    if parts is not None:
+        inside = (row < q_len)[:, None] & (col < kv_len)[None, :]
+        tl.store(parts + base * kv_len + (row * kv_len)[:, None] + col[None, :], total, mask=inside)
