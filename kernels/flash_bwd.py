@@ -293,8 +293,9 @@ def _plan_mask(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...],
     }
     tensors = (query, key, value, grad_out, out, *signature.side_layouts())
     warps = min(4 if signature.element_size == 2 else 8, rows * keys // 64)  # as in Tile.launch_options()
+    stages = 2 if signature.element_size == 2 and max(signature.widths) <= 64 else 1
     return out.shape, Launch(
-        _mask_kernel, tiles * splits, signature.device, tensors, arguments, num_warps=warps, num_stages=1
+        _mask_kernel, tiles * splits, signature.device, tensors, arguments, num_warps=warps, num_stages=stages
     )
 
 
@@ -308,6 +309,8 @@ def key_tile_for(signature: Signature) -> Tile:
     banded = band.has_left or band.has_right
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
+    elif signature.only_masked and dim <= 128:
+        tile = Tile(64, 64, 1, 4, 2)
     elif not signature.plain:
         tile = Tile(32, 64, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
@@ -335,6 +338,8 @@ def row_tile_for(signature: Signature) -> Tile:
     banded = band.has_left or band.has_right
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
+    elif signature.only_masked and dim <= 128:
+        tile = Tile(64, 64, 1, 4, 3 if dim <= 64 and not banded else 2)
     elif not signature.plain:
         tile = Tile(64, 32, 1, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:

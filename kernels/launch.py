@@ -119,6 +119,11 @@ class Signature(NamedTuple):
         return shared and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
 
     @property
+    def only_masked(self) -> bool:
+        """A mask with rows of its own is all that is not plain."""
+        return not self.plain and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
+
+    @property
     def counted(self) -> bool:
         """Whether the visible keys of a row are counted, rather than known from its number."""
         return self.attn_mask is not None and self.options.visible_bias

@@ -43,11 +43,12 @@ from sigswap.kernels.triton_common import (
 LONGEST = 64
 """The most rows or keys of a tile."""
 
-FORWARD_PROGRAMS = 12
-BACKWARD_PROGRAMS = 4
+FORWARD_PROGRAMS = 8
+BACKWARD_PROGRAMS = 6
 """Per multiprocessor, if there is work for so many; each takes as many sequences as then remain for it."""
 
 
+@functools.lru_cache(MAX_PLANS)
 def fit(signature: Signature) -> bool:
     """Whether these kernels take the attention: others have dropout, a soft cap, GQA, a row bias of the batch, or
     scores of float32, whose products run on the ordinary units."""
@@ -111,7 +112,7 @@ def _plan_forward(signature: Signature, out: Layout, programs: int) -> Launch:
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=out)
     splits, divided = _division(signature, programs)
     tensors = signature.query, signature.key, signature.value, out, signature.bias, signature.attn_mask
-    options = {"num_warps": 4, "num_stages": 2}
+    options = {"num_warps": 4, "num_stages": 3}
     return Launch(_forward_kernel, splits * divided["tiles"], signature.device, tensors, arguments | divided, **options)
 
 
@@ -141,7 +142,7 @@ def _plan_backward(
     parts = (splits, batches, signature.heads, rows, signature.kv_len) if need_mask else None
     partial = (None if shape is None else contiguous_layout(shape, torch.float32) for shape in (sums, parts))
     tensors = (query, key, value, grad_out, *grads, *partial, signature.bias, signature.attn_mask)
-    blocks, options = splits * divided["tiles"], {"num_warps": 4, "num_stages": 2}
+    blocks, options = splits * divided["tiles"], {"num_warps": 4, "num_stages": 3}
     launch = Launch(_backward_kernel, blocks, signature.device, tensors, arguments | divided, **options)
     return _Plan(launch, sums, parts)
 

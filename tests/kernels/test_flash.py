@@ -21,7 +21,7 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, flash_bwd, flash_fwd, launch
+from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, sums, windows
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -114,6 +114,41 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False, 
     return Problem(query, key, value, bias, attn_mask, seed, heads_tensor(heads, q_len, value_dim), options)
 
 
+def window_problem(index: int, device: str = DEVICE) -> Problem:
+    """A problem for the kernels of windows: short sequences under a mask with rows, that others may have, too."""
+    draw = random.Random(2000 + index)
+    torch.manual_seed(2000 + index)
+    dtype = draw.choice((torch.bfloat16, torch.float16)) if device == "cuda" else torch.float16
+    mask_batch, repeats, heads = draw.choice((1, 2, 3)), draw.choice((1, 2, 5, 9)), draw.choice((1, 2, 3))
+    batch, q_len, kv_len = mask_batch * repeats, draw.choice((1, 5, 16, 49, 64)), draw.choice((2, 16, 33, 49, 64))
+    head_dim = draw.choice((16, 24, 32, 64))
+    value_dim = draw.choice((head_dim, 16, 40))
+
+    def rows(length: int, dim: int) -> Tensor:
+        return torch.randn(batch, length, heads, dim + 8, device=device).to(dtype)[..., :dim].transpose(1, 2)
+
+    q_len = max(q_len, 2)  # with one row all rows share the mask
+    shape = mask_batch, draw.choice((1, heads)), q_len, draw.choice((kv_len, kv_len, kv_len, 1))
+    attn_mask = torch.rand(shape, device=device) > 0.3
+    if draw.random() < 0.7:
+        attn_mask = torch.where(attn_mask, torch.randn(shape, device=device), draw.choice((-torch.inf, -1e4))).to(dtype)
+    bias = None
+    if draw.random() < 0.7:
+        bias_shape = 1, draw.choice((1, heads)), draw.choice((1, q_len)), 1
+        bias = (torch.randn(bias_shape, device=device) - 1).to(dtype)
+    options = reference.Options(
+        scale=head_dim**-0.5,
+        const_bias=draw.choice((0.0, -1.5)),
+        visible_bias=draw.random() < 0.8,
+        is_causal=draw.random() < 0.2,
+        bottom_right=draw.random() < 0.5,
+        window_left=draw.choice((-1, -1, 5)),
+        window_right=draw.choice((-1, -1, 20)),
+    )
+    query, key, value = rows(q_len, head_dim), rows(kv_len, head_dim), rows(kv_len, value_dim)
+    return Problem(query, key, value, bias, attn_mask, None, rows(q_len, value_dim), options)
+
+
 def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None = None) -> list[Tensor]:
     """Output and gradients by matmul, sigmoid and matmul, in dtype throughout.
 
@@ -188,6 +223,40 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
         what = ("out", "query", "key", "value", "4th", "5th")[number]
         # Where the naive one overflows to NaN, ours need not.
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
+
+
+def assert_windows_no_worse(index: int) -> None:
+    problem = window_problem(index)
+    query, key, value, bias, attn_mask, _ = problem.inputs
+    assert attn_mask is not None
+    signature = launch.signature_of(query, key, value, bias, attn_mask, problem.options)
+    assert windows.fit(signature)
+    before = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
+    results = ours(problem)
+    after = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
+    assert all(new.hits + new.misses > old.hits + old.misses for new, old in zip(after, before, strict=True))
+    assert_no_worse(results, problem)
+    # With few programs, each of which takes several sequences.
+    out = torch.empty_like(results[0])
+    windows.forward(signature, query, key, value, bias, attn_mask, out, programs=0)
+    grads = [None if t is None or not t.is_floating_point() else torch.empty_like(t) for t in problem.inputs[:5]]
+    targets = grads[0], grads[1], grads[2], grads[3], grads[4]
+    windows.backward(signature, problem.grad_out, query, key, value, bias, attn_mask, targets, programs=0)
+    assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
+
+
+def assert_sums(index: int) -> None:
+    draw = random.Random(index)
+    shape = [draw.choice((1, 2, 3, 70)) for _ in range(draw.choice((2, 3, 4)))]
+    kept = [draw.choice((1, size)) for size in shape]
+    parts = torch.randn(shape, device=DEVICE)
+    out = torch.empty(kept, dtype=draw.choice((torch.float32, torch.float16)), device=DEVICE)
+    if draw.random() < 0.3:
+        out = torch.empty([*kept, 2], dtype=out.dtype, device=DEVICE)[..., 0]  # not contiguous
+    sums.sum_into(out, parts)
+    exact = parts.double().sum_to_size(kept)
+    bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * parts.numel() ** 0.5
+    assert ((out.double() - exact).abs() <= bound).all()
 
 
 class PackedProblem(NamedTuple):
@@ -296,6 +365,18 @@ def test_interpreted_repeated_mask(index: int) -> None:
 
 
 @in_interpreter
+@shards(12)
+def test_interpreted_windows(index: int) -> None:
+    assert_windows_no_worse(index)
+
+
+@in_interpreter
+@shards(12)
+def test_interpreted_sums(index: int) -> None:
+    assert_sums(index)
+
+
+@in_interpreter
 @shards(4)
 def test_interpreted_decoding_with_a_repeated_mask(index: int) -> None:
     problem = random_problem(index, decoding=True, repeats=2)
@@ -370,3 +451,11 @@ def test_random_features_with_a_repeated_mask(index: int) -> None:
     assert_no_worse(ours(problem), problem)
     problem = random_problem(index, decoding=True, repeats=2 + index % 3)
     assert_no_worse([decode.forward(*problem.inputs[:5], problem.options)], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_windows(index: int) -> None:
+    assert_windows_no_worse(index)
+    assert_sums(index)
