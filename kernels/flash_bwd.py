@@ -37,6 +37,7 @@ from sigswap.kernels.launch import (
     layout_of,
     limits_of,
     output_arguments,
+    readable_mask,
     row_bias_layout,
     row_bias_tensors,
     signature_of,
@@ -98,6 +99,7 @@ def backward(
             grad.zero_()
         return grads
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
+    attn_mask = readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     if attn_mask is not None and key_tile is None and row_tile is None and windows.fit(signature):
         targets = tuple(

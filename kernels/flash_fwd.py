@@ -32,6 +32,7 @@ from sigswap.kernels.launch import (
     fit,
     layout_of,
     limits_of,
+    readable_mask,
     signature_of,
     unit_stride,
     visible_counts,
@@ -79,6 +80,7 @@ def forward(
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    attn_mask = readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     if attn_mask is not None and tile is None and windows.fit(signature):
         windows.forward(signature, query, key, value, bias, attn_mask, out)

@@ -295,6 +295,14 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def readable_mask(attn_mask: Tensor | None) -> Tensor | None:
+    """The mask, copied if its rows are read for each sequence and head, and their numbers are not neighbours in memory:
+    as T5's, which is an embedding with the heads last. Then the copy is the smaller part of what reading it costs."""
+    if attn_mask is None or attn_mask.shape[2] == 1 or attn_mask.shape[3] == 1 or attn_mask.stride(3) <= 1:
+        return attn_mask
+    return attn_mask.contiguous()
+
+
 # Launches.
 
 

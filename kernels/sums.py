@@ -13,6 +13,10 @@ from torch import Tensor
 from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, contiguous_layout, layout_of
 
 
+TILE = 4096
+"""Numbers that a program adds up at a time."""
+
+
 def sum_into(out: Tensor, parts: Tensor) -> None:
     """``out.copy_(parts.sum_to_size(out.shape))``; in a fixed order.
 
@@ -35,7 +39,8 @@ def _plan(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launc
     if out[start:end] != parts[start:end] or math.prod(parts) == 0:
         return None
     outer, middle, inner = (math.prod(parts[part]) for part in (slice(start), slice(start, end), slice(end, None)))
-    numbers, terms = (64, 64) if inner == 1 else (1, 4096)
+    terms = min(64, triton.next_power_of_2(outer)) if inner == 1 else TILE
+    numbers = TILE // terms
     arguments = {"kept": middle, "inner": inner, "terms": outer * inner, "BLOCK_K": numbers, "BLOCK_T": terms}
     tensors = contiguous_layout(parts, torch.float32), layout
     return Launch(_sum_kernel, triton.cdiv(middle, numbers), device, tensors, arguments, num_warps=8)
