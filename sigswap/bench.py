@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_SUITES",
     "DTYPES",
+    "MODES",
     "PEERS",
     "SUITES",
     "Benchmark",
@@ -49,6 +50,7 @@ __all__ = [
     "run",
 ]
 
+MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 5e-3}
 """The relative error (Frobenius) above which a result is wrong: well above rounding, well below a misplaced mask."""
 
@@ -60,6 +62,7 @@ def run(
     peers: Sequence[str] | None = None,
     dtype: str = "bf16",
     quick: bool = False,
+    mode: str | None = None,
     console: Console | None = None,
 ) -> Benchmark:
     """Measures on the current CUDA device.
@@ -71,20 +74,24 @@ def run(
             ``triton-sigmoid``, any in models) in some cells only. Named here, they run in all cells that they can.
         dtype: Of ``DTYPES``.
         quick: The fewest cells, to see that it works.
+        mode: Of torch.compile, in the suite models: of ``MODES``. None: its default.
         console: Shows the progress.
 
     Raises:
-        ArgumentError: A suite, a peer or the dtype is unknown, or no cell has such a label.
+        ArgumentError: A suite, a peer, the dtype or the mode is unknown, or no cell has such a label.
         BenchmarkError: There is no GPU that sigswap's kernels run on.
     """
     suites = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
     wanted = _known("peer", peers, PEERS)
     _known("dtype", [dtype], DTYPES)
+    _known("mode", [] if mode is None else [mode], MODES)
     chosen = [cell for suite in suites for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
     if not chosen:
         raise ArgumentError(f"no cell of {', '.join(suites)} has a label like {', '.join(labels or ())}.")
     _require_gpu()
     machine = _machine(["timm", "transformers"] if "models" in suites else [])
+    if mode is not None:
+        machine["mode"] = mode
     rows: list[Row] = []
     copy = stopped = None
     with nullcontext() if console is None else console.status("Measuring") as status:
@@ -97,7 +104,7 @@ def run(
             left_out = cell.without if peers is None else ()
             try:
                 if isinstance(cell, ModelCell):
-                    rows += bench_models.measure(cell, dtype, named, left_out)
+                    rows += bench_models.measure(cell, dtype, named, left_out, mode=mode)
                 else:
                     rows += measure(cell, dtype, named, left_out)
                 free()

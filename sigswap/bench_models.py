@@ -72,6 +72,7 @@ def measure(
     *,
     device: str = "cuda",
     inner: str = "inductor",
+    mode: str | None = None,
 ) -> list[Row]:
     """The cell's rows, one for each of ``PHASES`` and of ``QUANTITIES``.
 
@@ -84,6 +85,7 @@ def measure(
         left_out: Those of the peers that are not measured, as they were not asked for.
         device: "cuda" or, for small cells, "cpu", where there is the time only.
         inner: The compiler, of sigswap's model and of the others.
+        mode: Of torch.compile, with inductor. If it has CUDA graphs, which keep their memory, none is measured.
     """
     names = ("sigswap", *peers)
     try:
@@ -104,7 +106,7 @@ def measure(
             reason = "The model is compiled once more for it; --peers runs it."
         else:
             with refusals(peer, refused["forward"]), subject.peers[peer]():
-                compiled = torch.compile(subject.model, backend=inner)
+                compiled = torch.compile(subject.model, backend=inner, mode=mode)
                 figures[peer] = _phases(peer, subject, compiled, refused)
             continue
         for phase in PHASES:
@@ -114,8 +116,13 @@ def measure(
         subject.after_conversion()
         subject.model.eval()
         truth = subject.output(_forward(subject, subject.model))
-        compiled = torch.compile(subject.model, backend="sigswap", options={"inner": inner})
+        options = {"inner": inner} if mode is None else None  # torch.compile takes one of the two
+        compiled = torch.compile(subject.model, backend="sigswap", options=options, mode=mode)
         figures["sigswap"] = _phases("sigswap", subject, compiled, refused, truth)
+    if keeps_memory(mode):
+        for quantities in figures.values():
+            for phase in PHASES:
+                quantities.pop((phase, "memory"), None)
     for name, reason in refused["forward"].items():
         refused["training step"].setdefault(name, reason)
     return [
@@ -123,6 +130,11 @@ def measure(
         for phase in PHASES
         for quantity in QUANTITIES
     ]
+
+
+def keeps_memory(mode: str | None) -> bool:
+    """Whether what is compiled in this mode keeps the memory of its activations between two calls."""
+    return mode is not None and bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
 
 
 def _row(
@@ -138,7 +150,8 @@ def _row(
     times = {name: figures[name][phase, "time"] for name in counting if (phase, "time") in figures.get(name, {})}
     original = min(times, key=times.__getitem__, default=None)
     measured = {name: found[phase, quantity] for name, found in figures.items() if (phase, quantity) in found}
-    absent = {name: "This needs a GPU, and its profiler." for name in figures if name not in {*measured, *refused}}
+    needed = "This needs a GPU, its profiler, and for memory a mode without CUDA graphs."
+    absent = dict.fromkeys((name for name in figures if name not in {*measured, *refused}), needed)
     return Row(cell, dtype, phase, measured, {**refused, **absent}, quantity, original, unavailable=bool(absent))
 
 
@@ -430,15 +443,16 @@ def _t5(cell: ModelCell, dtype: torch.dtype) -> Subject:
 
 @contextmanager
 def _attention(model: Any, implementation: str) -> Iterator[None]:
-    """Sets a transformers model's attention implementation for a while."""
-    before = model.config._attn_implementation
-    if implementation != before:
-        model.set_attn_implementation(implementation)
+    """Sets the attention implementation of a transformers model, and of its parts, for a while."""
+    parts = [part for part in model.modules() if hasattr(part, "set_attn_implementation")]
+    before = [part.config._attn_implementation for part in parts]
     try:
+        for part in parts:
+            part.set_attn_implementation(implementation)
         yield
     finally:
-        if implementation != before:
-            model.set_attn_implementation(before)
+        for part, own in zip(parts, before, strict=True):
+            part.set_attn_implementation(own)
 
 
 def _sdpa_backend(name: str) -> AbstractContextManager[Any]:

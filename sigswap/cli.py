@@ -236,6 +236,12 @@ def bench(
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="bf16|fp16|fp32", help="Of all tensors.")] = "bf16",
     quick: Annotated[bool, typer.Option("--quick", help="The fewest cells.")] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="reduce-overhead|max-autotune", help="torch.compile's, for the models of the suite models."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures, and the reasons for a '-'.")
     ] = None,
@@ -262,7 +268,7 @@ def bench(
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if plot is not None:
             benchmark.check_plot(plot)
-        result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, console=_errors)
+        result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=_errors)
         Console().print(result)
         if json_file is not None:
             json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
