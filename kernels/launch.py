@@ -378,11 +378,13 @@ class Launch:
             tuple(_scalar_key(name, value) for name, value in zip(names, self._rest, strict=True)),
             tuple(options.items()),
         )
+        self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
-        compiled = _compiled.get(self._key)
-        if compiled is not None:
-            compiled[self._grid](*tensors, *self._rest)
+        if self._compiled is None:
+            self._compiled = _compiled.get(self._key)
+        if self._compiled is not None:
+            self._compiled[self._grid](*tensors, *self._rest)
             return
         compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
         if compiled is not None:  # by Triton's interpreter, nothing is compiled

@@ -352,6 +352,7 @@ MASKS: dict[str, tuple[Callable[[int], Tensor], tuple[bool, int, int, bool]]] = 
     "triu == 0": (lambda n: torch.triu(torch.ones(n, n), 1) == 0, (True, -1, -1, False)),
     "arange": (lambda n: torch.arange(n)[None] <= torch.arange(n)[:, None], (True, -1, -1, False)),
     "arange, less": (lambda n: torch.arange(n)[None] < torch.arange(1, n + 1)[:, None], (True, -1, -1, False)),
+    "everywhere": (lambda n: (torch.arange(n)[:, None] >= 0).expand(n, n), (False, -1, -1, False)),
     "difference": (lambda n: (torch.arange(n)[:, None] - torch.arange(n)) >= 0, (True, -1, -1, False)),
     "scaled": (lambda n: 2 * torch.arange(n)[None] <= 2 * torch.arange(n)[:, None], (False, -1, -1, True)),
     "window": (
@@ -456,14 +457,9 @@ def test_llama_in_training_is_causal() -> None:
     assert node.args[4] is None and node.kwargs["is_causal"] and node.kwargs["window_left"] == -1
 
 
-def test_padding_keeps_its_small_shape() -> None:
-    """The n x n mask that padding and causality were combined to is not passed on."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-        causal = torch.ones(M, M, dtype=torch.bool).tril()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal & padding[:, None, None])
-
-    masks: list[Any] = []
+def masks_of(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[int, ...], bool]]:
+    """Of each call of the op in ``function``: its mask's shape, and whether it is causal."""
+    masks = []
 
     class Shapes(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -472,10 +468,100 @@ def test_padding_keeps_its_small_shape() -> None:
             return super().call_function(target, args, kwargs)
 
     torch._dynamo.reset()
+    torch.compile(function, backend="sigswap", options={"inner": lambda module, _: Shapes(module).run})(*inputs)
+    return masks
+
+
+def test_padding_keeps_its_small_shape() -> None:
+    """The n x n mask that padding and causality were combined to is not passed on."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        causal = torch.ones(M, M, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal & padding[:, None, None])
+
     q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
-    options = {"inner": lambda module, inputs: Shapes(module).run}
-    torch.compile(attention, backend="sigswap", options=options)(q, k, v, torch.arange(M) < torch.tensor([[M], [5]]))
+    masks = masks_of(attention, q, k, v, torch.arange(M) < torch.tensor([[M], [5]]))
     assert masks == [((B, 1, 1, M), True)]
+
+
+def _tril(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+PADDED = torch.tensor([[9], [4]])
+BIASES: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], Tensor], bool, int]] = {
+    # (the bias of n keys, under a mask) -> (what is visible, is_causal, the batch size of the op's mask)
+    "where": (lambda b, n: torch.where(_tril(n), b, -math.inf), _tril, True, 1),
+    "where, lowest number": (lambda b, n: torch.where(_tril(n), b, torch.finfo(b.dtype).min), _tril, True, 1),
+    "masked_fill": (lambda b, n: b.masked_fill(~_tril(n), -1e9), _tril, True, 1),
+    "a copy": (lambda b, n: torch.where(_tril(n).expand(B, 1, n, n), b, -math.inf).contiguous(), _tril, True, 1),
+    "twice": (
+        lambda b, n: torch.where(_tril(n), b, -math.inf).masked_fill(~(torch.arange(n)[:, None] >= 0), -math.inf),
+        _tril,
+        True,
+        1,
+    ),
+    "everywhere": (
+        lambda b, n: torch.where((torch.arange(n)[:, None] >= 0).expand(B, 1, n, n), b, -math.inf),
+        lambda n: torch.ones(n, n, dtype=torch.bool),
+        False,
+        1,
+    ),
+    "padding": (
+        lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], b, -math.inf),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        B,
+    ),
+    "causal and padding": (
+        lambda b, n: torch.where(_tril(n) & (torch.arange(n) < PADDED)[:, None, None], b, -math.inf),
+        lambda n: _tril(n) & (torch.arange(n) < PADDED)[:, None, None],
+        True,
+        B,
+    ),
+    "a fill that does not mask": (
+        lambda b, n: torch.where(_tril(n), b, -3.0),
+        lambda n: torch.ones(n, n, dtype=torch.bool),
+        False,
+        1,
+    ),
+    "edited": (
+        lambda b, n: torch.where(_tril(n), c := b.clone(), -math.inf) + 0 * c.add_(1),
+        _tril,
+        False,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
+    """As T5's, which is one number where the causal mask hides a key: the bias stays as small as it is."""
+    build, visible, causal, batch = BIASES[name]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=build(bias, q.shape[2]))
+
+    graphs = Graphs()
+    compiled = graphs.compile(attention, dynamic=dynamic)
+    for n in (9, 13) if dynamic else (9,):
+        leaves = [torch.randn(B, HEADS, n, HEAD_DIM, requires_grad=True) for _ in range(3)]
+        leaves += [torch.randn(1, HEADS, n, n, requires_grad=True)]
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        q, k, v, bias = exact
+        scores = (q @ k.mT) * HEAD_DIM**-0.5 + torch.where(visible(n), build(bias, n), 0.0)
+        expected = handwritten.sigmoid(scores.masked_fill(~visible(n), -math.inf), -1) @ v
+        actual = compiled(*leaves)
+        close(actual.detach(), expected.detach())
+        direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
+        grads = torch.autograd.grad((actual * direction).sum(), leaves)
+        truths = torch.autograd.grad((expected * direction.double()).sum(), exact)
+        for ours, theirs in zip(grads, truths, strict=True):
+            close(ours, theirs)
+    assert len(graphs.calls) == 1
+    q, k, v, bias = (leaf[..., :9, :9].detach() if leaf is leaves[3] else leaf[:, :, :9].detach() for leaf in leaves)
+    assert masks_of(attention, q, k, v, bias) == [((batch, HEADS, 9, 9), causal)]
 
 
 # ---------------------------------------------------------------------------------------------- regions
