@@ -311,7 +311,7 @@ def key_tile_for(signature: Signature) -> Tile:
     banded = band.has_left or band.has_right
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
-    elif signature.only_masked and dim <= 128:
+    elif signature.only_masked and dim <= 128 and 90 <= capability < 100:
         tile = Tile(64, 64, 1, 4, 2)
     elif not signature.plain:
         tile = Tile(32, 64, 1, 8, 2 if dim <= 128 else 1)
@@ -340,7 +340,7 @@ def row_tile_for(signature: Signature) -> Tile:
     banded = band.has_left or band.has_right
     if size > 2:
         tile = Tile(32, 32, 1, 8, 1)
-    elif signature.only_masked and dim <= 128:
+    elif signature.only_masked and dim <= 128 and 90 <= capability < 100:
         tile = Tile(64, 64, 1, 4, 3 if dim <= 64 and not banded else 2)
     elif not signature.plain:
         tile = Tile(64, 32, 1, 8, 2 if dim <= 128 else 1)

@@ -132,7 +132,7 @@ def tile_for(signature: Signature) -> Tile:
     if size > 2:
         # Products of float32 run on the ordinary units, from registers.
         tile = Tile(64 if dim <= 64 else 32, 32, 1, 8, 1)
-    elif signature.only_masked and dim <= 128:
+    elif signature.only_masked and dim <= 128 and 90 <= capability < 100:
         tile = Tile(64, 64, 1, 4, 3 if dim <= 64 else 2)
     elif not signature.plain:
         tile = Tile(64, 64, 1, 8, 2) if dim <= 128 else Tile(64, 32, 1, 8, 2)
