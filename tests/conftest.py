@@ -32,6 +32,7 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
+_load("graphs")
 _load("handwritten")
 _load("oracle")
 _load("zoo")

@@ -11,50 +11,16 @@ import handwritten
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import OP, Graphs
 from handwritten import HEAD_DIM, HEADS, MODELS, Handwritten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from zoo import CASES, Entry, call, case_id
 
 import sigswap.backend
 
-OP = torch.ops.sigswap.sigmoid_attention.default
 B, M, D = 2, 12, 8
-
-
-class Graphs:
-    """A backend that records what the passes give to the inner compiler: ``Graphs().compile(model)``."""
-
-    def __init__(self, inner: str = "aot_eager") -> None:
-        self.modules: list[torch.fx.GraphModule] = []
-        self.inner = inner
-
-    def compile(self, model: Callable[..., Any], dynamic: bool | None = None, fullgraph: bool = True) -> Any:
-        torch._dynamo.reset()
-        return torch.compile(
-            model, backend="sigswap", options={"inner": self._record}, dynamic=dynamic, fullgraph=fullgraph
-        )
-
-    def _record(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
-        self.modules.append(module)
-        return torch._dynamo.lookup_backend(self.inner)(module, inputs)
-
-    @property
-    def calls(self) -> list[torch.fx.Node]:
-        """Of the op."""
-        return [node for node in self.nodes if node.target is OP]
-
-    @property
-    def nodes(self) -> list[torch.fx.Node]:
-        modules = [m for graph in self.modules for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
-        return [node for module in modules for node in module.graph.nodes]
-
-    @property
-    def unfused(self) -> int:
-        names = ("softmax", "sigmoid", "sigmoid_probs.default")
-        return sum(getattr(node.target, "__name__", node.target) in names for node in self.nodes)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -103,27 +69,6 @@ def test_one_graph_for_every_length(kind: type[Handwritten]) -> None:
     for length in (M, 7, 15):
         compare(model, compiled, torch.randn(B, length, handwritten.DIM))
     assert len(graphs.modules) == 1 and len(graphs.calls) == kind.sites and graphs.unfused == 0
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in CASES
-        if case[1] == case[0].variants[-1] and not case[0].name.startswith(("torch_", "mha", "enc"))
-    ],
-    ids=case_id,
-)
-def test_the_zoo_is_lowered(case: tuple[Entry, str]) -> None:
-    """Every attention of the models of the zoo. (What they compute is compared with an oracle in test_models.py.)"""
-    entry, variant = case
-    model, graphs = entry.build(variant), Graphs("eager")
-    with torch.no_grad():
-        call(graphs.compile(model, fullgraph=entry.fullgraph), entry.make_inputs(variant))
-    # XLNet's last layer computes a stream that nobody reads.
-    unread = 1 if entry.name == "xlnet_two_stream" else 0
-    assert len(graphs.calls) == (entry.calls or entry.sites) - unread
-    assert not [node for node in graphs.nodes if "sigmoid_probs" in str(node.target)]
 
 
 # ------------------------------------------------------------------------------------- generated graphs

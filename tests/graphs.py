@@ -1,0 +1,46 @@
+"""What the passes give to the compiler after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+
+import sigswap.backend  # noqa: F401  the backend's name
+
+OP = torch.ops.sigswap.sigmoid_attention.default
+
+
+class Graphs:
+    """A backend that records what the passes give to the inner compiler: ``Graphs().compile(model)``."""
+
+    def __init__(self, inner: str = "aot_eager") -> None:
+        self.modules: list[torch.fx.GraphModule] = []
+        self.inner = inner
+
+    def compile(self, model: Callable[..., Any], dynamic: bool | None = None, fullgraph: bool = True) -> Any:
+        torch._dynamo.reset()
+        return torch.compile(
+            model, backend="sigswap", options={"inner": self._record}, dynamic=dynamic, fullgraph=fullgraph
+        )
+
+    def _record(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.modules.append(module)
+        return torch._dynamo.lookup_backend(self.inner)(module, inputs)
+
+    @property
+    def calls(self) -> list[torch.fx.Node]:
+        """Of the op."""
+        return [node for node in self.nodes if node.target is OP]
+
+    @property
+    def nodes(self) -> list[torch.fx.Node]:
+        modules = [m for graph in self.modules for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        return [node for module in modules for node in module.graph.nodes]
+
+    @property
+    def unfused(self) -> int:
+        names = ("softmax", "sigmoid", "sigmoid_probs.default")
+        return sum(getattr(node.target, "__name__", node.target) in names for node in self.nodes)
