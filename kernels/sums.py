@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, contiguous_layout, layout_of
 
-
 TILE = 4096
 """Numbers that a program adds up at a time."""
 

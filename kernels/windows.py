@@ -170,11 +170,13 @@ def _division(signature: Signature, programs: int) -> tuple[int, dict[str, int]]
 
 @triton.jit
 def _added(
-    mask, bias, stride_mask_m, stride_mask_n, stride_bias_m, q_len, kv_len, left, right, const_bias,
+    mask, bias, own, head, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_bias_h, stride_bias_m,
+    q_len, kv_len, left, right, const_bias,
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """What is added to the scores, [BLOCK_M, BLOCK_N]; and whether a row sees a key."""
+    """What is added to the scores, [BLOCK_M, BLOCK_N], in units of unit_of(FORM); and whether a row sees a key."""
+    mask += own.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
     row = tl.arange(0, BLOCK_M)[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
@@ -194,16 +196,23 @@ def _added(
     if VISIBLE:
         row_bias -= tl.log(tl.maximum(tl.sum(visible.to(tl.int32), 1), 1).to(tl.float32))
     if bias is not None:
+        bias += head.to(tl.int64) * stride_bias_h
         rows = tl.arange(0, BLOCK_M)
         row_bias += tl.load(bias + rows.to(tl.int64) * stride_bias_m, mask=rows < q_len, other=0.0).to(tl.float32)
-    return added + row_bias[:, None], visible
+    return (added + row_bias[:, None]) * unit_of(FORM), visible
 
 
 @triton.jit
 def _probabilities(s, scale, added, visible, FORM: tl.constexpr, ASM: tl.constexpr):
-    """added: in units of unit_of(FORM). What is masked is exactly 0, also where the score is NaN."""
+    """What is masked is exactly 0, also where the score is NaN."""
     x = tl.where(visible, s * (scale * unit_of(FORM)) + added, float("-inf"))
     return tl.where(visible, sigmoid(x, FORM, ASM), 0.0)
+
+
+@triton.jit
+def _rows_of(head, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """All rows of one head of one sequence, [BLOCK, WIDTH]."""
+    return load_rows(head, 0, 0, 0, length, stride, DIM, BLOCK, WIDTH, False)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -226,29 +235,21 @@ def _forward_kernel(
     stride_o_b, stride_o_h, stride_o_n = elements(stride_o_b, stride_o_h, stride_o_n, UNIT, WIDE)
     split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     own, head = tile // heads, tile % heads
-    own64, head64 = own.to(tl.int64), head.to(tl.int64)
-    if bias is not None:
-        bias += head64 * stride_bias_h
+    head64 = head.to(tl.int64)
     added, visible = _added(
-        mask + own64 * stride_mask_b + head64 * stride_mask_h, bias, stride_mask_m, stride_mask_n, stride_bias_m,
-        q_len, kv_len, left, right, const_bias, VISIBLE, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BLOCK_M, BLOCK_N,
+        mask, bias, own, head, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_bias_h,
+        stride_bias_m, q_len, kv_len, left, right, const_bias, VISIBLE, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BLOCK_M,
+        BLOCK_N, FORM,
     )  # fmt: skip
-    added *= unit_of(FORM)
     q += head64 * stride_q_h
     k += head64 * stride_k_h
     v += head64 * stride_v_h
     out += head64 * stride_o_h
     for term in range(split * terms_per_split, tl.minimum((split + 1) * terms_per_split, terms)):
         batch = tl.cast(own + term * mask_batches, tl.int64)
-        rows = load_rows(
-            q + batch * stride_q_b, 0, 0, 0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False
-        )  # fmt: skip
-        keys = load_rows(
-            k + batch * stride_k_b, 0, 0, 0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
-        values = load_rows(
-            v + batch * stride_v_b, 0, 0, 0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False
-        )  # fmt: skip
+        rows = _rows_of(q + batch * stride_q_b, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D)
+        keys = _rows_of(k + batch * stride_k_b, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+        values = _rows_of(v + batch * stride_v_b, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         p = _probabilities(s, scale, added, visible, FORM, ASM) * P_SCALE
         acc = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / P_SCALE)
@@ -279,14 +280,12 @@ def _backward_kernel(
     stride_dv_n = row_stride(stride_dv_n, WIDE)
     split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     own, head = tile // heads, tile % heads
-    own64, head64 = own.to(tl.int64), head.to(tl.int64)
-    if bias is not None:
-        bias += head64 * stride_bias_h
+    head64 = head.to(tl.int64)
     added, visible = _added(
-        mask + own64 * stride_mask_b + head64 * stride_mask_h, bias, stride_mask_m, stride_mask_n, stride_bias_m,
-        q_len, kv_len, left, right, const_bias, VISIBLE, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BLOCK_M, BLOCK_N,
+        mask, bias, own, head, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_bias_h,
+        stride_bias_m, q_len, kv_len, left, right, const_bias, VISIBLE, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BLOCK_M,
+        BLOCK_N, FORM,
     )  # fmt: skip
-    added *= unit_of(FORM)
     q += head64 * stride_q_h
     k += head64 * stride_k_h
     v += head64 * stride_v_h
@@ -294,18 +293,10 @@ def _backward_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for term in range(split * terms_per_split, tl.minimum((split + 1) * terms_per_split, terms)):
         batch = tl.cast(own + term * mask_batches, tl.int64)
-        rows = load_rows(
-            q + batch * stride_q_b, 0, 0, 0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False
-        )  # fmt: skip
-        keys = load_rows(
-            k + batch * stride_k_b, 0, 0, 0, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
-        values = load_rows(
-            v + batch * stride_v_b, 0, 0, 0, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, False
-        )  # fmt: skip
-        grads = load_rows(
-            do + batch * stride_do_b, 0, 0, 0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False
-        )  # fmt: skip
+        rows = _rows_of(q + batch * stride_q_b, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D)
+        keys = _rows_of(k + batch * stride_k_b, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+        values = _rows_of(v + batch * stride_v_b, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        grads = _rows_of(do + batch * stride_do_b, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         p = _probabilities(s, scale, added, visible, FORM, ASM)
