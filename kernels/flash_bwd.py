@@ -93,7 +93,9 @@ def backward(
     """
     grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    need_query, need_key, need_value, need_bias, need_mask = output_mask
+    given = (True, True, True, bias is not None, attn_mask is not None)
+    needed = [need and there for need, there in zip(output_mask, given, strict=True)]
+    need_query, need_key, need_value, need_bias, need_mask = needed
     if grad_out.numel() == 0 or key.shape[2] == 0:
         for grad in grads:
             grad.zero_()
@@ -102,9 +104,7 @@ def backward(
     attn_mask = readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     if attn_mask is not None and key_tile is None and row_tile is None and windows.fit(signature):
-        targets = tuple(
-            _unit_stride_target(grad) if need else None for grad, need in zip(grads, output_mask, strict=True)
-        )
+        targets = tuple(_unit_stride_target(grad) if need else None for grad, need in zip(grads, needed, strict=True))
         windows.backward(signature, grad_out, query, key, value, bias, attn_mask, targets)
         for grad, target in zip(grads, targets, strict=True):
             _copy_if_other(grad, target)
@@ -138,9 +138,9 @@ def backward(
         sides = bias, count, attn_mask, seed
         plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
     _copy_if_other(grad_query, new_query)
-    if row_sums is not None and bias is not None:
+    if row_sums is not None:
         sum_into(grad_bias, row_sums.unsqueeze(-1))
-    if need_mask and attn_mask is not None:
+    if need_mask:
         shape, launch = _plan_mask(signature, by_grad_out)
         partial = query.new_empty(shape, dtype=torch.float32)
         launch(query, key, value, grad_out, partial, bias, count, attn_mask, seed)

@@ -300,7 +300,9 @@ def readable_mask(attn_mask: Tensor | None) -> Tensor | None:
     as T5's, which is an embedding with the heads last. Then the copy is the smaller part of what reading it costs."""
     if attn_mask is None or attn_mask.shape[2] == 1 or attn_mask.shape[3] == 1 or attn_mask.stride(3) <= 1:
         return attn_mask
-    return attn_mask.contiguous()
+    # What is expanded stays so.
+    own = attn_mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in attn_mask.stride())]
+    return own.contiguous().expand(attn_mask.shape)
 
 
 # Launches.

@@ -35,7 +35,7 @@ def _plan(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launc
     out = tuple(layout.shape)
     kept = [dim for dim, size in enumerate(out) if size > 1]
     start, end = (kept[0], kept[-1] + 1) if kept else (0, 0)
-    if out[start:end] != parts[start:end] or math.prod(parts) == 0:
+    if out[start:end] != parts[start:end] or math.prod(parts) == 0 or math.prod(out) == 0:
         return None
     outer, middle, inner = (math.prod(parts[part]) for part in (slice(start), slice(start, end), slice(end, None)))
     terms = min(64, triton.next_power_of_2(outer)) if inner == 1 else TILE
@@ -48,11 +48,11 @@ def _plan(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launc
 @triton.jit(do_not_specialize=["kept", "terms"])
 def _sum_kernel(parts, out, kept, inner, terms, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
     """out[k] = the sum over s and r of parts[s, k, r]; r goes up to inner, and terms is how many pairs there are."""
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for start in range(0, terms, BLOCK_T):
         term = start + tl.arange(0, BLOCK_T)
         offset = (term // inner).to(tl.int64) * kept * inner + term % inner
-        pointers = parts + offset[:, None] + (k.to(tl.int64) * inner)[None, :]
+        pointers = parts + offset[:, None] + (k * inner)[None, :]
         total += tl.load(pointers, mask=(term < terms)[:, None] & (k < kept)[None, :], other=0.0)
     tl.store(out + k, tl.sum(total, 0).to(out.dtype.element_ty), mask=k < kept)

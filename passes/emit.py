@@ -13,14 +13,15 @@ import torch.fx
 
 from sigswap.passes.axes import op_name
 from sigswap.passes.labels import BROADCASTS, CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels
-from sigswap.passes.masks import MASKED_SCORE, Masks, edited_by, memory_of
+from sigswap.passes.masks import MASKED_SCORE, Masks, edited_by, has_symbol, memory_of
 from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, broadcast, visible_of
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
 from sigswap.passes.site import Lowered
 
 OP = torch.ops.sigswap.sigmoid_attention.default
 # Calls that change what a call between them does.
-_REGIONS = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
+_GRADIENTS = frozenset({"_set_grad_enabled", "_enter_inference_mode"})
+_REGIONS = _GRADIENTS | {"_enter_autocast", "_exit_autocast"}
 _WHERE = "nn_module_stack", "stack_trace", "source_fn_stack"
 
 
@@ -270,7 +271,7 @@ class Emission:
         while pending:
             term = pending.pop(0)
             hidden = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
-            if hidden is not None:
+            if hidden is not None and self._holds([each.node for each in hidden if each.half is None]):
                 visible += [visible_of(each, term.axes) for each in hidden]
             elif (parts := self._mask_of_bias(term)) is not None:
                 pending.insert(0, parts[0])
@@ -333,16 +334,25 @@ class Emission:
         number = self.masks.constant(fill)
         if not isinstance(content, torch.fx.Node) or number is None or not number * term.factor <= MASKED_SCORE:
             return None
+        # A number that varies proves nothing; where gradients are switched off on the way, the bias may have none.
+        if has_symbol(node) or any(_is_region(other, _GRADIENTS) for other in self.graph.nodes):
+            return None
         # What was edited is not what it was; a bias inside of a function cannot be had.
-        edited = self.masks.edited & {memory_of(node), memory_of(content), memory_of(condition)}
         dtypes = {each.meta["val"].dtype for each in (node, content)}
-        if edited or len(dtypes) > 1 or same_in(content, self.graph) is None:
+        if not self._holds([node, content, condition]) or len(dtypes) > 1 or same_in(content, self.graph) is None:
             return None
         whole = broadcast(condition, term.axes).axes
         visible = [visible_of(each, whole) for each in self.masks.visible(condition, holds)]
-        if visible and all(_band(each, self.labels, self.rows, self.keys)[0] == "tensor" for each in visible):
+        tensors = [each.term.node for each in visible if _band(each, self.labels, self.rows, self.keys)[0] == "tensor"]
+        if tensors and (len(tensors) == len(visible) or not self._holds(tensors)):
+            return None
+        if any(same_in(tensor, self.graph) is None for tensor in tensors):
             return None
         return broadcast(content, term.axes, term.factor), visible
+
+    def _holds(self, nodes: Sequence[torch.fx.Node]) -> bool:
+        """Whether the tensors are never written to."""
+        return not self.masks.edited & {memory_of(node) for node in nodes}
 
     def _repeats(self, operands: Sequence[Operand]) -> bool:
         """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""
@@ -529,8 +539,8 @@ def _moves(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     return False
 
 
-def _is_region(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS
+def _is_region(node: torch.fx.Node, names: frozenset[str] = _REGIONS) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in names
 
 
 def _dtype(node: torch.fx.Node) -> torch.dtype:

@@ -371,6 +371,26 @@ def test_interpreted_windows(index: int) -> None:
 
 
 @in_interpreter
+def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2() -> None:
+    query, key, value, grad_out = (torch.randn(4, 2, 8, 16).half() for _ in range(4))
+    attn_mask = torch.randn(2, 1, 8, 8).half()
+    problem = Problem(query, key, value, None, attn_mask, None, grad_out, reference.Options(0.25))
+    grads = flash_bwd.backward(grad_out, *problem.inputs, [True] * 5, problem.options)
+    out = flash_fwd.forward(*problem.inputs, problem.options)
+    assert grads[3].numel() == 0
+    assert_no_worse([out, *grads[:3], grads[4]], problem)
+
+
+@in_interpreter
+def test_interpreted_masks_are_copied_no_larger_than_they_are_shard3() -> None:
+    heads_last = torch.randn(1, 6, 7, 3).permute(0, 3, 1, 2)
+    for mask, numbers in ((heads_last, 126), (heads_last.expand(5, -1, -1, -1), 126), (heads_last.contiguous(), 126)):
+        readable = launch.readable_mask(mask)
+        assert readable is not None and torch.equal(readable, mask) and readable.stride(3) == 1
+        assert readable.untyped_storage().nbytes() == 4 * numbers
+
+
+@in_interpreter
 @shards(12)
 def test_interpreted_sums(index: int) -> None:
     assert_sums(index)

@@ -509,6 +509,69 @@ def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
     assert masks_of(attention, q, k, v, bias) == [((batch, HEADS, 9, 9), causal)]
 
 
+def test_a_bias_under_a_mask_whose_fill_depends_on_a_length() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        n = q.shape[2]
+        return torch.softmax(q @ k.mT + bias.masked_fill(~_tril(n), -600 * n), -1) @ v
+
+    graphs = Graphs()
+    compiled = graphs.compile(attention, dynamic=True)
+    for n in (12, 5):  # at 5 the fill is -3000, which does not mask
+        q, k, v = (torch.randn(B, HEADS, n, D) for _ in range(3))
+        bias = torch.randn(1, HEADS, n, n)
+        scores = (q @ k.mT + bias.masked_fill(~_tril(n), -600 * n)).double()
+        expected = handwritten.sigmoid(scores.masked_fill(scores <= -5000, -math.inf), -1) @ v.double()
+        close(compiled(q, k, v, bias), expected)
+
+
+@pytest.mark.parametrize("content", ["bias", "zero"])
+def test_a_bias_under_a_mask_that_is_edited_later(content: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
+        padding = padding.clone()
+        shown = bias if content == "bias" else torch.zeros(())
+        added = torch.where(_tril(M) & padding, shown, -math.inf)
+        padding.logical_not_()
+        return torch.softmax(q @ k.mT + added, -1) @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
+    bias, padding = torch.randn(1, HEADS, M, M), (torch.arange(M) < torch.tensor([[M], [4]]))[:, None, None]
+    added = torch.where(_tril(M) & padding, bias if content == "bias" else torch.zeros(()), -math.inf)
+    expected = handwritten.sigmoid((q @ k.mT + added).double(), -1) @ v.double()
+    graphs = Graphs()
+    close(graphs.compile(attention)(q, k, v, bias, padding), expected)
+    assert len(graphs.calls) == 1
+
+
+def test_a_bias_that_was_masked_without_gradients_has_none() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        with torch.no_grad():
+            added = torch.where(_tril(M), bias, -math.inf)
+        return torch.softmax(q @ k.mT + added, -1) @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
+    bias = torch.randn(1, HEADS, M, M).requires_grad_()
+    Graphs().compile(attention)(q, k, v, bias).sum().backward()
+    assert bias.grad is None and q.grad is not None
+
+
+def test_a_bias_under_a_mask_from_outside_of_a_checkpoint() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
+        visible = _tril(M) & padding
+
+        def inside(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, visible: Tensor) -> Tensor:
+            return torch.softmax(q @ k.mT + torch.where(visible, bias, -math.inf), -1) @ v
+
+        return checkpoint(inside, q, k, v, bias, visible, use_reentrant=False)
+
+    q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
+    bias, padding = torch.randn(1, HEADS, M, M), (torch.arange(M) < torch.tensor([[M], [4]]))[:, None, None]
+    graphs = Graphs()
+    actual = graphs.compile(attention)(q, k, v, bias, padding)
+    added = torch.where(_tril(M) & padding, bias, -math.inf)
+    close(actual.detach(), handwritten.sigmoid((q @ k.mT + added).double(), -1).detach() @ v.detach().double())
+    assert len(graphs.calls) == 1
+
+
 # ---------------------------------------------------------------------------------------------- regions
 
 

@@ -298,6 +298,16 @@ def test_a_model_is_measured_on_a_cpu(model: str, peer: str, packages: tuple[str
     assert not Benchmark({}, "fp32", None, rows).failures
 
 
+def test_a_model_is_measured_in_a_mode() -> None:
+    cell = ModelCell("block", 2, 32, small=True)
+    rows = bench_models.measure(cell, "fp32", ["sdpa"], device="cpu", inner="eager", mode="reduce-overhead")
+    times = [row for row in rows if row.quantity == "time"]
+    assert len(times) == 2 and all(set(row.measured) == {"sigswap", "sdpa"} for row in times)
+    assert not Benchmark({}, "fp32", None, rows).failures
+    assert bench_models.keeps_memory("reduce-overhead") and bench_models.keeps_memory("max-autotune")
+    assert not bench_models.keeps_memory("max-autotune-no-cudagraphs") and not bench_models.keeps_memory(None)
+
+
 @pytest.mark.parametrize(("model", "package"), [("vit", "timm"), ("t5", "transformers")])
 def test_a_model_without_its_package(model: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
