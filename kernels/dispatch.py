@@ -27,6 +27,7 @@ class _Kernels(NamedTuple):
     flash_bwd: ModuleType
     decode: ModuleType
     launch: ModuleType
+    windows: ModuleType
 
 
 def forward(
@@ -44,6 +45,8 @@ def forward(
     with _on(query.device):
         if kernels.decode.suits(query, key, options):
             return kernels.decode.forward(query, key, value, bias, attn_mask, options)
+        if kernels.windows.suits(query, key, value, bias, attn_mask, options):
+            return kernels.windows.forward(query, key, value, bias, attn_mask, options)
         return kernels.flash_fwd.forward(query, key, value, bias, attn_mask, seed, options)
 
 
@@ -63,6 +66,8 @@ def backward(
     if kernels is None:
         return reference.backward(*arguments)
     with _on(query.device):
+        if kernels.windows.suits(query, key, value, bias, attn_mask, options):
+            return kernels.windows.backward(grad_out, query, key, value, bias, attn_mask, output_mask, options)
         return kernels.flash_bwd.backward(*arguments)
 
 
@@ -152,10 +157,10 @@ def _device_kernels(device: int) -> _Kernels | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return _unable(f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0")
     try:
-        from sigswap.kernels import decode, flash_bwd, flash_fwd, launch
+        from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, windows
     except ImportError as error:
         return _unable(f"Triton could not be imported ({error})")
-    return _Kernels(flash_fwd, flash_bwd, decode, launch)
+    return _Kernels(flash_fwd, flash_bwd, decode, launch, windows)
 
 
 @functools.cache

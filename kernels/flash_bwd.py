@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference, windows
+from sigswap.kernels import reference
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Described,
@@ -29,6 +29,7 @@ from sigswap.kernels.launch import (
     Tile,
     by_rows,
     contiguous_layout,
+    copy_if_other,
     cu_layouts,
     cu_tensors,
     describable,
@@ -42,6 +43,7 @@ from sigswap.kernels.launch import (
     row_bias_tensors,
     signature_of,
     unit_stride,
+    unit_stride_target,
     visible_counts,
 )
 from sigswap.kernels.sums import sum_into
@@ -101,24 +103,18 @@ def backward(
             grad.zero_()
         return grads
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
-    attn_mask = readable_mask(attn_mask)
+    attn_mask = None if attn_mask is None else readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    if attn_mask is not None and key_tile is None and row_tile is None and windows.fit(signature):
-        targets = tuple(_unit_stride_target(grad) if need else None for grad, need in zip(grads, needed, strict=True))
-        windows.backward(signature, grad_out, query, key, value, bias, attn_mask, targets)
-        for grad, target in zip(grads, targets, strict=True):
-            _copy_if_other(grad, target)
-        return grads
     count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
     seed = seed if options.dropout_p > 0.0 else None
     by_grad_out = layout_of(grad_out)
 
-    new_query = _unit_stride_target(grad_query) if need_query else None
+    new_query = unit_stride_target(grad_query) if need_query else None
     row_sums = query.new_empty(query.shape[:3], dtype=torch.float32) if need_bias else None
     together = _together(signature, key_tile) and (need_key or need_value)
     if need_key or need_value:
-        new_key = _unit_stride_target(grad_key) if need_key else None
-        new_value = _unit_stride_target(grad_value) if need_value else None
+        new_key = unit_stride_target(grad_key) if need_key else None
+        new_value = unit_stride_target(grad_value) if need_value else None
         rows_too = (_layout(new_query), need_bias) if together else (None, False)
         plan = _plan_keys(signature, by_grad_out, _layout(new_key), _layout(new_value), *rows_too, key_tile, tma)
         row_bias, floor = bias, None
@@ -130,14 +126,14 @@ def backward(
         operands = walked_query, key, value, walked_grad, new_key, new_value
         operands += (new_query, row_sums) if together else (None, None)
         plan.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *cu_tensors(packed))
-        _copy_if_other(grad_key, new_key)
-        _copy_if_other(grad_value, new_value)
+        copy_if_other(grad_key, new_key)
+        copy_if_other(grad_value, new_value)
     if (need_query or need_bias) and not together:
         plan = _plan_rows(signature, by_grad_out, _layout(new_query), need_bias, row_tile, tma)
         keys = plan.describe(key, value)
         sides = bias, count, attn_mask, seed
         plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
-    _copy_if_other(grad_query, new_query)
+    copy_if_other(grad_query, new_query)
     if row_sums is not None:
         sum_into(grad_bias, row_sums.unsqueeze(-1))
     if need_mask:
@@ -159,18 +155,6 @@ def _together(signature: Signature, tile: Tile | None) -> bool:
 
 def _layout(tensor: Tensor | None) -> Layout | None:
     return None if tensor is None else layout_of(tensor)
-
-
-def _unit_stride_target(grad: Tensor) -> Tensor:
-    """Where a kernel writes a gradient: the gradient itself, unless its last dimension is strided."""
-    if grad.stride(-1) == 1 or grad.shape[-1] == 1:
-        return grad
-    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-
-
-def _copy_if_other(grad: Tensor, written: Tensor | None) -> None:
-    if written is not None and written is not grad:
-        grad.copy_(written)
 
 
 # Plans.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference, windows
+from sigswap.kernels import reference
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Described,
@@ -80,11 +80,8 @@ def forward(
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    attn_mask = readable_mask(attn_mask)
+    attn_mask = None if attn_mask is None else readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    if attn_mask is not None and tile is None and windows.fit(signature):
-        windows.forward(signature, query, key, value, bias, attn_mask, out)
-        return out
     plan = _plan(signature, layout_of(out), tile, tma)
     count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
     if plan.described:

@@ -295,10 +295,22 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def readable_mask(attn_mask: Tensor | None) -> Tensor | None:
+def unit_stride_target(grad: Tensor) -> Tensor:
+    """Where a kernel writes a gradient: the gradient itself, unless its last dimension is strided."""
+    if grad.stride(-1) == 1 or grad.shape[-1] == 1:
+        return grad
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+
+
+def copy_if_other(grad: Tensor, written: Tensor | None) -> None:
+    if written is not None and written is not grad:
+        grad.copy_(written)
+
+
+def readable_mask(attn_mask: Tensor) -> Tensor:
     """The mask, copied if its rows are read for each sequence and head, and their numbers are not neighbours in memory:
     as T5's, which is an embedding with the heads last. Then the copy is the smaller part of what reading it costs."""
-    if attn_mask is None or attn_mask.shape[2] == 1 or attn_mask.shape[3] == 1 or attn_mask.stride(3) <= 1:
+    if attn_mask.shape[2] == 1 or attn_mask.shape[3] == 1 or attn_mask.stride(3) <= 1:
         return attn_mask
     # What is expanded stays so.
     own = attn_mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in attn_mask.stride())]

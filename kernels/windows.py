@@ -18,15 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sigswap.kernels import reference
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Launch,
     Layout,
     Signature,
     contiguous_layout,
+    copy_if_other,
     layout_of,
     limits_of,
     output_arguments,
+    readable_mask,
+    signature_of,
+    unit_stride,
+    unit_stride_target,
 )
 from sigswap.kernels.sums import sum_into
 from sigswap.kernels.triton_common import (
@@ -48,63 +54,79 @@ BACKWARD_PROGRAMS = 6
 """Per multiprocessor, if there is work for so many; each takes as many sequences as then remain for it."""
 
 
-@functools.lru_cache(MAX_PLANS)
-def fit(signature: Signature) -> bool:
-    """Whether these kernels take the attention: others have dropout, a soft cap, GQA, a row bias of the batch, or
-    scores of float32, whose products run on the ordinary units."""
-    options, bias = signature.options, signature.bias
+def suits(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, attn_mask: Tensor | None, options: reference.Options
+) -> bool:
+    """Whether these kernels take the attention: others have no mask with rows, are longer, or have dropout, a soft cap,
+    GQA, a row bias of the batch, or scores of float32, whose products run on the ordinary units."""
     return (
-        signature.packed is None
-        and signature.attn_mask is not None
-        and signature.attn_mask.shape[2] > 1
-        and max(signature.q_len, signature.kv_len, *signature.widths) <= LONGEST
-        and signature.heads == signature.kv_heads
-        and signature.element_size == 2
+        attn_mask is not None
+        and attn_mask.shape[2] > 1
+        and max(query.shape[2:] + key.shape[2:] + value.shape[3:]) <= LONGEST
+        and query.shape[1] == key.shape[1]
+        and query.dtype != torch.float32
         and options.dropout_p == 0.0
         and options.softcap == 0.0
         and (bias is None or bias.shape[0] == 1)
+        and min(query.numel(), key.numel(), value.numel()) > 0
     )
 
 
 def forward(
-    signature: Signature,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
     attn_mask: Tensor,
-    out: Tensor,
+    options: reference.Options,
     programs: int = FORWARD_PROGRAMS,
-) -> None:
-    """Writes the output; the arguments are :func:`flash_fwd.forward`'s, and fit()."""
+) -> Tensor:
+    """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there, and valid here.
+
+    programs: overrides their number, for tests and tuning.
+    """
+    out = reference.empty_output(query, value)
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    attn_mask = readable_mask(attn_mask)
+    signature = signature_of(query, key, value, bias, attn_mask, options)
     _plan_forward(signature, layout_of(out), programs)(query, key, value, out, bias, attn_mask)
+    return out
 
 
 def backward(
-    signature: Signature,
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
     attn_mask: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    output_mask: list[bool],
+    options: reference.Options,
     programs: int = BACKWARD_PROGRAMS,
-) -> None:
-    """Writes those of the five gradients that are given; the other arguments are :func:`flash_bwd.backward`'s."""
-    grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    layouts = tuple(None if grad is None else layout_of(grad) for grad in (grad_query, grad_key, grad_value))
-    plan = _plan_backward(
-        signature, layout_of(grad_out), layouts, grad_bias is not None, grad_mask is not None, programs
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``sigswap::sigmoid_attention_backward``, where forward suits(); the arguments are documented there.
+
+    programs: overrides their number, for tests and tuning.
+    """
+    grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
+    needed = [need and grad.numel() > 0 for need, grad in zip(output_mask, grads, strict=True)]
+    query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
+    attn_mask = readable_mask(attn_mask)
+    signature = signature_of(query, key, value, bias, attn_mask, options)
+    written = [unit_stride_target(grad) if need else None for grad, need in zip(grads[:3], needed, strict=False)]
+    layouts = tuple(None if grad is None else layout_of(grad) for grad in written)
+    plan = _plan_backward(signature, layout_of(grad_out), layouts, needed[3], needed[4], programs)
     sums, parts = (
         None if shape is None else query.new_empty(shape, dtype=torch.float32) for shape in (plan.sums, plan.parts)
     )
-    plan.launch(query, key, value, grad_out, grad_query, grad_key, grad_value, sums, parts, bias, attn_mask)
-    if grad_bias is not None and sums is not None:
-        sum_into(grad_bias, sums)
-    if grad_mask is not None and parts is not None:
-        sum_into(grad_mask.unsqueeze(0), parts)
+    plan.launch(query, key, value, grad_out, *written, sums, parts, bias, attn_mask)
+    for grad, target in zip(grads[:3], written, strict=True):
+        copy_if_other(grad, target)
+    if sums is not None:
+        sum_into(grads[3], sums)
+    if parts is not None:
+        sum_into(grads[4].unsqueeze(0), parts)
+    return grads
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -128,7 +150,7 @@ class _Plan(NamedTuple):
 def _plan_backward(
     signature: Signature,
     grad_out: Layout,
-    grads: tuple[Layout | None, Layout | None, Layout | None],
+    grads: tuple[Layout | None, ...],
     need_bias: bool,
     need_mask: bool,
     programs: int,

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +22,7 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, sums, windows
+from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, launch, sums, windows
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -228,21 +229,13 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
 def assert_windows_no_worse(index: int) -> None:
     problem = window_problem(index)
     query, key, value, bias, attn_mask, _ = problem.inputs
-    assert attn_mask is not None
-    signature = launch.signature_of(query, key, value, bias, attn_mask, problem.options)
-    assert windows.fit(signature)
-    before = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
-    results = ours(problem)
-    after = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
-    assert all(new.hits + new.misses > old.hits + old.misses for new, old in zip(after, before, strict=True))
-    assert_no_worse(results, problem)
-    # With few programs, each of which takes several sequences.
-    out = torch.empty_like(results[0])
-    windows.forward(signature, query, key, value, bias, attn_mask, out, programs=0)
-    grads = [None if t is None or not t.is_floating_point() else torch.empty_like(t) for t in problem.inputs[:5]]
-    targets = grads[0], grads[1], grads[2], grads[3], grads[4]
-    windows.backward(signature, problem.grad_out, query, key, value, bias, attn_mask, targets, programs=0)
-    assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
+    assert attn_mask is not None and windows.suits(query, key, value, bias, attn_mask, problem.options)
+    needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
+    for tuning in ({}, {"programs": 0}):  # 0: each program takes all sequences with its mask
+        out = windows.forward(query, key, value, bias, attn_mask, problem.options, **tuning)
+        inputs = problem.grad_out, query, key, value, bias, attn_mask
+        grads = windows.backward(*inputs, needed, problem.options, **tuning)
+        assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
 
 
 def assert_sums(index: int) -> None:
@@ -373,12 +366,31 @@ def test_interpreted_windows(index: int) -> None:
 @in_interpreter
 def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2() -> None:
     query, key, value, grad_out = (torch.randn(4, 2, 8, 16).half() for _ in range(4))
-    attn_mask = torch.randn(2, 1, 8, 8).half()
-    problem = Problem(query, key, value, None, attn_mask, None, grad_out, reference.Options(0.25))
-    grads = flash_bwd.backward(grad_out, *problem.inputs, [True] * 5, problem.options)
-    out = flash_fwd.forward(*problem.inputs, problem.options)
+    attn_mask, options = torch.randn(2, 1, 8, 8).half(), reference.Options(0.25)
+    grads = windows.backward(grad_out, query, key, value, None, attn_mask, [True] * 5, options)
     assert grads[3].numel() == 0
+    problem = Problem(query, key, value, None, attn_mask, None, grad_out, options)
+    out = windows.forward(query, key, value, None, attn_mask, options)
     assert_no_worse([out, *grads[:3], grads[4]], problem)
+
+
+@in_interpreter
+def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
+    monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
+    for index, rest in ((0, {}), (0, {"dropout_p": 0.5}), (0, {"softcap": 2.0})):
+        problem = window_problem(index)
+        seed = torch.tensor([5]) if "dropout_p" in rest else None
+        problem = problem._replace(seed=seed, options=problem.options._replace(**rest))
+        before = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
+        needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
+        out = dispatch.forward(*problem.inputs, problem.options)
+        grads = dispatch.backward(problem.grad_out, *problem.inputs, needed, problem.options)
+        after = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
+        calls = [new.hits + new.misses - old.hits - old.misses for new, old in zip(after, before, strict=True)]
+        assert calls == ([0, 0] if rest else [1, 1])
+        assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
 
 
 @in_interpreter
