@@ -225,7 +225,9 @@ def test_compiled_inductor(case: Case) -> None:
 def test_backend_swaps_and_lowers_an_unconverted_model(case: Case) -> None:
     entry, variant = case
     model, graphs = entry.build(variant), Graphs()
-    assert_equals_oracle(graphs.compile(model, fullgraph=entry.fullgraph), model, case)
+    # In two_sites the gradient of pool.bias is what is left of a sum of much larger numbers: off by 6e-8.
+    least_scale = 1e-2 if entry.name == "two_sites" else 1e-3
+    assert_equals_oracle(graphs.compile(model, fullgraph=entry.fullgraph), model, case, least_scale=least_scale)
     assert not any("sigswap" in name for name in model.state_dict())
     if not entry.name.startswith(("torch_", "mha", "enc")):  # in these the op runs inside of torch.nn's function
         # XLNet's last layer computes a stream that nobody reads.
@@ -321,8 +323,12 @@ def assert_equals_oracle(
     case: Case,
     dtype: torch.dtype = torch.float32,
     learned: bool = False,
+    least_scale: float = 1e-3,
 ) -> None:
-    """``model`` (``module``, or a compiled form of it) has the oracle's outputs and gradients."""
+    """``model`` (``module``, or a compiled form of it) has the oracle's outputs and gradients.
+
+    A gradient that is 0 but for rounding is measured by ``least_scale`` times the largest.
+    """
     entry, variant = case
     tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_64
     outputs, gradients = forward_backward(model, module, _cast(entry.make_inputs(variant), dtype))
@@ -332,8 +338,7 @@ def assert_equals_oracle(
     assert gradients.keys() == expected_gradients.keys()
     largest = max(float(g.abs().max()) for g in expected_gradients.values())
     for name, theirs in expected_gradients.items():
-        # A gradient that is 0 but for rounding is measured by the others'.
-        assert_close(gradients[name], theirs, f"gradient of {name}", tolerance, 1e-2 * largest)
+        assert_close(gradients[name], theirs, f"gradient of {name}", tolerance, least_scale * largest)
 
 
 def assert_close(
