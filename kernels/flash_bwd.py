@@ -37,6 +37,7 @@ from sigswap.kernels.launch import (
     floor_layout,
     layout_of,
     limits_of,
+    optional_layout,
     output_arguments,
     readable_mask,
     row_bias_layout,
@@ -95,9 +96,10 @@ def backward(
     """
     grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    given = (True, True, True, bias is not None, attn_mask is not None)
-    needed = [need and there for need, there in zip(output_mask, given, strict=True)]
-    need_query, need_key, need_value, need_bias, need_mask = needed
+    # What is asked for but not given has no elements.
+    need_query, need_key, need_value, need_bias, need_mask = (
+        need and grad.numel() > 0 for need, grad in zip(output_mask, grads, strict=True)
+    )
     if grad_out.numel() == 0 or key.shape[2] == 0:
         for grad in grads:
             grad.zero_()
@@ -115,8 +117,10 @@ def backward(
     if need_key or need_value:
         new_key = unit_stride_target(grad_key) if need_key else None
         new_value = unit_stride_target(grad_value) if need_value else None
-        rows_too = (_layout(new_query), need_bias) if together else (None, False)
-        plan = _plan_keys(signature, by_grad_out, _layout(new_key), _layout(new_value), *rows_too, key_tile, tma)
+        rows_too = (optional_layout(new_query), need_bias) if together else (None, False)
+        plan = _plan_keys(
+            signature, by_grad_out, optional_layout(new_key), optional_layout(new_value), *rows_too, key_tile, tma
+        )
         row_bias, floor = bias, None
         if signature.has_rows:
             # Every block of keys would work the rows' biases out again, replicated over its threads: as many
@@ -129,7 +133,7 @@ def backward(
         copy_if_other(grad_key, new_key)
         copy_if_other(grad_value, new_value)
     if (need_query or need_bias) and not together:
-        plan = _plan_rows(signature, by_grad_out, _layout(new_query), need_bias, row_tile, tma)
+        plan = _plan_rows(signature, by_grad_out, optional_layout(new_query), need_bias, row_tile, tma)
         keys = plan.describe(key, value)
         sides = bias, count, attn_mask, seed
         plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
@@ -151,10 +155,6 @@ def _together(signature: Signature, tile: Tile | None) -> bool:
     if signature.packed is not None or not signature.plain:
         return False
     return signature.q_len <= 512 and signature.kv_len <= (tile or key_tile_for(signature)).keys
-
-
-def _layout(tensor: Tensor | None) -> Layout | None:
-    return None if tensor is None else layout_of(tensor)
 
 
 # Plans.

@@ -266,6 +266,10 @@ def layout_of(tensor: Tensor) -> Layout:
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
+def optional_layout(tensor: Tensor | None) -> Layout | None:
+    return None if tensor is None else layout_of(tensor)
+
+
 def are_wide(strides: Iterable[tuple[int, ...]]) -> bool:
     """Whether a block's rows, at most 256, may be 2^31 elements apart, or more."""
     return any(stride[2] >= 1 << 23 for stride in strides)

@@ -28,6 +28,7 @@ from sigswap.kernels.launch import (
     copy_if_other,
     layout_of,
     limits_of,
+    optional_layout,
     output_arguments,
     readable_mask,
     signature_of,
@@ -114,7 +115,7 @@ def backward(
     attn_mask = readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options)
     written = [unit_stride_target(grad) if need else None for grad, need in zip(grads[:3], needed, strict=False)]
-    layouts = tuple(None if grad is None else layout_of(grad) for grad in written)
+    layouts = tuple(optional_layout(grad) for grad in written)
     plan = _plan_backward(signature, layout_of(grad_out), layouts, needed[3], needed[4], programs)
     sums, parts = (
         None if shape is None else query.new_empty(shape, dtype=torch.float32) for shape in (plan.sums, plan.parts)

@@ -36,7 +36,7 @@ class Emission:
             raise Refused("its output is not in the graph")
         self.graph = source.graph
         # What is left out above the operands must have run under the same autocast and grad mode as the op will.
-        self.has_regions = any(_is_region(node) for node in self.graph.nodes)
+        self.regions = {node.target.__name__ for node in self.graph.nodes if _is_region(node)}  # type: ignore[union-attr]
         self.static: dict[Label, bool] = {}  # whether a label has the same size in every call
         self.output, self.trail = self._output(call.output)
         self.query = self._base(call.query, upcast=True)
@@ -91,7 +91,7 @@ class Emission:
         """
         best = operand if same_in(operand.node, self.graph) is not None else None
         current, copied = operand, False
-        while not self.has_regions:
+        while not self.regions:
             node, name = current.node, op_name(current.node)
             source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
             repeats, casts = name in BROADCASTS or name == "repeat_interleave", _is_upcast(node)
@@ -146,7 +146,7 @@ class Emission:
     def _output(self, output: Operand) -> tuple[Operand, list[torch.fx.Node]]:
         """The output, or a view that is its only use and has plain axes; and the views up to it."""
         seen = [output]
-        while len(seen[-1].node.users) == 1 and not self.has_regions:
+        while len(seen[-1].node.users) == 1 and not self.regions:
             user = next(iter(seen[-1].node.users))
             if op_name(user) not in (RESHAPES | UNDONE) - BROADCASTS:
                 break
@@ -271,7 +271,7 @@ class Emission:
         while pending:
             term = pending.pop(0)
             hidden = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
-            if hidden is not None and self._holds([each.node for each in hidden if each.half is None]):
+            if hidden is not None:
                 visible += [visible_of(each, term.axes) for each in hidden]
             elif (parts := self._mask_of_bias(term)) is not None:
                 pending.insert(0, parts[0])
@@ -335,24 +335,21 @@ class Emission:
         if not isinstance(content, torch.fx.Node) or number is None or not number * term.factor <= MASKED_SCORE:
             return None
         # A number that varies proves nothing; where gradients are switched off on the way, the bias may have none.
-        if has_symbol(node) or any(_is_region(other, _GRADIENTS) for other in self.graph.nodes):
+        if has_symbol(node) or self.regions & _GRADIENTS:
             return None
         # What was edited is not what it was; a bias inside of a function cannot be had.
-        dtypes = {each.meta["val"].dtype for each in (node, content)}
-        if not self._holds([node, content, condition]) or len(dtypes) > 1 or same_in(content, self.graph) is None:
+        if {memory_of(node), memory_of(content)} & self.masks.edited or same_in(content, self.graph) is None:
+            return None
+        if node.meta["val"].dtype != content.meta["val"].dtype:
             return None
         whole = broadcast(condition, term.axes).axes
         visible = [visible_of(each, whole) for each in self.masks.visible(condition, holds)]
         tensors = [each.term.node for each in visible if _band(each, self.labels, self.rows, self.keys)[0] == "tensor"]
-        if tensors and (len(tensors) == len(visible) or not self._holds(tensors)):
+        if tensors and len(tensors) == len(visible):
             return None
         if any(same_in(tensor, self.graph) is None for tensor in tensors):
             return None
         return broadcast(content, term.axes, term.factor), visible
-
-    def _holds(self, nodes: Sequence[torch.fx.Node]) -> bool:
-        """Whether the tensors are never written to."""
-        return not self.masks.edited & {memory_of(node) for node in nodes}
 
     def _repeats(self, operands: Sequence[Operand]) -> bool:
         """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""
@@ -539,8 +536,8 @@ def _moves(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     return False
 
 
-def _is_region(node: torch.fx.Node, names: frozenset[str] = _REGIONS) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in names
+def _is_region(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS
 
 
 def _dtype(node: torch.fx.Node) -> torch.dtype:

@@ -24,7 +24,7 @@ from sigswap.passes.emit import OP, Emission
 from sigswap.passes.find import data_dependent, score_site
 from sigswap.passes.masks import Masks
 from sigswap.passes.match import Match, Refused, argument, match_call
-from sigswap.passes.normalize import normalize, source_of
+from sigswap.passes.normalize import graph_modules, normalize, source_of
 from sigswap.passes.site import LeftAlone, Lowered
 
 _PROBS = torch.ops.sigswap.sigmoid_probs.default
@@ -72,10 +72,9 @@ def lower(
                 lowered.append(found)
             elif found.attention or node.target is _PROBS:
                 left.append(dataclasses.replace(found, attention=True))
-    for module in graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            module.graph.lint()
-            module.recompile()
+    for module in graph_modules(graph_module):
+        module.graph.lint()
+        module.recompile()
     return LowerResult(tuple(lowered), tuple(left))
 
 
@@ -112,10 +111,9 @@ def _lower_again(node: torch.fx.Node, masks: Masks) -> Lowered:
 def _may_have_site(
     graph_module: torch.fx.GraphModule, handwritten: bool, stand_ins: frozenset[Callable[..., Any]]
 ) -> bool:
-    for module in graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if getattr(node.target, "namespace", None) == "sigswap" or node.target in stand_ins:
-                return True
-            if handwritten and (op_name(node) == "sigmoid" or node.target == "sigmoid"):
-                return True
+    for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
+        if getattr(node.target, "namespace", None) == "sigswap" or node.target in stand_ins:
+            return True
+        if handwritten and (op_name(node) == "sigmoid" or node.target == "sigmoid"):
+            return True
     return False

@@ -160,8 +160,10 @@ class Masks:
         return _moved(self.known(value), [axis + shift for axis in range(len(before))], rank_of(node))
 
     def _condition(self, value: Any, node: torch.fx.Node) -> Mask | None:
-        """Of a boolean argument of ``node``: what is known, or the tensor itself."""
+        """Of a boolean argument of ``node``: what is known, or the tensor itself, unless that is edited."""
         if not isinstance(value, torch.fx.Node) or value.meta["val"].dtype != torch.bool:
+            return None
+        if memory_of(value) in self.edited:
             return None
         known = self.known(value)
         if isinstance(known, Constant):

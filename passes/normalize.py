@@ -7,7 +7,7 @@ that it came from (:func:`source_of`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,11 @@ def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
 def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
     """The first node of ``graph``, the Dynamo graph or one of its submodules', whose value a shadow node is."""
     return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph and not same._erased), None)
+
+
+def graph_modules(graph_module: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
+    """This one, and those in it, which its calls run."""
+    return (module for module in graph_module.modules() if isinstance(module, torch.fx.GraphModule))
 
 
 def tensor_of(node: torch.fx.Node) -> torch.Tensor | None:

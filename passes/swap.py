@@ -11,7 +11,7 @@ import torch.fx
 import torch.nn.functional as F
 
 from sigswap.passes.find import find
-from sigswap.passes.normalize import normalize, source_of
+from sigswap.passes.normalize import graph_modules, normalize, source_of
 from sigswap.passes.site import AttentionSite, LeftAlone
 
 
@@ -47,10 +47,9 @@ def swap(
             continue
         _replace(source, stand_ins[source.target], bias)
         swapped += 1
-    for module in graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            module.graph.lint()
-            module.recompile()
+    for module in graph_modules(graph_module):
+        module.graph.lint()
+        module.recompile()
     return SwapResult(swapped + whole, tuple(left))
 
 
@@ -63,12 +62,11 @@ _WHOLE_ATTENTIONS = (
 
 def _may_have_site(graph_module: torch.fx.GraphModule) -> bool:
     """Whether any call could be, or hold, a softmax. Most graphs of converted models have none, and need no shadow."""
-    for module in graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            own = getattr(node.target, "namespace", None) == "sigswap"
-            if node.op.startswith("call") and not own and ("softmax" in name or "attention" in name or "attn" in name):
-                return True
+    for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        own = getattr(node.target, "namespace", None) == "sigswap"
+        if node.op.startswith("call") and not own and ("softmax" in name or "attention" in name or "attn" in name):
+            return True
     return False
 
 
@@ -77,9 +75,7 @@ def _swap_whole(
 ) -> int:
     """Functions of torch.nn that are attention by definition, and whose softmax no graph node stands for."""
     count = 0
-    for module in graph_module.modules():
-        if not isinstance(module, torch.fx.GraphModule):
-            continue
+    for module in graph_modules(graph_module):
         for node in list(module.graph.nodes):
             if node.op == "call_function" and node.target in _WHOLE_ATTENTIONS:
                 _replace(node, stand_ins[node.target], bias)

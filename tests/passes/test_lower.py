@@ -402,19 +402,19 @@ def test_llama_in_training_is_causal() -> None:
     assert node.args[4] is None and node.kwargs["is_causal"] and node.kwargs["window_left"] == -1
 
 
-def masks_of(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[int, ...], bool]]:
-    """Of each call of the op in ``function``: its mask's shape, and whether it is causal."""
-    masks = []
+def operands_of(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
+    """Of each call of the op in ``function``: the shapes of its query and its mask, and whether it is causal."""
+    operands = []
 
     class Shapes(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target is OP:
-                masks.append((tuple(args[4].shape), kwargs["is_causal"]))
+                operands.append((tuple(args[0].shape), tuple(args[4].shape), kwargs["is_causal"]))
             return super().call_function(target, args, kwargs)
 
     torch._dynamo.reset()
     torch.compile(function, backend="sigswap", options={"inner": lambda module, _: Shapes(module).run})(*inputs)
-    return masks
+    return operands
 
 
 def test_padding_keeps_its_small_shape() -> None:
@@ -425,8 +425,8 @@ def test_padding_keeps_its_small_shape() -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal & padding[:, None, None])
 
     q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
-    masks = masks_of(attention, q, k, v, torch.arange(M) < torch.tensor([[M], [5]]))
-    assert masks == [((B, 1, 1, M), True)]
+    ((_, mask, causal),) = operands_of(attention, q, k, v, torch.arange(M) < torch.tensor([[M], [5]]))
+    assert (mask, causal) == ((B, 1, 1, M), True)
 
 
 def _tril(n: int) -> Tensor:
@@ -506,7 +506,8 @@ def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
             close(ours, theirs)
     assert len(graphs.calls) == 1
     q, k, v, bias = (leaf[..., :9, :9].detach() if leaf is leaves[3] else leaf[:, :, :9].detach() for leaf in leaves)
-    assert masks_of(attention, q, k, v, bias) == [((batch, HEADS, 9, 9), causal)]
+    ((_, mask, is_causal),) = operands_of(attention, q, k, v, bias)
+    assert (mask, is_causal) == ((batch, HEADS, 9, 9), causal)
 
 
 def test_a_bias_under_a_mask_whose_fill_depends_on_a_length() -> None:
@@ -678,20 +679,10 @@ def test_modules_of_torch_nn_run_the_op() -> None:
 
 def test_a_mask_per_window_is_not_repeated() -> None:
     """Swin's: as large as the windows of one image, for a batch of images."""
-    masks: list[Any] = []
-
-    class Shapes(torch.fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target is OP:
-                masks.append((tuple(args[0].shape), tuple(args[4].shape)))
-            return super().call_function(target, args, kwargs)
-
-    torch._dynamo.reset()
     model = handwritten.CosineWindows()
-    options = {"inner": lambda module, inputs: Shapes(module).run}
     with torch.no_grad():
-        torch.compile(model, backend="sigswap", options=options)(torch.randn(3, 12, handwritten.DIM))
-    assert masks == [((6, HEADS, 6, HEAD_DIM), (2, HEADS, 6, 6))]
+        ((query, mask, _),) = operands_of(model, torch.randn(3, 12, handwritten.DIM))
+    assert (query, mask) == ((6, HEADS, 6, HEAD_DIM), (2, HEADS, 6, 6))
 
 
 # --------------------------------------------------------------------- what a review found, once each
