@@ -48,7 +48,7 @@ class Setting:
     lr: float
 
 
-FULL = Setting(hidden=384, layers=6, heads=6, context=512, batch=64, steps=3000, lr=1e-3)
+FULL = Setting(hidden=384, layers=6, heads=6, context=512, batch=32, steps=4000, lr=1e-3)
 SMALL = Setting(hidden=64, layers=2, heads=2, context=96, batch=16, steps=400, lr=3e-3)
 
 
@@ -103,6 +103,13 @@ def build(setting: Setting) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def compiled(model: LlamaForCausalLM) -> Any:
+    """On a GPU. Converted models' attention is lowered to the kernel."""
+    if model.device.type == "cpu":
+        return model
+    return torch.compile(model, backend="sigswap" if sigswap.is_converted(model) else "inductor")
+
+
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model(input_ids=ids).logits.float()
@@ -125,7 +132,7 @@ def evaluate(model: Any, data: Data) -> tuple[float, float]:
     model.eval()
     losses, right = [], []
     pairs = data.setting.context // PAIR // 2
-    for _ in range(8):
+    for _ in range(16):
         ids = data.source(data.validation, data.setting.batch, generator)
         losses.append(next_token_loss(logits(model, ids), ids).item())
         ids = data.recall(data.setting.batch, generator)
@@ -154,7 +161,7 @@ def train(
     groups: Any = model.parameters()
     if sigswap.is_converted(model):
         groups = sigswap.param_groups(model, lr, weight_decay=0.1, sigmoid_lr=None if tuning else lr)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=data.device.type == "cuda")
     warmup = max(1, round(steps / 20))
 
     def factor(step: int) -> float:
@@ -164,14 +171,15 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
+    student, guide = compiled(model), None if teacher is None else compiled(teacher.eval())
     started = time.perf_counter()
     for step in range(steps):
         ids = data.batch(generator)
-        predicted = logits(model, ids)
+        predicted = logits(student, ids)
         loss = entropy = next_token_loss(predicted, ids)
-        if teacher is not None:
+        if guide is not None:
             with torch.no_grad():
-                truth = logits(teacher, ids)
+                truth = logits(guide, ids)
             loss = entropy + divergence(predicted, truth)
         optimizer.zero_grad()
         loss.backward()

@@ -20,15 +20,16 @@ from torch import Tensor
 from sigswap.kernels import reference
 from sigswap.kernels.launch import (
     MAX_PLANS,
+    Counts,
     Launch,
     Layout,
     Signature,
     contiguous_layout,
+    counts_for,
     layout_of,
     limits_of,
     signature_of,
     unit_stride,
-    visible_counts,
 )
 from sigswap.kernels.triton_common import (
     _ACCURATE,
@@ -74,7 +75,7 @@ def forward(
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     signature = signature_of(query, key, value, bias, attn_mask, options)
     plan = _plan(signature, layout_of(out), splits)
-    count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
+    count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     partial = out
     if plan.add is not None:
         partial = torch.empty(plan.partial, dtype=torch.float32, device=query.device)
@@ -90,6 +91,7 @@ class _Plan(NamedTuple):
     """Adds partial outputs, if there are several."""
     partial: tuple[int, ...]
     """Their shape."""
+    counts: Counts | None
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -118,7 +120,7 @@ def _plan(signature: Signature, out: Layout, splits: int | None) -> _Plan:
         strides = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
         sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
         add = Launch(_add_kernel, triton.cdiv(total, block), device, (partial, out), strides | sizes)
-    return _Plan(launch, add, partial.shape)
+    return _Plan(launch, add, partial.shape, counts_for(signature))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

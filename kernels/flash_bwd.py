@@ -21,33 +21,33 @@ from torch import Tensor
 from sigswap.kernels import reference
 from sigswap.kernels.launch import (
     MAX_PLANS,
+    Counts,
     Described,
     Launch,
     Layout,
     Packed,
+    RowBiases,
     Signature,
     Tile,
     by_rows,
     contiguous_layout,
-    copy_if_other,
+    counts_for,
     cu_layouts,
     cu_tensors,
     describable,
     fit,
-    floor_layout,
+    hand_over,
     layout_of,
     limits_of,
     optional_layout,
     output_arguments,
     readable_mask,
-    row_bias_layout,
-    row_bias_tensors,
+    row_biases_for,
     signature_of,
     unit_stride,
-    unit_stride_target,
-    visible_counts,
+    written_for,
 )
-from sigswap.kernels.sums import sum_into
+from sigswap.kernels.sums import Sum
 from sigswap.kernels.triton_common import (
     _ACCURATE,
     _AUTO,
@@ -95,72 +95,47 @@ def backward(
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
     grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
-    grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    # What is asked for but not given has no elements.
-    need_query, need_key, need_value, need_bias, need_mask = (
-        need and grad.numel() > 0 for need, grad in zip(output_mask, grads, strict=True)
-    )
     if grad_out.numel() == 0 or key.shape[2] == 0:
         for grad in grads:
             grad.zero_()
         return grads
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
     attn_mask = None if attn_mask is None else readable_mask(attn_mask)
-    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
     seed = seed if options.dropout_p > 0.0 else None
-    by_grad_out = layout_of(grad_out)
+    written = written_for(grads, output_mask)
+    new_query, new_key, new_value, new_bias, new_mask = written
+    layouts = tuple([optional_layout(grad) for grad in written])
+    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    plan = _plan(signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
 
-    new_query = unit_stride_target(grad_query) if need_query else None
-    row_sums = query.new_empty(query.shape[:3], dtype=torch.float32) if need_bias else None
-    together = _together(signature, key_tile) and (need_key or need_value)
-    if need_key or need_value:
-        new_key = unit_stride_target(grad_key) if need_key else None
-        new_value = unit_stride_target(grad_value) if need_value else None
-        rows_too = (optional_layout(new_query), need_bias) if together else (None, False)
-        plan = _plan_keys(
-            signature, by_grad_out, optional_layout(new_key), optional_layout(new_value), *rows_too, key_tile, tma
-        )
+    count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
+    row_sums = None if plan.sum_rows is None else plan.sum_rows.empty_parts()
+    if plan.keys is not None:
         row_bias, floor = bias, None
-        if signature.has_rows:
-            # Every block of keys would work the rows' biases out again, replicated over its threads: as many
-            # logarithms as sigmoids. So they come from a tensor, where they differ between rows.
-            row_bias, floor = row_bias_tensors(signature, bias, count, packed)
-        walked_query, walked_grad, *rest = plan.describe(query, grad_out, row_bias)
+        if plan.row_biases is not None:
+            row_bias, floor = plan.row_biases(bias, count, packed, query.device)
+        walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         operands = walked_query, key, value, walked_grad, new_key, new_value
-        operands += (new_query, row_sums) if together else (None, None)
-        plan.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *cu_tensors(packed))
-        copy_if_other(grad_key, new_key)
-        copy_if_other(grad_value, new_value)
-    if (need_query or need_bias) and not together:
-        plan = _plan_rows(signature, by_grad_out, optional_layout(new_query), need_bias, row_tile, tma)
-        keys = plan.describe(key, value)
+        operands += (new_query, row_sums) if plan.rows is None else (None, None)
+        plan.keys.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *cu_tensors(packed))
+    if plan.rows is not None:
+        keys = plan.rows.describe(key, value)
         sides = bias, count, attn_mask, seed
-        plan.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
-    copy_if_other(grad_query, new_query)
-    if row_sums is not None:
-        sum_into(grad_bias, row_sums.unsqueeze(-1))
-    if need_mask:
-        shape, launch = _plan_mask(signature, by_grad_out)
-        partial = query.new_empty(shape, dtype=torch.float32)
-        launch(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
-        sum_into(grad_mask.unsqueeze(0), partial)
+        plan.rows.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
+    if plan.sum_rows is not None:
+        plan.sum_rows(row_sums, new_bias)
+    if plan.mask is not None:
+        partial = plan.sum_mask.empty_parts()
+        plan.mask(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
+        plan.sum_mask(partial, new_mask)
+    hand_over(grads, written)
     return grads
-
-
-@functools.lru_cache(MAX_PLANS)
-def _together(signature: Signature, tile: Tile | None) -> bool:
-    """Whether the kernel of dK and dV works out dQ and dbias, too: where one block has all keys, and there are so few
-    rows that one program per head is enough."""
-    if signature.packed is not None or not signature.plain:
-        return False
-    return signature.q_len <= 512 and signature.kv_len <= (tile or key_tile_for(signature)).keys
 
 
 # Plans.
 
 
-class _Plan(NamedTuple):
+class _Walk(NamedTuple):
     launch: Launch
     described: tuple[Described, ...] | None
     """What the kernel walks over (query, grad_out and row biases, or key and value), if it is loaded by tensor
@@ -169,20 +144,73 @@ class _Plan(NamedTuple):
     def describe(self, *tensors: Tensor) -> tuple:
         if self.described is None:
             return tensors
-        return tuple(by(tensor) for by, tensor in zip(self.described, tensors, strict=False))
+        return tuple([by(tensor) for by, tensor in zip(self.described, tensors, strict=False)])
+
+
+class _Plan(NamedTuple):
+    """The launches of a backward, in their order; None: not needed."""
+
+    counts: Counts | None
+    row_biases: RowBiases | None
+    """For keys alone: every block of keys would work the rows' biases out again, replicated over its threads, which
+    are as many logarithms as sigmoids. So they come from a tensor, where they differ between rows."""
+    keys: _Walk | None
+    """dK and dV, and if rows is None dQ and the row sums of dS, too."""
+    rows: _Walk | None
+    """dQ and the row sums of dS."""
+    sum_rows: Sum | None
+    mask: Launch | None
+    sum_mask: Sum | None
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan_keys(
+def _plan(
+    signature: Signature,
+    grad_out: Layout,
+    grads: tuple[Layout | None, ...],
+    key_tile: Tile | None,
+    row_tile: Tile | None,
+    tma: bool | None,
+) -> _Plan:
+    """grads: of query, key, value, bias and attn_mask; None: not needed."""
+    grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
+    keys = rows = row_biases = sum_rows = mask = sum_mask = None
+    sums = grad_bias is not None
+    need_rows, need_keys = grad_query is not None or sums, grad_key is not None or grad_value is not None
+    together = need_keys and _together(signature, key_tile)
+    if need_keys:
+        row_biases = row_biases_for(signature)
+        rows_too = (grad_query, sums) if together else (None, False)
+        keys = _walk_rows_of_keys(signature, grad_out, grad_key, grad_value, *rows_too, row_biases, key_tile, tma)
+    if need_rows and not together:
+        rows = _walk_keys_of_rows(signature, grad_out, grad_query, sums, row_tile, tma)
+    if grad_bias is not None:
+        sum_rows = Sum(grad_bias, (*signature.query.shape[:3], 1), signature.device)
+    if grad_mask is not None:
+        parts, mask = _mask_launch(signature, grad_out)
+        sum_mask = Sum(grad_mask, parts, signature.device)
+    return _Plan(counts_for(signature), row_biases, keys, rows, sum_rows, mask, sum_mask)
+
+
+def _together(signature: Signature, tile: Tile | None) -> bool:
+    """Whether the kernel of dK and dV works out dQ and dbias, too: where one block has all keys, and there are so few
+    rows that one program per head is enough."""
+    if signature.packed is not None or not signature.plain:
+        return False
+    return signature.q_len <= 512 and signature.kv_len <= (tile or key_tile_for(signature)).keys
+
+
+def _walk_rows_of_keys(
     signature: Signature,
     grad_out: Layout,
     grad_key: Layout | None,
     grad_value: Layout | None,
     grad_query: Layout | None,
     sums: bool,
+    row_biases: RowBiases | None,
     tile: Tile | None,
     tma: bool | None,
-) -> _Plan:
+) -> _Walk:
     """grad_query and sums: of what is worked out together with dK and dV."""
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or key_tile_for(signature)
@@ -194,11 +222,11 @@ def _plan_keys(
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
     _, _, attn_mask, seed = signature.side_layouts()
     bias: Layout | Described | None = signature.bias
-    floor, has_rows = None, signature.has_rows
-    if has_rows:
-        bias = layout = row_bias_layout(signature)
+    floor = None
+    if row_biases is not None:
+        bias = layout = row_biases.layout
         batch, heads, rows = layout.shape
-        floor = floor_layout(signature)
+        floor = row_biases.floor
         strides = layout.strides_or_zero(2)
         if described is not None:
             bias = Described((batch * heads, rows), (rows, 1), (1, tile.rows), torch.float32)
@@ -208,8 +236,8 @@ def _plan_keys(
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
     arguments |= _loop_arguments(tile, described)
-    arguments["BIAS_ROWS"] = has_rows
-    arguments["VISIBLE"] = signature.options.visible_bias and not has_rows
+    arguments["BIAS_ROWS"] = row_biases is not None
+    arguments["VISIBLE"] = signature.options.visible_bias and row_biases is None
     floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
     walked = described or (query, grad_out)
@@ -217,13 +245,12 @@ def _plan_keys(
     tensors = (*operands, bias, floor, attn_mask, seed, *cu_layouts(signature))
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(_keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, described)
+    return _Walk(launch, described)
 
 
-@functools.lru_cache(MAX_PLANS)
-def _plan_rows(
+def _walk_keys_of_rows(
     signature: Signature, grad_out: Layout, grad_query: Layout | None, sums: bool, tile: Tile | None, tma: bool | None
-) -> _Plan:
+) -> _Walk:
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
     if tma is None:
@@ -240,15 +267,14 @@ def _plan_rows(
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *cu_layouts(signature))
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, described)
+    return _Walk(launch, described)
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
     return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
-@functools.lru_cache(MAX_PLANS)
-def _plan_mask(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...], Launch]:
+def _mask_launch(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...], Launch]:
     """Partial sums of dS, float32 [parts, *mask's shape], and what computes them."""
     assert signature.attn_mask is not None
     query, key, value, shape = signature.query, signature.key, signature.value, signature.attn_mask.shape

@@ -19,6 +19,7 @@ from torch import Tensor
 from sigswap.kernels import reference
 from sigswap.kernels.launch import (
     MAX_PLANS,
+    Counts,
     Described,
     Launch,
     Layout,
@@ -26,6 +27,7 @@ from sigswap.kernels.launch import (
     Signature,
     Tile,
     by_rows,
+    counts_for,
     cu_layouts,
     cu_tensors,
     describable,
@@ -35,7 +37,6 @@ from sigswap.kernels.launch import (
     readable_mask,
     signature_of,
     unit_stride,
-    visible_counts,
 )
 from sigswap.kernels.triton_common import (
     _AUTO,
@@ -83,7 +84,7 @@ def forward(
     attn_mask = None if attn_mask is None else readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     plan = _plan(signature, layout_of(out), tile, tma)
-    count = visible_counts(signature, attn_mask) if attn_mask is not None and signature.counted else None
+    count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     if plan.described:
         by_key, by_value = plan.described
         operands = query, by_key(key), by_value(value), out
@@ -98,6 +99,7 @@ class _Plan(NamedTuple):
     launch: Launch
     described: tuple[Described, Described] | None
     """key and value, if they are loaded by tensor descriptors."""
+    counts: Counts | None
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -119,7 +121,7 @@ def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None
     tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
     blocks = triton.cdiv(signature.q_len, tile.rows * tile.subtiles) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, described)
+    return _Plan(launch, described, counts_for(signature))
 
 
 def tile_for(signature: Signature) -> Tile:

@@ -8,10 +8,9 @@ which takes longer than the kernels of short sequences run.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +79,7 @@ class Signature(NamedTuple):
     device: torch.device
     sigmoid_form: str
     allow_tf32: bool
+    """Of float32."""
     packed: tuple[int, int, int] | None
     """(sequences, longest query, longest key)."""
 
@@ -219,7 +219,7 @@ class Signature(NamedTuple):
             "FORM": self.form(),
             "SLOW": TAIL if self.mixed_forms else ACCURATE,
             "ASM": isinstance(count_kernel, triton.JITFunction),
-            "PRECISION": "tf32" if self.query.dtype == torch.float32 and self.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if self.allow_tf32 else "ieee",
             "UNIT": unit,
             "WIDE": are_wide(strides),
         }
@@ -257,7 +257,8 @@ def signature_of(
         options,
         query.device,
         settings.sigmoid_form,
-        torch.backends.cuda.matmul.fp32_precision == "tf32",  # allow_tf32 raises, once this is used
+        # allow_tf32 would raise, once this is used.
+        query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
     )
 
@@ -299,16 +300,25 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def unit_stride_target(grad: Tensor) -> Tensor:
-    """Where a kernel writes a gradient: the gradient itself, unless its last dimension is strided."""
-    if grad.stride(-1) == 1 or grad.shape[-1] == 1:
-        return grad
-    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+def written_for(grads: tuple[Tensor, ...], output_mask: list[bool]) -> list[Tensor | None]:
+    """Where the gradients of query, key, value, bias and attn_mask are written; None: not needed. In themselves, but
+    for the first three, which kernels write: in new tensors, where the last dimension is strided."""
+    written: list[Tensor | None] = []
+    for index, (grad, needed) in enumerate(zip(grads, output_mask, strict=True)):
+        if not needed or grad.numel() == 0:  # what is asked for but not given has no elements
+            written.append(None)
+        elif index > 2 or grad.stride(-1) == 1 or grad.shape[-1] == 1:
+            written.append(grad)
+        else:
+            written.append(torch.empty(grad.shape, dtype=grad.dtype, device=grad.device))
+    return written
 
 
-def copy_if_other(grad: Tensor, written: Tensor | None) -> None:
-    if written is not None and written is not grad:
-        grad.copy_(written)
+def hand_over(grads: tuple[Tensor, ...], written: list[Tensor | None]) -> None:
+    """Copies to the gradients what was written in new tensors."""
+    for grad, new in zip(grads, written, strict=True):
+        if new is not None and new is not grad:
+            grad.copy_(new)
 
 
 def readable_mask(attn_mask: Tensor) -> Tensor:
@@ -331,16 +341,16 @@ class Described:
         self, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.shape, self.strides, self.block, self.dtype = shape, strides, block, dtype
-        self._checked: TensorDescriptor | None = None
+        self._checked: dict[str, Any] | None = None
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        # A new one checks what is the same in all tensors of a layout. That takes as long as the launch.
+        # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:
             descriptor = TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
-            self._checked = copy.copy(descriptor)
-            self._checked.base = None  # a plan must not keep tensors alive
+            self._checked = vars(descriptor) | {"base": None}  # a plan must not keep tensors alive
             return descriptor
-        descriptor = copy.copy(self._checked)
+        descriptor = object.__new__(TensorDescriptor)
+        vars(descriptor).update(self._checked)
         descriptor.base = tensor
         return descriptor
 
@@ -396,17 +406,21 @@ class Launch:
             tuple(_scalar_key(name, value) for name, value in zip(names, self._rest, strict=True)),
             tuple(options.items()),
         )
-        self._compiled: Any = None
+        self._run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
-        if self._compiled is None:
-            self._compiled = _compiled.get(self._key)
-        if self._compiled is not None:
-            self._compiled[self._grid](*tensors, *self._rest)
+        if self._run is not None:
+            self._run(*tensors, *self._rest)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
-        if compiled is not None:  # by Triton's interpreter, nothing is compiled
+        compiled = _compiled.get(self._key)
+        if compiled is None:
+            compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
+            if compiled is None:  # by Triton's interpreter, nothing is compiled
+                return
             _compiled[self._key] = compiled
+        else:
+            compiled[self._grid](*tensors, *self._rest)
+        self._run = compiled[self._grid]
 
 
 _compiled: dict[Any, Any] = {}
@@ -496,67 +510,67 @@ def fit(tile: Tile, row_bytes: int, key_bytes: int, shared: int) -> Tile:
 # Kernels that come before others.
 
 
-@functools.lru_cache(MAX_PLANS)
-def _plan_count(signature: Signature) -> Launch:
+class Counts(NamedTuple):
+    """Counts how many keys each row sees, int32 [b, H|1, M|1], under a mask [b, ...] and a band."""
+
+    launch: Launch
+    shape: tuple[int, ...]
+
+    def __call__(self, attn_mask: Tensor) -> Tensor:
+        count = torch.empty(self.shape, dtype=torch.int32, device=attn_mask.device)
+        self.launch(attn_mask, count)
+        return count
+
+
+def counts_for(signature: Signature) -> Counts | None:
+    """None: they are known without counting."""
+    if not signature.counted:
+        return None
     batch, heads, rows = shape = signature.count_shape()
     block_m, block_n = (1, 1024) if rows == 1 else (16, 128)
     arguments = signature.arguments() | {"heads": heads, "q_len": rows, "BLOCK_M": block_m, "BLOCK_N": block_n}
     # With rows == 1 there is no band, and q_len is the number of rows only.
     blocks = triton.cdiv(rows, block_m) * heads * batch
-    return Launch(count_kernel, blocks, signature.device, (signature.attn_mask, contiguous_layout(shape)), arguments)
+    tensors = signature.attn_mask, contiguous_layout(shape)
+    return Counts(Launch(count_kernel, blocks, signature.device, tensors, arguments), shape)
 
 
-def visible_counts(signature: Signature, attn_mask: Tensor) -> Tensor:
-    """How many keys each row sees, int32 [b, H|1, M|1], under a mask [b, ...] and a band."""
-    count = torch.empty(signature.count_shape(), dtype=torch.int32, device=attn_mask.device)
-    _plan_count(signature)(attn_mask, count)
-    return count
+class RowBiases(NamedTuple):
+    """Works out b_i, and the least of each block of rows."""
+
+    launch: Launch
+    layout: Layout
+    """Of b_i: float32 [B|1, H|1, M], of packed sequences [1, H|1, total]. If not packed, rows are a multiple of 4
+    long, so that descriptors can hold them; the added ones are finite."""
+    floor: Layout | None
+    """Of the least of each block of rows, float32 [B|1, H|1, blocks], or [sequences, ...] if packed; None if no
+    kernel asks for it."""
+
+    def __call__(
+        self, bias: Tensor | None, count: Tensor | None, packed: Packed | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty(self.layout.shape, dtype=torch.float32, device=device)
+        floor = None if self.floor is None else torch.empty(self.floor.shape, dtype=torch.float32, device=device)
+        self.launch(out, floor, bias, count, *cu_tensors(packed))
+        return out, floor
 
 
-def row_bias_layout(signature: Signature) -> Layout:
-    """Of b_i where it is a tensor: float32 [B|1, H|1, M], of packed sequences [1, H|1, total]. If not packed, rows are
-    a multiple of 4 long, so that descriptors can hold them; the added ones are finite."""
+def row_biases_for(signature: Signature) -> RowBiases | None:
+    """None: a head's rows all have the same."""
+    if not signature.has_rows:
+        return None
     shapes = [signature.bias.shape[:2]] if signature.bias is not None else []
     shapes += [signature.count_shape()[:2]] if signature.counted else []
     batch, heads = (max((shape[dim] for shape in shapes), default=1) for dim in (0, 1))
     batch = 1 if batch == 1 else signature.batch  # a mask's batch size may be a divisor
     rows = signature.query.shape[2] if signature.packed else triton.cdiv(signature.q_len, 4) * 4
-    return contiguous_layout((batch, heads, rows), torch.float32)
-
-
-def floor_layout(signature: Signature) -> Layout | None:
-    """Of the least row bias of each block of rows, float32 [B|1, H|1, blocks], or [sequences, ...] if packed; None
-    if no kernel asks for it."""
-    if signature.form() != AUTO:
-        return None
-    batch, heads, _ = row_bias_layout(signature).shape
+    out = contiguous_layout((batch, heads, rows), torch.float32)
     sequences = signature.batch if signature.packed else batch
-    return contiguous_layout((sequences, heads, triton.cdiv(signature.q_len, ROW_BIAS_BLOCK)), torch.float32)
-
-
-@functools.lru_cache(MAX_PLANS)
-def _plan_row_bias(signature: Signature) -> tuple[Layout, Layout | None, Launch]:
-    out, floor = row_bias_layout(signature), floor_layout(signature)
-    batch, heads, rows = out.shape
-    sequences = signature.batch if signature.packed else batch
+    blocks = triton.cdiv(signature.q_len, ROW_BIAS_BLOCK)
+    floor = contiguous_layout((sequences, heads, blocks), torch.float32) if signature.form() == AUTO else None
     arguments = signature.arguments() | {"heads": heads, "BLOCK_M": ROW_BIAS_BLOCK, "stride_out_h": rows}
     tensors = (out, floor, *signature.side_layouts()[:2], *cu_layouts(signature))
-    blocks = triton.cdiv(signature.q_len, ROW_BIAS_BLOCK) * heads * sequences
-    return out, floor, Launch(bias_kernel, blocks, signature.device, tensors, arguments)
-
-
-def row_bias_tensors(
-    signature: Signature, bias: Tensor | None, count: Tensor | None, packed: Packed | None
-) -> tuple[Tensor, Tensor | None]:
-    """b_i, of row_bias_layout(), and the least of each block, of floor_layout()."""
-    *layouts, launch = _plan_row_bias(signature)
-    out, floor = (
-        None if layout is None else torch.empty(layout.shape, dtype=torch.float32, device=signature.device)
-        for layout in layouts
-    )
-    assert out is not None
-    launch(out, floor, bias, count, *cu_tensors(packed))
-    return out, floor
+    return RowBiases(Launch(bias_kernel, blocks * heads * sequences, signature.device, tensors, arguments), out, floor)
 
 
 def cu_tensors(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:

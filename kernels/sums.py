@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -10,29 +9,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, contiguous_layout, layout_of
+from sigswap.kernels.launch import Launch, Layout, contiguous_layout
 
 TILE = 4096
 """Numbers that a program adds up at a time."""
 
 
-def sum_into(out: Tensor, parts: Tensor) -> None:
-    """``out.copy_(parts.sum_to_size(out.shape))``; in a fixed order.
+class Sum:
+    """``out.copy_(parts.sum_to_size(out.shape))``, in a fixed order, for tensors of these shapes.
 
-    out: any floating-point dtype, of parts' rank; it is 1 in the dimensions that are summed over.
-    parts: float32, contiguous.
+    out: any floating-point dtype. It is 1 in the dimensions that are summed over, or lacks them, if they come first.
+    parts: the shape of float32 numbers, contiguous.
     """
-    launch = _plan(layout_of(out), tuple(parts.shape), out.device) if out.is_contiguous() else None
-    if launch is None:  # not one run of dimensions is kept
-        out.copy_(parts.sum_to_size(out.shape))
-    else:
-        launch(parts, out)
+
+    def __init__(self, out: Layout, parts: tuple[int, ...], device: torch.device) -> None:
+        self.parts = parts
+        self._device = device
+        self._launch = _launch(out, parts, device)
+
+    def empty_parts(self) -> Tensor:
+        return torch.empty(self.parts, dtype=torch.float32, device=self._device)
+
+    def __call__(self, parts: Tensor, out: Tensor) -> None:
+        if self._launch is None:
+            out.copy_(parts.sum_to_size(out.shape))
+        else:
+            self._launch(parts, out)
 
 
-@functools.lru_cache(MAX_PLANS)
-def _plan(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launch | None:
-    """None: the dimensions that are kept do not follow one another, or there is nothing to sum."""
-    out = tuple(layout.shape)
+def _launch(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launch | None:
+    """None: out is not contiguous, the dimensions that are kept do not follow one another, or there is nothing to
+    sum."""
+    if layout.strides_or_zero(len(layout.shape)) != contiguous_layout(layout.shape).strides_or_zero(len(layout.shape)):
+        return None
+    out = (1,) * (len(parts) - len(layout.shape)) + tuple(layout.shape)
     kept = [dim for dim, size in enumerate(out) if size > 1]
     start, end = (kept[0], kept[-1] + 1) if kept else (0, 0)
     if out[start:end] != parts[start:end] or math.prod(parts) == 0 or math.prod(out) == 0:

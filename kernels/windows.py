@@ -25,7 +25,7 @@ from sigswap.kernels.launch import (
     Layout,
     Signature,
     contiguous_layout,
-    copy_if_other,
+    hand_over,
     layout_of,
     limits_of,
     optional_layout,
@@ -33,9 +33,9 @@ from sigswap.kernels.launch import (
     readable_mask,
     signature_of,
     unit_stride,
-    unit_stride_target,
+    written_for,
 )
-from sigswap.kernels.sums import sum_into
+from sigswap.kernels.sums import Sum
 from sigswap.kernels.triton_common import (
     _MASKED_SCORE,
     UNSPECIALIZED,
@@ -110,23 +110,21 @@ def backward(
     programs: overrides their number, for tests and tuning.
     """
     grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
-    needed = [need and grad.numel() > 0 for need, grad in zip(output_mask, grads, strict=True)]
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
     attn_mask = readable_mask(attn_mask)
+    written = written_for(grads, output_mask)
+    *outputs, new_bias, new_mask = written
+    layouts = tuple([optional_layout(grad) for grad in written])
     signature = signature_of(query, key, value, bias, attn_mask, options)
-    written = [unit_stride_target(grad) if need else None for grad, need in zip(grads[:3], needed, strict=False)]
-    layouts = tuple(optional_layout(grad) for grad in written)
-    plan = _plan_backward(signature, layout_of(grad_out), layouts, needed[3], needed[4], programs)
-    sums, parts = (
-        None if shape is None else query.new_empty(shape, dtype=torch.float32) for shape in (plan.sums, plan.parts)
-    )
-    plan.launch(query, key, value, grad_out, *written, sums, parts, bias, attn_mask)
-    for grad, target in zip(grads[:3], written, strict=True):
-        copy_if_other(grad, target)
-    if sums is not None:
-        sum_into(grads[3], sums)
-    if parts is not None:
-        sum_into(grads[4].unsqueeze(0), parts)
+    plan = _plan_backward(signature, layout_of(grad_out), layouts, programs)
+    sums = None if plan.sum_bias is None else plan.sum_bias.empty_parts()
+    parts = None if plan.sum_mask is None else plan.sum_mask.empty_parts()
+    plan.launch(query, key, value, grad_out, *outputs, sums, parts, bias, attn_mask)
+    if plan.sum_bias is not None:
+        plan.sum_bias(sums, new_bias)
+    if plan.sum_mask is not None:
+        plan.sum_mask(parts, new_mask)
+    hand_over(grads, written)
     return grads
 
 
@@ -141,33 +139,31 @@ def _plan_forward(signature: Signature, out: Layout, programs: int) -> Launch:
 
 class _Plan(NamedTuple):
     launch: Launch
-    sums: tuple[int, ...] | None
-    """The shape of the sums of dS over keys, [splits * mask's batch, H, M, 1]."""
-    parts: tuple[int, ...] | None
-    """The shape of the sums of dS over the batch's parts, [splits, mask's batch, H, M, N]."""
+    sum_bias: Sum | None
+    """Of the sums of dS over keys, [splits * mask's batch, H, M, 1]."""
+    sum_mask: Sum | None
+    """Of the sums of dS over the batch's parts, [splits, mask's batch, H, M, N]."""
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan_backward(
-    signature: Signature,
-    grad_out: Layout,
-    grads: tuple[Layout | None, ...],
-    need_bias: bool,
-    need_mask: bool,
-    programs: int,
-) -> _Plan:
-    query, key, value = signature.query, signature.key, signature.value
+def _plan_backward(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], programs: int) -> _Plan:
+    """grads: of query, key, value, bias and attn_mask; None: not needed."""
+    query, key, value, device = signature.query, signature.key, signature.value, signature.device
+    *written, grad_bias, grad_mask = grads
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= output_arguments(arguments, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    arguments |= output_arguments(arguments, **dict(zip(("dq", "dk", "dv"), written, strict=True)))
     splits, divided = _division(signature, programs)
-    batches, rows = divided["mask_batches"], signature.q_len
-    sums = (splits * batches, signature.heads, rows, 1) if need_bias else None
-    parts = (splits, batches, signature.heads, rows, signature.kv_len) if need_mask else None
-    partial = (None if shape is None else contiguous_layout(shape, torch.float32) for shape in (sums, parts))
-    tensors = (query, key, value, grad_out, *grads, *partial, signature.bias, signature.attn_mask)
+    batches, heads, rows = divided["mask_batches"], signature.heads, signature.q_len
+    sum_bias = sum_mask = None
+    if grad_bias is not None:
+        sum_bias = Sum(grad_bias, (splits * batches, heads, rows, 1), device)
+    if grad_mask is not None:
+        sum_mask = Sum(grad_mask, (splits, batches, heads, rows, signature.kv_len), device)
+    partial = (None if s is None else contiguous_layout(s.parts, torch.float32) for s in (sum_bias, sum_mask))
+    tensors = (query, key, value, grad_out, *written, *partial, signature.bias, signature.attn_mask)
     blocks, options = splits * divided["tiles"], {"num_warps": 4, "num_stages": 3}
-    launch = Launch(_backward_kernel, blocks, signature.device, tensors, arguments | divided, **options)
-    return _Plan(launch, sums, parts)
+    launch = Launch(_backward_kernel, blocks, device, tensors, arguments | divided, **options)
+    return _Plan(launch, sum_bias, sum_mask)
 
 
 def _division(signature: Signature, programs: int) -> tuple[int, dict[str, int]]:

@@ -246,7 +246,7 @@ def assert_sums(index: int) -> None:
     out = torch.empty(kept, dtype=draw.choice((torch.float32, torch.float16)), device=DEVICE)
     if draw.random() < 0.3:
         out = torch.empty([*kept, 2], dtype=out.dtype, device=DEVICE)[..., 0]  # not contiguous
-    sums.sum_into(out, parts)
+    sums.Sum(launch.layout_of(out), tuple(shape), parts.device)(parts, out)
     exact = parts.double().sum_to_size(kept)
     bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * parts.numel() ** 0.5
     assert ((out.double() - exact).abs() <= bound).all()
@@ -422,10 +422,10 @@ def test_interpreted_plans_serve_other_tensors_and_keep_none_alive_shard0() -> N
     for _ in range(2):
         query, key, value, grad_out = (torch.randn(2, 3, 40, 16).half() for _ in range(4))
         problem = Problem(query, key, value, None, None, None, grad_out, options)
-        misses = flash_fwd._plan.cache_info().misses, flash_bwd._plan_keys.cache_info().misses
+        misses = flash_fwd._plan.cache_info().misses, flash_bwd._plan.cache_info().misses
         results = ours(problem, tma=True)
         assert_no_worse(results, problem)
-    assert misses == (flash_fwd._plan.cache_info().misses, flash_bwd._plan_keys.cache_info().misses)
+    assert misses == (flash_fwd._plan.cache_info().misses, flash_bwd._plan.cache_info().misses)
     references = [weakref.ref(tensor) for tensor in (query, key, value, grad_out)]
     del query, key, value, grad_out, problem, results
     assert all(reference() is None for reference in references)
