@@ -361,12 +361,24 @@ class Emission:
         if same_in(operand.node, self.graph) is None:
             operand = self._base(operand, repeated=True)
         tensor, present = self._canonical(operand, self.scores)
+        if self._has_keys_apart(operand):
+            tensor = tensor.contiguous()  # once for all attentions that read it, rather than in each call of the op
         for dim in (0, 1):
             if present[dim] and not (dim == 0 and repeats):
                 tensor = self._filled(tensor, dim, present[dim], self.scores[dim], q)
         if any(present[dim] and present[dim] != self.scores[dim] for dim in (2, 3)):
             raise Refused("one of its masks has a part of an axis")
         return tensor
+
+    def _has_keys_apart(self, operand: Operand) -> bool:
+        """Whether a row's numbers, one per key, are not neighbours in memory: as T5's, an embedding of the heads."""
+        value = operand.node.meta["val"]
+        layout = list(zip(self.labels.axes(operand.axes), value.shape, value.stride(), strict=True))
+        if any(size > 1 and stride == 0 for _, size, stride in layout):  # what is expanded would be written out
+            return False
+        sets = [set(axis) for axis, size, stride in layout if size > 1 and stride != 1]
+        rows = any(set(axis) & set(self.rows) for axis, size, _ in layout if size > 1)
+        return rows and any(axis & set(self.keys) for axis in sets)
 
     def _times(
         self, tensor: torch.fx.Proxy, operand: Operand, groups: tuple[tuple[Label, ...], ...], divides: bool

@@ -402,19 +402,25 @@ def test_llama_in_training_is_causal() -> None:
     assert node.args[4] is None and node.kwargs["is_causal"] and node.kwargs["window_left"] == -1
 
 
-def operands_of(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
-    """Of each call of the op in ``function``: the shapes of its query and its mask, and whether it is causal."""
-    operands = []
+def calls_in(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of each call of the op in ``function``."""
+    calls = []
 
-    class Shapes(torch.fx.Interpreter):
+    class Record(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target is OP:
-                operands.append((tuple(args[0].shape), tuple(args[4].shape), kwargs["is_causal"]))
+                calls.append((args, kwargs))
             return super().call_function(target, args, kwargs)
 
     torch._dynamo.reset()
-    torch.compile(function, backend="sigswap", options={"inner": lambda module, _: Shapes(module).run})(*inputs)
-    return operands
+    torch.compile(function, backend="sigswap", options={"inner": lambda module, _: Record(module).run})(*inputs)
+    return calls
+
+
+def operands_of(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
+    """Of each call of the op in ``function``: the shapes of its query and its mask, and whether it is causal."""
+    calls = calls_in(function, *inputs)
+    return [(tuple(args[0].shape), tuple(args[4].shape), options["is_causal"]) for args, options in calls]
 
 
 def test_padding_keeps_its_small_shape() -> None:
@@ -427,6 +433,23 @@ def test_padding_keeps_its_small_shape() -> None:
     q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
     ((_, mask, causal),) = operands_of(attention, q, k, v, torch.arange(M) < torch.tensor([[M], [5]]))
     assert (mask, causal) == ((B, 1, 1, M), True)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_bias_with_its_heads_last_is_turned(expanded: bool) -> None:
+    """T5's comes from an embedding of the heads. In the graph, so that attentions that share it share the copy."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = table.permute(2, 0, 1).unsqueeze(0)
+        if expanded:  # a copy would be larger than what it is a copy of
+            bias = bias.expand(B, -1, -1, -1)
+        return torch.softmax(q @ k.mT + bias, -1) @ v
+
+    q, k, v, table = *(torch.randn(B, HEADS, M, D) for _ in range(3)), torch.randn(M, M, HEADS)
+    (((_, _, _, _, mask, *_), _),) = calls_in(attention, q, k, v, table)
+    assert mask.stride() == ((0, 1, HEADS * M, HEADS) if expanded else (HEADS * M * M, M * M, M, 1))
+    assert mask.untyped_storage().nbytes() == table.nbytes
+    close(mask[-1], table.permute(2, 0, 1), 0.0)
 
 
 def _tril(n: int) -> Tensor:
