@@ -88,7 +88,7 @@ def main() -> None:
             sigswap.convert(models[name], config, example_inputs=example)
         models[names[2]].default_cfg = {"input_size": (1, 8, 8)}
         sigswap.calibrate(models[names[2]], seed=seed)
-        report = sigswap.calibrate(models[names[3]], list(images[:256].split(BATCH)))
+        report = sigswap.calibrate(models[names[3]], list(images.split(BATCH)))
         for name, model in models.items():
             before = accuracy(model, test_images, test_labels)
             train(model, images, labels, options.tuning_steps, 2e-4, seed + 1)

@@ -1,7 +1,7 @@
 """Calibration: the parameters of a conversion from data, so that a pretrained model still works after the swap.
 
 Softmax is sigmoid with the bias ``-log(sum over k != j of exp(s_ik))``, which for attention that is spread out is minus
-the row's logsumexp. So c_h and w_h come from a ridge regression of minus the logsumexp on the query, and c_h is then
+the row's logsumexp. So c_h and w_h come from a ridge regression of minus the logsumexp on the query, and are then
 refitted by Gauss-Newton steps on what counts, the squared error of the attention's outputs. Every pass runs the model
 as softmax and only adds to sums (:mod:`sigswap.observe`), so memory does not grow with the number of batches.
 """
@@ -31,7 +31,11 @@ from sigswap.state import OwnerState, SiteState
 RIDGE = 1e-3
 """Of the regression, relative to the mean square of a feature."""
 MAX_STEP = 1.0
-"""The most that one Gauss-Newton step changes c_h by."""
+"""The most that one Gauss-Newton step changes the bias of a row by, in the root mean square."""
+PRIOR_ROWS = 1000
+"""What the regression's w_h counts as in the Gauss-Newton steps: as this many rows, beside those of the batches."""
+HELD = 1e12
+"""The same, where w_h is to stay."""
 
 
 def calibrate(
@@ -46,7 +50,8 @@ def calibrate(
 
     Per site, whichever its config has: QK-norm's weights, by least squares to the query and key before the norm; c_h
     [heads] and w_h [heads, head_dim], by ridge regression of ``-(logsumexp of the row) - b0`` on the query, in float64;
-    c_h again, by ``refine`` Gauss-Newton steps on the squared error of the attention's output; LayerScale and
+    both again, by ``refine`` Gauss-Newton steps on the squared error of the attention's output, which the fewer rows
+    there are leave w_h the nearer to where it was; LayerScale and
     hybrid-norm, by least squares on the owner's output per channel. No head's error gets larger than it was. Rows of
     padding do not count where they can be told (self-attention whose mask hides a position from itself). The base
     parameters are not changed.
@@ -80,7 +85,7 @@ def calibrate(
         notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
     else:
         calls = as_calls(batches)
-    fits = {site: _Fit(site) for state in states.values() for site in state.sites()}
+    fits = {site: _Fit(site, without_data=batches is None) for state in states.values() for site in state.sites()}
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
     normed = any(site.query_norm is not None for site in fits)
     total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
@@ -225,17 +230,22 @@ class _Passes:
 
 
 class _Fit:
-    """One site's calibration: the regression, the refits of c_h, and for each head the best of all that was measured.
+    """One site's calibration: the regression, the refits, and for each head the best of all that was measured.
 
     The parameters from before the calibration are a candidate, too: no head gets worse than it was.
     """
 
-    def __init__(self, site: SiteState) -> None:
+    def __init__(self, site: SiteState, *, without_data: bool) -> None:
         self.site = site
+        # The queries of made inputs are not those of real ones: c_h learns from their outputs, w_h fits them too well.
+        self.prior_rows = HELD if without_data else PRIOR_ROWS
         self.rows: Tensor | None = None  # [H]; None: not reached
         self.first: Tensor | None = None  # the relative error before, [H]
-        self.error: Tensor | None = None  # the least relative error of all, [H]
+        self.error: Tensor | None = None  # the relative error of the best, [H]
+        self.least: Tensor | None = None  # the same, with what w_h's distance from the regression's costs
+        self.prior: Tensor | None = None  # of that distance, by feature, [H, F]
         self.unexpressed: Tensor | None = None
+        self.start: _Bias | None = None  # of the regression
         self.present: _Bias | None = None
         self.best: _Bias | None = None  # that of the least error
 
@@ -245,7 +255,7 @@ class _Fit:
             return
         site = self.site
         self.rows = sums.rows.cpu()
-        self.first = self.error = _relative_error(sums)
+        self.first = self.error = self.least = _relative_error(sums)
         if not isinstance(sums.gram, Tensor):
             return
         solution = _ridge(sums.gram.cpu(), sums.moment.cpu(), site.bias is not None)
@@ -259,29 +269,51 @@ class _Fit:
             solution[:, -1] if site.bias is not None else None,
             solution[:, : site.query_weight.shape[1]] if site.query_weight is not None else None,
         )
+        self.start = self.present
         self.present.put(site)
 
     def after(self, sums: SiteSums | None, *, step: bool, path: str) -> None:
-        """Takes in the error under the present parameters; then a step of c_h downhill, or all the best ones."""
+        """Takes in the error under the present parameters; then a step downhill, or all the best ones."""
         error = None if sums is None else _relative_error(sums)
         if sums is None or error is None or self.rows is None:
             return
         if not error.isfinite().all():
             raise CalibrationError(f"{path}: its attention's outputs on the batches are not finite.")
         self.unexpressed = sums.unexpressed.cpu() / self.rows.clamp(min=1)
-        if self.present is None or self.best is None or self.error is None:
+        if self.present is None or self.start is None or self.best is None or self.error is None or self.least is None:
             self.error = error
             return
-        better = error < self.error
+        cost = error
+        if self.prior is not None:
+            away = self.present.flat() - self.start.flat()
+            cost = error + (self.prior * away.square()).sum(-1) / sums.energy.cpu().clamp(min=1e-300)
+        better = cost < self.least
+        self.least = torch.where(better, cost, self.least)
         self.error = torch.where(better, error, self.error)
         self.best = self.best.where(better, self.present)
         if not step:
             self.best.put(self.site)
-        elif self.present.c is not None:
-            curvature = sums.curvature.cpu()
-            down = torch.where(curvature > 0, sums.slope.cpu() / curvature.clamp(min=1e-300), 0.0)
-            self.present = _Bias(self.present.c + down.clamp(-MAX_STEP, MAX_STEP), self.present.w)
+        else:
+            self.present = self.present.moved(self._step(sums))
             self.present.put(self.site)
+
+    def _step(self, sums: SiteSums) -> Tensor:
+        """[H, F]: downhill by Gauss and Newton."""
+        assert self.present is not None and self.start is not None and self.rows is not None
+        curvature, slope, weight = sums.curvature.cpu(), sums.slope.cpu(), sums.weight.cpu()
+        diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
+        if self.prior is None:
+            self.prior = self.prior_rows / self.rows.clamp(min=1).unsqueeze(-1) * diagonal
+            if self.present.c is not None:
+                self.prior[:, -1] = 0.0
+        pull = self.prior * (self.start.flat() - self.present.flat())
+        size = torch.where(diagonal > 0, diagonal.sqrt(), 1.0)  # a head without a row, or a feature of zeros, stays
+        scaled = (curvature + torch.diag_embed(self.prior)) / (size.unsqueeze(-1) * size.unsqueeze(-2))
+        scaled = scaled + 1e-9 * torch.eye(scaled.shape[-1], dtype=scaled.dtype)
+        step = torch.linalg.solve(scaled, (slope + pull) / size) / size
+        # A row's bias changes by step . x: the mean square of that, over the rows as they count.
+        change = ((step.unsqueeze(-2) @ curvature).squeeze(-2) * step).sum(-1) / weight.clamp(min=1e-300)
+        return step * (MAX_STEP / change.clamp(min=MAX_STEP**2).sqrt()).unsqueeze(-1)
 
     def records(self, path: str, index: int) -> list[HeadRecord]:
         def at(values: Tensor | None, head: int) -> float | None:
@@ -304,7 +336,22 @@ class _Bias:
 
     @classmethod
     def of(cls, site: SiteState) -> _Bias:
-        return cls(*(None if p is None else p.detach().double().cpu() for p in (site.bias, site.query_weight)))
+        return cls(
+            *(
+                None if p is None else p.detach().to("cpu", torch.float64, copy=True)
+                for p in (site.bias, site.query_weight)
+            )
+        )
+
+    def flat(self) -> Tensor:
+        """[H, F]: w_h, then c_h."""
+        parts = [] if self.w is None else [self.w]
+        return torch.cat([*parts, *([] if self.c is None else [self.c.unsqueeze(-1)])], -1)
+
+    def moved(self, step: Tensor) -> _Bias:
+        """``step`` [H, F] further."""
+        w = None if self.w is None else self.w + step[:, : self.w.shape[1]]
+        return _Bias(None if self.c is None else self.c + step[:, -1], w)
 
     def put(self, site: SiteState) -> None:
         for parameter, value in ((site.bias, self.c), (site.query_weight, self.w)):

@@ -35,8 +35,9 @@ class SiteSums:
     """Sums over the rows of one site, in float64 on the site's device, by head. F features: w_h's, then c_h's.
 
     ``gram`` [H, F, F], ``moment`` [H, F]: the normal equations of minus the logsumexp (less b0) on the features.
-    ``slope`` and ``curvature`` [H]: of half the squared output error along c_h, ``slope`` downhill. ``error`` and
-    ``energy`` [H]: squared error of the sigmoid's outputs, and squared outputs of the softmax. ``rows`` [H].
+    ``curvature`` [H, F, F], ``slope`` [H, F]: of half the squared output error (by Gauss and Newton), ``slope``
+    downhill; ``weight`` [H]: the curvature along the bias of all rows. ``error`` and ``energy`` [H]: squared error of
+    the sigmoid's outputs, and squared outputs of the softmax. ``rows`` [H].
     ``unexpressed`` [H]: probability mass that sigmoid(score - logsumexp) lacks, summed over the rows.
     ``query_fit``, ``key_fit``: (x . n, n . n) per channel of x and its QK-normed n, each [heads, head_dim].
     """
@@ -45,6 +46,7 @@ class SiteSums:
     moment: Any = 0.0
     slope: Any = 0.0
     curvature: Any = 0.0
+    weight: Any = 0.0
     error: Any = 0.0
     energy: Any = 0.0
     rows: Any = 0.0
@@ -124,40 +126,55 @@ class Observer:
         n = visible.sum(-1)
         logsumexp = scores.masked_fill(~visible, -math.inf).logsumexp(-1)
         target = -logsumexp - site.const_bias + (n.clamp(min=1).log() if site.visible_bias else 0.0)
-        weight = counted.double()
         target = target.double().masked_fill(~counted, 0.0)
-        features = [query.double()] if site.query_weight is not None and query is not None else []
-        if site.bias is not None:
-            features.append(torch.ones_like(target).unsqueeze(-1))
-        sums.rows = sums.rows + weight.sum(-1)
-        if not features:
-            return
-        x = torch.cat(features, -1) * weight.unsqueeze(-1)
-        sums.gram = sums.gram + x.mT @ x
-        sums.moment = sums.moment + (x.mT @ target.unsqueeze(-1)).squeeze(-1)
+        sums.rows = sums.rows + counted.double().sum(-1)
+        x = _features(site, query, counted)
+        if x is not None:
+            sums.gram = sums.gram + x.mT @ x
+            sums.moment = sums.moment + (x.mT @ target.unsqueeze(-1)).squeeze(-1)
 
-    def outputs(self, site: SiteState, softmax: Tensor, sigmoid: Tensor, derivative: Tensor, head: Tensor) -> None:
-        """Outputs under softmax and sigmoid, and the latter's derivative by c_h, any shape; ``head`` of each element
-        counts from 1, and 0 is left out."""
+    def outputs(
+        self,
+        site: SiteState,
+        query: Tensor | None,
+        counted: Tensor,
+        products: Callable[[Tensor, Tensor], Tensor],
+        softmax: Tensor,
+        sigmoid: Tensor,
+        derivative: Tensor,
+    ) -> None:
+        """Outputs under softmax and sigmoid, and the latter's derivative by the row's bias, any shape.
+
+        ``products``: the products of two such tensors, summed by row, [H, R]. query and ``counted`` as for rows().
+        """
         sums = self.sums(site)
-        heads = site.plan.heads
 
-        def by_head(x: Tensor) -> Tensor:
-            return torch.zeros(heads + 1, dtype=torch.float64, device=x.device).index_add_(
-                0, head.flatten(), x.flatten().double()
-            )[1:]
+        def by_row(x: Tensor, y: Tensor) -> Tensor:
+            return products(x, y).double().masked_fill(~counted, 0.0)
 
         missing = softmax - sigmoid
-        sums.slope = sums.slope + by_head(missing * derivative)
-        sums.curvature = sums.curvature + by_head(derivative * derivative)
-        sums.error = sums.error + by_head(missing * missing)
-        sums.energy = sums.energy + by_head(softmax * softmax)
+        sums.error = sums.error + by_row(missing, missing).sum(-1)
+        sums.energy = sums.energy + by_row(softmax, softmax).sum(-1)
+        x = _features(site, query, counted)
+        if x is not None:
+            sums.slope = sums.slope + (x.mT @ by_row(missing, derivative).unsqueeze(-1)).squeeze(-1)
+            weight = by_row(derivative, derivative)
+            sums.curvature = sums.curvature + x.mT @ (x * weight.unsqueeze(-1))
+            sums.weight = sums.weight + weight.sum(-1)
 
     def mass(self, site: SiteState, probabilities: Tensor, counted: Tensor) -> None:
         """Softmax ``probabilities`` [H, R, N]: sigmoid at minus the logsumexp gives p / (1 + p) for each p."""
         p = probabilities.masked_fill(~counted.unsqueeze(-1), 0.0)
         sums = self.sums(site)
         sums.unexpressed = sums.unexpressed + (p * p / (1 + p)).sum((-2, -1)).double()
+
+
+def _features(site: SiteState, query: Tensor | None, counted: Tensor) -> Tensor | None:
+    """What the bias of a row is linear in, [H, R, F] in float64, 0 in rows that are not ``counted``; None: nothing."""
+    features = [query.double()] if site.query_weight is not None and query is not None else []
+    if site.bias is not None:
+        features.append(torch.ones_like(counted, dtype=torch.float64).unsqueeze(-1))
+    return torch.cat(features, -1) * counted.unsqueeze(-1) if features else None
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -213,7 +230,8 @@ class _ObservingMode(SwapMode):
             for index, factor in enumerate(factors):
                 if pending.is_in(factor):
                     self.pending = None
-                    return self._output(pending, index, factors, rebuild, output)
+                    plain = torch.bmm if func.__name__.startswith("baddbmm") else rebuild
+                    return self._output(pending, index, factors, rebuild, plain, output)
         return output
 
     # A model that computes its own scores: product, softmax, product.
@@ -254,18 +272,24 @@ class _ObservingMode(SwapMode):
         self.pending = pending
         if observer.recording:
             return probabilities
-        if observer.phase == "logsumexp":
+        if query is not None:
             rows = [*scores.shape[:dim], *scores.shape[dim + 1 :]]
-            if query is not None:
-                query = pending.by_head(query.reshape(*rows, query.shape[-1]).movedim(-1, dim))
-            observer.rows(
-                site, query, pending.by_head(pending.wide), pending.by_head(pending.visible), pending.counted_rows()
-            )
+            pending.query = pending.by_head(query.reshape(*rows, query.shape[-1]).movedim(-1, dim))
+        if observer.phase == "logsumexp":
+            visible = pending.by_head(pending.visible)
+            observer.rows(site, pending.query, pending.by_head(pending.wide), visible, pending.counted_rows())
         return probabilities
 
     def _output(
-        self, pending: _Pending, index: int, factors: Any, rebuild: Callable[[Tensor, Tensor], Tensor], output: Tensor
+        self,
+        pending: _Pending,
+        index: int,
+        factors: Any,
+        rebuild: Callable[[Tensor, Tensor], Tensor],
+        plain: Callable[[Tensor, Tensor], Tensor],
+        output: Tensor,
     ) -> Tensor:
+        """factors[index]: the probabilities. rebuild: the product of two factors; plain: with nothing added to it."""
         observer, key = self.observer, (pending.site, "output")
         if observer.recording:
             observer.recorded.setdefault(key, deque()).append(output)
@@ -280,15 +304,20 @@ class _ObservingMode(SwapMode):
             factor = p.to(factors[index].dtype).reshape(factors[index].shape)
             return rebuild(*((factor, factors[1]) if index == 0 else (factors[0], factor)))
 
-        def labels() -> Tensor:
-            # The head of each element of the output, whatever its layout: the product of the head's number at the
-            # first key (0 in rows that do not count) and a value of ones.
-            ones = torch.ones_like(factors[1 - index])
-            factor = pending.labels().to(ones.dtype).reshape(factors[index].shape)
-            return rebuild(*((factor, ones) if index == 0 else (ones, factor))).round().long()
+        # The row of each element of the output, whatever its layout: the product of the row's number at the first key
+        # and a value of ones; in float64, which is exact, and which autocast leaves alone.
+        ones = torch.ones_like(factors[1 - index], dtype=torch.float64)
+        numbers = pending.numbers().reshape(factors[index].shape)
+        row = plain(*((numbers, ones) if index == 0 else (ones, numbers))).round().long().flatten()
+
+        def products(x: Tensor, y: Tensor) -> Tensor:
+            sums = torch.zeros(pending.counted.numel(), dtype=torch.float64, device=x.device)
+            sums.index_add_(0, row, (x * y).flatten().double())
+            return pending.by_head(sums.view(pending.counted.shape)).squeeze(-1)
 
         p = pending.sigmoid()
-        observer.outputs(pending.site, output.float(), product(p).float(), product(p * (1 - p)).float(), labels())
+        results = output.float(), product(p).float(), product(p * (1 - p)).float()
+        observer.outputs(pending.site, pending.query, pending.counted_rows(), products, *results)
         return output
 
     # torch's own attention.
@@ -397,9 +426,10 @@ class _ObservingMode(SwapMode):
             bias = bias + (tile.normed_query.to(normed.dtype) * weight).sum(-1, keepdim=True)
         sigmoid = _sigmoid(site, normed, visible, -1, bias)
         value = tile.value.to(normed.dtype)
-        heads = torch.arange(1, softmax.shape[1] + 1, device=softmax.device).view(1, -1, 1, 1)
-        head = (heads * counted.unsqueeze(-1)).expand(*softmax.shape[:-1], value.shape[-1])
-        observer.outputs(site, softmax @ value, sigmoid @ value, (sigmoid * (1 - sigmoid)) @ value, head)
+        results = softmax @ value, sigmoid @ value, (sigmoid * (1 - sigmoid)) @ value
+        observer.outputs(
+            site, _rows(tile.normed_query), _rows(counted), lambda x, y: _rows((x * y).double().sum(-1)), *results
+        )
         observer.mass(site, _rows(softmax), _rows(counted))
 
 
@@ -480,6 +510,7 @@ class _Pending:
         self.visible = scores > MASKED_SCORE
         self.head_axis = None if site.plan.head_axis is None else site.plan.head_axis % scores.dim()
         self.counted = self.visible.any(dim, keepdim=True)
+        self.query: Tensor | None = None  # [heads, rows, head_dim], where w_h needs it
         rows_and_keys = dim == scores.dim() - 1 and self.head_axis != scores.dim() - 2 and scores.dim() > 1
         if rows_and_keys and scores.shape[-1] == scores.shape[-2]:
             own = self.visible.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # see _Tile.counted
@@ -510,16 +541,12 @@ class _Pending:
     def counted_rows(self) -> Tensor:
         return self.by_head(self.counted).squeeze(-1)
 
-    def labels(self) -> Tensor:
-        """Of the scores' shape: at each row's first key the head's number from 1 (0 in rows that do not count)."""
-        numbers = torch.arange(1, self.site.plan.heads + 1, device=self.wide.device, dtype=self.wide.dtype)
-        shape = [1] * self.wide.dim()
-        if self.head_axis is not None:
-            shape[self.head_axis] = self.wide.shape[self.head_axis]
-            numbers = numbers.repeat(shape[self.head_axis] // len(numbers))
-        labels = torch.zeros_like(self.wide)
-        labels.narrow(self.dim, 0, 1).copy_(numbers.view(shape) * self.counted)
-        return labels
+    def numbers(self) -> Tensor:
+        """Of the scores' shape, float64: at each row's first key the row's number, in the scores' order."""
+        numbers = torch.zeros(self.wide.shape, dtype=torch.float64, device=self.wide.device)
+        rows = torch.arange(self.counted.numel(), dtype=torch.float64, device=self.wide.device)
+        numbers.narrow(self.dim, 0, 1).copy_(rows.view(self.counted.shape))
+        return numbers
 
 
 def _seen(mask: Tensor) -> Tensor:

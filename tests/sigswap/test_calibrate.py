@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from pathlib import Path
@@ -100,13 +101,14 @@ def test_regression_against_an_oracle(explicit: bool) -> None:
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("query_bias", [False, True])
-def test_errors_and_refit_against_an_oracle(explicit: bool, query_bias: bool) -> None:
-    """The reported figures are the definition's; many refits end where c_h cannot be improved."""
+def test_errors_and_refit_against_an_oracle(explicit: bool, query_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reported figures are the definition's; many refits end where c_h and w_h cannot be improved."""
+    monkeypatch.setattr(importlib.import_module("sigswap.calibrate"), "PRIOR_ROWS", 1e-6)
     torch.manual_seed(0)
     attention, data = Attention(explicit), batches()
     model = sigswap.convert(Wrapper(attention), sigswap.SigmoidConfig(query_bias=query_bias), example_inputs=data[0])
 
-    def errors(shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    def errors(shift: float = 0.0, turn: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         missing, energy, mass, rows = (torch.zeros(4, dtype=torch.float64) for _ in range(4))
         for x, visible in data:
             with torch.no_grad(), sigswap.softmax(model):
@@ -115,7 +117,7 @@ def test_errors_and_refit_against_an_oracle(explicit: bool, query_bias: bool) ->
             scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(~visible, -math.inf)
             bias = site(model).bias.view(-1, 1, 1) + shift
             if query_bias:
-                bias = bias + (q * site(model).query_weight[:, None]).sum(-1, keepdim=True)
+                bias = bias + (q * (site(model).query_weight + turn)[:, None]).sum(-1, keepdim=True)
             p = scores.softmax(-1)
             difference = (p @ v - torch.sigmoid(scores - n.log() + bias) @ v) * own[:, None, :, None]
             missing += difference.square().sum((0, 2, 3))
@@ -132,8 +134,37 @@ def test_errors_and_refit_against_an_oracle(explicit: bool, query_bias: bool) ->
         assert record.after == pytest.approx(float(after[head]), rel=1e-6)
         assert record.unexpressed == pytest.approx(float(mass[head]), rel=1e-6)
     assert (after < before).all()
-    for shift in (-0.05, 0.05):
-        assert (errors(shift)[0] > after).all()
+    for sign in (-0.05, 0.05):
+        assert (errors(sign)[0] > after).all()
+        if query_bias:
+            for channel in range(8):
+                assert (errors(0.0, sign * torch.eye(8)[channel])[0] > after).all()
+
+
+def test_refits_of_few_rows_stay_near_the_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more rows the regression counts as, the less w_h moves; without data it does not move at all."""
+    torch.manual_seed(0)
+    attention, data = Attention(False), batches()
+    config = sigswap.SigmoidConfig(query_bias=True)
+    model = sigswap.convert(Wrapper(attention), config, example_inputs=data[0])
+    module = importlib.import_module("sigswap.calibrate")
+
+    def fitted(prior: float, refine: int = 20, batches: Any = data, own: nn.Module | None = None) -> Tensor:
+        monkeypatch.setattr(module, "PRIOR_ROWS", prior)
+        own = copy.deepcopy(model) if own is None else own
+        sigswap.calibrate(own, batches, refine=refine, progress=False)
+        return site(own).query_weight.detach()
+
+    regression = fitted(1.0, refine=0)
+    free, held_back = ((fitted(prior) - regression).norm() for prior in (1e-6, 1e3))
+    assert free > 2 * held_back > 0
+    fitted(1e-6, own=model)
+    best = site(model).query_weight.detach().clone()
+    assert torch.equal(fitted(1e-6, refine=0, own=model), best)  # what is better already stays
+    site(model).query_weight.data.zero_()
+    site(model).bias.data.zero_()
+    monkeypatch.setattr(module, "own_batches", lambda model, seed: (list(module.as_calls(data)), "data"))
+    torch.testing.assert_close(fitted(1e-6, batches=None), regression, rtol=0, atol=1e-6)
 
 
 def test_batches_of_any_size_give_the_same() -> None:
