@@ -25,7 +25,7 @@ from sigswap.passes.axes import (
     shape_of,
     static_int,
 )
-from sigswap.passes.find import einsum_labels
+from sigswap.passes.products import einsum_labels
 
 Label = int
 Axes = tuple[tuple[Label, ...], ...]  # per axis of a tensor

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sigswap.passes.find import PARAMETER
+from sigswap.passes.products import PARAMETER
 
 _SOURCE = "sigswap_source"
 _SAME = "sigswap_same"  # node.meta key: the Dynamo nodes whose value the shadow node is

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sigswap.errors import ExampleInputsError
 from sigswap.mode import FAMILIES
 from sigswap.multihead import multi_head_attention_forward, native_multi_head_attention
-from sigswap.passes.find import PARAMETER, find
+from sigswap.passes.find import find
+from sigswap.passes.products import PARAMETER
 from sigswap.passes.site import FindResult
 from sigswap.state import UNSEEN_FILES
 

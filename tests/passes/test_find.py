@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sigswap.passes.find import PARAMETER, find
+from sigswap.passes.find import find
+from sigswap.passes.products import PARAMETER
 from sigswap.passes.site import FindResult
 
 B, H, M, N, D = 2, 3, 5, 7, 8

@@ -16,14 +16,14 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "needs", "pictures"),
+    ("name", "arguments", "needs", "pictures", "batches"),
     [
-        ("digits_vit", ("--steps", "20", "--tuning-steps", "2"), ("timm", "sklearn"), {"digits.png", "heads.png"}),
-        ("decoder", ("--small", "--steps", "20"), ("transformers",), {"decoder.png", "heads.png"}),
+        ("digits_vit", ("--steps", "20", "--tuning-steps", "2"), ("timm", "sklearn"), {"digits.png", "heads.png"}, 20),
+        ("decoder", ("--small", "--steps", "20"), ("transformers",), {"decoder.png", "heads.png"}, 4),
     ],
 )
 def test_example(
-    name: str, arguments: tuple[str, ...], needs: tuple[str, ...], pictures: set[str], tmp_path: Path
+    name: str, arguments: tuple[str, ...], needs: tuple[str, ...], pictures: set[str], batches: int, tmp_path: Path
 ) -> None:
     for package in ("matplotlib", *needs):
         pytest.importorskip(package)
@@ -35,5 +35,5 @@ def test_example(
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert "calibration on 4 batches" in result.stdout
+    assert f"calibration on {batches} batches" in result.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == pictures

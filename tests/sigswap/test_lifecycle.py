@@ -448,7 +448,14 @@ def test_revert(entry: Entry) -> None:
     before_run.assert_same(model)
     with pytest.raises(NotConvertedError):
         sigswap.revert(model)
-    sigswap.convert(model, example_inputs=inputs)  # and again
+
+
+@some_models
+def test_converted_again_after_a_revert(name: str) -> None:
+    model, inputs = convert(name)
+    with torch.no_grad():
+        swapped = run(model, inputs)
+    sigswap.convert(sigswap.revert(model), example_inputs=inputs)
     with torch.no_grad():
         assert_equal(run(model, inputs), swapped, 1e-6)
 

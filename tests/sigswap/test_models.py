@@ -203,7 +203,7 @@ def test_dropout_keeps_the_mean(kind: str) -> None:
 # ---------------------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("case", FIRST, ids=case_id)
+@pytest.mark.parametrize("case", [case for case in FIRST if not case[0].inductor], ids=case_id)
 def test_compiled_aot_eager(case: Case) -> None:
     entry, _ = case
     model = convert(case)

@@ -1,0 +1,186 @@
+"""What a product of query and key is: matrix products, einsums and sums, brought to one form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.fx
+
+from sigswap.passes.axes import ORDERED, RESHAPES, axis_map, op_name, rank_of, shape_of
+
+PARAMETER = "sigswap_parameter"  # node.meta key: set on the placeholders that are parameters
+
+LAYERS = frozenset({"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"})
+_PARAMETER_VIEWS = frozenset("permute transpose t mT numpy_T expand repeat slice select".split())
+
+
+@dataclasses.dataclass
+class Factors:
+    """A product whose output's ``key_axis`` comes from one factor; ``query_axis`` from the other, if known."""
+
+    node: torch.fx.Node
+    query: torch.fx.Node
+    key: torch.fx.Node
+    query_arg: int
+    query_dim_axis: int
+    key_dim_axis: int
+    key_axis: int
+    query_axis: int | None
+    batch_axes: dict[int, tuple[int, int]]  # axis of the output -> (axis of the query, axis of the key)
+    path: list[tuple[torch.fx.Node, torch.fx.Node]] = dataclasses.field(default_factory=list)  # (op, its input)
+    query_in_order: bool = True
+
+
+def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
+    """``node`` as a product whose ``key_axis`` comes from the key; a reason if it is a product but not that one."""
+    name = op_name(node)
+    if name in ("matmul", "mm", "bmm", "baddbmm", "linear"):
+        first, second = node.args[1:3] if name == "baddbmm" else node.args[:2]
+        found = _matrix_product(node, first, second, key_axis, transposed=name == "linear")
+    elif name == "einsum":
+        found = _einsum_product(node, key_axis)
+    elif name == "sum":
+        found = _summed_product(node, key_axis)
+    else:
+        return None
+    if isinstance(found, Factors) and (is_parameter(found.query) or is_parameter(found.key)):
+        return "its scores are a product with a parameter (a router, a classifier, a pooling), not of query and key"
+    return found
+
+
+def _matrix_product(
+    node: torch.fx.Node, first: torch.fx.Node, second: torch.fx.Node, key_axis: int, transposed: bool
+) -> Factors | str | None:
+    rank, rank1, rank2 = rank_of(node), rank_of(first), rank_of(second)
+    if rank1 < 2 or rank2 < 2:
+        # A linear layer follows an axis (talking heads), a matrix-vector product scores keys by one vector.
+        return "its scores are a matrix-vector product, not one of queries and keys"
+    if transposed and key_axis != rank - 1:
+        return None  # a linear layer over another axis: the walk goes on through it
+    contracted2 = rank2 - 1 if transposed else rank2 - 2
+    batch = {
+        axis: (axis - (rank - rank1), axis - (rank - rank2))
+        for axis in range(rank - 2)
+        if axis >= rank - rank1 and axis >= rank - rank2
+    }
+    if key_axis == rank - 1:
+        return Factors(node, first, second, 0, rank1 - 1, contracted2, key_axis, rank - 2, batch)
+    if key_axis == rank - 2:
+        swapped = {axis: (second_axis, first_axis) for axis, (first_axis, second_axis) in batch.items()}
+        return Factors(node, second, first, 1, contracted2, rank1 - 1, key_axis, rank - 1, swapped)
+    return "its softmax runs over a batch axis of the product, not over keys"
+
+
+def _einsum_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
+    labels = einsum_labels(node)
+    if labels is None:
+        return "its scores are an einsum that is not a product of two tensors"
+    (first, second), out = labels
+    operands = node.args[1]
+    label = out[key_axis]
+    if (label in first) == (label in second):
+        return "its softmax runs over a batch axis of the product, not over keys"
+    query_arg = 0 if label in second else 1
+    query, key = (first, second) if query_arg == 0 else (second, first)
+    contracted = [c for c in query if c in key and c not in out]
+    if len(contracted) != 1:
+        return "its scores are an einsum that contracts no axis or several"
+    rows = [c for c in out if c in query and c not in key]
+    batch = {out.index(c): (query.index(c), key.index(c)) for c in out if c in query and c in key}
+    factors = Factors(
+        node,
+        operands[query_arg],
+        operands[1 - query_arg],
+        query_arg,
+        query.index(contracted[0]),
+        key.index(contracted[0]),
+        key_axis,
+        out.index(rows[-1]) if rows else None,
+        batch,
+    )
+    factors.query_in_order = [c for c in query if c != contracted[0]] == [c for c in out if c != label]
+    return factors
+
+
+def einsum_labels(node: torch.fx.Node) -> tuple[tuple[list[str], list[str]], list[str]] | None:
+    """The labels of a two-operand einsum's factors and output, an ellipsis spelled out as "0", "1", ..."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    if len(operands) != 2:
+        return None
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+
+    def spelled(term: str, rank: int) -> list[str]:
+        before, dots, after = term.partition("...")
+        width = rank - len(before) - len(after) if dots else 0
+        return [*before, *(str(i) for i in range(9 - width, 9)), *after]
+
+    first, second = (spelled(term, rank_of(x)) for term, x in zip(terms, operands, strict=True))
+    if len(set(first)) < len(first) or len(set(second)) < len(second):
+        return None
+    if not arrow:
+        counts = [c for c in (*first, *second) if c.isalpha()]
+        dotted = sorted({c for c in (*first, *second) if c.isdigit()})
+        return (first, second), [*dotted, *sorted(c for c in set(counts) if counts.count(c) == 1)]
+    return (first, second), spelled(output, rank_of(node))
+
+
+def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
+    """``(query * key).sum(head_dim)``, with queries and keys spread over axes of their own."""
+    reason = "its scores are a sum that is not a product of query and key"
+    source = node.args[0]
+    if op_name(source) != "mul" or len(node.args) < 2:
+        return reason
+    axes = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])
+    if len(axes) != 1:
+        return reason
+    rank, contracted = rank_of(source), axes[0] % rank_of(source)
+    keepdim = len(node.args) > 2 and node.args[2]
+    spread = [axis for axis in range(rank) if axis != contracted or keepdim]
+    factors = list(source.args[:2])
+    if not all(isinstance(x, torch.fx.Node) and rank_of(x) == rank for x in factors):
+        return reason
+    key_source = spread[key_axis]
+    shapes = [shape_of(x) for x in factors]
+    whole = shape_of(source)
+    if None in shapes or whole is None or key_source == contracted:
+        return reason
+    broad = [shape[key_source] == 1 != whole[key_source] for shape in shapes]  # type: ignore[index]
+    if broad[0] == broad[1]:
+        return reason
+    query_arg = broad.index(True)
+    query, key = factors[query_arg], factors[1 - query_arg]
+    batch, row = {}, None
+    for out_axis, axis in enumerate(spread):
+        if axis in (key_source, contracted):
+            continue
+        if shapes[1 - query_arg][axis] == 1 != whole[axis]:  # type: ignore[index]
+            row = out_axis
+        else:
+            batch[out_axis] = (axis, axis)
+    found = Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch)
+    found.query_in_order = False  # the factors are spread over axes of size 1
+    return found
+
+
+def is_parameter(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is a parameter, as it is or through views, casts and scaling by a number."""
+    while op_name(node) in ORDERED | RESHAPES | _PARAMETER_VIEWS:
+        if any(isinstance(arg, torch.fx.Node) and rank_of(arg) > 0 for arg in node.args[1:]):
+            return False
+        if not isinstance(node.args[0], torch.fx.Node):
+            return False
+        node = node.args[0]
+    return node.op == "get_attr" or bool(node.meta.get(PARAMETER))
+
+
+def follow(path: list[tuple[torch.fx.Node, torch.fx.Node]], axis: int | None) -> int | None:
+    for node, source in path:
+        if axis is None:
+            return None
+        if op_name(node) == "baddbmm":
+            continue
+        axes = axis_map(node, source)
+        axis = axes[axis] if axes is not None else None
+    return axis
