@@ -174,7 +174,7 @@ def _features(site: SiteState, query: Tensor | None, counted: Tensor) -> Tensor 
     features = [query.double()] if site.query_weight is not None and query is not None else []
     if site.bias is not None:
         features.append(torch.ones_like(counted, dtype=torch.float64).unsqueeze(-1))
-    return torch.cat(features, -1) * counted.unsqueeze(-1) if features else None
+    return torch.cat(features, -1).masked_fill(~counted.unsqueeze(-1), 0.0) if features else None
 
 
 def first_tensor(output: Any) -> Tensor:
