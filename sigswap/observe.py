@@ -74,7 +74,7 @@ class Observer:
         self.sites: dict[SiteState, SiteSums] = {}
         self.owners: dict[OwnerState, ChannelSums] = {}
         self.recording = False  # the first of two runs of a batch, as softmax alone
-        self.recorded: dict[Any, deque[Tensor]] = {}
+        self.recorded: dict[Any, deque[Any]] = {}
 
     def run(self, owner: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The owner's forward as softmax, observed."""
@@ -226,12 +226,14 @@ class _ObservingMode(SwapMode):
         pending = self.pending
         output = super().__torch_function__(func, types, args, kwargs)
         if pending is not None and pending is self.pending and FAMILIES.get(func) == "product":
-            factors, rebuild = factors_of(func, args, kwargs)
+            # Again without a tensor to write to, and without what baddbmm adds, which is no part of the attention.
+            factors, product = factors_of(func, args, {k: v for k, v in kwargs.items() if k != "out"})
+            product = torch.bmm if func.__name__.startswith("baddbmm") else product
             for index, factor in enumerate(factors):
                 if pending.is_in(factor):
                     self.pending = None
-                    plain = torch.bmm if func.__name__.startswith("baddbmm") else rebuild
-                    return self._output(pending, index, factors, rebuild, plain, output)
+                    attended = product(*factors) if product is torch.bmm else output
+                    return self._output(pending, index, factors, product, attended, output)
         return output
 
     # A model that computes its own scores: product, softmax, product.
@@ -285,38 +287,40 @@ class _ObservingMode(SwapMode):
         pending: _Pending,
         index: int,
         factors: Any,
-        rebuild: Callable[[Tensor, Tensor], Tensor],
-        plain: Callable[[Tensor, Tensor], Tensor],
+        product: Callable[[Tensor, Tensor], Tensor],
+        attended: Tensor,
         output: Tensor,
     ) -> Tensor:
-        """factors[index]: the probabilities. rebuild: the product of two factors; plain: with nothing added to it."""
+        """factors[index]: the probabilities; attended: ``product`` of the factors; output: what the model gets."""
         observer, key = self.observer, (pending.site, "output")
         if observer.recording:
-            observer.recorded.setdefault(key, deque()).append(output)
+            observer.recorded.setdefault(key, deque()).append((attended, output))
             observer.mass(pending.site, pending.by_head(pending.softmax()), pending.counted_rows())
             return output
         if key in observer.recorded:
-            output = observer.recorded[key].popleft()
+            attended, output = observer.recorded[key].popleft()
         else:
             observer.mass(pending.site, pending.by_head(pending.softmax()), pending.counted_rows())
 
-        def product(p: Tensor) -> Tensor:
-            factor = p.to(factors[index].dtype).reshape(factors[index].shape)
-            return rebuild(*((factor, factors[1]) if index == 0 else (factors[0], factor)))
+        def with_value(p: Tensor, value: Tensor) -> Tensor:
+            factor = p.to(value.dtype).reshape(factors[index].shape)
+            return product(*((factor, value) if index == 0 else (value, factor)))
 
         # The row of each element of the output, whatever its layout: the product of the row's number at the first key
         # and a value of ones; in float64, which is exact, and which autocast leaves alone.
         ones = torch.ones_like(factors[1 - index], dtype=torch.float64)
-        numbers = pending.numbers().reshape(factors[index].shape)
-        row = plain(*((numbers, ones) if index == 0 else (ones, numbers))).round().long().flatten()
+        rows = torch.arange(pending.counted.numel(), dtype=torch.float64, device=ones.device)
+        if not (with_value(pending.at_first_key(torch.ones_like(rows)), ones) == 1).all():
+            return output  # a sum over several rows, such as one over the heads: it shows no head's output
+        row = with_value(pending.at_first_key(rows), ones).round().long().flatten()
 
         def products(x: Tensor, y: Tensor) -> Tensor:
-            sums = torch.zeros(pending.counted.numel(), dtype=torch.float64, device=x.device)
+            sums = torch.zeros(len(rows), dtype=torch.float64, device=x.device)
             sums.index_add_(0, row, (x * y).flatten().double())
             return pending.by_head(sums.view(pending.counted.shape)).squeeze(-1)
 
-        p = pending.sigmoid()
-        results = output.float(), product(p).float(), product(p * (1 - p)).float()
+        p, value = pending.sigmoid(), factors[1 - index]
+        results = attended.float(), with_value(p, value).float(), with_value(p * (1 - p), value).float()
         observer.outputs(pending.site, pending.query, pending.counted_rows(), products, *results)
         return output
 
@@ -541,12 +545,11 @@ class _Pending:
     def counted_rows(self) -> Tensor:
         return self.by_head(self.counted).squeeze(-1)
 
-    def numbers(self) -> Tensor:
-        """Of the scores' shape, float64: at each row's first key the row's number, in the scores' order."""
-        numbers = torch.zeros(self.wide.shape, dtype=torch.float64, device=self.wide.device)
-        rows = torch.arange(self.counted.numel(), dtype=torch.float64, device=self.wide.device)
-        numbers.narrow(self.dim, 0, 1).copy_(rows.view(self.counted.shape))
-        return numbers
+    def at_first_key(self, values: Tensor) -> Tensor:
+        """Of the scores' shape: at each row's first key one of ``values`` [rows], in the scores' order, else 0."""
+        placed = torch.zeros(self.wide.shape, dtype=values.dtype, device=values.device)
+        placed.narrow(self.dim, 0, 1).copy_(values.view(self.counted.shape))
+        return placed
 
 
 def _seen(mask: Tensor) -> Tensor:

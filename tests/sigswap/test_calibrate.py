@@ -141,6 +141,60 @@ def test_errors_and_refit_against_an_oracle(explicit: bool, query_bias: bool, mo
                 assert (errors(0.0, sign * torch.eye(8)[channel])[0] > after).all()
 
 
+class Spelled(nn.Module):
+    """Attention whose product with the value is spelled in one of several ways."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.qkv, self.spelling = nn.Linear(8, 24), spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        p = (q @ k.mT / 2).softmax(-1)
+        added = 10 * q if "added" in self.spelling else torch.zeros_like(q)
+        if self.spelling == "out":
+            out = torch.bmm(p, v, out=torch.empty_like(q))
+        elif self.spelling.startswith("in place"):
+            out = added.clone().baddbmm_(p, v)
+        elif self.spelling.startswith("baddbmm"):
+            out = torch.baddbmm(added, p, v)
+        elif self.spelling == "summed over heads":
+            p, v = (y.unflatten(0, (-1, 2)) for y in (p, v))
+            return torch.einsum("bhmn,bhnd->bmd", p, v).repeat(1, 1, 2)
+        else:
+            out = torch.bmm(p, v)
+        return (out - added).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+
+
+def test_spellings_of_the_product_with_the_value() -> None:
+    """What it adds, and where it writes, makes no difference; a sum over heads shows no head's output."""
+
+    @torch.no_grad()  # out= has no gradient
+    def calibrated(spelling: str) -> tuple[list[Any], nn.Module, Tensor]:
+        torch.manual_seed(0)
+        x, model = torch.randn(3, 6, 8, dtype=torch.float64), Wrapper(Spelled(spelling).double())
+        sigswap.convert(model, QUERY_BIAS, example_inputs=x)
+        seen: list[Tensor] = []
+        hook = model.attention.register_forward_hook(lambda *_: seen.append(_[2]))
+        report = sigswap.calibrate(model, [x], progress=False)
+        hook.remove()
+        with sigswap.softmax(model):
+            truth = model(x)
+        assert all(torch.allclose(y, truth) for y in seen)  # the model runs as softmax all the time
+        return report.heads, model, model(x)
+
+    heads, _, expected = calibrated("bmm")
+    assert all(head.after < head.before for head in heads)
+    for spelling in ("out", "in place", "in place, added", "baddbmm", "baddbmm, added"):
+        others, _, output = calibrated(spelling)
+        for head, other in zip(heads, others, strict=True):
+            assert (other.before, other.after) == pytest.approx((head.before, head.after), rel=1e-6), spelling
+        torch.testing.assert_close(output, expected)
+    heads, model, _ = calibrated("summed over heads")
+    assert all(head.before is None and head.after is None for head in heads)
+    assert any("From the logsumexp alone" in note for note in sigswap.report(model).notes)
+
+
 def test_refits_of_few_rows_stay_near_the_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     """The more rows the regression counts as, the less w_h moves; without data it does not move at all."""
     torch.manual_seed(0)
