@@ -50,9 +50,9 @@ def calibrate(
 
     Per site, whichever its config has: QK-norm's weights, by least squares to the query and key before the norm; c_h
     [heads] and w_h [heads, head_dim], by ridge regression of ``-(logsumexp of the row) - b0`` on the query, in float64;
-    both again, by ``refine`` Gauss-Newton steps on the squared error of the attention's output, which the fewer rows
-    there are leave w_h the nearer to where it was; LayerScale and
-    hybrid-norm, by least squares on the owner's output per channel. No head's error gets larger than it was. Rows of
+    both again, by ``refine`` Gauss-Newton steps on the squared error of the attention's output (the fewer the rows, the
+    less w_h moves; without data not at all); LayerScale and hybrid-norm, by least squares on the owner's output per
+    channel. No head's error gets larger than it was. Rows of
     padding do not count where they can be told (self-attention whose mask hides a position from itself). The base
     parameters are not changed.
 
