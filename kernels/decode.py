@@ -39,6 +39,7 @@ from sigswap.kernels.triton_common import (
     load_rows,
     probabilities,
     row_biases,
+    single,
     unit_of,
 )
 
@@ -137,6 +138,7 @@ def _decode_kernel(
     P_SCALE: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the keys, for BLOCK_M of the group * q_len rows of one key head."""
+    scale, softcap, const_bias = single(scale), single(softcap), single(const_bias)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)

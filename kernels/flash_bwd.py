@@ -66,6 +66,7 @@ from sigswap.kernels.triton_common import (
     row_biases,
     row_stride,
     rows_of_keys,
+    single,
     store_rows,
     unit_of,
 )
@@ -476,6 +477,7 @@ def _keys_kernel(
     vector of rows (BIAS_ROWS), of which floor has each block's minimum, if FORM is AUTO. q, do, and a bias of rows:
     descriptors if TMA (stride_bias_b and stride_bias_h then count the bias's rows).
     """
+    scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
@@ -635,6 +637,7 @@ def _rows_kernel(
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
+    scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
@@ -736,6 +739,7 @@ def _mask_kernel(
 
     out: float32 [splits, mask_batches, H|1, M|1, N|1], contiguous.
     """
+    scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)

@@ -52,6 +52,7 @@ from sigswap.kernels.triton_common import (
     load_rows,
     probabilities,
     row_biases,
+    single,
     store_rows,
     unit_of,
 )
@@ -231,6 +232,7 @@ def _forward_kernel(
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest; each sequence has its own.
     """
+    scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -264,7 +266,11 @@ def signature_of(
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
+    if _recorder is None or not _recorder.here():
+        aligned = tensor.data_ptr() % 16 == 0
+    else:  # inductor aligns what it allocates and what it is given
+        aligned = tensor.storage_offset() * tensor.itemsize % 16 == 0
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype, aligned)
 
 
 def optional_layout(tensor: Tensor | None) -> Layout | None:
@@ -409,6 +415,9 @@ class Launch:
         self._run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        if _recorder is not None and _recorder.here():
+            _recorder.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
+            return
         if self._run is not None:
             self._run(*tensors, *self._rest)
             return
@@ -424,6 +433,35 @@ class Launch:
 
 
 _compiled: dict[Any, Any] = {}
+
+
+class Recorder(NamedTuple):
+    """What gets a thread's launches instead of the GPU; their tensors may be fake."""
+
+    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
+    """``record(kernel, grid, arguments, options)``"""
+    thread: int
+
+    def here(self) -> bool:
+        return self.thread == threading.get_ident()
+
+
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recorded_by(record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]) -> Iterator[None]:
+    """This thread's launches go to ``record``."""
+    global _recorder
+    with _one_recorder:
+        _recorder = Recorder(record, threading.get_ident())
+        try:
+            yield
+        finally:
+            _recorder = None
+
+
+_one_recorder = threading.Lock()
 
 
 def _tensor_key(tensor: Layout | Described | None) -> Any:

@@ -134,6 +134,12 @@ def sigmoid(x, FORM: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def single(number):
+    """A scalar in float32, which Triton passes floats as; inductor passes them in float64."""
+    return tl.cast(number, tl.float32)
+
+
+@triton.jit
 def unit_of(FORM: tl.constexpr):
     """The factor from a score to sigmoid()'s argument."""
     return 0.5 if FORM == _FAST else _LOG2E
@@ -208,7 +214,7 @@ def probabilities(
     row_bias is in units of unit_of(FORM). edge: whether the band cuts the tile. Masked scores become -inf before the
     sigmoid, so that a NaN in a masked key does not reach its neighbour through the shared reciprocal, and 0 after it.
     """
-    unit: tl.constexpr = unit_of(FORM)
+    unit: tl.constexpr = 0.5 if FORM == _FAST else _LOG2E  # unit_of(FORM), whose result is no constant
     slope = s
     if SOFTCAP:
         # tanh.approx would be off by 5e-4 of the cap. 1 - 2 / (e^2x + 1), for |x| large and small alike, by 1e-7.
@@ -355,6 +361,7 @@ def bias_kernel(
 
     floor[b, h, k]: the least of block k's, also of packed sequences.
     """
+    const_bias = single(const_bias)
     blocks = tl.cdiv(q_len, BLOCK_M)
     head = (tl.program_id(0) // blocks) % heads
     batch = tl.program_id(0) // blocks // heads

@@ -43,6 +43,7 @@ from sigswap.kernels.triton_common import (
     load_rows,
     row_stride,
     sigmoid,
+    single,
     store_rows,
     unit_of,
 )
@@ -248,6 +249,7 @@ def _forward_kernel(
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, in a part of the sequences that have one mask."""
+    scale, const_bias = single(scale), single(const_bias)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
@@ -291,6 +293,7 @@ def _backward_kernel(
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: all gradients of one head, in a part of the sequences that have one mask."""
+    scale, const_bias = single(scale), single(const_bias)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)

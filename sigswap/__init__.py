@@ -21,7 +21,7 @@ from sigswap.regional import compile_attention
 from sigswap.report import Report, SiteRecord
 
 if TYPE_CHECKING:
-    from sigswap.inductor import InductorLowering, enable_inductor_lowering
+    from sigswap.inductor import InductorLaunches, InductorLowering, enable_inductor_lowering
 
 __version__ = "0.1.0"
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
@@ -32,6 +32,7 @@ __all__ = [
     "CompiledSite",
     "DistillationReport",
     "HeadRecord",
+    "InductorLaunches",
     "InductorLowering",
     "Report",
     "SigmoidConfig",
@@ -60,7 +61,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The names of sigswap.inductor, on use: it imports inductor, which takes seconds."""
-    if name not in ("InductorLowering", "enable_inductor_lowering"):
+    if name not in ("InductorLaunches", "InductorLowering", "enable_inductor_lowering"):
         raise AttributeError(f"module 'sigswap' has no attribute {name!r}")
     from sigswap import inductor
 

@@ -1,4 +1,4 @@
-"""Lowering under plain ``torch.compile``: sigswap's pass in inductor's own hook for passes before autograd.
+"""sigswap's passes in inductor's own hooks: lowering before autograd, and visible launches after it.
 
 ``torch.compile(converted_model)`` without ``backend="sigswap"`` runs each ``scaled_dot_product_attention`` that was
 swapped as FlashSigmoid already; attention that computes its own scores runs unfused, unless this pass lowers it.
@@ -17,7 +17,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 import sigswap.kernels
 import sigswap.passes
+from sigswap.kernels import settings
 from sigswap.passes.lower import lower
+from sigswap.passes.visible import make_launches_visible
 
 
 class InductorLowering(CustomGraphPass):
@@ -44,24 +46,48 @@ class InductorLowering(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Of the pass's own source, so that inductor's caches hit as long as that stays the same."""
-        own = _source_hash()
-        if self.after is None:
-            return own
-        before = self.after.uuid() if isinstance(self.after, CustomGraphPass) else None
-        return None if before is None else (own, before)
+        return _with_uuid_of(self.after, _source_hash())
+
+
+class InductorLaunches(CustomGraphPass):
+    """Makes inductor launch the Triton kernels of FlashSigmoid as its own, instead of calling the op.
+
+    A call of the op costs the host more than its launches. The op stays where a kernel needs what inductor does not
+    pass on (tensor descriptors, a limit on registers: long sequences without a mask on Hopper, which hide the host's
+    time), where lengths vary, and off the GPU. ``backend="sigswap"`` has this pass, as has
+    :func:`enable_inductor_lowering`.
+    For one model that plain ``torch.compile`` compiles: ``options={"post_grad_custom_post_pass": ...}``.
+
+    ``after``: a pass that runs before it.
+    """
+
+    def __init__(self, after: Callable[[torch.fx.Graph], None] | None = None) -> None:
+        self.after = after
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self.after is not None:
+            self.after(graph)
+        if not torch._inductor.config.cpp_wrapper:
+            make_launches_visible(graph)
+
+    def uuid(self) -> Any:
+        """Of the source of passes and kernels, and of what else chooses between kernels."""
+        own = _source_hash(), settings.sigmoid_form, torch.backends.cuda.matmul.fp32_precision
+        return _with_uuid_of(self.after, own)
 
 
 class Enabled:
     """What :func:`enable_inductor_lowering` gives: ``remove()`` ends it, and so does the end of a ``with``."""
 
-    def __init__(self, added: InductorLowering | None) -> None:
-        """``added``: None, if it was enabled before; then whoever did that removes it."""
+    def __init__(self, added: dict[str, InductorLowering | InductorLaunches]) -> None:
+        """``added``: by inductor's name for the hook; none, if it was enabled before: whoever did that removes them."""
         self.added = added
 
     def remove(self) -> None:
-        """Puts back the pass that was there before. Models that are compiled already stay as they are."""
-        if self.added is not None and torch._inductor.config.pre_grad_custom_pass is self.added:
-            torch._inductor.config.pre_grad_custom_pass = self.added.after
+        """Puts back the passes that were there before. Models that are compiled already stay as they are."""
+        for hook, added in self.added.items():
+            if getattr(torch._inductor.config, hook) is added:
+                setattr(torch._inductor.config, hook, added.after)
 
     def __enter__(self) -> Enabled:
         return self
@@ -73,15 +99,24 @@ class Enabled:
 def enable_inductor_lowering() -> Enabled:
     """Makes every later ``torch.compile`` by inductor lower the attention of converted models, in this process.
 
-    It sets ``torch._inductor.config.pre_grad_custom_pass``; a pass that is there runs first. To be called once, or as
-    ``with sigswap.enable_inductor_lowering(): ...`` around the compilation, which is the first call of the model.
+    It sets ``pre_grad_custom_pass`` and ``post_grad_custom_post_pass`` of ``torch._inductor.config``; passes that are
+    there run first. To be called once, or as ``with sigswap.enable_inductor_lowering(): ...`` around the compilation,
+    which is the first call of the model, and its first backward pass.
     """
-    present = torch._inductor.config.pre_grad_custom_pass
-    if isinstance(present, InductorLowering):
-        return Enabled(None)
-    added = InductorLowering(present)
-    torch._inductor.config.pre_grad_custom_pass = added
+    added: dict[str, InductorLowering | InductorLaunches] = {}
+    for hook, kind in (("pre_grad_custom_pass", InductorLowering), ("post_grad_custom_post_pass", InductorLaunches)):
+        present = getattr(torch._inductor.config, hook)
+        if not isinstance(present, kind):
+            added[hook] = kind(present)
+            setattr(torch._inductor.config, hook, added[hook])
     return Enabled(added)
+
+
+def _with_uuid_of(after: Callable[[torch.fx.Graph], None] | None, own: Any) -> Any:
+    if after is None:
+        return own
+    before = after.uuid() if isinstance(after, CustomGraphPass) else None
+    return None if before is None else (own, before)
 
 
 @functools.cache

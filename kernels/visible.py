@@ -1,0 +1,65 @@
+"""An attention op as a graph of its Triton launches, for a compiler that launches Triton kernels by itself.
+
+Called through the dispatcher, an op costs tens of microseconds of the host's time before its first launch. Inductor
+knows Triton kernels (``torch.library.wrap_triton``): it allocates for them and launches them as its own. What runs is
+worked out here by running the implementation on fake tensors, so it is the same as in eager.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import triton
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sigswap.kernels import dispatch
+from sigswap.kernels.launch import recorded_by
+from sigswap.kernels.reference import Options
+
+
+class NotVisible(Exception):
+    """The op has to stay as it is; says why."""
+
+
+def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.fx.GraphModule:
+    """A graph of what the op does, functional, with one placeholder for each of the inputs that is a tensor.
+
+    Args:
+        backward: Of ``sigswap::sigmoid_attention_backward``, else of ``sigswap::sigmoid_attention``.
+        inputs: The op's, tensors fake, with sizes and strides that are numbers.
+
+    Raises:
+        NotVisible: A launch needs what ``wrap_triton`` does not pass on when it is traced (tensor descriptors, a limit
+            on registers), or the op does not run Triton kernels.
+    """
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    if dispatch.kernels_for(inputs[1], inputs[3] if backward else inputs[2]) is None:
+        raise NotVisible("it runs in plain PyTorch")
+    implementation: Callable[..., Any] = dispatch.backward if backward else dispatch.forward
+
+    def run(*given: Tensor) -> Any:
+        remaining = iter(given)
+        return implementation(*(next(remaining) if isinstance(each, Tensor) else each for each in inputs), options)
+
+    with recorded_by(_launch):
+        return make_fx(torch.func.functionalize(run))(*tensors)
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], options: dict[str, int]) -> None:
+    if any(isinstance(argument, TensorDescriptor) for argument in arguments):
+        raise NotVisible("it loads by tensor descriptors")
+    if "maxnreg" in options:
+        raise NotVisible("it limits registers")
+    torch.library.wrap_triton(_with_options(kernel, tuple(options.items())))[grid](*arguments)
+
+
+@functools.cache
+def _with_options(kernel: Any, options: tuple[tuple[str, int], ...]) -> Any:
+    """One object per kernel and options: PyTorch keeps each kernel that it ever traced."""
+    return triton.autotune(configs=[triton.Config({}, **dict(options))], key=[])(kernel) if options else kernel

@@ -1,0 +1,132 @@
+"""Replaces calls of sigswap's attention ops by their Triton launches, in a graph that inductor is about to lower.
+
+Inductor then allocates for the kernels and launches them as its own, which costs the host less than a call of an op.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+from torch.fx import Node
+
+from sigswap.kernels import ops  # noqa: F401  # registers the ops
+from sigswap.kernels.reference import Options
+
+logger = logging.getLogger("sigswap")
+
+_FORWARD = torch.ops.sigswap.sigmoid_attention.default
+_BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
+_LAUNCH = triton_kernel_wrapper_functional
+_EMPTY = torch.ops.aten.empty_strided.default
+_OTHER_EMPTY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
+
+def make_launches_visible(graph: torch.fx.Graph) -> int:
+    """Replaces what it can of the graph's calls, in place; the graph stays functional. Calls on a GPU only.
+
+    graph: of ATen, with fake tensors in ``meta["val"]``, as inductor has it.
+
+    Returns:
+        How many calls were replaced. The others stay; the log says why, at level debug.
+    """
+    done = 0
+    made: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (_FORWARD, _BACKWARD):
+            reason = _replace(graph, node, made)
+            if reason is None:
+                done += 1
+            else:
+                logger.debug("%s stays an op for inductor: %s", node, reason)
+    return done
+
+
+def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | None:
+    """The reason, if it was not done. made: launches that are in the graph already, by what they do."""
+    backward = call.target is _BACKWARD
+    inputs = list(call.args)
+    inputs += [None] * (6 - len(inputs))  # trailing ones that are None are left out, in the forward
+    operands = [each for each in inputs if isinstance(each, Node)]
+    values = [node.meta.get("val") for node in operands]
+    if not all(isinstance(value, Tensor) and value.is_cuda for value in values):
+        return "it is not on a GPU"
+    sizes = [number for value in values for number in (*value.shape, *value.stride(), value.storage_offset())]
+    if not all(isinstance(number, int | float) for number in (*sizes, *call.kwargs.values())):
+        return "its lengths vary"
+    # Not before it is needed: it imports Triton.
+    from sigswap.kernels import visible
+
+    given = [each.meta["val"] if isinstance(each, Node) else each for each in inputs]
+    try:
+        with detect_fake_mode(values), torch.no_grad():
+            launches = visible.launches(backward, given, Options(**call.kwargs))
+    except visible.NotVisible as error:
+        return str(error)
+    with graph.inserting_before(call):
+        results = _inline(launches.graph, graph, operands, made)
+    if backward:
+        for user in list(call.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    else:
+        call.replace_all_uses_with(results[0])
+    graph.erase_node(call)
+    return None
+
+
+def _inline(
+    launches: torch.fx.Graph, graph: torch.fx.Graph, operands: Sequence[Node], made: dict[Any, Node]
+) -> Sequence[Node]:
+    """Copies the launches to where the graph inserts, and gives their results."""
+    copies: dict[Node, Node] = {}
+    remaining = iter(operands)
+    empty = []
+    for node in launches.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(remaining)
+        elif node.op == "output":
+            results = torch.fx.map_arg(node.args[0], copies.__getitem__)
+        elif node.target in _OTHER_EMPTY:  # inductor may give some of these other strides than they have in eager
+            value = node.meta["val"]
+            arguments = list(value.shape), list(value.stride())
+            kind = {"dtype": value.dtype, "device": value.device}
+            copies[node] = graph.call_function(_EMPTY, arguments, kind)
+            copies[node].meta["val"] = value
+            empty.append(copies[node])
+        elif node.target is _LAUNCH:
+            new = graph.node_copy(node, copies.__getitem__)
+            # Inductor keeps exactly these strides, which the kernels' arguments have.
+            new.meta["eager_input_vals"] = (), torch.fx.map_arg(new.kwargs, lambda each: each.meta["val"])
+            key = _what_it_does(new)
+            copies[node] = made.setdefault(key, new)
+            if copies[node] is not new:
+                graph.erase_node(new)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node in empty:
+        if not node.users:
+            graph.erase_node(node)
+    return results if isinstance(results, tuple | list) else (results,)
+
+
+def _what_it_does(launch: Node) -> Any:
+    """Equal for launches with equal results: layers that share a mask count its keys once."""
+    arguments: dict[str, Any] = dict(launch.kwargs["kwargs"])
+    for name in launch.kwargs["tensors_to_clone"]:
+        if arguments[name].target is not _EMPTY:
+            return launch
+        arguments[name] = arguments[name].args, tuple(arguments[name].kwargs.items())
+    constant = kernel_side_table.get_constant_args(launch.kwargs["constant_args_idx"])
+    return repr((launch.kwargs["kernel_idx"], launch.kwargs["grid"], arguments, constant))
