@@ -15,6 +15,7 @@ import torch
 import torch.fx
 import triton
 from torch import Tensor
+from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -47,6 +48,7 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
         remaining = iter(given)
         return implementation(*(next(remaining) if isinstance(each, Tensor) else each for each in inputs), options)
 
+    _remember_what_is_written()
     with recorded_by(_launch):
         return make_fx(torch.func.functionalize(run))(*tensors)
 
@@ -57,6 +59,34 @@ def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...],
     if "maxnreg" in options:
         raise NotVisible("it limits registers")
     torch.library.wrap_triton(_with_options(kernel, tuple(options.items())))[grid](*arguments)
+
+
+@functools.cache
+def _remember_what_is_written() -> None:
+    """Makes PyTorch find out once per kernel and arguments which of its arguments a kernel writes.
+
+    It does so by running Triton's front end, 0.1 s, and does it three times for each launch; a model has hundreds, of a
+    few kinds. This only saves time: where PyTorch has no such function, it takes as long as it takes.
+    """
+    name = next((n for n in ("identify_mutated_tensors", "identify_accessed_tensors") if hasattr(wrap, n)), None)
+    if name is None:
+        return
+    identify = getattr(wrap, name)
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(identify)
+    def remembered(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
+        function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+        if descriptors or not function.__module__.startswith("sigswap."):
+            return identify(kernel, arguments, descriptors)
+        # Tensors are fake ones, or inductor's.
+        kinds = ((k, str(v.dtype) if hasattr(v, "dtype") else repr(v)) for k, v in arguments.items())
+        key = function, tuple(kinds)
+        if key not in known:
+            known[key] = identify(kernel, arguments, descriptors)
+        return known[key]
+
+    setattr(wrap, name, remembered)
 
 
 @functools.cache
