@@ -84,6 +84,8 @@ class Signature(NamedTuple):
     """Of float32."""
     packed: tuple[int, int, int] | None
     """(sequences, longest query, longest key)."""
+    descriptors: bool
+    """Whether there may be tensor descriptors."""
 
     @property
     def batch(self) -> int:
@@ -171,7 +173,7 @@ class Signature(NamedTuple):
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
-        if not (self.plain and capability(self.device) >= 90 and self.element_size == 2):
+        if not (self.descriptors and self.plain and capability(self.device) >= 90 and self.element_size == 2):
             return False
         return self.packed is None and shortest >= 128
 
@@ -262,6 +264,7 @@ def signature_of(
         # allow_tf32 would raise, once this is used.
         query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
+        _recorder is None or not _recorder.here() or _recorder.descriptors,
     )
 
 
@@ -349,7 +352,9 @@ class Described:
         self.shape, self.strides, self.block, self.dtype = shape, strides, block, dtype
         self._checked: dict[str, Any] | None = None
 
-    def __call__(self, tensor: Tensor) -> TensorDescriptor:
+    def __call__(self, tensor: Tensor) -> TensorDescriptor | Tensor:
+        if _recorder is not None and _recorder.here():
+            return tensor
         # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:
             descriptor = TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
@@ -441,6 +446,8 @@ class Recorder(NamedTuple):
     record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
     """``record(kernel, grid, arguments, options)``"""
     thread: int
+    descriptors: bool
+    """Whether the launches may be given tensor descriptors."""
 
     def here(self) -> bool:
         return self.thread == threading.get_ident()
@@ -450,11 +457,13 @@ _recorder: Recorder | None = None
 
 
 @contextmanager
-def recorded_by(record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]) -> Iterator[None]:
+def recorded_by(
+    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None], *, descriptors: bool
+) -> Iterator[None]:
     """This thread's launches go to ``record``."""
     global _recorder
     with _one_recorder:
-        _recorder = Recorder(record, threading.get_ident())
+        _recorder = Recorder(record, threading.get_ident(), descriptors)
         try:
             yield
         finally:

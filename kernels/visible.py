@@ -8,6 +8,7 @@ worked out here by running the implementation on fake tensors, so it is the same
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ import triton
 from torch import Tensor
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.launch import recorded_by
 from sigswap.kernels.reference import Options
+
+FEW_SCORES = 1 << 26
+"""An op on fewer scores takes the GPU less time than its call takes the host. So its launches are made visible even
+where the GPU would be some percent faster with tensor descriptors and a limit on registers."""
 
 
 class NotVisible(Exception):
@@ -36,12 +40,14 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
         inputs: The op's, tensors fake, with sizes and strides that are numbers.
 
     Raises:
-        NotVisible: A launch needs what ``wrap_triton`` does not pass on when it is traced (tensor descriptors, a limit
-            on registers), or the op does not run Triton kernels.
+        NotVisible: A launch takes what ``wrap_triton`` does not pass on when it is traced (tensor descriptors, a limit
+            on registers) and the op has many scores, or it does not run Triton kernels.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
-    if dispatch.kernels_for(inputs[1], inputs[3] if backward else inputs[2]) is None:
+    query, key, value = inputs[1:4] if backward else inputs[:3]
+    if dispatch.kernels_for(query, value) is None:
         raise NotVisible("it runs in plain PyTorch")
+    few = math.prod(query.shape[:3]) * key.shape[2] < FEW_SCORES
     implementation: Callable[..., Any] = dispatch.backward if backward else dispatch.forward
 
     def run(*given: Tensor) -> Any:
@@ -49,16 +55,19 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
         return implementation(*(next(remaining) if isinstance(each, Tensor) else each for each in inputs), options)
 
     _remember_what_is_written()
-    with recorded_by(_launch):
+    with recorded_by(functools.partial(_launch, few), descriptors=not few):
         return make_fx(torch.func.functionalize(run))(*tensors)
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], options: dict[str, int]) -> None:
-    if any(isinstance(argument, TensorDescriptor) for argument in arguments):
+def _launch(
+    few: bool, kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], options: dict[str, int]
+) -> None:
+    if dict(zip(kernel.arg_names, arguments, strict=True)).get("TMA", False):
         raise NotVisible("it loads by tensor descriptors")
-    if "maxnreg" in options:
+    if "maxnreg" in options and not few:
         raise NotVisible("it limits registers")
-    torch.library.wrap_triton(_with_options(kernel, tuple(options.items())))[grid](*arguments)
+    kept = tuple((name, value) for name, value in options.items() if name != "maxnreg")
+    torch.library.wrap_triton(_with_options(kernel, kept))[grid](*arguments)
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     inputs += [None] * (6 - len(inputs))  # trailing ones that are None are left out, in the forward
     operands = [each for each in inputs if isinstance(each, Node)]
     values = [node.meta.get("val") for node in operands]
-    if not all(isinstance(value, Tensor) and value.is_cuda for value in values):
+    if not all(_on_gpu(value) for value in values):
         return "it is not on a GPU"
     sizes = [number for value in values for number in (*value.shape, *value.stride(), value.storage_offset())]
     if not all(isinstance(number, int | float) for number in (*sizes, *call.kwargs.values())):
@@ -84,6 +84,10 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
         call.replace_all_uses_with(results[0])
     graph.erase_node(call)
     return None
+
+
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
 
 
 def _inline(
@@ -115,10 +119,11 @@ def _inline(
                 graph.erase_node(new)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = results if isinstance(results, tuple | list) else (results,)
     for node in empty:
-        if not node.users:
+        if not node.users and node not in results:  # its launch was there already
             graph.erase_node(node)
-    return results if isinstance(results, tuple | list) else (results,)
+    return results
 
 
 def _what_it_does(launch: Node) -> Any:

@@ -52,10 +52,9 @@ class InductorLowering(CustomGraphPass):
 class InductorLaunches(CustomGraphPass):
     """Makes inductor launch the Triton kernels of FlashSigmoid as its own, instead of calling the op.
 
-    A call of the op costs the host more than its launches. The op stays where a kernel needs what inductor does not
-    pass on (tensor descriptors, a limit on registers: long sequences without a mask on Hopper, which hide the host's
-    time), where lengths vary, and off the GPU. ``backend="sigswap"`` has this pass, as has
-    :func:`enable_inductor_lowering`.
+    A call of the op costs the host more than its launches. The op stays where the GPU works longer than that (from 2^26
+    scores) and a kernel needs what inductor does not pass on (tensor descriptors, a limit on registers); where lengths
+    vary; and off the GPU. ``backend="sigswap"`` has this pass, as has :func:`enable_inductor_lowering`.
     For one model that plain ``torch.compile`` compiles: ``options={"post_grad_custom_post_pass": ...}``.
 
     ``after``: a pass that runs before it.

@@ -230,6 +230,8 @@ def test_mode_and_options_reach_inductor(module: Attention, x: Tensor, monkeypat
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     torch.compile(module, backend="sigswap", options={"inner_options": {"max_fusion_size": 3}})(x)
+    launches = seen.pop("post_grad_custom_post_pass")
+    assert isinstance(launches, sigswap.InductorLaunches)
     assert seen == {"max_fusion_size": 3}
     assert callable(sigswap_backend)
 

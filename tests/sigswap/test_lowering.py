@@ -23,6 +23,7 @@ import sigswap
 from sigswap import inductor
 from sigswap.cli import app
 from sigswap.errors import ExampleInputsError, NotConvertedError
+from sigswap.kernels import settings
 
 B, M = 2, 12
 
@@ -103,8 +104,10 @@ def test_hook_for_all_models(model: Blocks, x: Tensor, lowered: list[Any]) -> No
         with sigswap.enable_inductor_lowering():  # a second time: the same
             pass
         sigswap.enable_inductor_lowering()
+        assert isinstance(inductor_config.post_grad_custom_post_pass, sigswap.InductorLaunches)
         out = torch.compile(model)(x)
     assert inductor_config.pre_grad_custom_pass is None
+    assert inductor_config.post_grad_custom_post_pass is None
     close(out, expected)
     out.sum().backward()
     assert count(lowered) == 3
@@ -125,12 +128,15 @@ def test_hook_changes_no_other_model(model: Blocks, x: Tensor, lowered: list[Any
 def test_hook_runs_a_pass_that_is_there_first(model: Blocks, x: Tensor) -> None:
     seen: list[torch.fx.Graph] = []
     sigswap.convert(model, example_inputs=(x,))
-    with inductor_config.patch(pre_grad_custom_pass=seen.append):
+    later: list[torch.fx.Graph] = []
+    with inductor_config.patch(pre_grad_custom_pass=seen.append, post_grad_custom_post_pass=later.append):
         enabled = sigswap.enable_inductor_lowering()
         torch.compile(model)(x)
         enabled.remove()
         assert inductor_config.pre_grad_custom_pass == seen.append
+        assert inductor_config.post_grad_custom_post_pass == later.append
     assert seen
+    assert later
 
 
 def test_uuid_is_that_of_the_source() -> None:
@@ -140,6 +146,14 @@ def test_uuid_is_that_of_the_source() -> None:
     first = sigswap.InductorLowering(sigswap.InductorLowering())
     assert first.uuid() not in (None, sigswap.InductorLowering().uuid())
     assert sigswap.InductorLowering(lambda graph: None).uuid() is None  # its source is not known: no caching
+
+
+def test_uuid_of_launches_has_what_chooses_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sigswap.InductorLaunches().uuid()
+    assert before == sigswap.InductorLaunches().uuid()
+    monkeypatch.setattr(settings, "sigmoid_form", "accurate")
+    assert sigswap.InductorLaunches().uuid() != before
+    assert sigswap.InductorLaunches(lambda graph: None).uuid() is None
 
 
 @pytest.mark.parametrize("backend", ["inductor", "sigswap"])

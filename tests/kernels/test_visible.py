@@ -1,0 +1,206 @@
+"""Visible launches: what inductor gets instead of a call of the op. Results are judged on a GPU, by float64; the graph
+itself on any machine, for an H100 that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sigswap
+from sigswap.kernels import dispatch, ops
+from sigswap.passes.visible import make_launches_visible
+
+triton = pytest.importorskip("triton")
+
+LAUNCH = "triton_kernel_wrapper_functional"
+OPS = (torch.ops.sigswap.sigmoid_attention.default, torch.ops.sigswap.sigmoid_attention_backward.default)
+
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the CPU count as an H100's, for which Triton's front end compiles."""
+    from triton.backends.compiler import GPUTarget
+
+    from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, windows
+
+    if not isinstance(flash_fwd._forward_kernel, triton.JITFunction):
+        pytest.skip("Triton's interpreter compiles nothing")
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
+    monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("sigswap.passes.visible._on_gpu", lambda value: True)
+
+
+class Case:
+    """An attention problem, and its result in float64."""
+
+    def __init__(
+        self,
+        q_len: int = 70,
+        kv_len: int = 70,
+        batch: int = 2,
+        heads: int = 4,
+        kv_heads: int = 4,
+        dim: int = 32,
+        mask: tuple[int, ...] | None = None,
+        bias: tuple[int, ...] | None = (1, 4, 1, 1),
+        dtype: torch.dtype = torch.bfloat16,
+        **options: Any,
+    ) -> None:
+        self.options = {"scale": dim**-0.5} | options
+        self.dtype, self.mask, self.bias = dtype, mask, bias
+        self.shapes = (batch, q_len, heads, dim), (batch, kv_len, kv_heads, dim), (batch, kv_len, kv_heads, dim)
+
+    def inputs(self, device: str) -> list[Tensor | None]:
+        """query, key, value, bias and mask; the first three as models have them, with heads inside."""
+        tensors = [torch.randn(shape, device=device).to(self.dtype).transpose(1, 2) for shape in self.shapes]
+        for shape in (self.bias, self.mask):
+            tensors.append(None if shape is None else torch.randn(shape, device=device).to(self.dtype))
+        return [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
+
+    def run(self, *inputs: Tensor | None) -> Tensor:
+        return ops.sigmoid_attention(*inputs, None, **self.options)
+
+    def oracle(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        query, key, value = query.double(), key.double(), value.double()
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.mT * self.options["scale"]
+        cap = self.options.get("softcap", 0.0)
+        scores = cap * torch.tanh(scores / cap) if cap else scores
+        if mask is not None:
+            scores = scores + mask.double().repeat(scores.shape[0] // mask.shape[0], 1, 1, 1)
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
+        if self.options.get("is_causal"):
+            visible = visible.tril(scores.shape[3] - scores.shape[2] if self.options.get("bottom_right") else 0)
+        scores = scores - visible.sum(-1, keepdim=True).clamp(min=1).double().log()
+        scores = scores if bias is None else scores + bias.double()
+        return torch.where(visible, torch.sigmoid(scores), 0.0) @ value
+
+
+CASES = {
+    "plain": Case(),
+    "no bias": Case(bias=None),
+    "causal": Case(is_causal=True),
+    "descriptors": Case(q_len=256, kv_len=256, dim=64),
+    "limited registers": Case(q_len=50, kv_len=50, dim=64, bias=None),
+    "position bias": Case(mask=(1, 4, 70, 70)),
+    "position bias, causal": Case(mask=(1, 4, 70, 70), is_causal=True),
+    "padding": Case(mask=(2, 1, 1, 70), kv_heads=2),
+    "windows": Case(q_len=49, kv_len=49, batch=8, mask=(4, 4, 49, 49)),
+    "decode": Case(q_len=1, kv_len=1100, kv_heads=2, is_causal=True, bottom_right=True),
+    "row bias": Case(bias=(2, 4, 70, 1), softcap=5.0),
+    "float32": Case(dtype=torch.float32, dim=40),
+    "odd": Case(q_len=17, kv_len=193, dim=72),
+}
+
+
+def traced(case: Case, *, dynamic: bool = False) -> torch.fx.GraphModule:
+    """Of the op, and of its backward."""
+
+    def function(grad_out: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        out = case.run(*inputs)
+        return out, *OPS[1](grad_out, *inputs, None, [each is not None for each in inputs], **case.options)
+
+    with torch.no_grad() if dynamic else FakeTensorMode():
+        inputs = [None if each is None else each.detach() for each in case.inputs("cpu")]
+        grad_out = torch.empty_like(inputs[0])
+    return make_fx(function, tracing_mode="symbolic" if dynamic else "real")(grad_out, *inputs)
+
+
+def targets(graph: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graph(name: str, h100: None) -> None:
+    graph = traced(CASES[name])
+    expected = [node.meta["val"] for node in graph.graph.output_node().args[0]]
+    assert make_launches_visible(graph.graph) == 2
+    graph.graph.lint()
+    assert not any(node.target in OPS for node in graph.graph.nodes)
+    results = [node.meta["val"] for node in graph.graph.output_node().args[0]]
+    assert [(r.shape, r.stride(), r.dtype) for r in results] == [(e.shape, e.stride(), e.dtype) for e in expected]
+    for node in graph.graph.nodes:
+        if str(node.target) == LAUNCH:
+            # Only what is new is written: no input, and nothing twice.
+            for written in node.kwargs["tensors_to_clone"]:
+                assert node.kwargs["kwargs"][written].target is torch.ops.aten.empty_strided.default
+
+
+def test_layers_that_share_a_mask_count_its_keys_once(h100: None) -> None:
+    case = CASES["position bias"]
+
+    def layers(*inputs: Tensor | None) -> Tensor:
+        return case.run(case.run(*inputs), *inputs[1:])
+
+    with FakeTensorMode():
+        inputs = [None if each is None else each.detach() for each in case.inputs("cpu")]
+    graph = make_fx(layers)(*inputs)
+    assert make_launches_visible(graph.graph) == 2
+    assert targets(graph).count(LAUNCH) == 3
+
+
+def test_what_stays(h100: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "sigswap")
+    dynamic = traced(CASES["plain"], dynamic=True)
+    before = targets(dynamic)
+    assert make_launches_visible(dynamic.graph) == 0
+    assert targets(dynamic) == before
+    assert "its lengths vary" in caplog.text
+    many = traced(Case(batch=16, q_len=1024, kv_len=1024, dim=64))
+    before = targets(many)
+    assert make_launches_visible(many.graph) == 0
+    assert targets(many) == before
+    assert "it loads by tensor descriptors" in caplog.text
+
+
+def test_off_the_gpu_the_op_stays() -> None:
+    graph = traced(CASES["plain"])
+    assert make_launches_visible(graph.graph) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_values(name: str) -> None:
+    """Compiled, an op before and an op after it: equal to the definition, and no call of the op is left."""
+    case = CASES[name]
+    inputs = case.inputs("cuda")
+    given = [each for each in inputs if each is not None]
+
+    def function(query: Tensor, *others: Tensor | None) -> Tensor:
+        return 2 * case.run(2 * query, *others)
+
+    compiled = torch.compile(
+        function, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": sigswap.InductorLaunches()}
+    )
+
+    def step() -> tuple[Tensor, ...]:
+        out = compiled(*inputs)
+        return out, *torch.autograd.grad(out.float().square().sum(), given)
+
+    results, code = run_and_get_code(step)
+    assert len(code) == 2
+    assert not any("sigswap.sigmoid_attention" in each for each in code)
+    expected = 2 * case.oracle(2 * inputs[0], *inputs[1:])
+    truth = expected, *torch.autograd.grad(expected.square().sum(), given)
+    for result, right in zip(results, truth, strict=True):
+        error = (result.double() - right).norm() / right.norm()
+        assert error < (1e-5 if case.dtype == torch.float32 else 2e-2), (name, error)
