@@ -48,7 +48,7 @@ class Setting:
     lr: float
 
 
-FULL = Setting(hidden=384, layers=6, heads=6, context=512, batch=32, steps=4000, lr=1e-3)
+FULL = Setting(hidden=384, layers=6, heads=6, context=512, batch=16, steps=8000, lr=1e-3)
 SMALL = Setting(hidden=64, layers=2, heads=2, context=96, batch=16, steps=400, lr=3e-3)
 
 
@@ -196,12 +196,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the CPU setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="training steps; fine-tuning takes 5%% and 15%% of them")
+    parser.add_argument("--batch", type=int, help="sequences per step, 16 by default")
     parser.add_argument("--out", type=Path, default=Path("decoder-out"), help="directory for the pictures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     setting = SMALL if options.small else FULL
-    if options.steps:
-        setting = dataclasses.replace(setting, steps=options.steps)
+    given = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
+    setting = dataclasses.replace(setting, **given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
     torch.manual_seed(options.seed)
@@ -224,7 +225,7 @@ def main() -> None:
     row(name, setting.steps, None, original, seconds)
 
     generator = torch.Generator().manual_seed(options.seed + 1)
-    calibration = [{"input_ids": data.batch(generator)[:: setting.batch // 16]} for _ in range(4)]
+    calibration = [{"input_ids": data.batch(generator)[:: max(1, setting.batch // 16)]} for _ in range(4)]
     paper = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(bias=setting.context, learn_bias=False))
     calibrated = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(query_bias=True))
     report = sigswap.calibrate(calibrated, calibration)
@@ -234,10 +235,10 @@ def main() -> None:
     # Softmax has nothing to repair: no teacher, and a tenth of the peak rate, which did better than three tenths.
     for name, start, parts, lr, teacher in (
         ("softmax, trained on", original, 1, 0.1, None),
-        ("sigmoid, converted, the paper's bias", paper, 1, 0.3, original),
-        ("sigmoid, converted, calibrated", calibrated, 1, 0.3, original),
+        ("sigmoid, converted, the paper's bias", paper, 1, 0.5, original),
+        ("sigmoid, converted, calibrated", calibrated, 1, 0.5, original),
         ("softmax, trained on, 15% of the steps", original, 3, 0.1, None),
-        ("sigmoid, converted, calibrated, 15% of the steps", calibrated, 3, 0.3, original),
+        ("sigmoid, converted, calibrated, 15% of the steps", calibrated, 3, 0.5, original),
     ):
         model = copy.deepcopy(start)
         before = evaluate(model, data)
