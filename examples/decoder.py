@@ -46,10 +46,12 @@ class Setting:
     batch: int
     steps: int
     lr: float
+    evaluated: int
+    """Batches of source, and of recall documents, that an evaluation takes."""
 
 
-FULL = Setting(hidden=384, layers=6, heads=6, context=512, batch=16, steps=8000, lr=1e-3)
-SMALL = Setting(hidden=64, layers=2, heads=2, context=96, batch=16, steps=400, lr=3e-3)
+FULL = Setting(hidden=384, layers=6, heads=6, context=512, batch=16, steps=8000, lr=1e-3, evaluated=16)
+SMALL = Setting(hidden=64, layers=2, heads=2, context=96, batch=16, steps=400, lr=3e-3, evaluated=4)
 
 
 class Data:
@@ -132,7 +134,7 @@ def evaluate(model: Any, data: Data) -> tuple[float, float]:
     model.eval()
     losses, right = [], []
     pairs = data.setting.context // PAIR // 2
-    for _ in range(16):
+    for _ in range(data.setting.evaluated):
         ids = data.source(data.validation, data.setting.batch, generator)
         losses.append(next_token_loss(logits(model, ids), ids).item())
         ids = data.recall(data.setting.batch, generator)
