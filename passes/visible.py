@@ -6,6 +6,7 @@ Inductor then allocates for the kernels and launches them as its own, which cost
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,16 @@ _OTHER_EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_BESIDE = {
+    operator.getitem,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.unsqueeze.default,
+}
+"""What else an op may do: other functions of ATen may be ones that inductor decomposes earlier, and no longer knows."""
 
 
 def make_launches_visible(graph: torch.fx.Graph) -> int:
@@ -65,6 +76,8 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     sizes = [number for value in values for number in (*value.shape, *value.stride(), value.storage_offset())]
     if not all(isinstance(number, int | float) for number in (*sizes, *call.kwargs.values())):
         return "its lengths vary"
+    if any(value.numel() == 0 for value in values):
+        return "it has an empty tensor"
     # Not before it is needed: it imports Triton.
     from sigswap.kernels import visible
 
@@ -74,6 +87,10 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
             launches = visible.launches(backward, given, Options(**call.kwargs))
     except visible.NotVisible as error:
         return str(error)
+    functions = {node.target for node in launches.graph.nodes if node.op == "call_function"}
+    others = functions - {_LAUNCH, _EMPTY} - _OTHER_EMPTY - _BESIDE
+    if others:
+        return f"it also does {', '.join(map(str, others))}"
     with graph.inserting_before(call):
         results = _inline(launches.graph, graph, operands, made)
     if backward:
@@ -96,6 +113,8 @@ def _inline(
     """Copies the launches to where the graph inserts, and gives their results."""
     copies: dict[Node, Node] = {}
     remaining = iter(operands)
+    # Two results may not be one tensor, which a user could change in place.
+    last = {node.args[0] for node in launches.output_node().all_input_nodes if node.target is operator.getitem}
     empty = []
     for node in launches.nodes:
         if node.op == "placeholder":
@@ -113,8 +132,7 @@ def _inline(
             new = graph.node_copy(node, copies.__getitem__)
             # Inductor keeps exactly these strides, which the kernels' arguments have.
             new.meta["eager_input_vals"] = (), torch.fx.map_arg(new.kwargs, lambda each: each.meta["val"])
-            key = _what_it_does(new)
-            copies[node] = made.setdefault(key, new)
+            copies[node] = new if node in last else made.setdefault(_what_it_does(new), new)
             if copies[node] is not new:
                 graph.erase_node(new)
         else:

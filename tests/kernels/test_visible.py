@@ -157,6 +157,16 @@ def test_layers_that_share_a_mask_count_its_keys_once(h100: None) -> None:
     assert targets(graph).count(LAUNCH) == 3
 
 
+def test_equal_calls_give_two_tensors(h100: None) -> None:
+    case = CASES["position bias"]
+    with FakeTensorMode():
+        inputs = [None if each is None else each.detach() for each in case.inputs("cpu")]
+    graph = make_fx(lambda *given: (case.run(*given), case.run(*given)))(*inputs)
+    assert make_launches_visible(graph.graph) == 2
+    first, second = graph.graph.output_node().args[0]
+    assert first is not second
+
+
 def test_what_stays(h100: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "sigswap")
     dynamic = traced(CASES["plain"], dynamic=True)
@@ -164,6 +174,9 @@ def test_what_stays(h100: None, caplog: pytest.LogCaptureFixture) -> None:
     assert make_launches_visible(dynamic.graph) == 0
     assert targets(dynamic) == before
     assert "its lengths vary" in caplog.text
+    empty = traced(Case(kv_len=0))
+    assert make_launches_visible(empty.graph) == 0
+    assert "it has an empty tensor" in caplog.text
     many = traced(Case(batch=16, q_len=1024, kv_len=1024, dim=64))
     before = targets(many)
     assert make_launches_visible(many.graph) == 0
