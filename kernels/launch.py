@@ -264,12 +264,12 @@ def signature_of(
         # allow_tf32 would raise, once this is used.
         query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
-        _recorder is None or not _recorder.here() or _recorder.descriptors,
+        _recording.by is None or _recording.by.descriptors,
     )
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    if _recorder is None or not _recorder.here():
+    if _recording.by is None:
         aligned = tensor.data_ptr() % 16 == 0
     else:  # inductor aligns what it allocates and what it is given
         aligned = tensor.storage_offset() * tensor.itemsize % 16 == 0
@@ -353,7 +353,7 @@ class Described:
         self._checked: dict[str, Any] | None = None
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor | Tensor:
-        if _recorder is not None and _recorder.here():
+        if _recording.by is not None:
             return tensor
         # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:
@@ -420,8 +420,8 @@ class Launch:
         self._run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
-        if _recorder is not None and _recorder.here():
-            _recorder.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
+        if _recording.by is not None:
+            _recording.by.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
             return
         if self._run is not None:
             self._run(*tensors, *self._rest)
@@ -445,15 +445,15 @@ class Recorder(NamedTuple):
 
     record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
     """``record(kernel, grid, arguments, options)``"""
-    thread: int
     descriptors: bool
     """Whether the launches may be given tensor descriptors."""
 
-    def here(self) -> bool:
-        return self.thread == threading.get_ident()
+
+class _Recording(threading.local):
+    by: Recorder | None = None
 
 
-_recorder: Recorder | None = None
+_recording = _Recording()
 
 
 @contextmanager
@@ -461,16 +461,11 @@ def recorded_by(
     record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None], *, descriptors: bool
 ) -> Iterator[None]:
     """This thread's launches go to ``record``."""
-    global _recorder
-    with _one_recorder:
-        _recorder = Recorder(record, threading.get_ident(), descriptors)
-        try:
-            yield
-        finally:
-            _recorder = None
-
-
-_one_recorder = threading.Lock()
+    _recording.by = Recorder(record, descriptors)
+    try:
+        yield
+    finally:
+        _recording.by = None
 
 
 def _tensor_key(tensor: Layout | Described | None) -> Any:

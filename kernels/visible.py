@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sigswap.kernels import dispatch
 from sigswap.kernels.launch import recorded_by
 from sigswap.kernels.reference import Options
+from sigswap.kernels.triton_common import count_kernel
 
 FEW_SCORES = 1 << 26
 """An op on fewer scores takes the GPU less time than its call takes the host. So its launches are made visible even
@@ -47,6 +48,8 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
     query, key, value = inputs[1:4] if backward else inputs[:3]
     if dispatch.kernels_for(query, value) is None:
         raise NotVisible("it runs in plain PyTorch")
+    if not isinstance(count_kernel, triton.JITFunction):
+        raise NotVisible("Triton's interpreter runs it")
     few = math.prod(query.shape[:3]) * key.shape[2] < FEW_SCORES
     implementation: Callable[..., Any] = dispatch.backward if backward else dispatch.forward
 
@@ -86,7 +89,7 @@ def _remember_what_is_written() -> None:
     @functools.wraps(identify)
     def remembered(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
         function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-        if descriptors or not function.__module__.startswith("sigswap."):
+        if descriptors or not (function.__module__ or "").startswith("sigswap."):
             return identify(kernel, arguments, descriptors)
         # Tensors are fake ones, or inductor's.
         kinds = ((k, str(v.dtype) if hasattr(v, "dtype") else repr(v)) for k, v in arguments.items())

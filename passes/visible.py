@@ -32,6 +32,7 @@ _OTHER_EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_OF_THE_VALUE = ("val", "tensor_meta", "eager_input_vals")
 _BESIDE = {
     operator.getitem,
     torch.ops.aten.clone.default,
@@ -78,6 +79,8 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
         return "its lengths vary"
     if any(value.numel() == 0 for value in values):
         return "it has an empty tensor"
+    if len(set(map(id, values))) < len(set(operands)):  # a pass before this one copied what is known of a node
+        return "two of its operands share a fake tensor"
     # Not before it is needed: it imports Triton.
     from sigswap.kernels import visible
 
@@ -87,12 +90,15 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
             launches = visible.launches(backward, given, Options(**call.kwargs))
     except visible.NotVisible as error:
         return str(error)
+    except Exception:  # of PyTorch's or Triton's; the op does as well
+        logger.warning("%s stays an op for inductor: its launches could not be traced.", call, exc_info=True)
+        return "its launches could not be traced"
     functions = {node.target for node in launches.graph.nodes if node.op == "call_function"}
     others = functions - {_LAUNCH, _EMPTY} - _OTHER_EMPTY - _BESIDE
     if others:
         return f"it also does {', '.join(map(str, others))}"
     with graph.inserting_before(call):
-        results = _inline(launches.graph, graph, operands, made)
+        results = _inline(launches.graph, graph, operands, made, call)
     if backward:
         for user in list(call.users):
             user.replace_all_uses_with(results[user.args[1]])
@@ -108,9 +114,11 @@ def _on_gpu(value: Any) -> bool:
 
 
 def _inline(
-    launches: torch.fx.Graph, graph: torch.fx.Graph, operands: Sequence[Node], made: dict[Any, Node]
+    launches: torch.fx.Graph, graph: torch.fx.Graph, operands: Sequence[Node], made: dict[Any, Node], call: Node
 ) -> Sequence[Node]:
-    """Copies the launches to where the graph inserts, and gives their results."""
+    """Copies the launches to where the graph inserts, and gives their results. What the graph knows of the call, such
+    as the CUDA stream that it is on, it then knows of them."""
+    own = {name: value for name, value in call.meta.items() if name not in _OF_THE_VALUE}
     copies: dict[Node, Node] = {}
     remaining = iter(operands)
     # Two results may not be one tensor, which a user could change in place.
@@ -132,11 +140,15 @@ def _inline(
             new = graph.node_copy(node, copies.__getitem__)
             # Inductor keeps exactly these strides, which the kernels' arguments have.
             new.meta["eager_input_vals"] = (), torch.fx.map_arg(new.kwargs, lambda each: each.meta["val"])
-            copies[node] = new if node in last else made.setdefault(_what_it_does(new), new)
+            copies[node] = new
+            if node not in last:
+                copies[node] = made.setdefault((_what_it_does(new), repr(own.get("custom"))), new)
             if copies[node] is not new:
                 graph.erase_node(new)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_function":
+            copies[node].meta.update(own)
     results = results if isinstance(results, tuple | list) else (results,)
     for node in empty:
         if not node.users and node not in results:  # its launch was there already

@@ -86,12 +86,13 @@ def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callabl
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        from sigswap.inductor import InductorLaunches
+        from sigswap.inductor import InductorLaunches, with_pass
 
         patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(inner_options or {})}
-        present = patches.get("post_grad_custom_post_pass", torch._inductor.config.post_grad_custom_post_pass)
-        if not isinstance(present, InductorLaunches):
-            patches["post_grad_custom_post_pass"] = InductorLaunches(present)
+        hook = "post_grad_custom_post_pass"
+        present = patches.get(hook, getattr(torch._inductor.config, hook))
+        if hook not in patches or present is not None:  # else it was switched off
+            patches[hook] = with_pass(present, InductorLaunches)
         return functools.partial(compile_fx, config_patches=patches)
     if inner == "sigswap":
         raise ArgumentError("options: inner must be another backend than 'sigswap'.")

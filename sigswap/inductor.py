@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import sigswap.kernels
@@ -66,7 +67,9 @@ class InductorLaunches(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         if self.after is not None:
             self.after(graph)
-        if not torch._inductor.config.cpp_wrapper:
+        config = torch._inductor.config
+        # Else inductor may lay tensors out in other strides than those that the kernels are told.
+        if not config.cpp_wrapper and config.triton_kernel_default_layout_constraint == "needs_fixed_stride_order":
             make_launches_visible(graph)
 
     def uuid(self) -> Any:
@@ -78,15 +81,16 @@ class InductorLaunches(CustomGraphPass):
 class Enabled:
     """What :func:`enable_inductor_lowering` gives: ``remove()`` ends it, and so does the end of a ``with``."""
 
-    def __init__(self, added: dict[str, InductorLowering | InductorLaunches]) -> None:
-        """``added``: by inductor's name for the hook; none, if it was enabled before: whoever did that removes them."""
+    def __init__(self, added: dict[str, tuple[Any, Any]]) -> None:
+        """``added``: by inductor's name for a hook, what is there now and what was there before; none, if it was
+        enabled before: whoever did that removes it."""
         self.added = added
 
     def remove(self) -> None:
         """Puts back the passes that were there before. Models that are compiled already stay as they are."""
-        for hook, added in self.added.items():
-            if getattr(torch._inductor.config, hook) is added:
-                setattr(torch._inductor.config, hook, added.after)
+        for hook, (now, before) in self.added.items():
+            if getattr(torch._inductor.config, hook) is now:
+                setattr(torch._inductor.config, hook, before)
 
     def __enter__(self) -> Enabled:
         return self
@@ -102,13 +106,24 @@ def enable_inductor_lowering() -> Enabled:
     there run first. To be called once, or as ``with sigswap.enable_inductor_lowering(): ...`` around the compilation,
     which is the first call of the model, and its first backward pass.
     """
-    added: dict[str, InductorLowering | InductorLaunches] = {}
+    added = {}
     for hook, kind in (("pre_grad_custom_pass", InductorLowering), ("post_grad_custom_post_pass", InductorLaunches)):
-        present = getattr(torch._inductor.config, hook)
-        if not isinstance(present, kind):
-            added[hook] = kind(present)
-            setattr(torch._inductor.config, hook, added[hook])
+        before = getattr(torch._inductor.config, hook)
+        now = with_pass(before, kind)
+        if now is not before:
+            setattr(torch._inductor.config, hook, now)
+            added[hook] = now, before
     return Enabled(added)
+
+
+def with_pass(present: Any, kind: type[InductorLowering | InductorLaunches]) -> Any:
+    """The value of a hook with a pass of the ``kind`` behind those that are ``present``; the same, if it has one."""
+    passes = list(present) if isinstance(present, list | tuple) else [] if present is None else [present]
+    if any(isinstance(each, kind) for each in passes):
+        return present
+    if len(passes) == 1 and not hasattr(custom_graph_pass, "get_custom_graph_passes"):  # a hook takes one pass only
+        return kind(passes[0])
+    return [*passes, kind()] if passes else kind()
 
 
 def _with_uuid_of(after: Callable[[torch.fx.Graph], None] | None, own: Any) -> Any:

@@ -167,6 +167,40 @@ def test_equal_calls_give_two_tensors(h100: None) -> None:
     assert first is not second
 
 
+def test_launches_keep_the_streams_of_their_calls(h100: None) -> None:
+    graph = traced(CASES["position bias"])
+    for stream, node in enumerate(node for node in graph.graph.nodes if node.target in OPS):
+        node.meta["custom"] = {"stream": stream}
+    assert make_launches_visible(graph.graph) == 2
+    streams = [node.meta["custom"]["stream"] for node in graph.graph.nodes if str(node.target) == LAUNCH]
+    assert streams == [0] * 2 + [1] * (len(streams) - 2)  # the keys are counted on each
+    assert len(streams) > 4
+
+
+def test_operands_that_cannot_be_told_apart(h100: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "sigswap")
+    graph = traced(CASES["plain"])
+    grad_out, query = [node for node in graph.graph.nodes if node.op == "placeholder"][:2]
+    grad_out.meta["val"] = query.meta["val"]
+    assert make_launches_visible(graph.graph) == 1
+    assert "share a fake tensor" in caplog.text
+
+
+def test_the_op_stays_where_tracing_fails(
+    h100: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("another version")
+
+    graph = traced(CASES["plain"])
+    before = targets(graph)
+    monkeypatch.setattr(dispatch, "forward", fail)
+    monkeypatch.setattr(dispatch, "backward", fail)
+    assert make_launches_visible(graph.graph) == 0
+    assert targets(graph) == before
+    assert "another version" in caplog.text
+
+
 def test_what_stays(h100: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "sigswap")
     dynamic = traced(CASES["plain"], dynamic=True)

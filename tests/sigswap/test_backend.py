@@ -234,6 +234,11 @@ def test_mode_and_options_reach_inductor(module: Attention, x: Tensor, monkeypat
     assert isinstance(launches, sigswap.InductorLaunches)
     assert seen == {"max_fusion_size": 3}
     assert callable(sigswap_backend)
+    torch._dynamo.reset()
+    torch.compile(
+        module, backend="sigswap", options={"inner_options": {"max_fusion_size": 3, "post_grad_custom_post_pass": None}}
+    )(x)
+    assert seen == {"max_fusion_size": 3, "post_grad_custom_post_pass": None}
 
 
 def test_found_without_importing_sigswap() -> None:

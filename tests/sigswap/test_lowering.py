@@ -139,6 +139,14 @@ def test_hook_runs_a_pass_that_is_there_first(model: Blocks, x: Tensor) -> None:
     assert later
 
 
+def test_a_hook_with_several_passes_keeps_them() -> None:
+    passes = [print, len]
+    found = inductor.with_pass(passes, sigswap.InductorLaunches)
+    assert found[:2] == passes and isinstance(found[2], sigswap.InductorLaunches)
+    assert inductor.with_pass(found, sigswap.InductorLaunches) is found
+    assert passes == [print, len]
+
+
 def test_uuid_is_that_of_the_source() -> None:
     code = "import sigswap; print(sigswap.InductorLowering().uuid())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
