@@ -300,13 +300,25 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    target, tile, start, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+def places_of_rows(
+    target, start, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
+    """Addresses of the rows start ... of one head, [BLOCK, WIDTH], and which of them are up to length and DIM.
+
+    target is the address of the head's first row.
+    """
     row = tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     pointers = target + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + dim[None, :])
-    tl.store(pointers, tile.to(target.dtype.element_ty), mask=(start + row < length)[:, None] & (dim < DIM)[None, :])
+    return pointers, (start + row < length)[:, None] & (dim < DIM)[None, :]
+
+
+@triton.jit
+def store_rows(
+    target, tile, start, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    pointers, inside = places_of_rows(target, start, length, stride, DIM, BLOCK, WIDTH)
+    tl.store(pointers, tile.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
