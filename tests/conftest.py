@@ -33,6 +33,7 @@ def _load(name: str) -> None:
 
 
 _load("graphs")
+_load("h100")
 _load("handwritten")
 _load("oracle")
 _load("zoo")

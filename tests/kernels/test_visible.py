@@ -3,11 +3,12 @@ itself on any machine, for an H100 that need not be there."""
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from h100 import pretended
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,24 +28,15 @@ CUDA = torch.cuda.is_available()
 
 
 @pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on the CPU count as an H100's, for which Triton's front end compiles."""
-    from triton.backends.compiler import GPUTarget
-
-    from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, windows
+    from sigswap.kernels import flash_fwd
 
     if not isinstance(flash_fwd._forward_kernel, triton.JITFunction):
         pytest.skip("Triton's interpreter compiles nothing")
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows)
-    monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
-    monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr("sigswap.passes.visible._on_gpu", lambda value: True)
+    with pretended():
+        yield
 
 
 class Case:
