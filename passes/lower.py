@@ -44,26 +44,30 @@ def lower(
     *,
     handwritten: bool = True,
     stand_ins: Sequence[Callable[..., Any]] = (),
+    shadow: torch.fx.GraphModule | None = None,
 ) -> LowerResult:
     """Lowers every sigmoid attention in ``graph_module`` (a Dynamo graph) and its checkpoint regions, in place.
 
     ``handwritten``: those around a plain ``torch.sigmoid``, too. ``stand_ins``: functions in the graph that contain an
-    attention (a graph without one, and without sigswap's ops, is not looked at). The graph is linted and recompiled.
+    attention (a graph without one, and without sigswap's ops, is not looked at). ``shadow``: what
+    :func:`~sigswap.passes.normalize.normalize` would give for the graph as it is, if somebody has it; it is used up.
+    The graph is linted and recompiled.
     """
     if not _may_have_site(graph_module, handwritten, frozenset(stand_ins)):
         return LowerResult((), ())
     try:
-        shadow = normalize(graph_module, example_inputs).graph
+        shadow = normalize(graph_module, example_inputs) if shadow is None else shadow
     except Exception as error:  # the graph itself compiles: what the shadow cannot run must not stop it
         first = next(iter(graph_module.graph.nodes))
         reason = f"the graph could not be traced a second time ({type(error).__name__}: {str(error)[:200]})"
         return LowerResult((), (LeftAlone(first, reason, True),))
-    shadow.eliminate_dead_code()  # probabilities that nobody reads are no second use
-    data, masks = data_dependent(shadow), Masks(shadow)
+    graph = shadow.graph
+    graph.eliminate_dead_code()  # probabilities that nobody reads are no second use
+    data, masks = data_dependent(graph), Masks(graph)
     lowered: list[Lowered] = []
     left: list[LeftAlone] = []
     replaced: set[torch.fx.Node] = set()
-    for node in shadow.nodes:
+    for node in graph.nodes:
         if node.target is OP:
             lowered.append(_lower_again(node, masks))
         elif node.target is _PROBS or (handwritten and op_name(node) == "sigmoid" and rank_of(node) >= 2):

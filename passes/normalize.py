@@ -7,7 +7,7 @@ that it came from (:func:`source_of`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_arg
 
 from sigswap.passes.products import PARAMETER
 
@@ -38,8 +39,7 @@ def normalize(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any])
     def interpret(*args: Any) -> Any:
         return _Stamping(graph_module).run(*args)
 
-    with mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-        shadow = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    shadow = _trace(interpret, inputs, mode)
     shadow_placeholders = [node for node in shadow.graph.nodes if node.op == "placeholder"]
     for node, value, fake in zip(shadow_placeholders, example_inputs, known, strict=True):
         if isinstance(value, torch.nn.Parameter) or isinstance(fake, torch.nn.Parameter):
@@ -55,6 +55,67 @@ def _concrete(value: Any) -> Any:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value.node.hint if value.node.hint is not None else 2  # an unbacked size: any will do
     return value
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> torch.fx.GraphModule:
+    with mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
+def renew(shadow: torch.fx.GraphModule, nodes: Iterable[torch.fx.Node]) -> bool:
+    """Brings a shadow up to date, in place, with Dynamo nodes that call another function than they did.
+
+    Only those calls are traced, which takes a fraction of the time of a new shadow.
+
+    Returns:
+        Whether it is up to date. If not, because the change may reach further than those calls, it is of no use.
+    """
+    values = {same: node for node in shadow.graph.nodes for same in node.meta.get(_SAME, ())}
+    if any(_is_autocast(node) for graph in {same.graph for same in values} for node in graph.nodes):
+        return False  # what a call computes in depends on where it stands
+    return all(_renew(shadow.graph, node, values) for node in nodes)
+
+
+def _renew(graph: torch.fx.Graph, source: torch.fx.Node, values: Mapping[torch.fx.Node, torch.fx.Node]) -> bool:
+    """values: the nodes of the shadow ``graph`` by the Dynamo nodes whose tensors they are."""
+    old = [node for node in graph.nodes if source_of(node) is source]
+    operands = [node for node in source.all_input_nodes if node in values]
+    numbers = {node: _concrete(node.meta.get("example_value")) for node in source.all_input_nodes if node not in values}
+    results = [node for node in old if source in node.meta.get(_SAME, ())]
+    if results != old[-1:] or not operands or not all(isinstance(number, int | float) for number in numbers.values()):
+        return False  # it ran more than once, or is no function of tensors
+    if not {values[node] for node in operands} <= {read for node in old for read in node.all_input_nodes}:
+        return False  # an operand was edited in place before: it is the edit that is read
+    result, tensors = old[-1], [values[node].meta["val"] for node in operands]
+
+    def call(*given: torch.Tensor) -> Any:
+        known = {**numbers, **dict(zip(operands, given, strict=True))}
+        with torch.fx.traceback.set_current_meta(source):
+            return source.target(*map_arg(source.args, known.get), **map_arg(source.kwargs, known.get))  # type: ignore
+
+    try:
+        traced = _trace(call, tensors, tensors[0].fake_mode).graph
+    except Exception:  # who makes a new shadow will say why
+        return False
+    output = traced.output_node().args[0]
+    if any(node.op == "get_attr" for node in traced.nodes) or getattr(output, "op", "") != "call_function":
+        return False
+    before, after = result.meta["val"], output.meta["val"]
+    if (before.dtype, before.shape, before.stride()) != (after.dtype, after.shape, after.stride()):
+        return False  # what reads it may do something else now
+    copies = dict(zip(traced.find_nodes(op="placeholder"), (values[node] for node in operands), strict=True))
+    with graph.inserting_before(result):
+        for node in traced.nodes:
+            if node.op == "call_function":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node].meta[_SOURCE] = source
+    new = copies[output]
+    # Its views below have been traced: they are views of that same tensor.
+    new.meta["val"], new.meta[_SAME] = before, result.meta[_SAME]
+    result.replace_all_uses_with(new)
+    for node in reversed(old):
+        graph.erase_node(node)
+    return True
 
 
 def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -106,6 +167,10 @@ class _Stamping(torch.fx.Interpreter):
             if slot is not None:
                 slot.proxy.node.meta.setdefault(_SAME, []).append(n)
         return result
+
+
+def _is_autocast(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and "autocast" in getattr(node.target, "__name__", "")
 
 
 def _checkpointed(node: torch.fx.Node, module: torch.nn.Module) -> torch.fx.GraphModule | None:

@@ -11,7 +11,7 @@ import torch.fx
 import torch.nn.functional as F
 
 from sigswap.passes.find import find
-from sigswap.passes.normalize import graph_modules, normalize, source_of
+from sigswap.passes.normalize import graph_modules, normalize, renew, source_of
 from sigswap.passes.site import AttentionSite, LeftAlone
 
 
@@ -21,6 +21,8 @@ class SwapResult:
 
     swapped: int
     left_alone: tuple[LeftAlone, ...]
+    shadow: torch.fx.GraphModule | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Of the graph as it is now, if there is one: for the next pass, which would make the same."""
 
 
 def swap(
@@ -37,20 +39,21 @@ def swap(
     whole = _swap_whole(graph_module, stand_ins, bias)
     if not _may_have_site(graph_module):
         return SwapResult(whole, ())
-    found = find(normalize(graph_module, example_inputs).graph)
+    shadow = normalize(graph_module, example_inputs)
+    found = find(shadow.graph)
     left = list(found.left_alone)
-    swapped = 0
+    swapped: list[torch.fx.Node] = []
     for site in found.sites:
         source = source_of(site.anchor)
         if source is None or source.target not in stand_ins:
             left.append(_unreachable(site))
             continue
         _replace(source, stand_ins[source.target], bias)
-        swapped += 1
+        swapped.append(source)
     for module in graph_modules(graph_module):
         module.graph.lint()
         module.recompile()
-    return SwapResult(swapped + whole, tuple(left))
+    return SwapResult(len(swapped) + whole, tuple(left), shadow if renew(shadow, swapped) else None)
 
 
 _WHOLE_ATTENTIONS = (

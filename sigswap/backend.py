@@ -77,7 +77,7 @@ def swap_and_lower(
     """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the row bias
     given, and each sigmoid attention one call of FlashSigmoid."""
     swapped = swap(graph_module, example_inputs, _STAND_INS, {"visible_bias": visible_bias, "const_bias": const_bias})
-    return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()))
+    return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()), shadow=swapped.shadow)
 
 
 def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:
