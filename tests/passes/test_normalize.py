@@ -114,6 +114,12 @@ def test_under_autocast_the_shadow_is_made_anew() -> None:
     assert result.swapped == 1 and result.shadow is None
 
 
+def test_within_an_autocast_around_the_whole_graph() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert swapped(FORMS["method"], *heads()).shadow is not None
+        assert swapped(FORMS["causal"], *heads()).shadow is not None
+
+
 def test_the_scores_are_edited() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
