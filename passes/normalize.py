@@ -91,7 +91,7 @@ def _renew(graph: torch.fx.Graph, source: torch.fx.Node, values: Mapping[torch.f
     def call(*given: torch.Tensor) -> Any:
         known = {**numbers, **dict(zip(operands, given, strict=True))}
         with torch.fx.traceback.set_current_meta(source):
-            return source.target(*map_arg(source.args, known.get), **map_arg(source.kwargs, known.get))  # type: ignore
+            return source.target(*map_arg(source.args, known.get), **map_arg(source.kwargs, known.get))  # type: ignore[operator, arg-type]
 
     try:
         traced = _trace(call, tensors, tensors[0].fake_mode).graph

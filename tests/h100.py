@@ -94,7 +94,8 @@ def generated(function: Callable[..., Any], *shapes: tuple[int, ...], dtype: tor
             stack.enter_context(pretended())
             stack.enter_context(_pretended_to_inductor())
         stack.enter_context(mock.patch.object(GraphLowering, "save_output_code", staticmethod(grab)))
-        stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1))
         stack.enter_context(FakeTensorMode())
         inputs = [torch.empty(b, n, h, d, dtype=dtype, device="cuda").transpose(1, 2) for b, h, n, d in shapes]
         try:
