@@ -1,13 +1,14 @@
 """The host side of the Triton kernels: from tensors to launches, at little cost per call.
 
 What a launch needs (tile, band, strides, grid, the compiled kernel) depends on the tensors' layouts, not on their
-values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the plans of
-:mod:`flash_fwd`, :mod:`flash_bwd` and :mod:`decode`, and :class:`Launch` the compiled kernel, past Triton's binder,
-which takes longer than the kernels of short sequences run.
+values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the signatures and the
+plans of :mod:`flash_fwd`, :mod:`flash_bwd` and :mod:`decode`, and :class:`Launch` the compiled kernel, past Triton's
+binder, which takes longer than the kernels of short sequences run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import threading
@@ -69,8 +70,12 @@ class Band(NamedTuple):
     has_right: bool
 
 
-class Signature(NamedTuple):
-    """What plans depend on. query, key and value are [B, H, N, D]; of packed sequences [1, H, total, D]."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signature:
+    """What plans depend on. query, key and value are [B, H, N, D]; of packed sequences [1, H, total, D].
+
+    :func:`signature_of` gives the same object for what is equal, so that plans are looked up by its identity.
+    """
 
     query: Layout
     key: Layout
@@ -252,28 +257,72 @@ def signature_of(
     options: Options,
     packed: Packed | None = None,
 ) -> Signature:
-    return Signature(
-        layout_of(query),
-        layout_of(key),
-        layout_of(value),
+    """query, key and value are of one dtype, on one device."""
+    dtype, recorder = query.dtype, _recording.by
+    return _signature(
+        query.shape,
+        query.stride(),
+        key.shape,
+        key.stride(),
+        value.shape,
+        value.stride(),
+        (_is_aligned(query), _is_aligned(key), _is_aligned(value)),
+        dtype,
+        query.device,
         None if bias is None else layout_of(bias),
         None if attn_mask is None else layout_of(attn_mask),
         options,
-        query.device,
         settings.sigmoid_form,
         # allow_tf32 would raise, once this is used.
-        query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
-        _recording.by is None or _recording.by.descriptors,
+        recorder is None or recorder.descriptors,
+    )
+
+
+@functools.lru_cache(MAX_PLANS)
+def _signature(
+    query: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    value: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    aligned: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: Layout | None,
+    attn_mask: Layout | None,
+    options: Options,
+    sigmoid_form: str,
+    allow_tf32: bool,
+    packed: tuple[int, int, int] | None,
+    descriptors: bool,
+) -> Signature:
+    """From parts that take no time to put together."""
+    return Signature(
+        Layout(query, query_strides, dtype, aligned[0]),
+        Layout(key, key_strides, dtype, aligned[1]),
+        Layout(value, value_strides, dtype, aligned[2]),
+        bias,
+        attn_mask,
+        options,
+        device,
+        sigmoid_form,
+        allow_tf32,
+        packed,
+        descriptors,
     )
 
 
 def layout_of(tensor: Tensor) -> Layout:
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype, _is_aligned(tensor))
+
+
+def _is_aligned(tensor: Tensor) -> bool:
     if _recording.by is None:
-        aligned = tensor.data_ptr() % 16 == 0
-    else:  # inductor aligns what it allocates and what it is given
-        aligned = tensor.storage_offset() * tensor.itemsize % 16 == 0
-    return Layout(tensor.shape, tensor.stride(), tensor.dtype, aligned)
+        return tensor.data_ptr() % 16 == 0
+    return tensor.storage_offset() * tensor.itemsize % 16 == 0  # inductor aligns what it allocates and what it is given
 
 
 def optional_layout(tensor: Tensor | None) -> Layout | None:
@@ -417,24 +466,39 @@ class Launch:
             tuple(_scalar_key(name, value) for name, value in zip(names, self._rest, strict=True)),
             tuple(options.items()),
         )
-        self._run: Callable[..., None] | None = None
+        self._device = device.index
+        self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        compiled = self._compiled
         if _recording.by is not None:
             _recording.by.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
-            return
-        if self._run is not None:
-            self._run(*tensors, *self._rest)
-            return
+        elif compiled is None:
+            self._launch_first(*tensors)
+        elif _have_hooks():
+            compiled[self._grid](*tensors, *self._rest)
+        else:  # what Triton does in the line above, without asking for the device or telling the hooks, of which is none
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*self._grid, stream, function, metadata, None, None, None, *tensors, *self._rest)
+
+    def _launch_first(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        """Compiles the kernel, unless it is. Triton's interpreter compiles nothing."""
         compiled = _compiled.get(self._key)
         if compiled is None:
             compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
-            if compiled is None:  # by Triton's interpreter, nothing is compiled
-                return
-            _compiled[self._key] = compiled
+            if compiled is not None:
+                _compiled[self._key] = compiled
         else:
             compiled[self._grid](*tensors, *self._rest)
-        self._run = compiled[self._grid]
+        self._compiled = compiled
+
+
+def _have_hooks() -> bool:
+    """Whether anyone is told of Triton's launches, such as a profiler."""
+    hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, or one
 
 
 _compiled: dict[Any, Any] = {}
