@@ -39,7 +39,6 @@ from sigswap.kernels.launch import (
     hand_over,
     layout_of,
     limits_of,
-    optional_layout,
     output_arguments,
     readable_mask,
     row_biases_for,
@@ -96,17 +95,19 @@ def backward(
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
     grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
-    if grad_out.numel() == 0 or key.shape[2] == 0:
+    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    if signature.is_empty:
         for grad in grads:
             grad.zero_()
         return grads
-    query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
-    attn_mask = None if attn_mask is None else readable_mask(attn_mask)
+    grad_out = unit_stride(grad_out)
+    if not signature.is_readable:
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        attn_mask = None if attn_mask is None else readable_mask(attn_mask)
+        signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     seed = seed if options.dropout_p > 0.0 else None
-    written = written_for(grads, output_mask)
+    written, layouts = written_for(grads, output_mask)
     new_query, new_key, new_value, new_bias, new_mask = written
-    layouts = tuple([optional_layout(grad) for grad in written])
-    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     plan = _plan(signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
 
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)

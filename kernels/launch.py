@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
-from sigswap.kernels.reference import Options
+from sigswap.kernels.reference import Options, output_layout
 from sigswap.kernels.triton_common import (
     ACCURATE,
     AUTO,
@@ -115,6 +115,22 @@ class Signature:
     @property
     def element_size(self) -> int:
         return self.query.dtype.itemsize
+
+    @functools.cached_property
+    def is_empty(self) -> bool:
+        """Whether there is no key, or nothing in the output."""
+        return 0 in self.query.shape[:3] or self.key.shape[2] == 0 or self.value.shape[3] == 0
+
+    @functools.cached_property
+    def is_readable(self) -> bool:
+        """Whether kernels read query, key, value and mask as they lie, not copies (unit_stride, readable_mask)."""
+        inputs = self.query, self.key, self.value
+        return all(_has_unit_stride(each.shape, each.strides) for each in inputs) and (self.attn_mask is None or _has_readable_rows(self.attn_mask))
+
+    def output(self) -> Layout:
+        """Of a new output."""
+        shape, strides = output_layout(self.query.shape, self.value.shape)
+        return Layout(shape, strides, self.query.dtype, True)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -325,10 +341,6 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.storage_offset() * tensor.itemsize % 16 == 0  # inductor aligns what it allocates and what it is given
 
 
-def optional_layout(tensor: Tensor | None) -> Layout | None:
-    return None if tensor is None else layout_of(tensor)
-
-
 def are_wide(strides: Iterable[tuple[int, ...]]) -> bool:
     """Whether a block's rows, at most 256, may be 2^31 elements apart, or more."""
     return any(stride[2] >= 1 << 23 for stride in strides)
@@ -355,38 +367,51 @@ def width(dim: int) -> int:
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied only if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor if _has_unit_stride(tensor.shape, tensor.stride()) else tensor.contiguous()
 
 
-def written_for(grads: tuple[Tensor, ...], output_mask: list[bool]) -> list[Tensor | None]:
-    """Where the gradients of query, key, value, bias and attn_mask are written; None: not needed. In themselves, but
-    for the first three, which kernels write: in new tensors, where the last dimension is strided."""
+def _has_unit_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return strides[-1] == 1 or shape[-1] == 1
+
+
+def written_for(
+    grads: tuple[Tensor, ...], output_mask: list[bool]
+) -> tuple[list[Tensor | None], tuple[Layout | None, ...]]:
+    """Where the gradients of query, key, value, bias and attn_mask are written, and its layouts; None: not needed. In
+    themselves, but for the first three, which kernels write: in new tensors, where the last dimension is strided."""
     written: list[Tensor | None] = []
-    for index, (grad, needed) in enumerate(zip(grads, output_mask, strict=True)):
-        if not needed or grad.numel() == 0:  # what is asked for but not given has no elements
-            written.append(None)
-        elif index > 2 or grad.stride(-1) == 1 or grad.shape[-1] == 1:
-            written.append(grad)
-        else:
-            written.append(torch.empty(grad.shape, dtype=grad.dtype, device=grad.device))
-    return written
+    layouts: list[Layout | None] = []
+    for grad, needed in zip(grads, output_mask, strict=True):
+        new, layout = None, None
+        if needed and grad.numel() > 0:  # what is asked for but not given has no elements
+            new, layout = grad, layout_of(grad)
+            if len(written) < 3 and not _has_unit_stride(layout.shape, layout.strides):
+                new = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+                layout = layout_of(new)
+        written.append(new)
+        layouts.append(layout)
+    return written, tuple(layouts)
 
 
 def hand_over(grads: tuple[Tensor, ...], written: list[Tensor | None]) -> None:
     """Copies to the gradients what was written in new tensors."""
     for grad, new in zip(grads, written, strict=True):
-        if new is not None and new is not grad:
+        if new is not grad and new is not None:
             grad.copy_(new)
 
 
 def readable_mask(attn_mask: Tensor) -> Tensor:
     """The mask, copied if its rows are read for each sequence and head, and their numbers are not neighbours in memory:
     as T5's, which is an embedding with the heads last. Then the copy is the smaller part of what reading it costs."""
-    if attn_mask.shape[2] == 1 or attn_mask.shape[3] == 1 or attn_mask.stride(3) <= 1:
+    if _has_readable_rows(layout_of(attn_mask)):
         return attn_mask
     # What is expanded stays so.
     own = attn_mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in attn_mask.stride())]
     return own.contiguous().expand(attn_mask.shape)
+
+
+def _has_readable_rows(mask: Layout) -> bool:
+    return mask.shape[2] == 1 or mask.shape[3] == 1 or mask.strides[3] <= 1
 
 
 # Launches.

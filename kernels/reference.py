@@ -231,9 +231,14 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
     Fused softmax attention returns it, too. It is no view, so that it may be changed in place.
     """
-    batch, heads, q_len, _ = query.shape
-    dim = value.shape[3]
-    return query.new_empty_strided((batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1))
+    return query.new_empty_strided(*output_layout(query.shape, value.shape))
+
+
+def output_layout(query: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The output's shape and strides, for shapes of query and value."""
+    batch, heads, q_len, _ = query
+    dim = value[3]
+    return (batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1)
 
 
 def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
@@ -251,12 +256,11 @@ def empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients, uninitialised. Those of query, key and value have their inputs' memory order; one that
     is not needed has no elements."""
-    inputs = (query, key, value, bias, attn_mask)
     grads = [
-        query.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
-        for tensor, needed in zip(inputs, output_mask, strict=True)
+        torch.empty_like(tensor) if needed and tensor is not None else query.new_empty(0)
+        for tensor, needed in zip((query, key, value, bias, attn_mask), output_mask, strict=True)
     ]
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+    return tuple(grads)
 
 
 def empty_varlen_gradients(

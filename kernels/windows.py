@@ -28,7 +28,6 @@ from sigswap.kernels.launch import (
     hand_over,
     layout_of,
     limits_of,
-    optional_layout,
     output_arguments,
     readable_mask,
     signature_of,
@@ -113,9 +112,8 @@ def backward(
     grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
     attn_mask = readable_mask(attn_mask)
-    written = written_for(grads, output_mask)
+    written, layouts = written_for(grads, output_mask)
     *outputs, new_bias, new_mask = written
-    layouts = tuple([optional_layout(grad) for grad in written])
     signature = signature_of(query, key, value, bias, attn_mask, options)
     plan = _plan_backward(signature, layout_of(grad_out), layouts, programs)
     sums = None if plan.sum_bias is None else plan.sum_bias.empty_parts()
