@@ -51,11 +51,11 @@ MIN_KEYS = 256
 
 def suits(query: Tensor, key: Tensor, options: reference.Options) -> bool:
     """Whether decoding is expected to be faster than the forward kernel."""
-    _, heads, q_len, _ = query.shape
-    _, kv_heads, kv_len, _ = key.shape
-    if q_len > MAX_ROWS or kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
+    kv_len = key.shape[2]
+    if kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
         return False
-    return q_len * (heads // max(1, kv_heads)) <= MAX_ROWS
+    _, heads, q_len, _ = query.shape
+    return q_len * (heads // max(1, key.shape[1])) <= MAX_ROWS
 
 
 def forward(

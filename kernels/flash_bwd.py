@@ -83,22 +83,24 @@ def backward(
     options: reference.Options,
     *,
     packed: Packed | None = None,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    grads: tuple[Tensor | None, ...] | None = None,
     key_tile: Tile | None = None,
     row_tile: Tile | None = None,
     tma: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here.
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_backward``, but for None where a gradient is not needed; the arguments are documented
+    there, and valid here.
 
     packed: query, key, value and bias are [1, H, total, ...] of these sequences.
     grads: where the gradients are written, if they exist already.
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
-    grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
+    grads = grads or reference.empty_gradients((query, key, value, bias, attn_mask), output_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     if signature.is_empty:
         for grad in grads:
-            grad.zero_()
+            if grad is not None:
+                grad.zero_()
         return grads
     grad_out = unit_stride(grad_out)
     if not signature.is_readable:
@@ -106,7 +108,7 @@ def backward(
         attn_mask = None if attn_mask is None else readable_mask(attn_mask)
         signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     seed = seed if options.dropout_p > 0.0 else None
-    written, layouts = written_for(grads, output_mask)
+    written, layouts = written_for(grads)
     new_query, new_key, new_value, new_bias, new_mask = written
     plan = _plan(signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
 

@@ -374,29 +374,22 @@ def _has_unit_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return strides[-1] == 1 or shape[-1] == 1
 
 
-def written_for(
-    grads: tuple[Tensor, ...], output_mask: list[bool]
-) -> tuple[list[Tensor | None], tuple[Layout | None, ...]]:
-    """Where the gradients of query, key, value, bias and attn_mask are written, and its layouts; None: not needed. In
-    themselves, but for the first three, which kernels write: in new tensors, where the last dimension is strided."""
-    written: list[Tensor | None] = []
-    layouts: list[Layout | None] = []
-    for grad, needed in zip(grads, output_mask, strict=True):
-        new, layout = None, None
-        if needed and grad.numel() > 0:  # what is asked for but not given has no elements
-            new, layout = grad, layout_of(grad)
-            if len(written) < 3 and not _has_unit_stride(layout.shape, layout.strides):
-                new = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-                layout = layout_of(new)
-        written.append(new)
-        layouts.append(layout)
+def written_for(grads: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], tuple[Layout | None, ...]]:
+    """Where the gradients of query, key, value, bias and attn_mask are written, and its layouts. In themselves, but for
+    the first three, which kernels write: in new tensors, where the last dimension is strided."""
+    written = list(grads)
+    layouts = [None if grad is None else layout_of(grad) for grad in grads]
+    for index, layout in enumerate(layouts[:3]):
+        if layout is not None and not _has_unit_stride(layout.shape, layout.strides):
+            new = torch.empty(layout.shape, dtype=layout.dtype, device=grads[index].device)
+            written[index], layouts[index] = new, layout_of(new)
     return written, tuple(layouts)
 
 
-def hand_over(grads: tuple[Tensor, ...], written: list[Tensor | None]) -> None:
+def hand_over(grads: tuple[Tensor | None, ...], written: list[Tensor | None]) -> None:
     """Copies to the gradients what was written in new tensors."""
     for grad, new in zip(grads, written, strict=True):
-        if new is not grad and new is not None:
+        if grad is not None and grad is not new:
             grad.copy_(new)
 
 

@@ -20,6 +20,7 @@ from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sigswap.kernels import dispatch
+from sigswap.kernels.attention_op import as_results
 from sigswap.kernels.launch import recorded_by
 from sigswap.kernels.reference import Options
 from sigswap.kernels.triton_common import count_kernel
@@ -55,7 +56,9 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
 
     def run(*given: Tensor) -> Any:
         remaining = iter(given)
-        return implementation(*(next(remaining) if isinstance(each, Tensor) else each for each in inputs), options)
+        arguments = [next(remaining) if isinstance(each, Tensor) else each for each in inputs]
+        result = implementation(*arguments, options)
+        return as_results(arguments[1], result) if backward else result
 
     _remember_what_is_written()
     with recorded_by(functools.partial(_launch, few), descriptors=not few):

@@ -104,15 +104,16 @@ def backward(
     output_mask: list[bool],
     options: reference.Options,
     programs: int = BACKWARD_PROGRAMS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``sigswap::sigmoid_attention_backward``, where forward suits(); the arguments are documented there.
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_backward``, where forward suits(), but for None where a gradient is not needed; the
+    arguments are documented there.
 
     programs: overrides their number, for tests and tuning.
     """
-    grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
+    grads = reference.empty_gradients((query, key, value, bias, attn_mask), output_mask)
     query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
     attn_mask = readable_mask(attn_mask)
-    written, layouts = written_for(grads, output_mask)
+    written, layouts = written_for(grads)
     *outputs, new_bias, new_mask = written
     signature = signature_of(query, key, value, bias, attn_mask, options)
     plan = _plan_backward(signature, layout_of(grad_out), layouts, programs)
