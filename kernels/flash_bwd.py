@@ -36,6 +36,7 @@ from sigswap.kernels.launch import (
     cu_tensors,
     describable,
     fit,
+    gradients_for,
     hand_over,
     layout_of,
     limits_of,
@@ -44,7 +45,6 @@ from sigswap.kernels.launch import (
     row_biases_for,
     signature_of,
     unit_stride,
-    written_for,
 )
 from sigswap.kernels.sums import Sum
 from sigswap.kernels.triton_common import (
@@ -95,8 +95,9 @@ def backward(
     grads: where the gradients are written, if they exist already.
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
-    grads = grads or reference.empty_gradients((query, key, value, bias, attn_mask), output_mask)
-    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    inputs = query, key, value, bias, attn_mask
+    signature = signature_of(*inputs, options, packed)
+    grads, written, layouts = gradients_for(signature, inputs, output_mask, grads)
     if signature.is_empty:
         for grad in grads:
             if grad is not None:
@@ -108,7 +109,6 @@ def backward(
         attn_mask = None if attn_mask is None else readable_mask(attn_mask)
         signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     seed = seed if options.dropout_p > 0.0 else None
-    written, layouts = written_for(grads)
     new_query, new_key, new_value, new_bias, new_mask = written
     plan = _plan(signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
-from sigswap.kernels.reference import Options, output_layout
+from sigswap.kernels.reference import Options, empty_gradients, output_layout
 from sigswap.kernels.triton_common import (
     ACCURATE,
     AUTO,
@@ -126,6 +126,11 @@ class Signature:
         """Whether kernels read query, key, value and mask as they lie, not copies (unit_stride, readable_mask)."""
         inputs = self.query, self.key, self.value
         return all(_has_unit_stride(each.shape, each.strides) for each in inputs) and (self.attn_mask is None or _has_readable_rows(self.attn_mask))
+
+    @functools.cached_property
+    def gradients(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
+        """What gradients_for() found out: the layouts of new gradients, by output_mask, that are written in themselves."""
+        return {}
 
     def output(self) -> Layout:
         """Of a new output."""
@@ -374,20 +379,36 @@ def _has_unit_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return strides[-1] == 1 or shape[-1] == 1
 
 
-def written_for(grads: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], tuple[Layout | None, ...]]:
-    """Where the gradients of query, key, value, bias and attn_mask are written, and its layouts. In themselves, but for
-    the first three, which kernels write: in new tensors, where the last dimension is strided."""
+Gradients = tuple[Tensor | None, ...]
+"""Of query, key, value, bias and attn_mask; None: not needed."""
+
+
+def gradients_for(
+    signature: Signature, inputs: Gradients, output_mask: Sequence[bool], grads: Gradients | None = None
+) -> tuple[Gradients, Gradients, tuple[Layout | None, ...]]:
+    """The gradients of the inputs, uninitialised; where they are written; and the layouts of that.
+
+    They are written in themselves, but for the first three, which kernels write: in new tensors, where the last
+    dimension is strided. signature: of these inputs. grads: the gradients, if they exist already.
+    """
+    needed = tuple(output_mask) if grads is None else None
+    grads = grads or empty_gradients(inputs, output_mask)
+    if needed in signature.gradients:
+        return grads, grads, signature.gradients[needed]
     written = list(grads)
-    layouts = [None if grad is None else layout_of(grad) for grad in grads]
-    for index, layout in enumerate(layouts[:3]):
-        if layout is not None and not _has_unit_stride(layout.shape, layout.strides):
-            new = torch.empty(layout.shape, dtype=layout.dtype, device=grads[index].device)
-            written[index], layouts[index] = new, layout_of(new)
-    return written, tuple(layouts)
+    for index, grad in enumerate(grads[:3]):
+        if grad is not None and not _has_unit_stride(grad.shape, grad.stride()):
+            written[index] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    layouts = tuple([None if new is None else layout_of(new) for new in written])
+    if needed is not None and all(new is grad for new, grad in zip(written, grads, strict=True)):
+        signature.gradients[needed] = layouts
+    return grads, tuple(written), layouts
 
 
-def hand_over(grads: tuple[Tensor | None, ...], written: list[Tensor | None]) -> None:
+def hand_over(grads: Gradients, written: Gradients) -> None:
     """Copies to the gradients what was written in new tensors."""
+    if written is grads:
+        return
     for grad, new in zip(grads, written, strict=True):
         if grad is not None and grad is not new:
             grad.copy_(new)
