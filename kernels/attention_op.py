@@ -190,6 +190,10 @@ _IMPLEMENTED = _keys("CPU"), _keys("CUDA")
 _NOT_PLAIN = ~_keys("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "BackendSelect")
 
 
+_keys_of = torch._C._dispatch_keys
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would run autograd and the implementation on these tensors, and nothing else.
 
@@ -204,13 +208,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     ):
         return False
     # As the dispatcher works out where a call goes: the tensors' keys, and what the thread adds and takes away.
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    keys = _included().raw_repr()
     for tensor in tensors:
         if tensor is not None:
             if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
                 return False
-            keys |= torch._C._dispatch_keys(tensor).raw_repr()
-    return not keys & ~torch._C._dispatch_tls_local_exclude_set().raw_repr() & _NOT_PLAIN
+            keys |= _keys_of(tensor).raw_repr()
+    return not keys & ~_excluded().raw_repr() & _NOT_PLAIN
 
 
 def options_of(*numbers: Any) -> Options | None:
