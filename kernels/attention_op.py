@@ -218,7 +218,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def options_of(*numbers: Any) -> Options | None:
-    """For a direct call; None: they do not all have the schema's types. Then the dispatcher converts them, or raises."""
+    """For a direct call; None: not all have the schema's types. Then the dispatcher converts them, or raises."""
     try:
         return _options(*numbers)
     except TypeError:

@@ -88,7 +88,7 @@ def backward(
     row_tile: Tile | None = None,
     tma: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, but for None where a gradient is not needed; the arguments are documented
+    """``sigswap::sigmoid_attention_backward``, with None for what is not needed; the arguments are documented
     there, and valid here.
 
     packed: query, key, value and bias are [1, H, total, ...] of these sequences.

@@ -127,11 +127,13 @@ class Signature:
     def is_readable(self) -> bool:
         """Whether kernels read query, key, value and mask as they lie, not copies (unit_stride, readable_mask)."""
         inputs = self.query, self.key, self.value
-        return all(_has_unit_stride(each.shape, each.strides) for each in inputs) and (self.attn_mask is None or _has_readable_rows(self.attn_mask))
+        return all(_has_unit_stride(each.shape, each.strides) for each in inputs) and (
+            self.attn_mask is None or _has_readable_rows(self.attn_mask)
+        )
 
     @functools.cached_property
     def gradients(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
-        """What gradients_for() found out: the layouts of new gradients, by output_mask, that are written in themselves."""
+        """The layouts of new gradients by output_mask, where gradients_for() found all to be written in themselves."""
         return {}
 
     def output(self) -> Layout:
@@ -519,7 +521,7 @@ class Launch:
             self._launch_first(*tensors)
         elif _have_hooks():
             compiled[self._grid](*tensors, *self._rest)
-        else:  # what Triton does in the line above, without asking for the device or telling the hooks, of which is none
+        else:  # what Triton does in the line above, without looking for the device and for hooks
             stream = torch._C._cuda_getCurrentRawStream(self._device)
             function, metadata = compiled.function, compiled.packed_metadata
             compiled.run(*self._grid, stream, function, metadata, None, None, None, *tensors, *self._rest)
@@ -547,7 +549,7 @@ _compiled: dict[Any, Any] = {}
 
 
 Recorder = Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
-"""``record(kernel, grid, arguments, options)`` gets a thread's launches instead of the GPU; their tensors may be fake."""
+"""``record(kernel, grid, arguments, options)`` gets a launch instead of the GPU; its tensors may be fake."""
 
 
 class _Recording(threading.local):

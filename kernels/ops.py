@@ -70,7 +70,9 @@ def sigmoid_attention(
         ArgumentError: A shape, dtype, device or value is not as above.
     """
     if is_plain(query, key, value, bias, attn_mask, seed):
-        options = options_of(scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p)
+        options = options_of(
+            scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
+        )
         if options is not None:
             return _attention.run((query, key, value, bias, attn_mask, seed), options)
     return torch.ops.sigswap.sigmoid_attention.default(

@@ -127,7 +127,7 @@ def backward(
     output_mask: list[bool],
     options: Options,
 ) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, but for None where a gradient is not needed; the arguments are documented
+    """``sigswap::sigmoid_attention_backward``, with None for what is not needed; the arguments are documented
     there, and valid here."""
     grads = empty_gradients((query, key, value, bias, attn_mask), output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
@@ -188,8 +188,8 @@ def varlen_backward(
     output_mask: list[bool],
     options: Options,
 ) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_varlen_backward``, but for None where a gradient is not needed; the arguments are
-    documented there, and valid here."""
+    """``sigswap::sigmoid_attention_varlen_backward``, with None for what is not needed; the arguments are documented
+    there, and valid here."""
     grads = empty_gradients((query, key, value, bias), output_mask)
     grad_query, grad_key, grad_value, grad_bias = grads
     row_sums = None if grad_bias is None else query.new_zeros((*query.shape[:2], 1), dtype=_compute_dtype(query))

@@ -62,7 +62,9 @@ def sigmoid_attention_varlen(
             are not checked where Triton kernels run, for that would wait for the GPU; wrong ones are not safe there.
     """
     if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
-        options = options_of(scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p)
+        options = options_of(
+            scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
+        )
         if options is not None:
             inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
             return _varlen.run(inputs, options)

@@ -25,6 +25,7 @@ from sigswap.kernels.launch import FEW_SCORES, recorded_by
 from sigswap.kernels.reference import Options
 from sigswap.kernels.triton_common import count_kernel
 
+
 class NotVisible(Exception):
     """The op has to stay as it is; says why."""
 

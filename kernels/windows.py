@@ -105,7 +105,7 @@ def backward(
     options: reference.Options,
     programs: int = BACKWARD_PROGRAMS,
 ) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, where forward suits(), but for None where a gradient is not needed; the
+    """``sigswap::sigmoid_attention_backward``, where forward suits(), with None for what is not needed; the
     arguments are documented there.
 
     programs: overrides their number, for tests and tuning.
