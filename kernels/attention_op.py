@@ -18,8 +18,7 @@ autograd and the implementation and nothing else, run these two directly.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +51,8 @@ class AttentionOp:
         check: ``check(*inputs, options)`` raises ArgumentError unless the arguments are valid. It reads no values
             of tensors.
         functions: The names, in the modules reference and dispatch, of ``forward(*inputs, options)`` and of
-            ``backward(grad_out, *inputs, output_mask, options)``.
+            ``backward(grad_out, *inputs, output_mask, options)``, in whose result None is what is not needed.
         empty: ``empty(*inputs)`` is the output, uninitialised.
-        empty_gradients: ``empty_gradients(*inputs, output_mask)`` are the gradients, uninitialised.
     """
 
     def __init__(
@@ -67,14 +65,13 @@ class AttentionOp:
         check: Callable[..., None],
         functions: tuple[str, str],
         empty: Callable[..., Tensor],
-        empty_gradients: Callable[..., tuple[Tensor, ...]],
     ) -> None:
         self.name = name
         self.tensors, self.differentiable = tensors, differentiable
         self._inputs = inputs.count(",") + 1
         self._check = check
         self._forward_name, self._backward_name = functions
-        self._empty, self._empty_gradients = empty, empty_gradients
+        self._empty = empty
 
         tags = (torch.Tag.pt2_compliant_tag,)
         library.define(f"{name}({inputs}, *, {OPTIONS}) -> Tensor", tags=tags)
@@ -96,11 +93,11 @@ class AttentionOp:
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         self._check(*inputs, options)
-        return getattr(_implementations(inputs[0].is_cuda), self._forward_name)(*inputs, options)
+        return _implementation(inputs[0].is_cuda, self._forward_name)(*inputs, options)
 
-    def backward(self, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, ...]:
-        """inputs: of the backward op."""
-        return getattr(_implementations(inputs[1].is_cuda), self._backward_name)(*inputs, options)
+    def backward(self, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor | None, ...]:
+        """inputs: of the backward op. None: not needed."""
+        return _implementation(inputs[1].is_cuda, self._backward_name)(*inputs, options)
 
     def _register(self) -> None:
         # The dispatcher leaves out trailing inputs, and options, that have their default value.
@@ -114,7 +111,7 @@ class AttentionOp:
 
         def backward(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
             with torch._C.DisableTorchFunction():
-                return self.backward(inputs, Options(**keywords))
+                return as_results(inputs[1], self.backward(inputs, Options(**keywords)))
 
         def forward_fake(*inputs: Any, **keywords: Any) -> Tensor:
             inputs = complete(inputs)
@@ -122,7 +119,8 @@ class AttentionOp:
             return self._empty(*inputs)
 
         def backward_fake(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
-            return self._empty_gradients(*inputs[1:])
+            grads = reference.empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
+            return as_results(inputs[1], grads)
 
         def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:
             tensors = inputs[: self.tensors]
@@ -176,6 +174,11 @@ class AttentionOp:
         library.impl(f"{self.name}_backward", backward, f"Autocast{device}")
 
 
+def as_results(query: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """As an op returns them: a gradient that is not needed has no elements."""
+    return tuple([query.new_empty(0) if grad is None else grad for grad in grads])
+
+
 def _keys(*names: str) -> int:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
     for name in names[1:]:
@@ -185,6 +188,10 @@ def _keys(*names: str) -> int:
 
 _IMPLEMENTED = _keys("CPU"), _keys("CUDA")
 _NOT_PLAIN = ~_keys("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "BackendSelect")
+
+
+_keys_of = torch._C._dispatch_keys
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -201,16 +208,25 @@ def is_plain(*tensors: Tensor | None) -> bool:
     ):
         return False
     # As the dispatcher works out where a call goes: the tensors' keys, and what the thread adds and takes away.
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    keys = _included().raw_repr()
     for tensor in tensors:
         if tensor is not None:
             if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
                 return False
-            keys |= torch._C._dispatch_keys(tensor).raw_repr()
-    return not keys & ~torch._C._dispatch_tls_local_exclude_set().raw_repr() & _NOT_PLAIN
+            keys |= _keys_of(tensor).raw_repr()
+    return not keys & ~_excluded().raw_repr() & _NOT_PLAIN
 
 
-def have_option_types(
+def options_of(*numbers: Any) -> Options | None:
+    """For a direct call; None: not all have the schema's types. Then the dispatcher converts them, or raises."""
+    try:
+        return _options(*numbers)
+    except TypeError:
+        return None
+
+
+@functools.lru_cache(typed=True)
+def _options(
     scale: Any,
     const_bias: Any,
     visible_bias: Any,
@@ -220,23 +236,34 @@ def have_option_types(
     window_right: Any,
     softcap: Any,
     dropout_p: Any,
-) -> bool:
-    """Whether the options have the schema's types. If not, the dispatcher converts them, or raises."""
-    for number in (scale, const_bias, softcap, dropout_p):
-        if type(number) is not float and type(number) is not int:
-            return False
-    if type(window_left) is not int or type(window_right) is not int:
-        return False
-    return type(visible_bias) is type(is_causal) is type(bottom_right) is bool
+) -> Options:
+    floats, integers = (scale, const_bias, softcap, dropout_p), (window_left, window_right)
+    if not all(type(number) is float or type(number) is int for number in floats):
+        raise TypeError
+    if not all(type(number) is int for number in integers):
+        raise TypeError
+    if not all(type(switch) is bool for switch in (visible_bias, is_causal, bottom_right)):
+        raise TypeError
+    return Options(
+        float(scale),
+        float(const_bias),
+        visible_bias,
+        is_causal,
+        bottom_right,
+        window_left,
+        window_right,
+        float(softcap),
+        float(dropout_p),
+    )
 
 
 @functools.cache
-def _implementations(cuda: bool) -> ModuleType:
+def _implementation(cuda: bool, name: str) -> Callable[..., Any]:
     if not cuda:
-        return reference
+        return getattr(reference, name)
     from sigswap.kernels import dispatch
 
-    return dispatch
+    return getattr(dispatch, name)
 
 
 # Autograd. Written out rather than by torch.library.register_autograd, which takes longer per call.
@@ -258,6 +285,8 @@ class _Attention(_Function):
     ) -> Tensor:
         """Without a keyset, directly."""
         ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
+        # Those of a direct call are plain, and are saved as they are, unless by hooks.
+        ctx.saves_plain = keyset is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.save_for_backward(*inputs[: op.tensors])
         if keyset is None:
             return op.forward(inputs, options)
@@ -268,13 +297,14 @@ class _Attention(_Function):
         op, tensors = ctx.op, ctx.saved_tensors
         needed = ctx.needs_input_grad[3 : 3 + op.differentiable]
         inputs = (grads[0], *tensors, *ctx.numbers, needed)
+        results: Sequence[Tensor | None]
         # With create_graph the dispatcher records that there is no second derivative.
-        if not torch.is_grad_enabled() and is_plain(grads[0], *tensors):
+        if not torch.is_grad_enabled() and is_plain(*grads, *(() if ctx.saves_plain else tensors)):
             results = op.backward(inputs, ctx.options)
         else:
             results = op.backward_op(*inputs, **ctx.options._asdict())
-        kept = [grad if need else None for grad, need in zip(results, needed, strict=True)]
-        return None, None, None, *kept, *[None] * (len(tensors) - len(kept) + len(ctx.numbers))
+            results = [grad if need else None for grad, need in zip(results, needed, strict=True)]
+        return None, None, None, *results, *[None] * (len(tensors) - len(needed) + len(ctx.numbers))
 
 
 class _AttentionBackward(_Function):

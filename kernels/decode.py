@@ -26,7 +26,6 @@ from sigswap.kernels.launch import (
     Signature,
     contiguous_layout,
     counts_for,
-    layout_of,
     limits_of,
     signature_of,
     unit_stride,
@@ -52,11 +51,11 @@ MIN_KEYS = 256
 
 def suits(query: Tensor, key: Tensor, options: reference.Options) -> bool:
     """Whether decoding is expected to be faster than the forward kernel."""
-    _, heads, q_len, _ = query.shape
-    _, kv_heads, kv_len, _ = key.shape
-    if q_len > MAX_ROWS or kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
+    kv_len = key.shape[2]
+    if kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
         return False
-    return q_len * (heads // max(1, kv_heads)) <= MAX_ROWS
+    _, heads, q_len, _ = query.shape
+    return q_len * (heads // max(1, key.shape[1])) <= MAX_ROWS
 
 
 def forward(
@@ -70,12 +69,14 @@ def forward(
     splits: int | None = None,
 ) -> Tensor:
     """``sigswap::sigmoid_attention`` without dropout. splits: over how many programs the keys are split."""
-    out = reference.empty_output(query, value)
-    if out.numel() == 0 or key.shape[2] == 0:
-        return out.zero_()
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     signature = signature_of(query, key, value, bias, attn_mask, options)
-    plan = _plan(signature, layout_of(out), splits)
+    if signature.is_empty:
+        return reference.empty_output(query, value).zero_()
+    if not signature.is_readable:  # masks are read as they are
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        signature = signature_of(query, key, value, bias, attn_mask, options)
+    plan = _plan(signature, splits)
+    out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     partial = out
     if plan.add is not None:
@@ -88,6 +89,7 @@ def forward(
 
 class _Plan(NamedTuple):
     launch: Launch
+    out: Layout
     add: Launch | None
     """Adds partial outputs, if there are several."""
     partial: tuple[int, ...]
@@ -96,7 +98,8 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, out: Layout, splits: int | None) -> _Plan:
+def _plan(signature: Signature, splits: int | None) -> _Plan:
+    out = signature.output()
     batch, heads, kv_heads = signature.batch, signature.heads, signature.kv_heads
     q_len, kv_len, value_dim, device = signature.q_len, signature.kv_len, signature.value.shape[3], signature.device
     rows = q_len * (heads // kv_heads)
@@ -121,7 +124,7 @@ def _plan(signature: Signature, out: Layout, splits: int | None) -> _Plan:
         strides = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
         sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
         add = Launch(_add_kernel, triton.cdiv(total, block), device, (partial, out), strides | sizes)
-    return _Plan(launch, add, partial.shape, counts_for(signature))
+    return _Plan(launch, out, add, partial.shape, counts_for(signature))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -19,6 +19,9 @@ from sigswap.kernels.reference import Options
 
 MAX_HEAD_DIM = 256
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HERE = nullcontext()
+
 _log = logging.getLogger("sigswap")
 
 
@@ -60,7 +63,7 @@ def backward(
     seed: Tensor | None,
     output_mask: list[bool],
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     kernels = kernels_for(query, value)
     arguments = grad_out, query, key, value, bias, attn_mask, seed, output_mask, options
     if kernels is None:
@@ -109,16 +112,16 @@ def varlen_backward(
     max_seqlen_k: int,
     output_mask: list[bool],
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     kernels = kernels_for(query, value)
     if kernels is None:
         inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
         return reference.varlen_backward(grad_out, *inputs, output_mask, options)
     packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     views = _heads_first(grad_out), _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
-    grads = reference.empty_varlen_gradients(query, key, value, bias, output_mask)
-    targets = [_heads_first(grad) if need else grad for grad, need in zip(grads[:3], output_mask, strict=False)]
-    targets += [_row_bias_view(grads[3]) if output_mask[3] else grads[3], grads[3]]
+    grads = reference.empty_gradients((query, key, value, bias), output_mask)
+    targets = [None if grad is None else _heads_first(grad) for grad in grads[:3]]
+    targets += [_row_bias_view(grads[3]), None]
     with _on(query.device):
         kernels.flash_bwd.backward(
             *views, None, seed, [*output_mask, False], options, packed=packed, grads=tuple(targets)
@@ -138,14 +141,14 @@ def _row_bias_view(bias: Tensor | None) -> Tensor | None:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """The device as the current one; without a switch, if it is that already."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    return _HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def kernels_for(query: Tensor, value: Tensor) -> _Kernels | None:
     """The Triton kernels, or None, if they do not take such tensors on such a device."""
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if query.dtype not in _DTYPES:
         return _unable(f"they compute in float32, which is not enough for {query.dtype}")
-    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+    if query.shape[-1] > MAX_HEAD_DIM or value.shape[-1] > MAX_HEAD_DIM:
         return _unable(f"they hold head_dim up to {MAX_HEAD_DIM}")
     return _device_kernels(query.device.index or 0)
 

@@ -36,16 +36,15 @@ from sigswap.kernels.launch import (
     cu_tensors,
     describable,
     fit,
+    gradients_for,
     hand_over,
     layout_of,
     limits_of,
-    optional_layout,
     output_arguments,
     readable_mask,
     row_biases_for,
     signature_of,
     unit_stride,
-    written_for,
 )
 from sigswap.kernels.sums import Sum
 from sigswap.kernels.triton_common import (
@@ -84,29 +83,33 @@ def backward(
     options: reference.Options,
     *,
     packed: Packed | None = None,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    grads: tuple[Tensor | None, ...] | None = None,
     key_tile: Tile | None = None,
     row_tile: Tile | None = None,
     tma: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here.
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_backward``, with None for what is not needed; the arguments are documented
+    there, and valid here.
 
     packed: query, key, value and bias are [1, H, total, ...] of these sequences.
     grads: where the gradients are written, if they exist already.
     key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
     """
-    grads = grads or reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
-    if grad_out.numel() == 0 or key.shape[2] == 0:
+    inputs = query, key, value, bias, attn_mask
+    signature = signature_of(*inputs, options, packed)
+    grads, written, layouts = gradients_for(signature, inputs, output_mask, grads)
+    if signature.is_empty:
         for grad in grads:
-            grad.zero_()
+            if grad is not None:
+                grad.zero_()
         return grads
-    query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
-    attn_mask = None if attn_mask is None else readable_mask(attn_mask)
+    grad_out = unit_stride(grad_out)
+    if not signature.is_readable:
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        attn_mask = None if attn_mask is None else readable_mask(attn_mask)
+        signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     seed = seed if options.dropout_p > 0.0 else None
-    written = written_for(grads, output_mask)
     new_query, new_key, new_value, new_bias, new_mask = written
-    layouts = tuple([optional_layout(grad) for grad in written])
-    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     plan = _plan(signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
 
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)

@@ -78,13 +78,17 @@ def forward(
     out: where the output is written, if it exists already.
     tile and tma override the tile configuration and the use of tensor descriptors, for tests and tuning.
     """
-    out = reference.empty_output(query, value) if out is None else out
-    if out.numel() == 0 or key.shape[2] == 0:
-        return out.zero_()
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    attn_mask = None if attn_mask is None else readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    plan = _plan(signature, layout_of(out), tile, tma)
+    if signature.is_empty:
+        out = reference.empty_output(query, value) if out is None else out
+        return out.zero_()
+    if not signature.is_readable:
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        attn_mask = None if attn_mask is None else readable_mask(attn_mask)
+        signature = signature_of(query, key, value, bias, attn_mask, options, packed)
+    plan = _plan(signature, None if out is None else layout_of(out), tile, tma)
+    if out is None:
+        out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     if plan.described:
         by_key, by_value = plan.described
@@ -98,13 +102,16 @@ def forward(
 
 class _Plan(NamedTuple):
     launch: Launch
+    out: Layout
     described: tuple[Described, Described] | None
     """key and value, if they are loaded by tensor descriptors."""
     counts: Counts | None
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None) -> _Plan:
+def _plan(signature: Signature, out: Layout | None, tile: Tile | None, tma: bool | None) -> _Plan:
+    """out: None: of a new output."""
+    out = out or signature.output()
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or tile_for(signature)
     described = None
@@ -122,7 +129,7 @@ def _plan(signature: Signature, out: Layout, tile: Tile | None, tma: bool | None
     tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
     blocks = triton.cdiv(signature.q_len, tile.rows * tile.subtiles) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, described, counts_for(signature))
+    return _Plan(launch, out, described, counts_for(signature))
 
 
 def tile_for(signature: Signature) -> Tile:

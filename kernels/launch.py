@@ -1,17 +1,18 @@
 """The host side of the Triton kernels: from tensors to launches, at little cost per call.
 
 What a launch needs (tile, band, strides, grid, the compiled kernel) depends on the tensors' layouts, not on their
-values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the plans of
-:mod:`flash_fwd`, :mod:`flash_bwd` and :mod:`decode`, and :class:`Launch` the compiled kernel, past Triton's binder,
-which takes longer than the kernels of short sequences run.
+values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the signatures and the
+plans of :mod:`flash_fwd`, :mod:`flash_bwd` and :mod:`decode`, and :class:`Launch` the compiled kernel, past Triton's
+binder, which takes longer than the kernels of short sequences run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
-from sigswap.kernels.reference import Options
+from sigswap.kernels.reference import Options, empty_gradients, output_layout
 from sigswap.kernels.triton_common import (
     ACCURATE,
     AUTO,
@@ -32,6 +33,10 @@ from sigswap.kernels.triton_common import (
     bias_kernel,
     count_kernel,
 )
+
+FEW_SCORES = 1 << 26
+"""Fewer take the GPU less time than the call takes the host, to which each tensor descriptor adds: as much as a launch
+for two or three. So there are none, even where the GPU would be some percent faster with them."""
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -69,8 +74,12 @@ class Band(NamedTuple):
     has_right: bool
 
 
-class Signature(NamedTuple):
-    """What plans depend on. query, key and value are [B, H, N, D]; of packed sequences [1, H, total, D]."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signature:
+    """What plans depend on. query, key and value are [B, H, N, D]; of packed sequences [1, H, total, D].
+
+    :func:`signature_of` gives the same object for what is equal, so that plans are looked up by its identity.
+    """
 
     query: Layout
     key: Layout
@@ -84,8 +93,6 @@ class Signature(NamedTuple):
     """Of float32."""
     packed: tuple[int, int, int] | None
     """(sequences, longest query, longest key)."""
-    descriptors: bool
-    """Whether there may be tensor descriptors."""
 
     @property
     def batch(self) -> int:
@@ -110,6 +117,29 @@ class Signature(NamedTuple):
     @property
     def element_size(self) -> int:
         return self.query.dtype.itemsize
+
+    @functools.cached_property
+    def is_empty(self) -> bool:
+        """Whether there is no key, or nothing in the output."""
+        return 0 in self.query.shape[:3] or self.key.shape[2] == 0 or self.value.shape[3] == 0
+
+    @functools.cached_property
+    def is_readable(self) -> bool:
+        """Whether kernels read query, key, value and mask as they lie, not copies (unit_stride, readable_mask)."""
+        inputs = self.query, self.key, self.value
+        return all(_has_unit_stride(each.shape, each.strides) for each in inputs) and (
+            self.attn_mask is None or _has_readable_rows(self.attn_mask)
+        )
+
+    @functools.cached_property
+    def gradients(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
+        """The layouts of new gradients by output_mask, where gradients_for() found all to be written in themselves."""
+        return {}
+
+    def output(self) -> Layout:
+        """Of a new output."""
+        shape, strides = output_layout(self.query.shape, self.value.shape)
+        return Layout(shape, strides, self.query.dtype, True)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -149,6 +179,10 @@ class Signature(NamedTuple):
         return Band(left or 0, right or 0, has_left, has_right)
 
     @property
+    def has_few_scores(self) -> bool:
+        return self.batch * self.heads * self.q_len * self.kv_len < FEW_SCORES
+
+    @property
     def mixed_forms(self) -> bool:
         """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
 
@@ -173,7 +207,7 @@ class Signature(NamedTuple):
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
-        if not (self.descriptors and self.plain and capability(self.device) >= 90 and self.element_size == 2):
+        if not (self.plain and capability(self.device) >= 90 and self.element_size == 2) or self.has_few_scores:
             return False
         return self.packed is None and shortest >= 128
 
@@ -252,32 +286,69 @@ def signature_of(
     options: Options,
     packed: Packed | None = None,
 ) -> Signature:
-    return Signature(
-        layout_of(query),
-        layout_of(key),
-        layout_of(value),
+    """query, key and value are of one dtype, on one device."""
+    dtype = query.dtype
+    return _signature(
+        query.shape,
+        query.stride(),
+        key.shape,
+        key.stride(),
+        value.shape,
+        value.stride(),
+        (_is_aligned(query), _is_aligned(key), _is_aligned(value)),
+        dtype,
+        query.device,
         None if bias is None else layout_of(bias),
         None if attn_mask is None else layout_of(attn_mask),
         options,
-        query.device,
         settings.sigmoid_form,
         # allow_tf32 would raise, once this is used.
-        query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
-        _recording.by is None or _recording.by.descriptors,
+    )
+
+
+@functools.lru_cache(MAX_PLANS)
+def _signature(
+    query: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    value: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    aligned: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: Layout | None,
+    attn_mask: Layout | None,
+    options: Options,
+    sigmoid_form: str,
+    allow_tf32: bool,
+    packed: tuple[int, int, int] | None,
+) -> Signature:
+    """From parts that take no time to put together."""
+    return Signature(
+        Layout(query, query_strides, dtype, aligned[0]),
+        Layout(key, key_strides, dtype, aligned[1]),
+        Layout(value, value_strides, dtype, aligned[2]),
+        bias,
+        attn_mask,
+        options,
+        device,
+        sigmoid_form,
+        allow_tf32,
+        packed,
     )
 
 
 def layout_of(tensor: Tensor) -> Layout:
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype, _is_aligned(tensor))
+
+
+def _is_aligned(tensor: Tensor) -> bool:
     if _recording.by is None:
-        aligned = tensor.data_ptr() % 16 == 0
-    else:  # inductor aligns what it allocates and what it is given
-        aligned = tensor.storage_offset() * tensor.itemsize % 16 == 0
-    return Layout(tensor.shape, tensor.stride(), tensor.dtype, aligned)
-
-
-def optional_layout(tensor: Tensor | None) -> Layout | None:
-    return None if tensor is None else layout_of(tensor)
+        return tensor.data_ptr() % 16 == 0
+    return tensor.storage_offset() * tensor.itemsize % 16 == 0  # inductor aligns what it allocates and what it is given
 
 
 def are_wide(strides: Iterable[tuple[int, ...]]) -> bool:
@@ -306,38 +377,60 @@ def width(dim: int) -> int:
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied only if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor if _has_unit_stride(tensor.shape, tensor.stride()) else tensor.contiguous()
 
 
-def written_for(grads: tuple[Tensor, ...], output_mask: list[bool]) -> list[Tensor | None]:
-    """Where the gradients of query, key, value, bias and attn_mask are written; None: not needed. In themselves, but
-    for the first three, which kernels write: in new tensors, where the last dimension is strided."""
-    written: list[Tensor | None] = []
-    for index, (grad, needed) in enumerate(zip(grads, output_mask, strict=True)):
-        if not needed or grad.numel() == 0:  # what is asked for but not given has no elements
-            written.append(None)
-        elif index > 2 or grad.stride(-1) == 1 or grad.shape[-1] == 1:
-            written.append(grad)
-        else:
-            written.append(torch.empty(grad.shape, dtype=grad.dtype, device=grad.device))
-    return written
+def _has_unit_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return strides[-1] == 1 or shape[-1] == 1
 
 
-def hand_over(grads: tuple[Tensor, ...], written: list[Tensor | None]) -> None:
+Gradients = tuple[Tensor | None, ...]
+"""Of query, key, value, bias and attn_mask; None: not needed."""
+
+
+def gradients_for(
+    signature: Signature, inputs: Gradients, output_mask: Sequence[bool], grads: Gradients | None = None
+) -> tuple[Gradients, Gradients, tuple[Layout | None, ...]]:
+    """The gradients of the inputs, uninitialised; where they are written; and the layouts of that.
+
+    They are written in themselves, but for the first three, which kernels write: in new tensors, where the last
+    dimension is strided. signature: of these inputs. grads: the gradients, if they exist already.
+    """
+    needed = tuple(output_mask) if grads is None else None
+    grads = grads or empty_gradients(inputs, output_mask)
+    if needed in signature.gradients:
+        return grads, grads, signature.gradients[needed]
+    written = list(grads)
+    for index, grad in enumerate(grads[:3]):
+        if grad is not None and not _has_unit_stride(grad.shape, grad.stride()):
+            written[index] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    layouts = tuple([None if new is None else layout_of(new) for new in written])
+    if needed is not None and all(new is grad for new, grad in zip(written, grads, strict=True)):
+        signature.gradients[needed] = layouts
+    return grads, tuple(written), layouts
+
+
+def hand_over(grads: Gradients, written: Gradients) -> None:
     """Copies to the gradients what was written in new tensors."""
+    if written is grads:
+        return
     for grad, new in zip(grads, written, strict=True):
-        if new is not None and new is not grad:
+        if grad is not None and grad is not new:
             grad.copy_(new)
 
 
 def readable_mask(attn_mask: Tensor) -> Tensor:
     """The mask, copied if its rows are read for each sequence and head, and their numbers are not neighbours in memory:
     as T5's, which is an embedding with the heads last. Then the copy is the smaller part of what reading it costs."""
-    if attn_mask.shape[2] == 1 or attn_mask.shape[3] == 1 or attn_mask.stride(3) <= 1:
+    if _has_readable_rows(layout_of(attn_mask)):
         return attn_mask
     # What is expanded stays so.
     own = attn_mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in attn_mask.stride())]
     return own.contiguous().expand(attn_mask.shape)
+
+
+def _has_readable_rows(mask: Layout) -> bool:
+    return mask.shape[2] == 1 or mask.shape[3] == 1 or mask.strides[3] <= 1
 
 
 # Launches.
@@ -417,36 +510,46 @@ class Launch:
             tuple(_scalar_key(name, value) for name, value in zip(names, self._rest, strict=True)),
             tuple(options.items()),
         )
-        self._run: Callable[..., None] | None = None
+        self._device = device.index
+        self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        compiled = self._compiled
         if _recording.by is not None:
-            _recording.by.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
-            return
-        if self._run is not None:
-            self._run(*tensors, *self._rest)
-            return
+            _recording.by(self._kernel, self._grid, (*tensors, *self._rest), self._options)
+        elif compiled is None:
+            self._launch_first(*tensors)
+        elif _have_hooks():
+            compiled[self._grid](*tensors, *self._rest)
+        else:  # what Triton does in the line above, without looking for the device and for hooks
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*self._grid, stream, function, metadata, None, None, None, *tensors, *self._rest)
+
+    def _launch_first(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        """Compiles the kernel, unless it is. Triton's interpreter compiles nothing."""
         compiled = _compiled.get(self._key)
         if compiled is None:
             compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
-            if compiled is None:  # by Triton's interpreter, nothing is compiled
-                return
-            _compiled[self._key] = compiled
+            if compiled is not None:
+                _compiled[self._key] = compiled
         else:
             compiled[self._grid](*tensors, *self._rest)
-        self._run = compiled[self._grid]
+        self._compiled = compiled
+
+
+def _have_hooks() -> bool:
+    """Whether anyone is told of Triton's launches, such as a profiler."""
+    hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, or one
 
 
 _compiled: dict[Any, Any] = {}
 
 
-class Recorder(NamedTuple):
-    """What gets a thread's launches instead of the GPU; their tensors may be fake."""
-
-    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
-    """``record(kernel, grid, arguments, options)``"""
-    descriptors: bool
-    """Whether the launches may be given tensor descriptors."""
+Recorder = Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
+"""``record(kernel, grid, arguments, options)`` gets a launch instead of the GPU; its tensors may be fake."""
 
 
 class _Recording(threading.local):
@@ -457,11 +560,9 @@ _recording = _Recording()
 
 
 @contextmanager
-def recorded_by(
-    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None], *, descriptors: bool
-) -> Iterator[None]:
+def recorded_by(record: Recorder) -> Iterator[None]:
     """This thread's launches go to ``record``."""
-    _recording.by = Recorder(record, descriptors)
+    _recording.by = record
     try:
         yield
     finally:

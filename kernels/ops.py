@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE, checks, reference, vmap
-from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, have_option_types, is_plain, library
+from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
 
 def sigmoid_attention(
@@ -69,20 +69,12 @@ def sigmoid_attention(
     Raises:
         ArgumentError: A shape, dtype, device or value is not as above.
     """
-    numbers = scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
-    if is_plain(query, key, value, bias, attn_mask, seed) and have_option_types(*numbers):
-        options = reference.Options(
-            float(scale),
-            float(const_bias),
-            visible_bias,
-            is_causal,
-            bottom_right,
-            window_left,
-            window_right,
-            float(softcap),
-            float(dropout_p),
+    if is_plain(query, key, value, bias, attn_mask, seed):
+        options = options_of(
+            scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
         )
-        return _attention.run((query, key, value, bias, attn_mask, seed), options)
+        if options is not None:
+            return _attention.run((query, key, value, bias, attn_mask, seed), options)
     return torch.ops.sigswap.sigmoid_attention.default(
         query,
         key,
@@ -136,9 +128,6 @@ _attention = AttentionOp(
     check=checks.check_attention,
     functions=("forward", "backward"),
     empty=lambda query, key, value, *others: reference.empty_output(query, value),
-    empty_gradients=lambda query, key, value, bias, attn_mask, seed, output_mask: reference.empty_gradients(
-        query, key, value, bias, attn_mask, output_mask
-    ),
 )
 vmap.register_folding(_attention)
 

@@ -126,26 +126,20 @@ def backward(
     seed: Tensor | None,
     output_mask: list[bool],
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``sigswap::sigmoid_attention_backward``; the arguments are documented there, and valid here."""
-    grads = empty_gradients(query, key, value, bias, attn_mask, output_mask)
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_backward``, with None for what is not needed; the arguments are documented
+    there, and valid here."""
+    grads = empty_gradients((query, key, value, bias, attn_mask), output_mask)
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    need_query, need_key, need_value, need_bias, need_mask = output_mask
     dtype = _compute_dtype(query)
-    row_sums = query.new_zeros((*query.shape[:3], 1), dtype=dtype) if need_bias else None
-    mask_sums = query.new_zeros(attn_mask.shape, dtype=dtype) if need_mask and attn_mask is not None else None
-    targets = _Targets(
-        grad_query if need_query else None,
-        grad_key if need_key else None,
-        grad_value if need_value else None,
-        row_sums,
-        mask_sums,
-    )
+    row_sums = None if grad_bias is None else query.new_zeros((*query.shape[:3], 1), dtype=dtype)
+    mask_sums = None if grad_mask is None else query.new_zeros(grad_mask.shape, dtype=dtype)
+    targets = _Targets(grad_query, grad_key, grad_value, row_sums, mask_sums)
     dropout = _dropout(seed, 0, (*query.shape[1:3], key.shape[2]), options)
     _backward_into(targets, grad_out, query, key, value, bias, attn_mask, dropout, options)
-    if row_sums is not None and bias is not None:
-        grad_bias.copy_(row_sums.sum_to_size(bias.shape))
-    if mask_sums is not None:
+    if grad_bias is not None and row_sums is not None:
+        grad_bias.copy_(row_sums.sum_to_size(grad_bias.shape))
+    if grad_mask is not None and mask_sums is not None:
         grad_mask.copy_(mask_sums)
     return grads
 
@@ -193,19 +187,19 @@ def varlen_backward(
     max_seqlen_k: int,
     output_mask: list[bool],
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``sigswap::sigmoid_attention_varlen_backward``; the arguments are documented there, and valid here."""
-    grads = empty_varlen_gradients(query, key, value, bias, output_mask)
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_varlen_backward``, with None for what is not needed; the arguments are documented
+    there, and valid here."""
+    grads = empty_gradients((query, key, value, bias), output_mask)
     grad_query, grad_key, grad_value, grad_bias = grads
-    need_query, need_key, need_value, need_bias = output_mask
-    row_sums = query.new_zeros((*query.shape[:2], 1), dtype=_compute_dtype(query)) if need_bias else None
+    row_sums = None if grad_bias is None else query.new_zeros((*query.shape[:2], 1), dtype=_compute_dtype(query))
     padded = query.shape[1], max_seqlen_q, max_seqlen_k
     sequences = _sequences(cu_seqlens_q, cu_seqlens_k, len(query), len(key), max_seqlen_q, max_seqlen_k)
     for number, (rows, keys) in enumerate(sequences):
         targets = _Targets(
-            _one_sequence(grad_query, rows) if need_query else None,
-            _one_sequence(grad_key, keys) if need_key else None,
-            _one_sequence(grad_value, keys) if need_value else None,
+            None if grad_query is None else _one_sequence(grad_query, rows),
+            None if grad_key is None else _one_sequence(grad_key, keys),
+            None if grad_value is None else _one_sequence(grad_value, keys),
             None if row_sums is None else _one_sequence(row_sums, rows),
             None,
         )
@@ -220,8 +214,8 @@ def varlen_backward(
             _dropout(seed, number, padded, options),
             options,
         )
-    if row_sums is not None and bias is not None:
-        grad_bias.copy_(row_sums.squeeze(-1).sum_to_size(bias.shape))
+    if grad_bias is not None and row_sums is not None:
+        grad_bias.copy_(row_sums.squeeze(-1).sum_to_size(grad_bias.shape))
     return grads
 
 
@@ -231,9 +225,14 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
     Fused softmax attention returns it, too. It is no view, so that it may be changed in place.
     """
-    batch, heads, q_len, _ = query.shape
-    dim = value.shape[3]
-    return query.new_empty_strided((batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1))
+    return query.new_empty_strided(*output_layout(query.shape, value.shape))
+
+
+def output_layout(query: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The output's shape and strides, for shapes of query and value."""
+    batch, heads, q_len, _ = query
+    dim = value[3]
+    return (batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1)
 
 
 def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
@@ -241,29 +240,10 @@ def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
 
 
-def empty_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients, uninitialised. Those of query, key and value have their inputs' memory order; one that
-    is not needed has no elements."""
-    inputs = (query, key, value, bias, attn_mask)
-    grads = [
-        query.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
-        for tensor, needed in zip(inputs, output_mask, strict=True)
-    ]
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
-
-
-def empty_varlen_gradients(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`empty_gradients`."""
-    return empty_gradients(query, key, value, bias, None, [*output_mask, False])[:4]
+def empty_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs, uninitialised, in their memory order; None: not needed."""
+    pairs = zip(inputs, output_mask, strict=True)
+    return tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor, needed in pairs])
 
 
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import checks, reference, vmap
-from sigswap.kernels.attention_op import AttentionOp, have_option_types, is_plain
+from sigswap.kernels.attention_op import AttentionOp, is_plain, options_of
 
 
 def sigmoid_attention_varlen(
@@ -61,21 +61,13 @@ def sigmoid_attention_varlen(
         ArgumentError: A shape, dtype, device or value is not as above. The values in cu_seqlens_q and cu_seqlens_k
             are not checked where Triton kernels run, for that would wait for the GPU; wrong ones are not safe there.
     """
-    numbers = scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
-    if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed) and have_option_types(*numbers):
-        options = reference.Options(
-            float(scale),
-            float(const_bias),
-            visible_bias,
-            is_causal,
-            bottom_right,
-            window_left,
-            window_right,
-            float(softcap),
-            float(dropout_p),
+    if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
+        options = options_of(
+            scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
         )
-        inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
-        return _varlen.run(inputs, options)
+        if options is not None:
+            inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
+            return _varlen.run(inputs, options)
     return torch.ops.sigswap.sigmoid_attention_varlen.default(
         query,
         key,
@@ -107,8 +99,5 @@ _varlen = AttentionOp(
     check=checks.check_varlen,
     functions=("varlen_forward", "varlen_backward"),
     empty=lambda query, key, value, *others: reference.empty_varlen_output(query, value),
-    empty_gradients=lambda query, key, value, bias, *others: reference.empty_varlen_gradients(
-        query, key, value, bias, others[-1]
-    ),
 )
 vmap.register_looping(_varlen)

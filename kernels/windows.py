@@ -25,15 +25,14 @@ from sigswap.kernels.launch import (
     Layout,
     Signature,
     contiguous_layout,
+    gradients_for,
     hand_over,
     layout_of,
     limits_of,
-    optional_layout,
     output_arguments,
     readable_mask,
     signature_of,
     unit_stride,
-    written_for,
 )
 from sigswap.kernels.sums import Sum
 from sigswap.kernels.triton_common import (
@@ -105,18 +104,21 @@ def backward(
     output_mask: list[bool],
     options: reference.Options,
     programs: int = BACKWARD_PROGRAMS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``sigswap::sigmoid_attention_backward``, where forward suits(); the arguments are documented there.
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_backward``, where forward suits(), with None for what is not needed; the
+    arguments are documented there.
 
     programs: overrides their number, for tests and tuning.
     """
-    grads = reference.empty_gradients(query, key, value, bias, attn_mask, output_mask)
-    query, key, value, grad_out = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(grad_out)
-    attn_mask = readable_mask(attn_mask)
-    written = written_for(grads, output_mask)
+    inputs = query, key, value, bias, attn_mask
+    signature = signature_of(*inputs, options)
+    grads, written, layouts = gradients_for(signature, inputs, output_mask)
+    grad_out = unit_stride(grad_out)
+    if not signature.is_readable:
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        attn_mask = readable_mask(attn_mask)
+        signature = signature_of(query, key, value, bias, attn_mask, options)
     *outputs, new_bias, new_mask = written
-    layouts = tuple([optional_layout(grad) for grad in written])
-    signature = signature_of(query, key, value, bias, attn_mask, options)
     plan = _plan_backward(signature, layout_of(grad_out), layouts, programs)
     sums = None if plan.sum_bias is None else plan.sum_bias.empty_parts()
     parts = None if plan.sum_mask is None else plan.sum_mask.empty_parts()

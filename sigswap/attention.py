@@ -186,17 +186,12 @@ def attend(
         attn_mask, is_causal = None, True
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask must not be given together with is_causal=True.")
-    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
-        raise ArgumentError(
-            "query, key and value must be [..., length, head_dim], "
-            f"not {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
-        )
-    window_left, window_right = _window(window)
-    scale, softcap, seed = _scale(query, scale), _softcap(softcap), _dropout_seed(query, dropout_p)
     leading = query.shape[:-2]
-    if not (query.dim() == key.dim() == value.dim() == 4 and leading == key.shape[:2] == value.shape[:2]):
+    if not _fit_the_op(query.shape, key.shape, value.shape, enable_gqa):
         leading = _leading_shape(query, key, value, enable_gqa)
         query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
+    window_left, window_right = _window(window)
+    scale, softcap, seed = _scale(query, scale), _softcap(softcap), _dropout_seed(query, dropout_p)
     if bias is not None:
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
@@ -305,8 +300,20 @@ def _window(window: Window | None) -> tuple[int, int]:
     return left, right
 
 
+def _fit_the_op(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> bool:
+    """Whether the op takes the shapes as they are. The usual case: the rest takes as long as the op."""
+    if not len(query) == len(key) == len(value) == 4:
+        return False
+    return query[0] == key[0] == value[0] and key[1] == value[1] and (enable_gqa or query[1] == key[1])
+
+
 def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
     """The output's dimensions before [M, Dv]: the batch dimensions of all three, broadcast, and query's heads."""
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise ArgumentError(
+            "query, key and value must be [..., length, head_dim], "
+            f"not {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
+        )
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return tuple(query.shape[:-2])
     heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key, value)]

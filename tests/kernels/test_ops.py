@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
-from sigswap.kernels import MASKED_SCORE, ops
-from sigswap.kernels.attention_op import is_plain
+from sigswap.kernels import MASKED_SCORE, attention_op, ops, reference
+from sigswap.kernels.attention_op import is_plain, options_of
+from sigswap.kernels.reference import Options
 
 ATTENTION = torch.ops.sigswap.sigmoid_attention.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
@@ -235,6 +236,40 @@ def test_what_is_not_plain_goes_through_the_dispatcher() -> None:
     torch.jit.trace(lambda q: seen.append(is_plain(q)) or q + 1, query, check_trace=False)
     assert seen == [False] * 4
     assert is_plain(query)
+
+
+def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [heads_tensor(1, 2, 3, 4, requires_grad=True) for _ in range(3)]
+    expected = torch.autograd.grad(ops.sigmoid_attention(*inputs, scale=0.5).sum(), inputs)
+    negated: list[bool] = []
+
+    def implementation(cuda: bool, name: str) -> Any:
+        def run(*arguments: Any) -> Any:
+            negated.extend(each.is_neg() for each in arguments if isinstance(each, Tensor))
+            return getattr(reference, name)(*arguments)
+
+        return run
+
+    monkeypatch.setattr(attention_op, "_implementation", implementation)
+    with torch.autograd.graph.saved_tensors_hooks(torch.neg, torch._neg_view):  # equal tensors, lazily negated
+        out = ops.sigmoid_attention(*inputs, scale=0.5)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert len(negated) == 7 and not any(negated)
+    assert all(torch.equal(grad, truth) for grad, truth in zip(grads, expected, strict=True))
+
+
+def test_options_of_other_types_go_through_the_dispatcher() -> None:
+    numbers = 1.0, 0.0, True, False, False, -1, -1, 0.0, 0.0
+    for _ in range(2):  # equal ones are remembered
+        assert options_of(*numbers) == Options(*numbers)
+        converted = options_of(1, 0, *numbers[2:])
+        assert converted is not None and type(converted.scale) is type(converted.const_bias) is float
+        others = (True, *numbers[1:]), (*numbers[:3], 0, *numbers[4:]), (*numbers[:5], -1.0, *numbers[6:])
+        for wrong in (*others, (torch.tensor(1.0), *numbers[1:]), ([1.0], *numbers[1:])):
+            assert options_of(*wrong) is None
+    query = heads_tensor(1, 2, 3, 4)
+    out = ops.sigmoid_attention(query, query, query, scale=torch.tensor(0.5))
+    assert torch.equal(out, ops.sigmoid_attention(query, query, query, scale=0.5))
 
 
 def test_modes_and_the_profiler_see_the_op() -> None:
