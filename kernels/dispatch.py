@@ -31,6 +31,8 @@ class _Kernels(NamedTuple):
     decode: ModuleType
     launch: ModuleType
     windows: ModuleType
+    hopper_bwd: ModuleType | None
+    """Only for the GPUs that it is written for."""
 
 
 def forward(
@@ -71,6 +73,9 @@ def backward(
     with _on(query.device):
         if kernels.windows.suits(query, key, value, bias, attn_mask, options):
             return kernels.windows.backward(grad_out, query, key, value, bias, attn_mask, output_mask, options)
+        hopper = kernels.hopper_bwd
+        if hopper is not None and hopper.suits(grad_out, query, key, value, bias, attn_mask, output_mask, options):
+            return hopper.backward(grad_out, query, key, value, bias, output_mask, options)
         return kernels.flash_bwd.backward(*arguments)
 
 
@@ -157,13 +162,17 @@ def kernels_for(query: Tensor, value: Tensor) -> _Kernels | None:
 def _device_kernels(device: int) -> _Kernels | None:
     if torch.version.hip is not None:
         return _unable("they are written for NVIDIA GPUs")
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return _unable(f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0")
     try:
         from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, windows
     except ImportError as error:
         return _unable(f"Triton could not be imported ({error})")
-    return _Kernels(flash_fwd, flash_bwd, decode, launch, windows)
+    hopper_bwd = None
+    if capability[0] == 9:
+        from sigswap.kernels import hopper_bwd
+    return _Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_bwd)
 
 
 @functools.cache

@@ -443,17 +443,21 @@ class Described:
         self, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.shape, self.strides, self.block, self.dtype = shape, strides, block, dtype
+        self._kind: type = TensorDescriptor
         self._checked: dict[str, Any] | None = None
 
-    def __call__(self, tensor: Tensor) -> TensorDescriptor | Tensor:
+    def describe(self, tensor: Tensor) -> Any:
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
+
+    def __call__(self, tensor: Tensor) -> Any:
         if _recording.by is not None:
             return tensor
         # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:
-            descriptor = TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
-            self._checked = vars(descriptor) | {"base": None}  # a plan must not keep tensors alive
+            descriptor = self.describe(tensor)
+            self._kind, self._checked = type(descriptor), vars(descriptor) | {"base": None}  # no plan keeps a tensor
             return descriptor
-        descriptor = object.__new__(TensorDescriptor)
+        descriptor = object.__new__(self._kind)
         vars(descriptor).update(self._checked)
         descriptor.base = tensor
         return descriptor

@@ -50,7 +50,7 @@ _ROW_BIAS_BLOCK = tl.constexpr(ROW_BIAS_BLOCK)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def _tail_assembly(pack: int) -> str:
+def tail_assembly(pack: int) -> str:
     """PTX of the tail form, from y = x log2 e, of as many elements."""
     each = range(pack)
     source = [f"${pack + i}" for i in each]
@@ -73,7 +73,7 @@ def _tail_assembly(pack: int) -> str:
 
 
 _TAIL_PACK = tl.constexpr(32)
-_TAIL_ASSEMBLY = tl.constexpr(_tail_assembly(32))
+_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32))
 # Outputs are written before the last inputs are read.
 _TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
 

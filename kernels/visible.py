@@ -39,7 +39,7 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
 
     Raises:
         NotVisible: A launch takes what ``wrap_triton`` does not pass on when it is traced (tensor descriptors, a limit
-            on registers) and the op has FEW_SCORES or more, or it does not run Triton kernels.
+            on registers, Gluon) and the op has FEW_SCORES or more, or it does not run Triton kernels.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     query, key, value = inputs[1:4] if backward else inputs[:3]
@@ -64,6 +64,8 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
 def _launch(
     few: bool, kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], options: dict[str, int]
 ) -> None:
+    if kernel.is_gluon():
+        raise NotVisible("it is written in Gluon")
     if dict(zip(kernel.arg_names, arguments, strict=True)).get("TMA", False):
         raise NotVisible("it loads by tensor descriptors")
     if "maxnreg" in options and not few:

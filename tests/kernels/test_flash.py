@@ -22,9 +22,10 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, launch, sums, windows
+from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, launch, sums, windows
 
 CUDA = torch.cuda.is_available()
+ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -236,6 +237,48 @@ def assert_windows_no_worse(index: int) -> None:
         inputs = problem.grad_out, query, key, value, bias, attn_mask
         grads = windows.backward(*inputs, needed, problem.options, **tuning)
         assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
+
+
+def hopper_problem(index: int) -> Problem:
+    """A problem for the backward of long sequences on Hopper GPUs; short ones, too, which have few tiles."""
+    draw = random.Random(3000 + index)
+    torch.manual_seed(3000 + index)
+    dtype = draw.choice((torch.bfloat16, torch.bfloat16, torch.float16))
+    batch, kv_heads, group = draw.choice((1, 2, 3)), draw.choice((1, 2, 5)), draw.choice((1, 1, 2, 3))
+    lengths = (1, 63, 64, 65, 128, 130, 257, 500, 1000, 1537)
+    q_len, kv_len = draw.choice(lengths), draw.choice(lengths)
+    if draw.random() < 0.3:
+        kv_len = q_len
+    dims = draw.choice(((40, 48, 64, 64), (72, 80, 96, 128, 128)))
+    head_dim, value_dim = draw.choice(dims), draw.choice(dims)
+
+    def rows(heads: int, length: int, dim: int) -> Tensor:
+        layout = draw.choice(("plain", "transposed", "sliced"))
+        if layout == "transposed":
+            return torch.randn(batch, length, heads, dim, device=DEVICE).to(dtype).transpose(1, 2)
+        if layout == "sliced":
+            return torch.randn(batch, heads, length, dim + 8, device=DEVICE).to(dtype)[..., :dim]
+        return torch.randn(batch, heads, length, dim, device=DEVICE).to(dtype)
+
+    heads, bias = kv_heads * group, None
+    if draw.random() < 0.6:
+        shape = draw.choice((1, batch)), draw.choice((1, heads)), 1, 1
+        bias = (torch.randn(shape, device=DEVICE) - draw.choice((1, 9))).to(draw.choice((dtype, torch.float32)))
+    options = reference.Options(
+        scale=draw.choice((head_dim**-0.5, -0.2)),
+        const_bias=draw.choice((0.0, 0.0, -1.5, -6.0, -12.0)),
+        visible_bias=draw.random() < 0.8,
+        is_causal=draw.random() < 0.4,
+        bottom_right=draw.random() < 0.5,
+        window_left=draw.choice((-1, -1, -1, 0, 5, 100)),
+        window_right=draw.choice((-1, -1, -1, 0, 30)),
+    )
+    query, key, value = (
+        rows(heads, q_len, head_dim),
+        rows(kv_heads, kv_len, head_dim),
+        rows(kv_heads, kv_len, value_dim),
+    )
+    return Problem(query, key, value, bias, None, None, rows(heads, q_len, value_dim), options)
 
 
 def assert_sums(index: int) -> None:
@@ -491,3 +534,47 @@ def test_random_features_with_a_repeated_mask(index: int) -> None:
 def test_random_windows(index: int) -> None:
     assert_windows_no_worse(index)
     assert_sums(index)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(120))
+def test_random_problems_on_hopper(index: int) -> None:
+    problem = hopper_problem(index)
+    query, key, value, bias, *_ = problem.inputs
+    needed = [True, True, True, bias is not None, False]
+    out = flash_fwd.forward(*problem.inputs, problem.options)
+    grads = hopper_bwd.backward(problem.grad_out, query, key, value, bias, needed, problem.options)
+    assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None:
+    query, key, value, grad_out = (torch.randn(2, 8, 4096, 64, device="cuda").bfloat16() for _ in range(4))
+    needed, options = [True, True, True, False, False], reference.Options(0.125)
+
+    def suits(needed: list[bool] = needed, options: reference.Options = options, rows: int = 4096, **more: Any) -> bool:
+        tensors = (grad_out[:, :, :rows], query[:, :, :rows], key[:, :, :rows], value[:, :, :rows])
+        return hopper_bwd.suits(*tensors, more.get("bias"), more.get("mask"), needed, options)
+
+    assert suits() and suits(options=options._replace(is_causal=True))
+    assert not suits(rows=512) and not suits(needed=[True, True, False, False, False])
+    assert not suits(options=options._replace(is_causal=True, window_left=300))
+    assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
+    assert not suits(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
+    assert not suits(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool, device="cuda"))
+    arguments = grad_out, query, key, value, None, None, None, needed, options._replace(is_causal=True)
+    fast = dispatch.backward(*arguments)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not suits()
+        first, second = dispatch.backward(*arguments), dispatch.backward(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two, three in zip(first[:3], second[:3], fast[:3], strict=True):
+        assert one is not None and two is not None and three is not None
+        assert torch.equal(one, two)
+        assert (one.float() - three.float()).norm() < 5e-3 * one.float().norm()

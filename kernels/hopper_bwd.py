@@ -1,0 +1,698 @@
+"""The backward of sigmoid attention over long sequences on Hopper GPUs, in Gluon: one kernel for dK, dV and dQ.
+
+:mod:`flash_bwd` computes the scores twice, once for dK and dV, once for dQ: seven matrix products. Here they are
+computed once, and a block of keys adds its part of dQ to float32 sums in memory: five. What makes that fast:
+
+- A program has 128 keys, of which each of two warpgroups has 64, with dK and dV in registers; a warp loads queries and
+  output gradients for both. They meet through memory barriers only, one tile of 64 rows apart at most, so that one
+  computes probabilities while the other multiplies matrices.
+- dS goes from one warpgroup to the other through shared memory: each computes half of the columns of dQ, over all 128
+  keys, one tile late.
+- The sums of dQ lie in memory as the registers of a matrix product hold them: each thread adds 16 bytes at a time,
+  without a way through shared memory, whose bandwidth is the bottleneck. A second kernel puts them in order.
+- Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them.
+
+The sums are added in no fixed order: two runs differ by rounding. ``torch.use_deterministic_algorithms`` avoids that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sigswap.kernels import reference
+from sigswap.kernels.launch import (
+    MAX_PLANS,
+    Described,
+    Launch,
+    Layout,
+    Signature,
+    by_rows,
+    contiguous_layout,
+    describable,
+    gradients_for,
+    hand_over,
+    layout_of,
+    limits_of,
+    signature_of,
+    unit_stride,
+)
+from sigswap.kernels.sums import Sum
+from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, _TAIL, elements, store_rows, tail_assembly
+
+LONG = {64: 1024, 128: 511}
+"""By the width of a head: with more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`, as
+measured on an H100. The sums of dQ have to be filled with zeros before and put in order after, which takes as long for
+short sequences as for long ones."""
+
+ROWS, KEYS, STAGES = 64, 128, 3
+"""A tile's rows; the keys of a program; tiles of rows in flight."""
+
+_ROWS, _KEYS, _STAGES = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(STAGES)
+_SOME = tl.constexpr(8)
+_SOME_TAIL = tl.constexpr(tail_assembly(8))
+_SOME_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+_ADD = tl.constexpr(
+    "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; "
+    "red.relaxed.gpu.global.add.v4.f32 [a], {$12, $13, $14, $15}; "
+    "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
+)
+_ADD_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f")
+
+# Triton 3.8 has other names for them.
+_sync = getattr(gl, "barrier", None) or gl.thread_barrier
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+def suits(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    output_mask: list[bool],
+    options: reference.Options,
+) -> bool:
+    """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
+    dropout, soft cap, and with a bias per head at most, where all of query, key and value want gradients."""
+    if key.shape[2] < min(LONG.values()) or attn_mask is not None or options.dropout_p > 0.0 or options.softcap > 0.0:
+        return False
+    if not all(output_mask[:3]) or query.element_size() != 2 or abs(options.scale) < 1e-6:
+        return False
+    if (bias is not None and bias.shape[2] > 1) or torch.are_deterministic_algorithms_enabled():
+        return False
+    signature = signature_of(query, key, value, bias, attn_mask, options)
+    return _suits(signature, layout_of(unit_stride(grad_out)))
+
+
+@functools.lru_cache(MAX_PLANS)
+def _suits(signature: Signature, grad_out: Layout) -> bool:
+    width, value_width = signature.widths
+    operands = signature.query, signature.key, signature.value, grad_out
+    if signature.is_empty or signature.has_few_scores or not 90 <= limits_of(signature.device).capability < 100:
+        return False
+    if width != value_width or width not in (64, 128) or not all(describable(each) for each in operands):
+        return False
+    return _visible_keys(signature) > LONG[width] * signature.q_len
+
+
+def _visible_keys(signature: Signature) -> int:
+    """Of all rows together."""
+    shift, left, right = signature.options.band(signature.q_len, signature.kv_len)
+    row = np.arange(signature.q_len, dtype=np.int64) + shift
+    last = np.minimum(row + right, signature.kv_len - 1) if right is not None else signature.kv_len - 1
+    first = np.maximum(row - left, 0) if left is not None else 0
+    return (
+        int(np.maximum(last - first + 1, 0).sum()) if right is not None or left is not None else (last + 1) * len(row)
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    output_mask: list[bool],
+    options: reference.Options,
+) -> tuple[Tensor | None, ...]:
+    """``sigswap::sigmoid_attention_backward``, where it suits(), with None for what is not needed; the arguments are
+    documented there."""
+    inputs = query, key, value, bias, None
+    signature = signature_of(*inputs, options)
+    grads, written, layouts = gradients_for(signature, inputs, output_mask)
+    grad_out = unit_stride(grad_out)
+    plan = _plan(signature, layout_of(grad_out), layouts)
+    new_query, new_key, new_value, new_bias, _ = written
+    sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=query.device)
+    parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
+    tensors = query, key, value, grad_out, new_key, new_value
+    described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
+    plan.launch(*described, sums, parts, bias)
+    plan.finish(sums, new_query)
+    if plan.sum_parts is not None:
+        plan.sum_parts(parts, new_bias)
+    hand_over(grads, written)
+    return grads
+
+
+class _Plan(NamedTuple):
+    described: tuple[Described, ...]
+    """query, key, value, grad_out and the gradients of key and value."""
+    launch: Launch
+    sums: Layout
+    """Of dQ, as the kernel adds it up."""
+    finish: Launch
+    sum_parts: Sum | None
+    """The gradient of the bias."""
+
+
+class _Tiles(Described):
+    """A [B, H, N, D] tensor for Gluon, which is told how a tile lies in shared memory."""
+
+    def __init__(self, layout: Layout, rows: int) -> None:
+        rows_of = by_rows(layout, rows)
+        super().__init__(rows_of.shape, rows_of.strides, rows_of.block, rows_of.dtype)
+
+    def describe(self, tensor: Tensor) -> Any:
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...]) -> _Plan:
+    grad_query, grad_key, grad_value, grad_bias, _ = grads
+    assert grad_query is not None and grad_key is not None and grad_value is not None
+    width = signature.widths[0]
+    band = signature.band()
+    described = (
+        _Tiles(signature.query, ROWS),
+        _Tiles(signature.key, KEYS),
+        _Tiles(signature.value, KEYS),
+        _Tiles(grad_out, ROWS),
+        _Tiles(grad_key, KEYS // 2),
+        _Tiles(grad_value, KEYS // 2),
+    )
+    tiles = triton.cdiv(signature.q_len, ROWS)
+    blocks = triton.cdiv(signature.kv_len, KEYS)
+    sums = contiguous_layout((signature.batch * signature.heads * tiles, ROWS * width), torch.float32)
+    sum_parts = parts = None
+    if grad_bias is not None:
+        # One of each thread of the two warpgroups.
+        sum_parts = Sum(grad_bias, (signature.batch, signature.heads, blocks * 256, 1), signature.device)
+        parts = contiguous_layout(sum_parts.parts, torch.float32)
+    units = signature.batch * signature.kv_heads
+    at_once = 1
+    if band.has_left or band.has_right:
+        at_once = min(units, triton.cdiv(2 * limits_of(signature.device).multiprocessors, blocks))
+    arguments = signature.arguments() | {
+        "units": units,
+        "at_once": at_once,
+        "DIM": width,
+        "BANDED": band.has_left or band.has_right,
+        "SUMS": grad_bias is not None,
+        "GROUPED": signature.heads > signature.kv_heads,
+    }
+    tensors = (*described, sums, parts, signature.bias)
+    launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
+    finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
+    finish = Launch(_finish_kernel, sums.shape[0], signature.device, (sums, grad_query), finish_arguments, num_warps=8)
+    return _Plan(described, launch, sums, finish, sum_parts)
+
+
+# Device functions. A tile of scores is [keys, rows].
+
+
+@gluon.jit
+def _unknown_zero():
+    """0, of which the compiler does not know that. Addresses that it is part of are worked out where they are used,
+    and not kept in registers, of which there are none left."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _sigmoid(x, FORM: gl.constexpr):
+    """As triton_common.sigmoid(), whose tail form takes more registers."""
+    if FORM == _FAST:
+        tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+        return 0.5 + 0.5 * tanh
+    elif FORM == _TAIL:
+        return gl.inline_asm_elementwise(
+            _SOME_TAIL, _SOME_TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_SOME
+        )
+    else:
+        return 1 / (1 + gl.exp2(-gl.maximum(x, -60.0, propagate_nan=tl.PropagateNan.ALL)))
+
+
+@gluon.jit
+def _probabilities(
+    s, scale, row_bias, start, col0, key, row, shift, left, right, fast,
+    BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+):  # fmt: skip
+    """sigmoid(scale * s + row_bias); 0 outside the band. If BANDED the row bias is in s already."""
+    if FORM == _FAST:
+        x = s * (scale * 0.5)
+    elif FORM == _AUTO:
+        x = s * (scale * gl.where(fast, 0.5, _LOG2E))
+    else:
+        x = s * (scale * _LOG2E)
+    if not BANDED:
+        x += row_bias
+    if BANDED:
+        edge = False
+        if HAS_RIGHT:
+            edge = col0 + key.shape[0] - 1 > start + shift + right
+        if HAS_LEFT:
+            edge = edge | (col0 < start + _ROWS - 1 + shift - left)
+        if edge:
+            if HAS_RIGHT:
+                x = gl.where((col0 + key)[:, None] <= (start + shift + right + row)[None, :], x, float("-inf"))
+            if HAS_LEFT:
+                x = gl.where((col0 + key)[:, None] >= (start + shift - left + row)[None, :], x, float("-inf"))
+    if FORM == _FAST:
+        p = _sigmoid(x, _FAST)
+    elif FORM == _AUTO:
+        p = _sigmoid(x, _FAST) if fast else _sigmoid(x, SLOW)
+    else:
+        p = _sigmoid(x, SLOW)
+    return p
+
+
+@gluon.jit
+def _add(sums, tile, layout: gl.constexpr):
+    """Adds a product's tile to memory, in the order of its registers: for each eight columns of the tile a thread has
+    two of them in two rows that are 8 apart, 16 bytes."""
+    HEIGHT: gl.constexpr = tile.shape[0]
+    WIDTH: gl.constexpr = tile.shape[1]
+    row = gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    lane = row % 8 * 4 + column % 8 // 2 + _unknown_zero()
+    offset = ((row // 16 * (WIDTH // 8) + column // 8) * 32 + lane) * 16
+    address = gl.full([HEIGHT, WIDTH], 0, gl.int64, layout) + sums.to(gl.int64)
+    gl.inline_asm_elementwise(_ADD, _ADD_CONSTRAINTS, [address, offset, tile], dtype=gl.int32, is_pure=False, pack=4)
+
+
+@gluon.jit
+def _sum_per_thread(ds):
+    """Of a tile [64, 64] over what each of 128 threads has of it."""
+    by_thread = ds.reshape([4, 2, 8, 8, 4, 2])
+    return gl.sum(gl.sum(gl.sum(by_thread, 5), 3), 1).reshape([128])
+
+
+@gluon.jit
+def _put_row_biases(
+    biases, start, head_bias, scale, q_len, kv_len, shift, left, right,
+    VISIBLE: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """b_i / scale of a tile's rows, in shared memory."""
+    row = start + gl.arange(0, _ROWS, gl.BlockedLayout([1], [32], [4], [0]))
+    result = gl.full([_ROWS], 0.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0])) + head_bias
+    if VISIBLE:
+        first = gl.full([_ROWS], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+        last = first + (kv_len - 1)
+        if HAS_LEFT:
+            first = gl.maximum(row + shift - left, 0)
+        if HAS_RIGHT:
+            last = gl.minimum(row + shift + right, kv_len - 1)
+        result -= gl.log(gl.maximum(last - first + 1, 1).to(gl.float32))
+    biases.store(result / scale)
+
+
+@gluon.jit
+def _start_of_scores(biases, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr, BANDED: gl.constexpr):
+    """What the product of key and query is added to."""
+    start = gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT)
+    if BANDED:
+        start += biases.load(gl.SliceLayout(0, LAYOUT))[None, :]
+    return start
+
+
+@gluon.jit
+def _load(
+    q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty, batch, kv_head, group, col0, begin, span,
+):  # fmt: skip
+    """One warp: all that the others compute with."""
+    mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
+    _load_tile(k, [batch, kv_head, col0, 0], kv_full, k_tile.index(0))
+    _load_tile(v, [batch, kv_head, col0, 0], kv_full, v_tile.index(0))
+    stage = 0
+    phase = 1
+    head = kv_head * group
+    start = begin
+    for _ in range(group * span):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes)
+        _load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
+        _load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
+        stage += 1
+        start += _ROWS
+        if stage == _STAGES:
+            stage = 0
+            phase ^= 1
+        if start >= begin + span * _ROWS:
+            head += 1
+            start = begin
+
+
+@gluon.jit
+def _compute(
+    dk, dv, sums, parts, bias, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, biases,
+    kv_full, full, empty, ds_full, keys_read,
+    batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
+    stride_bias_b, stride_bias_h, scale, const_bias, fast,
+    PART: gl.constexpr, DIM: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
+    SLOW: gl.constexpr,
+):  # fmt: skip
+    """One of the two warpgroups: dK and dV of its half of the keys, and its half of the columns of dQ."""
+    HALF: gl.constexpr = _KEYS // 2
+    COLUMNS: gl.constexpr = DIM // 2
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
+    of_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    as_operand: gl.constexpr = gl.DotOperandLayout(0, of_keys, 2)
+    by_thread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = k_tile.dtype
+
+    col0 += PART * HALF
+    key = gl.arange(0, HALF, gl.SliceLayout(1, of_scores))
+    row = gl.arange(0, _ROWS, gl.SliceLayout(0, of_scores))
+    no_scores = gl.zeros([HALF, _ROWS], gl.float32, of_scores)
+    no_rows = gl.zeros([_ROWS, COLUMNS], gl.float32, of_rows)
+    keys = k_tile.index(0).reshape([_KEYS, DIM])
+    values = v_tile.index(0).reshape([_KEYS, DIM])
+    biases = biases.index(PART)
+    dk_acc = gl.zeros([HALF, DIM], gl.float32, of_keys)
+
+    # Where a tile is: its first row, and its place among the sums of dQ, of which tiles follow one another by heads.
+    end = begin + span * _ROWS
+    total = group * span
+    head = kv_head * group
+    tiles = gl.cdiv(q_len, _ROWS)
+    sums += PART * _ROWS * COLUMNS
+    start = begin
+    tile = (batch * heads + head) * tiles + begin // _ROWS
+    # Not the same number to Triton, which takes names of one number for one variable.
+    tile_before = tile + 0
+    row_bias = const_bias + 0.0
+    if bias is not None:
+        bias += batch.to(gl.int64) * stride_bias_b
+        row_bias += gl.load(bias + head.to(gl.int64) * stride_bias_h).to(gl.float32)
+    if BANDED:
+        _put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
+    elif VISIBLE:
+        const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
+        row_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
+    unit = gl.where(fast, 0.5, _LOG2E)
+    # dS of a tile before the first: zeros.
+    ds_tiles.index(0).slice(PART * HALF, HALF, 0).store(no_scores.to(dtype))
+    fence_async_shared()
+    _sync()
+    mbarrier.arrive(ds_full.index(0))
+
+    # The first tile.
+    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(full.index(0), 0)
+    rows = q_tiles.index(0).reshape([_ROWS, DIM])
+    grads = do_tiles.index(0).reshape([_ROWS, DIM])
+    s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+    s_token = warpgroup_mma(
+        keys.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BANDED, is_async=True
+    )
+    dp_token = warpgroup_mma(
+        values.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
+    )
+    s = warpgroup_mma_wait(1, deps=[s_token])
+    p = _probabilities(
+        s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
+        BANDED, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+    )  # fmt: skip
+    p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
+    dv_token = warpgroup_mma(p_operand, grads, gl.zeros([HALF, DIM], gl.float32, of_keys), use_acc=False, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp_token])
+    ds = (p - p * p) * dp
+    ds_low = ds.to(dtype)
+    ds_operand = gl.convert_layout(ds_low, as_operand)
+    ds_tiles.index(1).slice(PART * HALF, HALF, 0).store(ds_low)
+    sum_of_ds = gl.zeros([128], gl.float32, by_thread)
+    if SUMS:
+        sum_of_ds += gl.convert_layout(_sum_per_thread(ds), by_thread)
+        parts += PART * 128 + gl.arange(0, 128, by_thread)
+        parts += ((batch * heads + head).to(gl.int64) * blocks + col0 // _KEYS) * 256
+    dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
+    start_next = start + _ROWS
+    tile_next = tile + 1
+    head_next = head + 0
+    if start_next >= end:
+        start_next = begin
+        tile_next += tiles - span
+        head_next += 1
+    if GROUPED:
+        if SUMS:
+            ends = head_next != head
+            gl.store(parts, sum_of_ds, mask=gl.full([128], 0, gl.int32, by_thread) + ends.to(gl.int32) != 0)
+            parts += (head_next - head).to(gl.int64) * blocks * 256
+            sum_of_ds = gl.where(ends, 0.0, sum_of_ds)
+        if bias is not None:
+            last_head = gl.minimum(head_next, kv_head * group + group - 1)
+            row_bias = const_bias + gl.load(bias + last_head.to(gl.int64) * stride_bias_h).to(gl.float32)
+    if BANDED:
+        _put_row_biases(
+            biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+        )
+    fence_async_shared()
+    _sync()
+    mbarrier.arrive(ds_full.index(1))
+
+    # In each turn dK of the tile before, dQ of the one before that, and all else of this one.
+    stage = 0
+    phase = 0
+    slot = 0
+    slot_phase = 0
+    for _ in range(1, total):
+        rows_before = q_tiles.index(stage).reshape([_ROWS, DIM])
+        stage_before = stage
+        phase_before = phase
+        stage += 1
+        if stage == _STAGES:
+            stage = 0
+            phase ^= 1
+        tile_now = tile
+        start = start_next
+        tile = tile_next
+        head = head_next
+        zero = _unknown_zero()
+        keys_now = k_tile.index(zero).reshape([_KEYS, DIM])
+        values_now = v_tile.index(zero).reshape([_KEYS, DIM])
+
+        mbarrier.wait(ds_full.index(slot), slot_phase)
+        dk_token = warpgroup_mma(ds_operand, rows_before, dk_acc, is_async=True)
+        dq_token = warpgroup_mma(
+            ds_tiles.index(slot).permute((1, 0)), keys_now.slice(PART * COLUMNS, COLUMNS, 1), no_rows,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+        mbarrier.wait(full.index(stage), phase)
+        rows = q_tiles.index(stage).reshape([_ROWS, DIM])
+        grads = do_tiles.index(stage).reshape([_ROWS, DIM])
+        s_token = warpgroup_mma(
+            keys_now.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BANDED, is_async=True
+        )
+        dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(1, deps=[dk_token, dq_token, ds_operand])
+        _add(sums + tile_before.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
+        # The rows of the tile before and dS of the one before that are read.
+        _sync()
+        mbarrier.arrive(empty.index(stage_before))
+        tile_before = tile_now
+        slot ^= 1
+        if slot == 0:
+            slot_phase ^= 1
+        dp_token = warpgroup_mma(
+            values_now.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
+
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        p = _probabilities(
+            s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
+            BANDED, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+        )  # fmt: skip
+        p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
+        dv_token = warpgroup_mma(p_operand, grads, dv_acc, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp_token])
+        ds = (p - p * p) * dp
+        ds_low = ds.to(dtype)
+        ds_operand = gl.convert_layout(ds_low, as_operand)
+        # The other warpgroup has read what lies there: dS of two tiles before.
+        mbarrier.wait(empty.index(stage_before), phase_before)
+        ds_tiles.index(slot ^ 1).slice(PART * HALF, HALF, 0).store(ds_low)
+        if SUMS:
+            sum_of_ds += gl.convert_layout(_sum_per_thread(ds), by_thread)
+        start_next = start + _ROWS
+        tile_next = tile + 1
+        head_next = head + 0
+        if start_next >= end:
+            start_next = begin
+            tile_next += tiles - span
+            head_next += 1
+        if GROUPED:
+            if SUMS:
+                ends = head_next != head
+                gl.store(parts, sum_of_ds, mask=gl.full([128], 0, gl.int32, by_thread) + ends.to(gl.int32) != 0)
+                parts += (head_next - head).to(gl.int64) * blocks * 256
+                sum_of_ds = gl.where(ends, 0.0, sum_of_ds)
+            if bias is not None:
+                last_head = gl.minimum(head_next, kv_head * group + group - 1)
+                row_bias = const_bias + gl.load(bias + last_head.to(gl.int64) * stride_bias_h).to(gl.float32)
+        if BANDED:
+            _put_row_biases(
+                biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+            )
+        fence_async_shared()
+        _sync()
+        mbarrier.arrive(ds_full.index(slot ^ 1))
+        dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
+
+    # What is left: dK of the last tile, dQ of the last two.
+    mbarrier.wait(ds_full.index(slot), slot_phase)
+    dk_token = warpgroup_mma(ds_operand, q_tiles.index(stage).reshape([_ROWS, DIM]), dk_acc, is_async=True)
+    columns = keys.slice(PART * COLUMNS, COLUMNS, 1)
+    dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
+    dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(0, deps=[dk_token, dq_token, ds_operand])
+    _add(sums + tile_before.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
+    slot ^= 1
+    if slot == 0:
+        slot_phase ^= 1
+    mbarrier.wait(ds_full.index(slot), slot_phase)
+    dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
+    dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
+    _add(sums + tile.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
+
+    # The results go out by way of where keys and values lay, of which both warpgroups read all the keys.
+    _sync()
+    mbarrier.arrive(keys_read)
+    values.slice(PART * HALF, HALF, 0).store((dv_acc * (1.0 / P_SCALE)).to(dtype))
+    mbarrier.wait(keys_read, 0)
+    keys.slice(PART * HALF, HALF, 0).store((dk_acc * scale).to(dtype))
+    fence_async_shared()
+    _sync()
+    _store_tile(dk, [batch, kv_head, col0, 0], k_tile.index(0).slice(PART * HALF, HALF, 2))
+    _store_tile(dv, [batch, kv_head, col0, 0], v_tile.index(0).slice(PART * HALF, HALF, 2))
+    if SUMS and not GROUPED:
+        gl.store(parts, sum_of_ds)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=[
+    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once",
+])  # fmt: skip
+def _kernel(
+    q, k, v, do, dk, dv, sums, parts, bias, stride_bias_b, stride_bias_h,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
+    DIM: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
+    SLOW: gl.constexpr,
+):  # fmt: skip
+    """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
+
+    sums: float32 [B * H * ceil(M / 64), 2, ...], zeros: of each tile of dQ half of the columns, then the other half.
+    parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
+    """
+    # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
+    blocks = gl.cdiv(kv_len, _KEYS)
+    first = gl.program_id(0) // (at_once * blocks) * at_once
+    among = gl.minimum(at_once, units - first)
+    rest = gl.program_id(0) - first * blocks
+    col0 = rest // among * _KEYS
+    unit = first + rest % among
+    kv_heads = heads // group
+    kv_head = unit % kv_heads
+    batch = unit // kv_heads
+    shift = kv_len - q_len if BOTTOM_RIGHT else 0
+    # The rows that see some of the keys; at least one tile, of which they then see none.
+    begin = 0
+    end = q_len
+    if HAS_RIGHT:
+        begin = gl.minimum(gl.maximum(col0 - shift - right, 0), q_len - 1) // _ROWS * _ROWS
+    if HAS_LEFT:
+        end = gl.minimum(end, gl.minimum(col0 + _KEYS, kv_len) - shift + left)
+    span = gl.maximum(gl.cdiv(end - begin, _ROWS), 1)
+    fast = True
+    if FORM == _AUTO:
+        # Of all heads and rows the least bias. No row sees more keys than a window has.
+        count = kv_len
+        if HAS_LEFT and HAS_RIGHT:
+            count = gl.minimum(count, left + right + 1)
+        lowest = const_bias + 0.0
+        if VISIBLE:
+            lowest -= gl.log(gl.maximum(count, 1).to(gl.float32))
+        own = float("inf")
+        for member in range(group):
+            at = batch.to(gl.int64) * stride_bias_b + (kv_head * group + member).to(gl.int64) * stride_bias_h
+            own = gl.minimum(own, gl.load(bias + at).to(gl.float32))
+        fast = lowest + own >= _FAST_BIAS
+    if FORM < _FAST:
+        fast = False
+
+    dtype: gl.constexpr = k.dtype
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    k_tile = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, DIM], k.layout)
+    v_tile = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, DIM], v.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, DIM], q.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, DIM], do.layout)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], dtype)
+    ds_tiles = gl.allocate_shared_memory(dtype, [2, _KEYS, _ROWS], ds_layout)
+    biases = gl.allocate_shared_memory(gl.float32, [2, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    keys_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    mbarrier.init(kv_full, 1)
+    mbarrier.init(keys_read, 2)
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(full.index(i), 1)
+        mbarrier.init(empty.index(i), 2)
+    for i in gl.static_range(2):
+        mbarrier.init(ds_full.index(i), 2)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (_compute, (
+                dk, dv, sums, parts, bias, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, biases,
+                kv_full, full, empty, ds_full, keys_read,
+                batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
+                stride_bias_b, stride_bias_h, scale, const_bias, fast,
+                0, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, SUMS, GROUPED, P_SCALE, FORM, SLOW,
+            )),
+            (_compute, (
+                dk, dv, sums, parts, bias, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, biases,
+                kv_full, full, empty, ds_full, keys_read,
+                batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
+                stride_bias_b, stride_bias_h, scale, const_bias, fast,
+                1, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, SUMS, GROUPED, P_SCALE, FORM, SLOW,
+            )),
+            (_load, (
+                q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty,
+                batch, kv_head, group, col0, begin, span,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale"])
+def _finish_kernel(
+    sums, dq, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of dQ, from the order in which _add() put it in memory."""
+    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
+    tile = tl.program_id(0)
+    head = (tile // tiles % heads).to(tl.int64)
+    batch = (tile // tiles // heads).to(tl.int64)
+    start = tile % tiles * _ROWS
+    numbers = tl.load(sums + tile.to(tl.int64) * (_ROWS * DIM) + tl.arange(0, _ROWS * DIM))
+    # [half of the columns, warp, eight columns, row, two columns, row and that 8 below, column]
+    numbers = numbers.reshape(2, 4, DIM // 16, 8, 4, 2, 2).permute(1, 5, 3, 0, 2, 4, 6).reshape(_ROWS, DIM)
+    dq += batch * stride_dq_b + head * stride_dq_h
+    store_rows(dq, numbers * scale, start, q_len, stride_dq_n, HEAD_DIM, _ROWS, DIM)

@@ -1,0 +1,78 @@
+"""The Gluon kernel for Hopper GPUs compiles, and as it must to be fast; here, without a GPU. test_flash.py runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+try:
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+except ImportError as error:
+    pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
+
+from sigswap.kernels import hopper_bwd
+from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, TAIL
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def compiled(dtype: str, **constants: Any) -> Any:
+    """_kernel with these constants, for a Hopper GPU. parts and bias are given, if they are not among the constants."""
+    shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    rows = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
+    types = {name: f"tensordesc<{dtype}[1,1,{n},{constants['DIM']}],{shared!r}>" for name, n in rows.items()}
+    types |= {"sums": "*fp32", "parts": "*fp32", "bias": "*fp32", "scale": "fp32", "const_bias": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    names = hopper_bwd._kernel.arg_names
+    source = GluonASTSource(
+        hopper_bwd._kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(at,): constants[name] for at, name in zip(count(), names) if name in constants},
+        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types.get(name, "")[:1] == "*"},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "grouped", "bias"),
+    [
+        ("bf16", "none", FAST, False, False),
+        ("bf16", "causal", TAIL, False, False),
+        ("bf16", "causal", AUTO, True, True),
+        ("fp16", "window", ACCURATE, False, True),
+    ],
+)
+def test_it_compiles_with_its_products_in_flight(
+    dim: int, dtype: str, band: str, form: int, grouped: bool, bias: bool, tmp_path: Path
+) -> None:
+    constants: dict[str, Any] = {
+        "DIM": dim,
+        "VISIBLE": True,
+        "BANDED": band != "none",
+        "HAS_LEFT": band == "window",
+        "HAS_RIGHT": band != "none",
+        "BOTTOM_RIGHT": grouped,
+        "SUMS": bias,
+        "GROUPED": grouped,
+        "P_SCALE": 1024.0 if dtype == "fp16" else 1.0,
+        "FORM": ACCURATE if form == TAIL else form,
+        "SLOW": ACCURATE if form == ACCURATE else TAIL,
+    }
+    kernel = compiled(dtype, **constants, **({} if bias else {"bias": None, "parts": None}))
+    assert kernel.metadata.shared <= 232448
+    # ptxas says where it waits for each product before the next (C7510 to C7514), for one reason or another.
+    (tmp_path / "kernel.ptx").write_text(kernel.asm["ptx"])
+    command = [PTXAS, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said, said
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(spilled) <= 128
