@@ -263,7 +263,7 @@ def hopper_problem(index: int) -> Problem:
     heads, bias = kv_heads * group, None
     if draw.random() < 0.6:
         shape = draw.choice((1, batch)), draw.choice((1, heads)), 1, 1
-        bias = (torch.randn(shape, device=DEVICE) - draw.choice((1, 9))).to(draw.choice((dtype, torch.float32)))
+        bias = (torch.randn(shape, device=DEVICE) - draw.choice((1, 9))).to(dtype)
     options = reference.Options(
         scale=draw.choice((head_dim**-0.5, -0.2)),
         const_bias=draw.choice((0.0, 0.0, -1.5, -6.0, -12.0)),
