@@ -35,8 +35,8 @@ from sigswap.kernels.triton_common import (
 )
 
 FEW_SCORES = 1 << 26
-"""Fewer take the GPU less time than the call takes the host, to which each tensor descriptor adds: as much as a launch
-for two or three. So there are none, even where the GPU would be some percent faster with them."""
+"""Fewer take the GPU less time than the call takes the host, to which tensor descriptors add: two of them more than a
+launch. So there are none, even where the GPU would be some percent faster with them."""
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -363,6 +363,12 @@ def contiguous_layout(shape: Iterable[int], dtype: torch.dtype = torch.int32) ->
     return Layout(sizes, strides, dtype, True)
 
 
+def new_tensor(layout: Layout, device: torch.device) -> Tensor:
+    """Uninitialised."""
+    # torch.empty takes twice as long.
+    return torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device=device)
+
+
 def output_arguments(arguments: dict[str, Any], **outputs: Layout | None) -> dict[str, Any]:
     """Strides of outputs [B, H, N, ...], named as in Signature.arguments(), but in elements; and WIDE for all."""
     strides = {name: (0, 0, 0) if layout is None else layout.strides_or_zero(3) for name, layout in outputs.items()}
@@ -657,10 +663,10 @@ class Counts(NamedTuple):
     """Counts how many keys each row sees, int32 [b, H|1, M|1], under a mask [b, ...] and a band."""
 
     launch: Launch
-    shape: tuple[int, ...]
+    layout: Layout
 
     def __call__(self, attn_mask: Tensor) -> Tensor:
-        count = torch.empty(self.shape, dtype=torch.int32, device=attn_mask.device)
+        count = new_tensor(self.layout, attn_mask.device)
         self.launch(attn_mask, count)
         return count
 
@@ -669,13 +675,14 @@ def counts_for(signature: Signature) -> Counts | None:
     """None: they are known without counting."""
     if not signature.counted:
         return None
-    batch, heads, rows = shape = signature.count_shape()
+    batch, heads, rows = signature.count_shape()
     block_m, block_n = (1, 1024) if rows == 1 else (16, 128)
     arguments = signature.arguments() | {"heads": heads, "q_len": rows, "BLOCK_M": block_m, "BLOCK_N": block_n}
     # With rows == 1 there is no band, and q_len is the number of rows only.
     blocks = triton.cdiv(rows, block_m) * heads * batch
-    tensors = signature.attn_mask, contiguous_layout(shape)
-    return Counts(Launch(count_kernel, blocks, signature.device, tensors, arguments), shape)
+    layout = contiguous_layout((batch, heads, rows))
+    launch = Launch(count_kernel, blocks, signature.device, (signature.attn_mask, layout), arguments)
+    return Counts(launch, layout)
 
 
 class RowBiases(NamedTuple):
@@ -692,8 +699,8 @@ class RowBiases(NamedTuple):
     def __call__(
         self, bias: Tensor | None, count: Tensor | None, packed: Packed | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        out = torch.empty(self.layout.shape, dtype=torch.float32, device=device)
-        floor = None if self.floor is None else torch.empty(self.floor.shape, dtype=torch.float32, device=device)
+        out = new_tensor(self.layout, device)
+        floor = None if self.floor is None else new_tensor(self.floor, device)
         self.launch(out, floor, bias, count, *cu_tensors(packed))
         return out, floor
 
