@@ -132,7 +132,7 @@ class Signature:
         )
 
     @functools.cached_property
-    def gradients(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
+    def gradient_layouts(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
         """The layouts of new gradients by output_mask, where gradients_for() found all to be written in themselves."""
         return {}
 
@@ -404,15 +404,15 @@ def gradients_for(
     """
     needed = tuple(output_mask) if grads is None else None
     grads = grads or empty_gradients(inputs, output_mask)
-    if needed in signature.gradients:
-        return grads, grads, signature.gradients[needed]
+    if needed in signature.gradient_layouts:
+        return grads, grads, signature.gradient_layouts[needed]
     written = list(grads)
     for index, grad in enumerate(grads[:3]):
         if grad is not None and not _has_unit_stride(grad.shape, grad.stride()):
             written[index] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     layouts = tuple([None if new is None else layout_of(new) for new in written])
     if needed is not None and all(new is grad for new, grad in zip(written, grads, strict=True)):
-        signature.gradients[needed] = layouts
+        signature.gradient_layouts[needed] = layouts
     return grads, tuple(written), layouts
 
 
