@@ -34,9 +34,9 @@ from sigswap.kernels.triton_common import (
     count_kernel,
 )
 
-FEW_SCORES = 1 << 26
-"""Fewer take the GPU less time than the call takes the host, to which tensor descriptors add: two of them more than a
-launch. So there are none, even where the GPU would be some percent faster with them."""
+FEW_SCORES = 1 << 24
+"""Fewer take the GPU less time than a call takes the host, to which tensor descriptors add: two of them more than a
+launch. So there are none, though the GPU would be faster with them."""
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -93,6 +93,8 @@ class Signature:
     """Of float32."""
     packed: tuple[int, int, int] | None
     """(sequences, longest query, longest key)."""
+    descriptors: bool
+    """Whether there may be tensor descriptors."""
 
     @property
     def batch(self) -> int:
@@ -179,10 +181,6 @@ class Signature:
         return Band(left or 0, right or 0, has_left, has_right)
 
     @property
-    def has_few_scores(self) -> bool:
-        return self.batch * self.heads * self.q_len * self.kv_len < FEW_SCORES
-
-    @property
     def mixed_forms(self) -> bool:
         """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
 
@@ -207,9 +205,10 @@ class Signature:
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
-        if not (self.plain and capability(self.device) >= 90 and self.element_size == 2) or self.has_few_scores:
+        if not (self.descriptors and self.plain and capability(self.device) >= 90 and self.element_size == 2):
             return False
-        return self.packed is None and shortest >= 128
+        scores = self.batch * self.heads * self.q_len * self.kv_len
+        return self.packed is None and shortest >= 128 and scores >= FEW_SCORES
 
     def arguments(self, **operands: Layout) -> dict[str, Any]:
         """Every argument that kernels share, by name; operands get strides ``stride_<name>_b``, ``_h`` and ``_n``.
@@ -287,7 +286,7 @@ def signature_of(
     packed: Packed | None = None,
 ) -> Signature:
     """query, key and value are of one dtype, on one device."""
-    dtype = query.dtype
+    dtype, recorder = query.dtype, _recording.by
     return _signature(
         query.shape,
         query.stride(),
@@ -305,6 +304,7 @@ def signature_of(
         # allow_tf32 would raise, once this is used.
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
+        recorder is None or recorder.descriptors,
     )
 
 
@@ -325,6 +325,7 @@ def _signature(
     sigmoid_form: str,
     allow_tf32: bool,
     packed: tuple[int, int, int] | None,
+    descriptors: bool,
 ) -> Signature:
     """From parts that take no time to put together."""
     return Signature(
@@ -338,6 +339,7 @@ def _signature(
         sigmoid_form,
         allow_tf32,
         packed,
+        descriptors,
     )
 
 
@@ -522,7 +524,7 @@ class Launch:
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
         compiled = self._compiled
         if _recording.by is not None:
-            _recording.by(self._kernel, self._grid, (*tensors, *self._rest), self._options)
+            _recording.by.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
         elif compiled is None:
             self._launch_first(*tensors)
         elif _have_hooks():
@@ -554,8 +556,13 @@ def _have_hooks() -> bool:
 _compiled: dict[Any, Any] = {}
 
 
-Recorder = Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
-"""``record(kernel, grid, arguments, options)`` gets a launch instead of the GPU; its tensors may be fake."""
+class Recorder(NamedTuple):
+    """What gets a thread's launches instead of the GPU; their tensors may be fake."""
+
+    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
+    """``record(kernel, grid, arguments, options)``"""
+    descriptors: bool
+    """Whether the launches may be given tensor descriptors."""
 
 
 class _Recording(threading.local):
@@ -566,9 +573,11 @@ _recording = _Recording()
 
 
 @contextmanager
-def recorded_by(record: Recorder) -> Iterator[None]:
+def recorded_by(
+    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None], *, descriptors: bool
+) -> Iterator[None]:
     """This thread's launches go to ``record``."""
-    _recording.by = record
+    _recording.by = Recorder(record, descriptors)
     try:
         yield
     finally:
