@@ -27,6 +27,7 @@ from sigswap.kernels.launch import (
     contiguous_layout,
     counts_for,
     limits_of,
+    new_tensor,
     signature_of,
     unit_stride,
 )
@@ -80,7 +81,7 @@ def forward(
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     partial = out
     if plan.add is not None:
-        partial = torch.empty(plan.partial, dtype=torch.float32, device=query.device)
+        partial = new_tensor(plan.partial, query.device)
     plan.launch(query, key, value, partial, bias, count, attn_mask)
     if plan.add is not None:
         plan.add(partial, out)
@@ -92,8 +93,8 @@ class _Plan(NamedTuple):
     out: Layout
     add: Launch | None
     """Adds partial outputs, if there are several."""
-    partial: tuple[int, ...]
-    """Their shape."""
+    partial: Layout
+    """Theirs, float32."""
     counts: Counts | None
 
 
@@ -124,7 +125,7 @@ def _plan(signature: Signature, splits: int | None) -> _Plan:
         strides = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
         sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
         add = Launch(_add_kernel, triton.cdiv(total, block), device, (partial, out), strides | sizes)
-    return _Plan(launch, out, add, partial.shape, counts_for(signature))
+    return _Plan(launch, out, add, partial, counts_for(signature))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

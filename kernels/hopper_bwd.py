@@ -107,7 +107,7 @@ def suits(
 def _suits(signature: Signature, grad_out: Layout) -> bool:
     width, value_width = signature.widths
     operands = signature.query, signature.key, signature.value, grad_out
-    if signature.is_empty or signature.has_few_scores or not 90 <= limits_of(signature.device).capability < 100:
+    if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:
         return False
     if width != value_width or width not in (64, 128) or not all(describable(each) for each in operands):
         return False

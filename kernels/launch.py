@@ -34,9 +34,9 @@ from sigswap.kernels.triton_common import (
     count_kernel,
 )
 
-FEW_SCORES = 1 << 26
-"""Fewer take the GPU less time than the call takes the host, to which each tensor descriptor adds: as much as a launch
-for two or three. So there are none, even where the GPU would be some percent faster with them."""
+FEW_SCORES = 1 << 24
+"""Fewer take the GPU less time than a call takes the host, to which tensor descriptors add: two of them more than a
+launch. So there are none, though the GPU would be faster with them."""
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -93,6 +93,8 @@ class Signature:
     """Of float32."""
     packed: tuple[int, int, int] | None
     """(sequences, longest query, longest key)."""
+    descriptors: bool
+    """Whether there may be tensor descriptors."""
 
     @property
     def batch(self) -> int:
@@ -132,7 +134,7 @@ class Signature:
         )
 
     @functools.cached_property
-    def gradients(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
+    def gradient_layouts(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
         """The layouts of new gradients by output_mask, where gradients_for() found all to be written in themselves."""
         return {}
 
@@ -179,10 +181,6 @@ class Signature:
         return Band(left or 0, right or 0, has_left, has_right)
 
     @property
-    def has_few_scores(self) -> bool:
-        return self.batch * self.heads * self.q_len * self.kv_len < FEW_SCORES
-
-    @property
     def mixed_forms(self) -> bool:
         """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
 
@@ -207,9 +205,10 @@ class Signature:
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
-        if not (self.plain and capability(self.device) >= 90 and self.element_size == 2) or self.has_few_scores:
+        if not (self.descriptors and self.plain and capability(self.device) >= 90 and self.element_size == 2):
             return False
-        return self.packed is None and shortest >= 128
+        scores = self.batch * self.heads * self.q_len * self.kv_len
+        return self.packed is None and shortest >= 128 and scores >= FEW_SCORES
 
     def arguments(self, **operands: Layout) -> dict[str, Any]:
         """Every argument that kernels share, by name; operands get strides ``stride_<name>_b``, ``_h`` and ``_n``.
@@ -287,7 +286,7 @@ def signature_of(
     packed: Packed | None = None,
 ) -> Signature:
     """query, key and value are of one dtype, on one device."""
-    dtype = query.dtype
+    dtype, recorder = query.dtype, _recording.by
     return _signature(
         query.shape,
         query.stride(),
@@ -305,6 +304,7 @@ def signature_of(
         # allow_tf32 would raise, once this is used.
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         None if packed is None else (packed.cu_q.shape[0] - 1, packed.longest_q, packed.longest_k),
+        recorder is None or recorder.descriptors,
     )
 
 
@@ -325,6 +325,7 @@ def _signature(
     sigmoid_form: str,
     allow_tf32: bool,
     packed: tuple[int, int, int] | None,
+    descriptors: bool,
 ) -> Signature:
     """From parts that take no time to put together."""
     return Signature(
@@ -338,6 +339,7 @@ def _signature(
         sigmoid_form,
         allow_tf32,
         packed,
+        descriptors,
     )
 
 
@@ -361,6 +363,12 @@ def contiguous_layout(shape: Iterable[int], dtype: torch.dtype = torch.int32) ->
     sizes = tuple(shape)
     strides = tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
     return Layout(sizes, strides, dtype, True)
+
+
+def new_tensor(layout: Layout, device: torch.device) -> Tensor:
+    """Uninitialised."""
+    # torch.empty takes twice as long.
+    return torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device=device)
 
 
 def output_arguments(arguments: dict[str, Any], **outputs: Layout | None) -> dict[str, Any]:
@@ -398,15 +406,15 @@ def gradients_for(
     """
     needed = tuple(output_mask) if grads is None else None
     grads = grads or empty_gradients(inputs, output_mask)
-    if needed in signature.gradients:
-        return grads, grads, signature.gradients[needed]
+    if needed in signature.gradient_layouts:
+        return grads, grads, signature.gradient_layouts[needed]
     written = list(grads)
     for index, grad in enumerate(grads[:3]):
         if grad is not None and not _has_unit_stride(grad.shape, grad.stride()):
             written[index] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     layouts = tuple([None if new is None else layout_of(new) for new in written])
     if needed is not None and all(new is grad for new, grad in zip(written, grads, strict=True)):
-        signature.gradients[needed] = layouts
+        signature.gradient_layouts[needed] = layouts
     return grads, tuple(written), layouts
 
 
@@ -520,7 +528,7 @@ class Launch:
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
         compiled = self._compiled
         if _recording.by is not None:
-            _recording.by(self._kernel, self._grid, (*tensors, *self._rest), self._options)
+            _recording.by.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
         elif compiled is None:
             self._launch_first(*tensors)
         elif _have_hooks():
@@ -552,8 +560,13 @@ def _have_hooks() -> bool:
 _compiled: dict[Any, Any] = {}
 
 
-Recorder = Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
-"""``record(kernel, grid, arguments, options)`` gets a launch instead of the GPU; its tensors may be fake."""
+class Recorder(NamedTuple):
+    """What gets a thread's launches instead of the GPU; their tensors may be fake."""
+
+    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None]
+    """``record(kernel, grid, arguments, options)``"""
+    descriptors: bool
+    """Whether the launches may be given tensor descriptors."""
 
 
 class _Recording(threading.local):
@@ -564,9 +577,11 @@ _recording = _Recording()
 
 
 @contextmanager
-def recorded_by(record: Recorder) -> Iterator[None]:
+def recorded_by(
+    record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None], *, descriptors: bool
+) -> Iterator[None]:
     """This thread's launches go to ``record``."""
-    _recording.by = record
+    _recording.by = Recorder(record, descriptors)
     try:
         yield
     finally:
@@ -661,10 +676,10 @@ class Counts(NamedTuple):
     """Counts how many keys each row sees, int32 [b, H|1, M|1], under a mask [b, ...] and a band."""
 
     launch: Launch
-    shape: tuple[int, ...]
+    layout: Layout
 
     def __call__(self, attn_mask: Tensor) -> Tensor:
-        count = torch.empty(self.shape, dtype=torch.int32, device=attn_mask.device)
+        count = new_tensor(self.layout, attn_mask.device)
         self.launch(attn_mask, count)
         return count
 
@@ -673,13 +688,14 @@ def counts_for(signature: Signature) -> Counts | None:
     """None: they are known without counting."""
     if not signature.counted:
         return None
-    batch, heads, rows = shape = signature.count_shape()
+    batch, heads, rows = signature.count_shape()
     block_m, block_n = (1, 1024) if rows == 1 else (16, 128)
     arguments = signature.arguments() | {"heads": heads, "q_len": rows, "BLOCK_M": block_m, "BLOCK_N": block_n}
     # With rows == 1 there is no band, and q_len is the number of rows only.
     blocks = triton.cdiv(rows, block_m) * heads * batch
-    tensors = signature.attn_mask, contiguous_layout(shape)
-    return Counts(Launch(count_kernel, blocks, signature.device, tensors, arguments), shape)
+    layout = contiguous_layout((batch, heads, rows))
+    launch = Launch(count_kernel, blocks, signature.device, (signature.attn_mask, layout), arguments)
+    return Counts(launch, layout)
 
 
 class RowBiases(NamedTuple):
@@ -696,8 +712,8 @@ class RowBiases(NamedTuple):
     def __call__(
         self, bias: Tensor | None, count: Tensor | None, packed: Packed | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        out = torch.empty(self.layout.shape, dtype=torch.float32, device=device)
-        floor = None if self.floor is None else torch.empty(self.floor.shape, dtype=torch.float32, device=device)
+        out = new_tensor(self.layout, device)
+        floor = None if self.floor is None else new_tensor(self.floor, device)
         self.launch(out, floor, bias, count, *cu_tensors(packed))
         return out, floor
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels.launch import Launch, Layout, contiguous_layout
+from sigswap.kernels.launch import Launch, Layout, contiguous_layout, new_tensor
 
 TILE = 4096
 """Numbers that a program adds up at a time."""
@@ -24,11 +24,12 @@ class Sum:
 
     def __init__(self, out: Layout, parts: tuple[int, ...], device: torch.device) -> None:
         self.parts = parts
+        self._layout = contiguous_layout(parts, torch.float32)
         self._device = device
         self._launch = _launch(out, parts, device)
 
     def empty_parts(self) -> Tensor:
-        return torch.empty(self.parts, dtype=torch.float32, device=self._device)
+        return new_tensor(self._layout, self._device)
 
     def __call__(self, parts: Tensor, out: Tensor) -> None:
         if self._launch is None:

@@ -21,9 +21,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.attention_op import as_results
-from sigswap.kernels.launch import FEW_SCORES, recorded_by
+from sigswap.kernels.launch import recorded_by
 from sigswap.kernels.reference import Options
 from sigswap.kernels.triton_common import count_kernel
+
+FEW_SCORES = 1 << 26
+"""An op on fewer scores takes the GPU less time than its call takes the host. So its launches are made visible even
+where the GPU would be some percent faster with tensor descriptors and a limit on registers."""
 
 
 class NotVisible(Exception):
@@ -39,7 +43,7 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
 
     Raises:
         NotVisible: A launch takes what ``wrap_triton`` does not pass on when it is traced (tensor descriptors, a limit
-            on registers, Gluon) and the op has FEW_SCORES or more, or it does not run Triton kernels.
+            on registers, Gluon) and the op has many scores, or it does not run Triton kernels.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     query, key, value = inputs[1:4] if backward else inputs[:3]
@@ -57,7 +61,7 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
         return as_results(arguments[1], result) if backward else result
 
     _remember_what_is_written()
-    with recorded_by(functools.partial(_launch, few)):
+    with recorded_by(functools.partial(_launch, few), descriptors=not few):
         return make_fx(torch.func.functionalize(run))(*tensors)
 
 

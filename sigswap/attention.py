@@ -360,7 +360,7 @@ def _four_dims_broadcast(name: str, tensor: Tensor, leading: tuple[int, ...]) ->
     dims = len(leading) + 2
     if tensor.dim() > dims:
         raise ArgumentError(f"{name} {list(tensor.shape)} has more than query's {dims} dimensions.")
-    for _ in range(max(4, dims) - tensor.dim()):
+    while tensor.dim() < max(4, dims):
         tensor = tensor.unsqueeze(0)
     if tensor.dim() == 4:
         # The op would repeat a mask of fewer batches, which is not what broadcasting does.
