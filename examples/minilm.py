@@ -1,6 +1,6 @@
 """A sentence encoder after the swap: all-MiniLM-L6-v2 converted, calibrated, distilled, and compared with itself.
 
-    python examples/minilm.py            # about three minutes on two CPU cores
+    python examples/minilm.py            # about two minutes on two CPU cores
     python examples/minilm.py --seeds 3  # other sentences each time
 
 The text is the docstrings of Python's standard library: 64 sentences to calibrate on, others to distill on, and 128 of
