@@ -30,6 +30,10 @@ def score_heads(product: Factors, scores: torch.fx.Node, shape: tuple[int, ...],
         axis = next((out for out, axes in product.query_axes.items() if axes == found.axis), None)
         followed = None if axis is None else _followed_heads(product.path, dataclasses.replace(found, axis=axis))
         return followed or HeadLayout(None, 1)
+    given = _given_heads(product)
+    followed = None if given is None else _followed_heads(product.path, given)
+    if followed is not None:
+        return followed
     merged = _merged_heads(scores, 0) if len(shape) == 3 and key_axis != 0 else None
     if merged is not None:  # the module merged batch and heads in the scores themselves
         return HeadLayout(0, merged.heads, merged=True)
@@ -38,6 +42,12 @@ def score_heads(product: Factors, scores: torch.fx.Node, shape: tuple[int, ...],
         query_axis = key_axis - 1 if key_axis > 0 else 1
     batch = [axis for axis in range(len(shape)) if axis not in (query_axis, key_axis)]
     return HeadLayout(batch[-1], shape[batch[-1]]) if len(batch) > 1 else HeadLayout(None, 1)
+
+
+def _given_heads(product: Factors) -> HeadLayout | None:
+    """The heads in the product of a query that the module was given as [batch, heads, ...]."""
+    axes, sizes = sorted(product.query_axes.keys() - {product.query_axis}), shape_of(product.node)
+    return HeadLayout(axes[-1], sizes[axes[-1]]) if len(axes) > 1 and sizes is not None else None
 
 
 def score_rows(product: Factors, head: HeadLayout) -> int | None:
@@ -229,7 +239,9 @@ def _merged_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
 def with_heads(factors: Factors, head: HeadLayout) -> Product:
     """``factors`` as the Product that a site holds, with the heads in each factor."""
 
-    found = factor_heads(factors.query, factors.query_dim_axis)
+    found, given = factor_heads(factors.query, factors.query_dim_axis), _given_heads(factors)
+    if found is None and given is not None and _followed_heads(factors.path, given) == head:
+        found = dataclasses.replace(given, axis=factors.query_axes[given.axis])  # type: ignore[index]
 
     def layout(operand: torch.fx.Node, which: int) -> HeadLayout:
         shape = shape_of(operand)
