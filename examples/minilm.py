@@ -1,6 +1,6 @@
 """A sentence encoder after the swap: all-MiniLM-L6-v2 converted, calibrated, distilled, and compared with itself.
 
-    python examples/minilm.py            # about three minutes on two CPU cores
+    python examples/minilm.py            # about two minutes on two CPU cores
     python examples/minilm.py --seeds 3  # other sentences each time
 
 The text is the docstrings of Python's standard library: 64 sentences to calibrate on, others to distill on, and 128 of
@@ -28,7 +28,7 @@ from sigswap.demo import batches, compare, embed, fine_tune, sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many choices of sentences")
-    parser.add_argument("--steps", type=int, default=270, help="distillation steps of 16 sentences")
+    parser.add_argument("--steps", type=int, default=384, help="distillation steps of 16 sentences")
     parser.add_argument("--out", type=Path, default=Path("minilm-out"), help="directory for the pictures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

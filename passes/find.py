@@ -22,7 +22,7 @@ from sigswap.passes.axes import (
     shape_of,
     static_int,
 )
-from sigswap.passes.heads import factor_heads, key_heads, product_key_heads, score_heads, with_heads
+from sigswap.passes.heads import factor_heads, key_heads, product_key_heads, score_heads, score_rows, with_heads
 from sigswap.passes.products import LAYERS, PARAMETER, Factors, einsum_labels, follow, is_parameter, product_of
 from sigswap.passes.site import AttentionSite, FindResult, HeadLayout, LeftAlone
 
@@ -87,6 +87,7 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
         output=node,
         products=(),
         key_axis=rank - 1,
+        row_axis=rank - 2,
         head=head,
         head_dim=query_shape[-1] if query_shape else None,
         key_heads=key_heads(key, head, key_shape),
@@ -154,6 +155,7 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
         output=output.product,
         products=products,
         key_axis=key_axis,
+        row_axis=score_rows(origin.products[0], head),
         head=head,
         head_dim=products[0].head_dim,
         key_heads=product_key_heads(products[0]),

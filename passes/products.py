@@ -28,8 +28,14 @@ class Factors:
     key_axis: int
     query_axis: int | None
     batch_axes: dict[int, tuple[int, int]]  # axis of the output -> (axis of the query, axis of the key)
+    row_axes: dict[int, int]  # axis of the output -> axis of the query alone
     path: list[tuple[torch.fx.Node, torch.fx.Node]] = dataclasses.field(default_factory=list)  # (op, its input)
     query_in_order: bool = True
+
+    @property
+    def query_axes(self) -> dict[int, int]:
+        """Axis of the output -> axis of the query."""
+        return {**{out: axes[0] for out, axes in self.batch_axes.items()}, **self.row_axes}
 
 
 def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
@@ -65,10 +71,12 @@ def _matrix_product(
         if axis >= rank - rank1 and axis >= rank - rank2
     }
     if key_axis == rank - 1:
-        return Factors(node, first, second, 0, rank1 - 1, contracted2, key_axis, rank - 2, batch)
+        rows = {axis: axis - (rank - rank1) for axis in range(rank - rank1, rank - 1) if axis not in batch}
+        return Factors(node, first, second, 0, rank1 - 1, contracted2, key_axis, rank - 2, batch, rows)
     if key_axis == rank - 2:
         swapped = {axis: (second_axis, first_axis) for axis, (first_axis, second_axis) in batch.items()}
-        return Factors(node, second, first, 1, contracted2, rank1 - 1, key_axis, rank - 1, swapped)
+        rows = {axis: axis - (rank - rank2) for axis in range(rank - rank2, rank) if axis not in (*batch, key_axis)}
+        return Factors(node, second, first, 1, contracted2, rank1 - 1, key_axis, rank - 1, swapped, rows)
     return "its softmax runs over a batch axis of the product, not over keys"
 
 
@@ -98,6 +106,7 @@ def _einsum_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
         key_axis,
         out.index(rows[-1]) if rows else None,
         batch,
+        {out.index(c): query.index(c) for c in rows},
     )
     factors.query_in_order = [c for c in query if c != contracted[0]] == [c for c in out if c != label]
     return factors
@@ -151,15 +160,16 @@ def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
         return reason
     query_arg = broad.index(True)
     query, key = factors[query_arg], factors[1 - query_arg]
-    batch, row = {}, None
+    batch, rows = {}, {}
     for out_axis, axis in enumerate(spread):
         if axis in (key_source, contracted):
             continue
         if shapes[1 - query_arg][axis] == 1 != whole[axis]:  # type: ignore[index]
-            row = out_axis
+            rows[out_axis] = axis
         else:
             batch[out_axis] = (axis, axis)
-    found = Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch)
+    row = max(rows, default=None)
+    found = Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch, rows)
     found.query_in_order = False  # the factors are spread over axes of size 1
     return found
 

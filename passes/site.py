@@ -10,14 +10,16 @@ import torch.fx
 
 @dataclasses.dataclass(frozen=True)
 class HeadLayout:
-    """Where the heads are in a tensor: ``axis`` holds ``heads``, or, if ``merged``, batch*heads with heads inner.
+    """Where the heads are in a tensor: ``axis`` holds ``heads``, or, if ``merged``, those and the batch or the rows.
 
-    ``axis`` counts from 0; None: one head and no axis for it.
+    Merged heads are the inner ones (batch*heads), or, if ``outer``, the outermost (heads*batch). ``axis`` counts from
+    0; None: one head and no axis for it.
     """
 
     axis: int | None
     heads: int
     merged: bool = False
+    outer: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,9 @@ class Product:
 class AttentionSite:
     """One softmax attention.
 
-    ``anchor`` is the softmax, or the scaled_dot_product_attention that holds it; ``key_axis`` and ``head``
-    are axes of the scores (of a softmax) or of the query (of a scaled_dot_product_attention).
+    ``anchor`` is the softmax, or the scaled_dot_product_attention that holds it; ``key_axis``, ``row_axis``
+    (None: not known) and ``head`` are axes of the scores (of a softmax) or of the query (of a
+    scaled_dot_product_attention).
     ``products`` are the q.k products whose sum the scores are (empty for scaled_dot_product_attention).
     ``output`` is the product with the value.
     """
@@ -56,6 +59,7 @@ class AttentionSite:
     output: torch.fx.Node
     products: tuple[Product, ...]
     key_axis: int
+    row_axis: int | None
     head: HeadLayout
     head_dim: int | None
     key_heads: int | None

@@ -194,8 +194,9 @@ def tokens(tokenizer: Any, texts: list[str]) -> Any:
 
 
 def batches(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Batches of sentences of about the same length, in random order: little padding per batch."""
-    texts = sorted(texts, key=len)
+    """Batches of sentences of about as many tokens each, in random order: next to no padding."""
+    lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+    texts = [text for _, text in sorted(zip(lengths, texts, strict=True))]
     starts = list(range(0, len(texts), BATCH))
     random.Random(0).shuffle(starts)
     return [tokens(tokenizer, texts[start : start + BATCH]) for start in starts]

@@ -210,10 +210,12 @@ def _end_to_end(model: nn.Module, teacher: nn.Module, paths: Sequence[str], call
         truth = _teach(teacher, call, index)
     with _outputs_of(model, paths) as ours:
         output = call_model(model, call, index)
-    hidden = sum(_relative_error(y, t.to(y.device)) for y, t in zip(ours, theirs, strict=True)) / len(ours)
     t, y = main_output(truth), main_output(output)
     if t is None or y is None:
         raise CalibrationError(f"{type(model).__name__} returns no floating point tensor of two dimensions or more.")
+    # The modules, and the teacher, may be on several devices.
+    errors = [_relative_error(a, b.to(a.device)).to(y.device) for a, b in zip(ours, theirs, strict=True)]
+    hidden = sum(errors) / len(errors)
     t = t.to(y.device)
     mask = call[1].get("attention_mask")
     pooled = None

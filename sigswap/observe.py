@@ -397,6 +397,9 @@ class _ObservingMode(SwapMode):
         if observer.phase != "norms":
             normed_query, normed_key = site.normalized(query, key)
         layout = _Layout(site, query)
+        if is_causal and layout.packed:  # the order is that of the rows as they lie, with the heads among them
+            visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            is_causal, attn_mask = False, visible
         q, k, v, normed_q, normed_k = layout.canonical(query, key, value, normed_query, normed_key)
         if observer.phase == "norms":
             observer.norms(site, _rows(q), _rows(k[:, :: k.shape[1] // site.plan.key_heads]))
@@ -479,24 +482,33 @@ class _Layout:
     """Brings what scaled_dot_product_attention got to [batch, heads, length, head_dim]."""
 
     def __init__(self, site: SiteState, query: Tensor) -> None:
-        self.heads, self.axis, self.merged = site.plan.heads, site.plan.sdpa_head_axis, site.plan.sdpa_merged
-        self.batch = query.shape[self.axis] // self.heads if self.merged and self.axis is not None else 0
+        plan = site.plan
+        self.heads, self.axis, self.merged, self.outer = (
+            plan.heads,
+            plan.sdpa_head_axis,
+            plan.sdpa_merged,
+            plan.sdpa_outer,
+        )
+        self.packed = self.merged and self.axis == -2  # the query's heads are among its rows; the key has one for all
+        self.others = query.shape[self.axis] // self.heads if self.merged and self.axis is not None else 0
 
     def canonical(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The first and fourth are queries, the others keys and values."""
-        moved = [self._heads_third(x) for x in tensors]
+        moved = [self._heads_third(x, query=index in (0, 3)) for index, x in enumerate(tensors)]
         leading = torch.broadcast_shapes(*(x.shape[:-3] for x in moved))
         flat = [x.expand(*leading, *x.shape[-3:]).reshape(-1, *x.shape[-3:]) for x in moved]
         return tuple(self._unpacked(x) if index in (0, 3) else x for index, x in enumerate(flat))
 
     def query_side(self, mask: Tensor) -> Tensor:
-        moved = self._heads_third(mask)
+        moved = self._heads_third(mask, query=True)
         return self._unpacked(moved.reshape(-1, *moved.shape[-3:]))
 
-    def _heads_third(self, x: Tensor) -> Tensor:
-        if self.axis is None or x.dim() < 3:
+    def _heads_third(self, x: Tensor, *, query: bool) -> Tensor:
+        if self.axis is None or (self.packed and not query) or (x.dim() < 3 and not self.packed):
             return x.unsqueeze(-3)
-        return x.unflatten(self.axis, (self.batch, -1)) if self.merged else x.movedim(self.axis, -3)
+        if not self.merged:
+            return x.movedim(self.axis, -3)
+        return _heads_out(x, self.axis, x.shape[self.axis] // self.others, self.outer).movedim(0, -3)
 
     def _unpacked(self, x: Tensor) -> Tensor:
         """Grouped query heads that are held as further rows of fewer heads, as heads."""
@@ -513,12 +525,27 @@ class _Pending:
         self.wide = scores if scores.dtype == torch.float64 else scores.float()
         self.visible = scores > MASKED_SCORE
         self.head_axis = None if site.plan.head_axis is None else site.plan.head_axis % scores.dim()
-        self.counted = self.visible.any(dim, keepdim=True)
+        self.counted = self.visible.any(dim, keepdim=True) & self._own()
         self.query: Tensor | None = None  # [heads, rows, head_dim], where w_h needs it
-        rows_and_keys = dim == scores.dim() - 1 and self.head_axis != scores.dim() - 2 and scores.dim() > 1
-        if rows_and_keys and scores.shape[-1] == scores.shape[-2]:
-            own = self.visible.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # see _Tile.counted
-            self.counted = self.counted & own
+
+    def _own(self) -> Tensor:
+        """Whether each row sees its own position (see _Tile.counted), in the shape of ``counted``; or True."""
+        plan, x, keys = self.site.plan, self.visible, self.dim
+        rows = plan.row_axis
+        if rows is None and keys == x.dim() - 1 and x.dim() > 1:
+            rows = -2
+        if rows is None:
+            return torch.ones((), dtype=torch.bool, device=x.device)
+        rows %= x.dim()
+        if rows == self.head_axis:
+            if not plan.merged:
+                return torch.ones((), dtype=torch.bool, device=x.device)
+            x = x.unflatten(rows, (plan.heads, -1) if plan.outer else (-1, plan.heads))
+            keys, rows = keys + (keys > rows), rows + plan.outer
+        if x.shape[rows] != x.shape[keys]:
+            return torch.ones((), dtype=torch.bool, device=x.device)
+        own = x.diagonal(dim1=rows, dim2=keys).movedim(-1, rows - (keys < rows))
+        return own.reshape(*self.visible.shape[: self.dim], 1, *self.visible.shape[self.dim + 1 :])
 
     def is_in(self, factor: Tensor) -> bool:
         """Whether ``factor`` holds the probabilities, in whatever shape and dtype."""
@@ -538,9 +565,8 @@ class _Pending:
         if axis is None or heads == 1:
             return x.reshape(1, -1, x.shape[-1])
         axis = axis if axis < self.dim else axis - 1
-        if self.site.plan.merged:
-            x, axis = x.unflatten(axis, (-1, heads)), axis + 1
-        return x.movedim(axis, 0).reshape(heads, -1, x.shape[-1])
+        x = _heads_out(x, axis, heads, self.site.plan.outer) if self.site.plan.merged else x.movedim(axis, 0)
+        return x.reshape(heads, -1, x.shape[-1])
 
     def counted_rows(self) -> Tensor:
         return self.by_head(self.counted).squeeze(-1)
@@ -577,8 +603,14 @@ def _heads_first(x: Tensor, axes: Any, heads: int) -> Tensor:
         return x.reshape(1, -1, x.shape[-1])
     # head_axis counts from the end of the factor as it was, in which head_dim was at dim_axis.
     axis = axes.head_axis if axes.head_axis < axes.dim_axis else axes.head_axis - 1
-    if axes.merged:
-        x = x.unflatten(axis, (-1, heads))
-    elif x.shape[axis] != heads:
+    if not axes.merged and x.shape[axis] != heads:
         x = x.unflatten(axis, (heads, -1)).select(axis, 0)
-    return x.movedim(axis, 0).reshape(heads, -1, x.shape[-1])
+    x = _heads_out(x, axis, heads, axes.outer) if axes.merged else x.movedim(axis, 0)
+    return x.reshape(heads, -1, x.shape[-1])
+
+
+def _heads_out(x: Tensor, axis: int, heads: int, outer: bool) -> Tensor:
+    """``x``, whose ``axis`` holds heads and something else, as [heads, ...]."""
+    axis %= x.dim()
+    x = x.unflatten(axis, (heads, -1) if outer else (-1, heads))
+    return x.movedim(axis if outer else axis + 1, 0)

@@ -99,9 +99,11 @@ def without(sites: Sites, path: str, reason: str) -> Sites:
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
     """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
     if known.kind != "softmax" and other.kind == "softmax":
-        return dataclasses.replace(known, head_axis=other.head_axis, merged=other.merged, product=other.product)
+        names = ("head_axis", "merged", "outer", "row_axis", "product")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in names})
     if known.kind == "softmax" and other.kind == "sdpa":
-        return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis, sdpa_merged=other.sdpa_merged)
+        names = ("sdpa_head_axis", "sdpa_merged", "sdpa_outer")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in names})
     return known
 
 
@@ -251,9 +253,11 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         if product_call is not None and run.calls[product_call].family == "product":
             product = _product_plan(site.products[0])
     axis = None if site.head.axis is None else site.head.axis - rank
-    layout: dict[str, Any] = {"head_axis": axis, "merged": site.head.merged}
+    layout: dict[str, Any] = {"head_axis": axis, "merged": site.head.merged, "outer": site.head.outer}
     if site.kind == "sdpa":
-        layout = {"sdpa_head_axis": axis, "sdpa_merged": site.head.merged}
+        layout = {f"sdpa_{name}": value for name, value in layout.items()}
+    elif site.row_axis is not None:
+        layout["row_axis"] = site.row_axis - rank
     return SitePlan(
         kind=site.kind,
         heads=site.head.heads,
@@ -271,7 +275,8 @@ def _product_plan(product: Product) -> ProductPlan:
 
     def axes(arg: int, dim_axis: int, head: HeadLayout, scale: float) -> AxisPlan:
         rank = ranks[arg]
-        return AxisPlan(dim_axis - rank, None if head.axis is None else head.axis - rank, head.merged, scale)
+        axis = None if head.axis is None else head.axis - rank
+        return AxisPlan(dim_axis - rank, axis, head.merged, scale, head.outer)
 
     return ProductPlan(
         product.query_arg,

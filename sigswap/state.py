@@ -33,14 +33,15 @@ NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
 class AxisPlan:
     """Axes of one factor of a q.k product, counted from the end: where head_dim is, and where the heads are.
 
-    ``head_axis`` None: one head. ``merged``: the axis holds batch*heads, heads inner. ``scale`` is the number by
-    which the module has multiplied the factor before the product; a norm has to put it back.
+    ``head_axis`` None: one head. ``merged``: the axis holds the batch or the rows, too, heads inner, or ``outer``.
+    ``scale`` is the number by which the module has multiplied the factor before the product; a norm has to put it back.
     """
 
     dim_axis: int
     head_axis: int | None
     merged: bool
     scale: float = 1.0
+    outer: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class SitePlan:
     """One attention of an owner.
 
     ``head_axis`` counts from the end of the scores, ``sdpa_head_axis`` from the end of the query that
-    scaled_dot_product_attention gets; None: one head. ``merged``: the axis holds batch*heads, heads inner.
+    scaled_dot_product_attention gets; None: one head. ``merged``: the axis holds the batch or the rows, too, heads
+    inner, or ``outer``. ``row_axis``: of the scores, from the end; None: not known.
     """
 
     kind: str
@@ -72,6 +74,9 @@ class SitePlan:
     sdpa_merged: bool = False
     mask: str = "none"
     product: ProductPlan | None = None
+    outer: bool = False
+    sdpa_outer: bool = False
+    row_axis: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +262,7 @@ class SiteState(nn.Module):
 
     def sdpa_bias(self, query: Tensor) -> Tensor | None:
         """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""
-        axis, spread = self.plan.sdpa_head_axis, "tile" if self.plan.sdpa_merged else "pack"
+        axis, spread = self.plan.sdpa_head_axis, _spread(self.plan.sdpa_merged, self.plan.sdpa_outer, "pack")
         bias = None
         if self.bias is not None:
             bias = _at_axis(self.bias, query, axis, None, spread)
@@ -270,12 +275,8 @@ class SiteState(nn.Module):
         """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
         if self.query_norm is None or self.key_norm is None:
             return query, key
-        merged = self.plan.sdpa_merged
-        axes = AxisPlan(dim_axis=-1, head_axis=self.plan.sdpa_head_axis, merged=merged)
-        return (
-            self.query_norm(query, axes, "tile" if merged else "pack"),
-            self.key_norm(key, axes, "tile" if merged else "group"),
-        )
+        axes = AxisPlan(-1, self.plan.sdpa_head_axis, self.plan.sdpa_merged, outer=self.plan.sdpa_outer)
+        return self.query_norm(query, axes, "pack"), self.key_norm(key, axes, "group")
 
     def attention(
         self,
@@ -308,7 +309,8 @@ class SiteState(nn.Module):
         """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
         bias = None
         if self.bias is not None:
-            bias = _at_axis(self.bias, scores, self.plan.head_axis, None, "tile" if self.plan.merged else "exact")
+            spread = _spread(self.plan.merged, self.plan.outer, "exact")
+            bias = _at_axis(self.bias, scores, self.plan.head_axis, None, spread)
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1
@@ -322,10 +324,9 @@ class SiteState(nn.Module):
         """Query and key of a product after QK-norm, and w_h . q_i for its rows (or None)."""
         query_bias = None
         if self.query_norm is not None and self.key_norm is not None:
-            query = self.query_norm(query, plan.query, "tile" if plan.query.merged else "exact")
-            key = self.key_norm(key, plan.key, "tile" if plan.key.merged else "group")
+            query, key = self.query_norm(query, plan.query, "exact"), self.key_norm(key, plan.key, "group")
         if self.query_weight is not None:
-            spread = "tile" if plan.query.merged else "exact"
+            spread = _spread(plan.query.merged, plan.query.outer, "exact")
             weight = _at_axis(self.query_weight, query, plan.query.head_axis, plan.query.dim_axis, spread)
             # w_h acts on the query itself, not on what the module has already multiplied by the scale.
             query_bias = (query * weight).sum(plan.query.dim_axis) / plan.query.scale
@@ -344,24 +345,30 @@ class HeadNorm(nn.Module):
         self.kind = kind
         self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, axes: AxisPlan, spread: str) -> Tensor:
+    def forward(self, x: Tensor, axes: AxisPlan, unmerged: str) -> Tensor:
+        """``unmerged``: how the heads of ``x`` may spread (:func:`_at_axis`) where they have an axis of their own."""
         moved = x.movedim(axes.dim_axis, -1)
         norm = F.rms_norm if self.kind == "rms" else F.layer_norm
         wide = moved if x.dtype == torch.float64 else moved.float()
         normed = norm(wide, moved.shape[-1:], eps=torch.finfo(torch.float32).eps).movedim(-1, axes.dim_axis)
-        weight = _at_axis(self.weight, x, axes.head_axis, axes.dim_axis, spread)
+        weight = _at_axis(self.weight, x, axes.head_axis, axes.dim_axis, _spread(axes.merged, axes.outer, unmerged))
         return (normed * weight).to(x.dtype) * axes.scale
 
     def extra_repr(self) -> str:
         return f"{self.kind}, weight={list(self.weight.shape)}"
 
 
+def _spread(merged: bool, outer: bool, unmerged: str) -> str:
+    return unmerged if not merged else "blocks" if outer else "tile"
+
+
 def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None, spread: str) -> Tensor:
     """``values`` [heads] or [heads, head_dim], shaped to broadcast over ``like`` along the axes given.
 
     ``spread`` says what the head axis may hold besides the heads: nothing ("exact"); batch*heads, heads inner
-    ("tile"); each key head repeated for the query heads that share it ("group"); or, of a query, fewer heads with the
-    others as rows of the next axis ("pack": so transformers decodes one token with grouped-query attention).
+    ("tile"), or heads*batch ("blocks"); each key head repeated for the query heads that share it ("group"); or, of a
+    query, fewer heads with the others as rows of the next axis ("pack": so transformers decodes one token with
+    grouped-query attention).
     """
     heads = values.shape[0]
     if heads == 1:
@@ -374,8 +381,10 @@ def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int 
         return values.reshape(shape)
     size = like.shape[head_axis]
     shape[head_axis] = size
-    if spread == "tile":
+    if spread == "tile" and size % heads == 0:
         values = values.repeat(size // heads, *[1] * (values.dim() - 1))
+    elif spread == "blocks" and size % heads == 0:
+        values = values.repeat_interleave(size // heads, dim=0)
     elif size == heads:
         pass
     elif spread == "group" and size % heads == 0:

@@ -134,6 +134,31 @@ def test_finds_merged_heads() -> None:
     assert site.head.axis is None and site.head.heads == 1
 
 
+def test_finds_heads_merged_with_others() -> None:
+    """Heads outermost, the heads of a given query, and heads among the rows: the axis is followed, not guessed."""
+
+    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, M, H*D] -> [H*B, M, D]
+        q, k, v = (torch.cat(x.chunk(H, -1)) for x in (q, k, v))
+        return torch.bmm(torch.softmax(torch.bmm(q, k.mT) * D**-0.5, -1), v)
+
+    def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT).transpose(0, 1).flatten(0, 1)
+        return torch.bmm(scores.softmax(-1), v.transpose(0, 1).flatten(0, 1))
+
+    for function, shapes in ((joined, ((B, M, H * D), (B, N, H * D), (B, N, H * D))), (turned, (Q, K, V))):
+        (site,) = found(function, *shapes).sites
+        assert (site.head.axis, site.head.heads, site.head.merged, site.head.outer) == (0, H, True, True)
+        assert (site.row_axis, site.key_axis, site.key_heads) == (1, 2, H)
+
+    def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # keys [B, N, D], keys first in the scores
+        q = q.view(B, M, H, D).transpose(1, 2).reshape(B, H * M, D)
+        return (k @ q.mT).softmax(1).mT @ v
+
+    (site,) = found(rows, (B, M, H * D), (B, N, D), (B, N, D)).sites
+    assert (site.head.axis, site.head.heads, site.head.merged, site.head.outer) == (2, H, True, True)
+    assert (site.row_axis, site.key_axis, site.key_heads) == (2, 1, 1)
+
+
 def test_finds_sdpa_with_every_argument() -> None:
     mask = torch.zeros(M, N)
     calls: dict[str, Callable[..., Tensor]] = {
