@@ -208,6 +208,9 @@ def test_what_stays(h100: None, caplog: pytest.LogCaptureFixture) -> None:
     assert make_launches_visible(many.graph) == 0
     assert targets(many) == before
     assert "it loads by tensor descriptors" in caplog.text
+    long = traced(Case(batch=8, q_len=4096, kv_len=4096, dim=64))
+    assert make_launches_visible(long.graph) == 0
+    assert "it is written in Gluon" in caplog.text
 
 
 def test_off_the_gpu_the_op_stays() -> None:
