@@ -109,7 +109,9 @@ def _suits(signature: Signature, grad_out: Layout) -> bool:
     operands = signature.query, signature.key, signature.value, grad_out
     if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:
         return False
-    if width != value_width or width not in (64, 128) or not all(describable(each) for each in operands):
+    if width != value_width or width not in LONG or not all(describable(each) for each in operands):
+        return False
+    if any(each.shape[3] % 8 != 0 for each in operands):  # new gradients would not be describable
         return False
     return _visible_keys(signature) > LONG[width] * signature.q_len
 
