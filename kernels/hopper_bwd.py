@@ -120,11 +120,9 @@ def _visible_keys(signature: Signature) -> int:
     """Of all rows together."""
     shift, left, right = signature.options.band(signature.q_len, signature.kv_len)
     row = np.arange(signature.q_len, dtype=np.int64) + shift
-    last = np.minimum(row + right, signature.kv_len - 1) if right is not None else signature.kv_len - 1
-    first = np.maximum(row - left, 0) if left is not None else 0
-    return (
-        int(np.maximum(last - first + 1, 0).sum()) if right is not None or left is not None else (last + 1) * len(row)
-    )
+    first = 0 if left is None else np.maximum(row - left, 0)
+    last = signature.kv_len - 1 if right is None else np.minimum(row + right, signature.kv_len - 1)
+    return int(np.maximum(last - first + 1, np.zeros_like(row)).sum())
 
 
 def backward(
