@@ -28,7 +28,7 @@ from sigswap.demo import batches, compare, embed, fine_tune, sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many choices of sentences")
-    parser.add_argument("--steps", type=int, default=384, help="distillation steps of 16 sentences")
+    parser.add_argument("--steps", type=int, default=540, help="distillation steps of 16 sentences")
     parser.add_argument("--out", type=Path, default=Path("minilm-out"), help="directory for the pictures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -542,7 +542,7 @@ class _Pending:
                 return torch.ones((), dtype=torch.bool, device=x.device)
             x = x.unflatten(rows, (plan.heads, -1) if plan.outer else (-1, plan.heads))
             keys, rows = keys + (keys > rows), rows + plan.outer
-        if x.shape[rows] != x.shape[keys]:
+        if rows == keys or x.shape[rows] != x.shape[keys]:
             return torch.ones((), dtype=torch.bool, device=x.device)
         own = x.diagonal(dim1=rows, dim2=keys).movedim(-1, rows - (keys < rows))
         return own.reshape(*self.visible.shape[: self.dim], 1, *self.visible.shape[self.dim + 1 :])
