@@ -317,6 +317,32 @@ def _put_row_biases(
 
 
 @gluon.jit
+def _head_bias(bias, head, stride_h):
+    return gl.load(bias + head.to(gl.int64) * stride_h).to(gl.float32)
+
+
+@gluon.jit
+def _next_tile(start, tile, head, begin, end, skipped):
+    """The first row of the tile behind this one, its place among the sums of dQ, and its head."""
+    start_next = start + _ROWS
+    tile_next = tile + 1
+    head_next = head + 0
+    if start_next >= end:
+        start_next = begin
+        tile_next += skipped
+        head_next += 1
+    return start_next, tile_next, head_next
+
+
+@gluon.jit
+def _end_of_head(parts, sum_of_ds, heads_on, blocks):
+    """Where heads_on is 1, the sums go out, and those of the next head start. No branch: products are in flight."""
+    ends = gl.full(sum_of_ds.shape, 0, gl.int32, sum_of_ds.type.layout) + heads_on != 0
+    gl.store(parts, sum_of_ds, mask=ends)
+    return parts + heads_on.to(gl.int64) * blocks * 256, gl.where(ends, 0.0, sum_of_ds)
+
+
+@gluon.jit
 def _start_of_scores(biases, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr, BANDED: gl.constexpr):
     """What the product of key and query is added to."""
     start = gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT)
@@ -395,7 +421,7 @@ def _compute(
     row_bias = const_bias + 0.0
     if bias is not None:
         bias += batch.to(gl.int64) * stride_bias_b
-        row_bias += gl.load(bias + head.to(gl.int64) * stride_bias_h).to(gl.float32)
+        row_bias += _head_bias(bias, head, stride_bias_h)
     if BANDED:
         _put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
     elif VISIBLE:
@@ -438,22 +464,11 @@ def _compute(
         parts += PART * 128 + gl.arange(0, 128, by_thread)
         parts += ((batch * heads + head).to(gl.int64) * blocks + col0 // _KEYS) * 256
     dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
-    start_next = start + _ROWS
-    tile_next = tile + 1
-    head_next = head + 0
-    if start_next >= end:
-        start_next = begin
-        tile_next += tiles - span
-        head_next += 1
-    if GROUPED:
-        if SUMS:
-            ends = head_next != head
-            gl.store(parts, sum_of_ds, mask=gl.full([128], 0, gl.int32, by_thread) + ends.to(gl.int32) != 0)
-            parts += (head_next - head).to(gl.int64) * blocks * 256
-            sum_of_ds = gl.where(ends, 0.0, sum_of_ds)
-        if bias is not None:
-            last_head = gl.minimum(head_next, kv_head * group + group - 1)
-            row_bias = const_bias + gl.load(bias + last_head.to(gl.int64) * stride_bias_h).to(gl.float32)
+    start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
+    if GROUPED and SUMS:
+        parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
+    if GROUPED and bias is not None:
+        row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
     if BANDED:
         _put_row_biases(
             biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
@@ -525,22 +540,11 @@ def _compute(
         ds_tiles.index(slot ^ 1).slice(PART * HALF, HALF, 0).store(ds_low)
         if SUMS:
             sum_of_ds += gl.convert_layout(_sum_per_thread(ds), by_thread)
-        start_next = start + _ROWS
-        tile_next = tile + 1
-        head_next = head + 0
-        if start_next >= end:
-            start_next = begin
-            tile_next += tiles - span
-            head_next += 1
-        if GROUPED:
-            if SUMS:
-                ends = head_next != head
-                gl.store(parts, sum_of_ds, mask=gl.full([128], 0, gl.int32, by_thread) + ends.to(gl.int32) != 0)
-                parts += (head_next - head).to(gl.int64) * blocks * 256
-                sum_of_ds = gl.where(ends, 0.0, sum_of_ds)
-            if bias is not None:
-                last_head = gl.minimum(head_next, kv_head * group + group - 1)
-                row_bias = const_bias + gl.load(bias + last_head.to(gl.int64) * stride_bias_h).to(gl.float32)
+        start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
+        if GROUPED and SUMS:
+            parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
+        if GROUPED and bias is not None:
+            row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
         if BANDED:
             _put_row_biases(
                 biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
