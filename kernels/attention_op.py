@@ -285,8 +285,6 @@ class _Attention(_Function):
     ) -> Tensor:
         """Without a keyset, directly."""
         ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
-        # Those of a direct call are plain, and are saved as they are, unless by hooks.
-        ctx.saves_plain = keyset is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.save_for_backward(*inputs[: op.tensors])
         if keyset is None:
             return op.forward(inputs, options)
@@ -299,7 +297,7 @@ class _Attention(_Function):
         inputs = (grads[0], *tensors, *ctx.numbers, needed)
         results: Sequence[Tensor | None]
         # With create_graph the dispatcher records that there is no second derivative.
-        if not torch.is_grad_enabled() and is_plain(*grads, *(() if ctx.saves_plain else tensors)):
+        if not torch.is_grad_enabled() and is_plain(*grads, *tensors):  # hooks may have saved others
             results = op.backward(inputs, ctx.options)
         else:
             results = op.backward_op(*inputs, **ctx.options._asdict())

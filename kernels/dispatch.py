@@ -171,7 +171,12 @@ def _device_kernels(device: int) -> _Kernels | None:
         return _unable(f"Triton could not be imported ({error})")
     hopper_bwd = None
     if capability[0] == 9:
-        from sigswap.kernels import hopper_bwd
+        try:
+            from sigswap.kernels import hopper_bwd
+        except (ImportError, AttributeError) as error:  # Gluon is experimental: names change
+            _log.warning(
+                "The backward of long sequences is slower than it could be: this Triton's Gluon differs (%s).", error
+            )
     return _Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_bwd)
 
 

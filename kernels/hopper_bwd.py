@@ -66,7 +66,7 @@ ROWS, KEYS, STAGES = 64, 128, 3
 
 _ROWS, _KEYS, _STAGES = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(STAGES)
 _SOME = tl.constexpr(8)
-_SOME_TAIL = tl.constexpr(tail_assembly(8))
+_SOME_TAIL = tl.constexpr(tail_assembly(8, paired=False))
 _SOME_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _ADD = tl.constexpr(
     "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; "
@@ -100,7 +100,9 @@ def suits(
     if (bias is not None and bias.shape[2] > 1) or torch.are_deterministic_algorithms_enabled():
         return False
     signature = signature_of(query, key, value, bias, attn_mask, options)
-    return _suits(signature, layout_of(unit_stride(grad_out)))
+    if grad_out.stride(-1) == 1:
+        return _suits(signature, layout_of(grad_out))
+    return _suits(signature, contiguous_layout(grad_out.shape, grad_out.dtype))  # of unit_stride(grad_out)
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -113,7 +115,16 @@ def _suits(signature: Signature, grad_out: Layout) -> bool:
         return False
     if any(each.shape[3] % 8 != 0 for each in operands):  # new gradients would not be describable
         return False
-    return _visible_keys(signature) > LONG[width] * signature.q_len
+    return _sees_every_block(signature) and _visible_keys(signature) > LONG[width] * signature.q_len
+
+
+def _sees_every_block(signature: Signature) -> bool:
+    """Whether some row sees some key of each program. A program whose keys no row sees would yet work through a tile of
+    rows, where 0 times NaN is NaN."""
+    shift, left, right = signature.options.band(signature.q_len, signature.kv_len)
+    last_block = (signature.kv_len - 1) // KEYS * KEYS
+    sees_last = right is None or signature.q_len - 1 + shift + right >= last_block
+    return sees_last and (left is None or shift - left < min(KEYS, signature.kv_len))
 
 
 def _visible_keys(signature: Signature) -> int:
@@ -230,7 +241,7 @@ def _unknown_zero():
 
 @gluon.jit
 def _sigmoid(x, FORM: gl.constexpr):
-    """As triton_common.sigmoid(), whose tail form takes more registers."""
+    """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form."""
     if FORM == _FAST:
         tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
         return 0.5 + 0.5 * tanh
@@ -239,7 +250,7 @@ def _sigmoid(x, FORM: gl.constexpr):
             _SOME_TAIL, _SOME_TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_SOME
         )
     else:
-        return 1 / (1 + gl.exp2(-gl.maximum(x, -60.0, propagate_nan=tl.PropagateNan.ALL)))
+        return 1 / (1 + gl.exp2(-x))
 
 
 @gluon.jit

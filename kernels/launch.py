@@ -295,7 +295,7 @@ def signature_of(
         value.shape,
         value.stride(),
         (_is_aligned(query), _is_aligned(key), _is_aligned(value)),
-        dtype,
+        (dtype, key.dtype, value.dtype),
         query.device,
         None if bias is None else layout_of(bias),
         None if attn_mask is None else layout_of(attn_mask),
@@ -317,7 +317,7 @@ def _signature(
     value: tuple[int, ...],
     value_strides: tuple[int, ...],
     aligned: tuple[bool, bool, bool],
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     device: torch.device,
     bias: Layout | None,
     attn_mask: Layout | None,
@@ -329,9 +329,9 @@ def _signature(
 ) -> Signature:
     """From parts that take no time to put together."""
     return Signature(
-        Layout(query, query_strides, dtype, aligned[0]),
-        Layout(key, key_strides, dtype, aligned[1]),
-        Layout(value, value_strides, dtype, aligned[2]),
+        Layout(query, query_strides, dtypes[0], aligned[0]),
+        Layout(key, key_strides, dtypes[1], aligned[1]),
+        Layout(value, value_strides, dtypes[2], aligned[2]),
         bias,
         attn_mask,
         options,

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils._triton
 from torch import Tensor
 
 _PROPERTIES = types.SimpleNamespace(
@@ -70,7 +71,16 @@ def _pretended_to_inductor() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for (owner, name), answer in answers.items():
             stack.enter_context(mock.patch.object(owner, name, staticmethod(answer)))
+        # What PyTorch has found out before, and finds out here, is remembered.
+        stack.callback(_forget_gpus)
+        _forget_gpus()
         yield
+
+
+def _forget_gpus() -> None:
+    for known in vars(torch.utils._triton).values():
+        if hasattr(known, "cache_clear"):
+            known.cache_clear()
 
 
 class _Generated(BaseException):

@@ -578,3 +578,20 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
         assert one is not None and two is not None and three is not None
         assert torch.equal(one, two)
         assert (one.float() - three.float()).norm() < 5e-3 * one.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("length", "const_bias"), [(2048, 0.0), (2048, -6.0), (8192, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper_gives_exactly_0_to_future_keys(length: int, const_bias: float, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, length, 64, device="cuda").to(dtype) for _ in range(3))
+    grad_out = torch.zeros_like(query)
+    grad_out[:, :, 0] = 1
+    options = reference.Options(0.125, const_bias, is_causal=True)
+    needed = [True, True, True, False, False]
+    _, grad_key, grad_value, *_ = hopper_bwd.backward(grad_out, query, key, value, None, needed, options)
+    assert grad_key is not None and grad_value is not None
+    assert (grad_key[:, :, 1:] == 0).all() and (grad_value[:, :, 1:] == 0).all()
+    assert (grad_value[:, :, 0] != 0).all()

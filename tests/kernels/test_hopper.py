@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 try:
@@ -18,7 +21,8 @@ try:
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
-from sigswap.kernels import hopper_bwd
+from sigswap.kernels import dispatch, hopper_bwd, launch
+from sigswap.kernels.reference import Options
 from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, TAIL
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -76,3 +80,45 @@ def test_it_compiles_with_its_products_in_flight(
     assert "serialized" not in said, said
     (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
     assert int(spilled) <= 128
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
+    """How many keys all rows see together, and whether each program has a key that a row sees: by counting."""
+    draw = random.Random(index)
+    q_len, kv_len = draw.choice((1, 60, 128, 300, 700)), draw.choice((1, 60, 128, 129, 300, 700))
+    options = Options(
+        scale=1.0,
+        is_causal=draw.random() < 0.5,
+        bottom_right=draw.random() < 0.5,
+        window_left=draw.choice((-1, 0, 50, 200)),
+        window_right=draw.choice((-1, 0, 50)),
+    )
+    query, key = torch.empty(1, 1, q_len, 64), torch.empty(1, 1, kv_len, 64)
+    signature = launch.signature_of(query, key, key, None, None, options)
+    shift, left, right = options.band(q_len, kv_len)
+    row, column = torch.arange(q_len)[:, None] + shift, torch.arange(kv_len)
+    visible = torch.ones(q_len, kv_len, dtype=torch.bool)
+    if left is not None:
+        visible &= column >= row - left
+    if right is not None:
+        visible &= column <= row + right
+    assert hopper_bwd._visible_keys(signature) == int(visible.sum())
+    seen = [bool(block.any()) for block in visible.split(hopper_bwd.KEYS, 1)]
+    assert hopper_bwd._sees_every_block(signature) == all(seen)
+
+
+def test_another_gluon_leaves_the_other_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setitem(sys.modules, "sigswap.kernels.hopper_bwd", None)
+    monkeypatch.delattr("sigswap.kernels.hopper_bwd")
+    dispatch._device_kernels.cache_clear()
+    try:
+        kernels = dispatch._device_kernels(0)
+    finally:
+        dispatch._device_kernels.cache_clear()
+    assert kernels is not None and kernels.hopper_bwd is None
+    assert "this Triton's Gluon differs" in caplog.text

@@ -56,6 +56,8 @@ ONE_CHANGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "an expanded bias": lambda b: {"bias": torch.zeros(1, 1, 1, 1).expand(1, 2, 1, 1)},
     "an expanded mask": lambda b: {"attn_mask": torch.zeros(1, 1, 8, 8).expand(2, 1, 8, 8)},
     "another dtype": lambda b: {name: b[name].bfloat16() for name in ("query", "key", "value")},
+    "another dtype of key": lambda b: {"key": b["key"].bfloat16()},
+    "another dtype of value": lambda b: {"value": b["value"].bfloat16()},
     "a device": lambda b: {name: b[name].to("meta") for name in TENSORS},
     "fewer query heads": lambda b: {"query": heads_tensor(heads=1)},
     "fewer heads": lambda b: {name: heads_tensor(heads=1) for name in ("key", "value")},

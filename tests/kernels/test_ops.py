@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -238,7 +239,10 @@ def test_what_is_not_plain_goes_through_the_dispatcher() -> None:
     assert is_plain(query)
 
 
-def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(
+    later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = [heads_tensor(1, 2, 3, 4, requires_grad=True) for _ in range(3)]
     expected = torch.autograd.grad(ops.sigmoid_attention(*inputs, scale=0.5).sum(), inputs)
     negated: list[bool] = []
@@ -251,8 +255,12 @@ def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(monkeypatc
         return run
 
     monkeypatch.setattr(attention_op, "_implementation", implementation)
-    with torch.autograd.graph.saved_tensors_hooks(torch.neg, torch._neg_view):  # equal tensors, lazily negated
+    hooks = torch.neg, torch._neg_view  # equal tensors, lazily negated
+    with nullcontext() if later else torch.autograd.graph.saved_tensors_hooks(*hooks):
         out = ops.sigmoid_attention(*inputs, scale=0.5)
+    if later:
+        for saved in out.grad_fn._raw_saved_tensors[:3]:
+            saved.register_hooks(*hooks)
     grads = torch.autograd.grad(out.sum(), inputs)
     assert len(negated) == 7 and not any(negated)
     assert all(torch.equal(grad, truth) for grad, truth in zip(grads, expected, strict=True))
