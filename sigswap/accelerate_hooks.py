@@ -49,15 +49,15 @@ def is_hooked(model: nn.Module) -> bool:
 
 
 def leave_out(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Keeps hooks, and the weights that they hold, out of a deepcopy of ``model`` with ``memo``; :func:`strip` it."""
+    """Keeps hooks, and the weights that they hold, out of a deepcopy of ``model`` with ``memo``, to be stripped."""
     for module in model.modules():
         if "_hf_hook" in vars(module):
             memo[id(vars(module)["_hf_hook"])] = "left out"
 
 
-def strip(copy: nn.Module) -> None:
-    """Makes each module of a copy what it was before the hooks, except where its weights are."""
-    for module in copy.modules():
+def strip(model: nn.Module) -> None:
+    """Makes each module of ``model`` what it was before the hooks, except where its weights are."""
+    for module in model.modules():
         own = vars(module)
         if "_hf_hook" not in own:
             continue
@@ -82,6 +82,15 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def offloads_inner_modules(module: nn.Module) -> bool:
     """Whether the hook of ``module`` itself brings and takes the weights of all modules in it."""
     return any(_offloads(hook) and hook.place_submodules for hook in _hooks(module))
+
+
+def bring_for_good(module: nn.Module) -> None:
+    """Puts offloaded weights of ``module`` where they are during a call, and leaves them there."""
+    offloading = [(part, hook) for part in module.modules() for hook in _hooks(part) if _offloads(hook)]
+    for part, hook in offloading:
+        hook.pre_forward(part)
+    if offloading:
+        strip(module)
 
 
 def _offloads(hook: Any) -> bool:

@@ -22,6 +22,10 @@ from sigswap.convert import conversion_of
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
+LAST_LAYER_ON_DISK = {
+    **dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"], "cpu"),
+    "model.layers.1": "disk",
+}
 QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True, layer_scale=0.5)
 
 
@@ -170,11 +174,10 @@ def test_from_pretrained_with_a_device_map(tmp_path: Path) -> None:
     """Convert, calibrate, save and load, with layers on disk."""
     plain = language_model()
     plain.save_pretrained(tmp_path / "plain")
-    parts = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"]
     model = type(plain).from_pretrained(
         tmp_path / "plain",
-        device_map={**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"},
-        offload_folder=tmp_path / "offloaded",
+        device_map=LAST_LAYER_ON_DISK,
+        offload_folder=tmp_path / "plain parts",
     )
     assert any(p.is_meta for p in model.parameters()) and hasattr(model, "_hf_hook")
     for one in (model, plain):
@@ -188,6 +191,31 @@ def test_from_pretrained_with_a_device_map(tmp_path: Path) -> None:
     sigswap.save(model, tmp_path / "saved")
     assert state_of(model) == before
     assert_equal(run(sigswap.load(tmp_path / "saved"), inputs), run(plain, inputs))
+
+
+def test_from_pretrained_of_a_converted_model_with_a_device_map(tmp_path: Path) -> None:
+    """Sigswap's own parameters are not offloaded: their module is not called, so no hook would bring them."""
+    bare = sigswap.convert(language_model(), QUERY_BIAS)
+    sigswap.save(bare, tmp_path / "saved")
+    model = type(bare).from_pretrained(
+        tmp_path / "saved", device_map=LAST_LAYER_ON_DISK, offload_folder=tmp_path / "parts"
+    )
+    assert any(p.is_meta for p in model.parameters())
+    inputs = texts()[0]
+    assert_equal(run(model, inputs), run(bare, inputs))
+    for one in (model, bare):
+        sigswap.calibrate(one, texts(), progress=False)
+    assert_equal(run(model, inputs), run(bare, inputs))
+    sigswap.save(model, tmp_path / "again")
+    assert_equal(run(sigswap.load(tmp_path / "again"), inputs), run(bare, inputs))
+    sigswap.revert(model)
+    assert_equal(run(model, inputs), run(language_model(), inputs))
+
+
+def test_calibration_of_parameters_that_are_offloaded() -> None:
+    model = offloaded(sigswap.convert(language_model()))
+    with pytest.raises(errors.CalibrationError, match="convert the model afterwards"):
+        sigswap.calibrate(model, texts(), progress=False)
 
 
 def test_save_of_offloaded_weights_that_only_the_hooks_know(tmp_path: Path) -> None:
