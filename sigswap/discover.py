@@ -110,7 +110,7 @@ def run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] |
 
 def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] | None, fake: bool) -> Run:
     device = device_of(model)
-    devices = {str(tensor.device): None for tensor in _tensors_of(model) if not tensor.is_meta}
+    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters() if not parameter.is_meta)
     if not fake and len(devices) > 1 and accelerate_hooks.is_hooked(model):
         device = torch.device("cpu")  # one device may not hold copies of all
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
