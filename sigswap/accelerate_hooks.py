@@ -95,7 +95,7 @@ def bring_for_good(module: nn.Module) -> None:
 
 def _offloads(hook: Any) -> bool:
     """Whether weights are on meta while the module does not run."""
-    return getattr(hook, "offload", False)
+    return getattr(hook, "offload", False) is True
 
 
 def _calls_hook(forward: Any) -> bool:
