@@ -437,7 +437,8 @@ def _calibratable(model: nn.Module) -> dict[str, OwnerState]:
     for path, state in states.items():
         if any(parameter.is_meta for parameter in state.parameters()):
             raise CalibrationError(
-                f"{path or 'the model'} is on the meta device: calibrate after its weights are loaded."
+                f"{path or 'the model'} is on the meta device: calibrate after its weights are loaded. (Where "
+                "accelerate offloads them, convert the model afterwards.)"
             )
     return states
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sigswap import sources, transformers_hook
+from sigswap import accelerate_hooks, sources, transformers_hook
 from sigswap.errors import ArgumentError, CheckpointError, NotConvertedError, SigswapError
 
 CONFIG = "sigswap.json"
@@ -42,7 +42,7 @@ COMPANIONS = (
     *("modules.json", "*sentence_transformers.json", "sentence_*_config.json", "[0-9]_*", "[0-9][0-9]_*"),
 )
 # Attributes that do not change what a model computes, and those that torch keeps for itself.
-_NOT_COMPARED = ("training", "grad_checkpointing")
+_NOT_COMPARED = ("training", "grad_checkpointing", *accelerate_hooks.MOVES)
 
 
 def save(
@@ -80,8 +80,11 @@ def save(
     if not is_converted(model):
         raise NotConvertedError("The model is not converted. Call sigswap.convert(model) before sigswap.save.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device: there is no data to save.")
+        if tensor.is_meta and not _fetches_offloaded(model):
+            raise CheckpointError(
+                f"{name} is on the meta device: there is no data to save. If accelerate offloads it, call "
+                "accelerate.hooks.remove_hook_from_submodules first."
+            )
     if transformers_hook.is_transformers_model(model):
         if factory is not None or factory_kwargs is not None:
             raise ArgumentError("factory is not for a transformers model: its config.json says how to build it.")
@@ -146,6 +149,13 @@ def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, s
         if part is not None:
             part.save_pretrained(staging)
     model.save_pretrained(staging, max_shard_size=max_shard_size)
+
+
+def _fetches_offloaded(model: nn.Module) -> bool:
+    """Whether transformers' save_pretrained brings the weights that accelerate has on meta between calls."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    known = len(places) > 1 and not places.isdisjoint(("cpu", "disk"))
+    return known and transformers_hook.is_transformers_model(model) and accelerate_hooks.is_hooked(model)
 
 
 def _source_directory(name: str) -> Path | None:

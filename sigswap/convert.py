@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sigswap import accelerate_hooks
 from sigswap.config import SigmoidConfig
 from sigswap.discover import Run, run
 from sigswap.errors import (
@@ -82,7 +83,7 @@ def convert(
     ``sigmoid(score + b)`` there, in eager, under any compile backend and in export (:class:`SigmoidConfig`: what b is).
 
     Args:
-        model: the model; it may be on any device, also meta.
+        model: the model; it may be on any device, also meta, or on several by accelerate (``device_map``).
         config: what becomes of each site; ``SigmoidConfig()`` by default.
         example_inputs: what the model is run on to find its sites: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or a list of those, one for each path through the code that is to be converted. By
@@ -174,10 +175,11 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{path or 'the model'}: its class was changed after the conversion (by FSDP or a parametrization); "
                 "undo that first."
             )
-        if base_class(module) is not None and "forward" in vars(module):
+        replaced = accelerate_hooks.forward_is_replaced(module) and not accelerate_hooks.is_unhooked(module)
+        if base_class(module) is not None and replaced:
             raise ConversionError(
-                f"{path or 'the model'}: its forward was replaced on the instance after the conversion (by "
-                "accelerate's hooks, say); remove that first."
+                f"{path or 'the model'}: its forward was replaced on the instance after the conversion; delete that "
+                "attribute first."
             )
     for module in modules:
         if not isinstance(module.__dict__.get("_modules", {}).get("sigswap"), OwnerState | None):
@@ -185,7 +187,7 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{type(module).__name__}: its child sigswap is not sigswap's; revert is not possible."
             )
     for module in modules:
-        module.__class__ = base_class(module)
+        accelerate_hooks.set_class(module, base_class(module))
         module._modules.pop("sigswap", None)
     for module in model.modules():
         module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
@@ -259,14 +261,16 @@ def conversion_of(model: nn.Module) -> Conversion:
 def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     """Installs ``conversion`` on an unconverted ``model`` of the architecture it was made for, in place.
 
-    New parameters take dtype and device from their owner (also meta). Raises ConversionError if a module is missing,
-    and leaves the model as it was.
+    New parameters take dtype and device from their owner (also meta, unless accelerate brings its weights for each
+    call). Raises ConversionError if a module is missing or cannot be converted, and leaves the model as it was.
     """
     states: dict[str, OwnerState] = {}
     for plan in conversion.owners:
         owner = _owner(model, plan.path)
         _check_nesting(plan, conversion)
-        states[plan.path] = OwnerState(plan, conversion.config.for_path(plan.path), *_dtype_and_device(owner, model))
+        states[plan.path] = OwnerState(
+            plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
+        )
     guarded = [_owner(model, path) for path in conversion.guarded]
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
     if unused:
@@ -277,10 +281,10 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
             owner = model.get_submodule(path)
             done.append((owner, type(owner)))
             owner.add_module("sigswap", state.train(owner.training))
-            owner.__class__ = swapped_class(type(owner))
+            accelerate_hooks.set_class(owner, swapped_class(type(owner)))
     except Exception as error:
         for module, cls in reversed(done):
-            module.__class__ = cls
+            accelerate_hooks.set_class(module, cls)
             module._modules.pop("sigswap", None)
         raise ConversionError(f"{type(done[-1][0]).__name__} cannot be converted: {error}") from error
     for module in guarded:
@@ -319,10 +323,16 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
     except AttributeError as error:
         raise ConversionError(f"{type(model).__name__} has no module {path!r}, which was converted.") from error
     where = path or "the model"
-    if "forward" in vars(owner):
+    if accelerate_hooks.forward_is_replaced(owner):
         raise ConversionError(
-            f"{where}: its forward is replaced on the instance (by accelerate's hooks, say), which would bypass the "
-            "swap; convert the model first."
+            f"{where}: its forward is replaced on the instance, which would bypass the swap; convert the model first, "
+            "or delete that attribute."
+        )
+    if any(accelerate_hooks.offloads_inner_modules(module) for module in _inside_out(model, path)):
+        raise ConversionError(
+            f"{where}: accelerate offloads its weights together with those of the modules in it "
+            "(preload_module_classes), of which sigswap's parameters would be missing; convert the model before it is "
+            "dispatched."
         )
     if hasattr(owner, "sigswap"):
         raise ConversionError(f"{where} has an attribute named sigswap, which the conversion needs; rename it.")
@@ -331,12 +341,22 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
     return owner
 
 
-def _dtype_and_device(owner: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    for module in (owner, model):
+def _dtype_and_device(model: nn.Module, path: str) -> tuple[torch.dtype, torch.device]:
+    """Those of the owner's parameters, or of the nearest around it: the model may be spread over several devices."""
+    for module in _inside_out(model, path):
         for tensor in module.parameters():
             if tensor.is_floating_point():
-                return tensor.dtype, tensor.device
+                offloaded = accelerate_hooks.execution_device(module) if tensor.is_meta else None
+                return tensor.dtype, offloaded or tensor.device
     return torch.get_default_dtype(), torch.get_default_device()
+
+
+def _inside_out(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The module at ``path``, the one that holds it, and so on up to ``model``."""
+    while path:
+        yield model.get_submodule(path)
+        path = path.rpartition(".")[0]
+    yield model
 
 
 def _check_convertible(model: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 The run is on a structural copy whose parameters are fake (no memory, no compute of the model's size), so whatever the
 forward does to its module (caches, buffers, counters) never reaches the user's model. A forward that needs values of
-its inputs (``if mask.all()``) is run again on copies of the real parameters, under no_grad.
+its inputs (``if mask.all()``) is run again on copies of the real parameters, under no_grad. The copy has no hooks, and
+is on one device, wherever the model's modules are.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sigswap import accelerate_hooks
 from sigswap.errors import ExampleInputsError
 from sigswap.mode import FAMILIES
 from sigswap.multihead import multi_head_attention_forward, native_multi_head_attention
@@ -100,13 +102,17 @@ def run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] |
         if on_meta:
             raise ExampleInputsError(
                 "the model's forward depends on the values of its tensors "
-                f"({error}), so it cannot be looked at on the meta device; convert it after its weights are loaded."
+                f"({error}), so it cannot be looked at on the meta device; convert it after its weights are loaded, "
+                "or before accelerate offloads them."
             ) from error
     return _run(model, inputs, prepare, fake=False)
 
 
 def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] | None, fake: bool) -> Run:
     device = device_of(model)
+    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters() if not parameter.is_meta)
+    if not fake and len(devices) > 1 and accelerate_hooks.is_hooked(model):
+        device = torch.device("cpu")  # one device may not hold copies of all
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     clone, parameters = _clone(model, mode, device)
     for module in clone.modules():
@@ -121,6 +127,12 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
         recorder.outputs[""] = output
         return [leaf for leaf in tree_leaves(_tensor_tree(output)) if isinstance(leaf, Tensor)]
 
+    spread = ""
+    if len(devices) > 1:
+        spread = (
+            f"It lies on {', '.join(devices)}, and what was run is a copy on {device} alone, without hooks: if its own "
+            "forward moves tensors between devices, convert the model before it is spread over them. "
+        )
     try:
         if prepare is not None:
             prepare(clone)
@@ -137,9 +149,9 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
         raise
     except Exception as error:
         raise ExampleInputsError(
-            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Give inputs that "
-            "its forward accepts as example_inputs: a tensor, a tuple of positional arguments, a dict of keyword "
-            "arguments, or a list of those."
+            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). {spread}Give "
+            "inputs that its forward accepts as example_inputs: a tensor, a tuple of positional arguments, a dict of "
+            "keyword arguments, or a list of those."
         ) from error
     finally:
         _forget_fake_tensors()
@@ -199,16 +211,19 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
     """A copy of the module tree around fake tensors (or around the model's own parameters), without hooks."""
     memo: dict[int, Any] = {}
     keep: list[Tensor] = []
+    hooked = accelerate_hooks.is_hooked(model)
     for tensor in _tensors_of(model):
         if id(tensor) not in memo:
             if isinstance(mode, FakeTensorMode):
                 memo[id(tensor)] = _converted(tensor, mode, device)
             else:
-                value = tensor.detach().clone()
+                # Without its hooks, nothing would move what goes from one device to another.
+                value = tensor.detach().to(device, copy=True) if hooked else tensor.detach().clone()
                 memo[id(tensor)] = (
                     nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
                 )
             keep.append(tensor)
+    accelerate_hooks.leave_out(model, memo)
     try:
         clone = copy.deepcopy(model, memo)
     except Exception as error:
@@ -216,6 +231,7 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its attention is looked "
             "for in a copy; remove the attribute that cannot be deep-copied before the conversion."
         ) from error
+    accelerate_hooks.strip(clone)
     for module in clone.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue

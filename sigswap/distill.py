@@ -147,7 +147,14 @@ def distill(
         raise CalibrationError(f"teacher has no module {missing[0]!r}: it must be the model before the conversion.")
     endless = _endless(as_calls(batches))
     ours = {parameter for state in states.values() for parameter in state.parameters()}
-    frozen = [p for p in model.parameters() if train == "sigmoid" and p.requires_grad and p not in ours]
+    base = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and p not in ours}
+    offloaded = [name for name, parameter in base.items() if parameter.is_meta]
+    if train == "all" and offloaded:
+        raise ArgumentError(
+            f"{offloaded[0]} is on the meta device (accelerate offloads it, say), where it cannot be trained: pass "
+            "train='sigmoid', or switch its requires_grad off."
+        )
+    frozen = base if train == "sigmoid" else {}
     losses: tuple[list[float], list[float]] = ([], [])
     with ExitStack() as stack:
         stack.enter_context(_training(model, source, frozen))
@@ -300,15 +307,15 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 @contextmanager
-def _training(model: nn.Module, teacher: nn.Module, frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+def _training(model: nn.Module, teacher: nn.Module, frozen: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, ``frozen`` without gradients; modes back at the end, and the parameters too if it fails."""
     training: Mapping[nn.Module, bool] = {m: m.training for root in (model, teacher) for m in root.modules()}
-    kept = {id(p) for p in frozen}
+    kept = {id(p) for p in frozen.values()}
     before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in kept}
     gradients = {p: p.grad for p in before}
     for module in (model, teacher):
         module.eval()
-    for parameter in frozen:
+    for parameter in frozen.values():
         parameter.requires_grad_(False)
     for parameter in before:
         parameter.grad = None
@@ -321,8 +328,8 @@ def _training(model: nn.Module, teacher: nn.Module, frozen: Sequence[nn.Paramete
                 parameter.copy_(value)
         raise
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(True)  # another object, where accelerate offloads it
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for module, value in training.items():

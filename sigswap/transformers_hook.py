@@ -33,7 +33,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sigswap import accelerate_hooks
 from sigswap.errors import CheckpointError
+from sigswap.state import OwnerState
 
 if TYPE_CHECKING:
     from sigswap.convert import Conversion
@@ -212,6 +214,10 @@ def _register(modeling_utils: ModuleType) -> None:
     def checking_from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
         loaded = from_pretrained(cls, name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, OwnerState):
+                # Few as they are, they are not brought for each call: it is not the module that is called.
+                accelerate_hooks.bring_for_good(module)
         directory = os.path.join(name, kwargs.get("subfolder") or "") if isinstance(name, str | os.PathLike) else ""
         if directory and marks_of(model) is None and read_marks(directory) is not None:
             raise CheckpointError(
