@@ -456,6 +456,12 @@ def _tril(n: int) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
+def _prefixed(n: int) -> Tensor:
+    """The first rows see the first keys only; no band. Row 2 sees no key."""
+    visible = torch.ones(n, n, dtype=torch.bool)
+    return torch.where(torch.arange(n)[:, None] < 3, torch.arange(n) < 3 - torch.arange(n)[:, None] * 3 // 2, visible)
+
+
 PADDED = torch.tensor([[9], [4]])
 BIASES: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], Tensor], bool, int]] = {
     # (the bias of n keys, under a mask) -> (what is visible, is_causal, the batch size of the op's mask)
@@ -479,13 +485,79 @@ BIASES: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], Tensor]
         lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], b, -math.inf),
         lambda n: (torch.arange(n) < PADDED)[:, None, None],
         False,
+        1,
+    ),
+    "padding, a number added": (
+        lambda b, n: b + (1.0 - (torch.arange(n) < PADDED)[:, None, None].to(b.dtype)) * -1e4,
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "padding, a float mask added first": (
+        lambda b, n: (
+            torch.where((torch.arange(n) < PADDED)[:, None, None], b.new_zeros(()), torch.finfo(b.dtype).min) + b
+        ),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "padding on the left": (
+        lambda b, n: torch.where((torch.arange(n) >= n - PADDED)[:, None, None], b, -math.inf),
+        lambda n: (torch.arange(n) >= n - PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "causal, and padding on the left": (
+        lambda b, n: torch.where(_tril(n) & (torch.arange(n) >= n - PADDED)[:, None, None], b, -math.inf),
+        lambda n: _tril(n) & (torch.arange(n) >= n - PADDED)[:, None, None],
+        True,
+        1,
+    ),
+    "a sequence of nothing but padding": (
+        lambda b, n: b.masked_fill((torch.arange(n) >= PADDED - 4)[:, None, None], -math.inf),
+        lambda n: (torch.arange(n) < PADDED - 4)[:, None, None],
+        False,
+        1,
+    ),
+    "padding, and a bias that hides": (
+        lambda b, n: torch.where(
+            (torch.arange(n) < PADDED)[:, None, None], torch.where(_prefixed(n), b, -math.inf), -math.inf
+        ),
+        lambda n: _prefixed(n) & (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "padding, half of it, and a number that does not mask": (
+        lambda b, n: b + torch.where((torch.arange(n) < PADDED)[:, None, None], 0.0, -100.0),
+        lambda n: torch.ones(n, n, dtype=torch.bool),
+        False,
+        B,
+    ),
+    "padding that depends on the row": (
+        lambda b, n: torch.where(
+            (torch.arange(n) < PADDED)[:, None, None] | torch.eye(n, dtype=torch.bool), b, -math.inf
+        ),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None] | torch.eye(n, dtype=torch.bool),
+        False,
+        B,
+    ),
+    "a bias per sequence": (
+        lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], b * PADDED[:, None, None] / 9, -math.inf),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        B,
+    ),
+    "an edited bias under padding": (
+        lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], c := b.clone(), -math.inf) + 0 * c.mul_(2),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
         B,
     ),
     "causal and padding": (
         lambda b, n: torch.where(_tril(n) & (torch.arange(n) < PADDED)[:, None, None], b, -math.inf),
         lambda n: _tril(n) & (torch.arange(n) < PADDED)[:, None, None],
         True,
-        B,
+        1,
     ),
     "a fill that does not mask": (
         lambda b, n: torch.where(_tril(n), b, -3.0),
