@@ -621,17 +621,19 @@ def test_a_bias_under_a_mask_whose_fill_depends_on_a_length() -> None:
 
 
 @pytest.mark.parametrize("content", ["bias", "zero"])
-def test_a_bias_under_a_mask_that_is_edited_later(content: str) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_under_a_mask_that_is_edited_later(content: str, causal: bool) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
         padding = padding.clone()
         shown = bias if content == "bias" else torch.zeros(())
-        added = torch.where(_tril(M) & padding, shown, -math.inf)
+        added = torch.where(_tril(M) & padding if causal else padding, shown, -math.inf)
         padding.logical_not_()
         return torch.softmax(q @ k.mT + added, -1) @ v
 
     q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
     bias, padding = torch.randn(1, HEADS, M, M), (torch.arange(M) < torch.tensor([[M], [4]]))[:, None, None]
-    added = torch.where(_tril(M) & padding, bias if content == "bias" else torch.zeros(()), -math.inf)
+    visible = _tril(M) & padding if causal else padding
+    added = torch.where(visible, bias if content == "bias" else torch.zeros(()), -math.inf)
     expected = handwritten.sigmoid((q @ k.mT + added).double(), -1) @ v.double()
     graphs = Graphs()
     close(graphs.compile(attention)(q, k, v, bias, padding), expected)
