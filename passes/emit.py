@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Emission:
         # What is left out above the operands must have run under the same autocast and grad mode as the op will.
         self.regions = {node.target.__name__ for node in self.graph.nodes if _is_region(node)}  # type: ignore[union-attr]
         self.static: dict[Label, bool] = {}  # whether a label has the same size in every call
+        self.written: dict[Hashable, tuple[torch.fx.Proxy, torch.fx.Proxy, torch.fx.Proxy | None]] = {}
         self.output, self.trail = self._output(call.output)
         self.query = self._base(call.query, upcast=True)
         self.key, self.value = self._key_and_value()
@@ -76,6 +77,7 @@ class Emission:
         while added is not before:
             added.meta.update({name: target.meta[name] for name in _WHERE if name in target.meta})
             added = added.prev
+        self.masks.written.update(self.written)
         final.node.meta.update(target.meta)
         target.replace_all_uses_with(final.node)
         self._erase()
@@ -228,7 +230,10 @@ class Emission:
             if repeated:
                 raise Refused("its scores are multiplied by a tensor over keys that several heads share")
             k = self._times(k, operand, (self.outer, self.heads, self.keys, ()), divides)
-        bias, attn_mask, band, mask_words = self._masks(found, q)
+        bias, attn_mask, band, padding, mask_words = self._masks(found, q)
+        if padding is not None:
+            # Where the value is 0 a key adds nothing to the output, nor, as dP = dO V^T is 0, to any gradient.
+            v = self._call(torch.where, padding.transpose(2, 3), v, 0.0)
         seed = None
         if call.dropout_p:
             seed = None if call.seed is None else same_in(call.seed, self.graph)
@@ -255,7 +260,7 @@ class Emission:
             # The dimension may vary; then this is the number that the model would have worked out.
             scale=self._call(operator.pow, q.size(-1), -0.5) if call.scale_by_dim else scale,
             const_bias=found.const_bias,
-            visible_bias=call.visible_bias,
+            visible_bias=call.visible_bias and padding is None,
             **band,
             softcap=cap or 0.0,
             dropout_p=call.dropout_p,
@@ -264,16 +269,19 @@ class Emission:
 
     def _masks(
         self, found: Modifiers, q: torch.fx.Proxy
-    ) -> tuple[torch.fx.Proxy | None, torch.fx.Proxy | None, dict[str, Any], list[str]]:
-        """Row bias, attn_mask, the options of the band, and words for them."""
-        bias = additive = boolean = None
+    ) -> tuple[torch.fx.Proxy | None, torch.fx.Proxy | None, dict[str, Any], torch.fx.Proxy | None, list[str]]:
+        """Row bias, attn_mask, the options of the band, padding, and words for them.
+
+        Padding ([B, 1, 1, N], True is visible) is what is kept out of a bias that all sequences share, which it would
+        make [B, H, M, N]. Then -ln(visible keys), if it is asked for, is in the row bias.
+        """
         visible, terms, pending = list(found.masks), [], list(found.terms)
         while pending:
             term = pending.pop(0)
             hidden = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
             if hidden is not None:
                 visible += [visible_of(each, term.axes) for each in hidden]
-            elif (parts := self._mask_of_bias(term)) is not None:
+            elif (parts := self._bias_and_mask(term)) is not None:
                 pending.insert(0, parts[0])
                 visible += parts[1]
             else:
@@ -288,68 +296,186 @@ class Emission:
                 left = distance if left < 0 else min(left, distance)
             elif side == "tensor":
                 tensors.append((Operand(each.term.node, each.own), each.term.inverted))
+        band = {"is_causal": right == 0, "window_left": left, "window_right": right if right > 0 else -1}
+        words = ["causal"] if right == 0 else []
+        words += [f"window ({left}, {right})"] if left >= 0 or right > 0 else []
+        biases = [term for term in terms if self.keys and not set(self._set_of(term)) & set(self.keys)]
+        terms = [term for term in terms if term not in biases]
+        bias = self._sum_of(biases, q)
+        apart = self._padding(terms, tensors)
+        tensors = [each for each in tensors if each not in apart]
+        if not apart:
+            attn_mask = self._attn_mask(terms, tensors, q)
+            padding = None
+        else:
+            key = self._identity(terms, tensors, apart, left, right)
+            written = self.masks.written.get(key)  # layers often share it all
+            if written is None or not written[0].node < same_in(self.output.node, self.graph):
+                attn_mask, padding = self._attn_mask(terms, tensors, q), self._all_of(apart, q)
+                assert attn_mask is not None and padding is not None
+                counted = self._visible_bias(padding, attn_mask, left, right) if self.asked.visible_bias else None
+                written = self.written[key] = attn_mask, padding, counted
+            attn_mask, padding, counted = written
+            bias = counted if bias is None else bias if counted is None else bias + counted
+        if terms:
+            words += ["additive mask"] + ["with a boolean one"] * bool(tensors)
+        elif tensors:
+            words.append("boolean mask")
+        return bias, attn_mask, band, padding, words + ["padding"] * bool(apart)
 
-        def is_row(term: Operand) -> bool:
-            return bool(self.keys) and not set(self._set_of(term)) & set(self.keys)
+    def _attn_mask(
+        self, terms: Sequence[Operand], tensors: Sequence[tuple[Operand, bool]], q: torch.fx.Proxy
+    ) -> torch.fx.Proxy | None:
+        """The sum of the terms where all of the masks let see."""
+        repeats = self._repeats([*terms, *(operand for operand, _ in tensors)])
+        additive, boolean = self._sum_of(terms, q, repeats), self._all_of(tensors, q, repeats)
+        if additive is None or boolean is None:
+            return boolean if additive is None else additive
+        return additive.masked_fill(self._call(torch.logical_not, boolean), -math.inf)
 
-        repeats = self._repeats([term for term in terms if not is_row(term)] + [operand for operand, _ in tensors])
+    def _sum_of(self, terms: Sequence[Operand], q: torch.fx.Proxy, repeats: bool = False) -> torch.fx.Proxy | None:
+        result = None
         for term in terms:
-            tensor = self._broadcast(term, q, repeats and not is_row(term))
+            tensor = self._broadcast(term, q, repeats)
             if not term.node.meta["val"].dtype.is_floating_point:
                 tensor = tensor.to(self.dtype)
             tensor = tensor if term.factor == 1.0 else tensor * term.factor
-            if is_row(term):
-                bias = tensor if bias is None else bias + tensor
-            else:
-                additive = tensor if additive is None else additive + tensor
+            result = tensor if result is None else result + tensor
+        return result
+
+    def _all_of(
+        self, tensors: Sequence[tuple[Operand, bool]], q: torch.fx.Proxy, repeats: bool = False
+    ) -> torch.fx.Proxy | None:
+        """Where all of the masks, each inverted or not, let see."""
+        result = None
         for operand, inverted in tensors:
             tensor = self._broadcast(operand, q, repeats)
             if operand.node.meta["val"].dtype != torch.bool:  # a triangle of a number, and of 0 elsewhere
                 tensor = self._call(torch.ne, tensor, 0)
             tensor = self._call(torch.logical_not, tensor) if inverted else tensor
-            boolean = tensor if boolean is None else boolean & tensor
-        words = ["causal"] if right == 0 else []
-        words += [f"window ({left}, {right})"] if left >= 0 or right > 0 else []
-        if additive is not None:
-            words.append("additive mask")
-            if boolean is not None:
-                additive = additive.masked_fill(self._call(torch.logical_not, boolean), -math.inf)
-                words.append("with a boolean one")
-        elif boolean is not None:
-            words.append("boolean mask")
-        band = {"is_causal": right == 0, "window_left": left, "window_right": right if right > 0 else -1}
-        return bias, boolean if additive is None else additive, band, words
+            result = tensor if result is None else result & tensor
+        return result
 
-    def _mask_of_bias(self, term: Operand) -> tuple[Operand, list[Visible]] | None:
-        """A term that is a bias where a mask holds and hides the rest, as T5's, taken apart: if the mask has a band."""
+    def _padding(self, terms: Sequence[Operand], tensors: Sequence[tuple[Operand, bool]]) -> list[tuple[Operand, bool]]:
+        """The masks that differ by sequence, if they are padding beside a bias that does not."""
+        if self._may_autocast() and self._device == "mps":  # counting needs float64
+            return []
+        differing = [each for each in tensors if set(self._set_of(each[0])) & set(self.outer)]
+        padding = self._are_shared(terms) and all(self._is_padding(operand) for operand, _ in differing)
+        return differing if padding else []
+
+    def _are_shared(self, terms: Sequence[Operand]) -> bool:
+        """Whether the terms are a bias per position that all sequences share."""
+        sets = [set(self._set_of(term)) for term in terms]
+        return any(each & set(self.rows) for each in sets) and not any(each & set(self.outer) for each in sets)
+
+    def _is_padding(self, mask: Operand) -> bool:
+        """Whether a mask hides keys of a sequence from all of its rows and heads."""
+        labels = set(self._set_of(mask))
+        return bool(labels & set(self.outer)) and bool(labels & set(self.keys)) and labels <= {*self.outer, *self.keys}
+
+    def _visible_bias(
+        self, padding: torch.fx.Proxy, attn_mask: torch.fx.Proxy, left: int, right: int
+    ) -> torch.fx.Proxy:
+        """-ln(visible keys) of each row: [B, H|1, M, 1]. A bias may be low enough to hide keys, too.
+
+        The count is a product with the padding, so [B, H, M, N] is not written out. It is exact in float32; autocast
+        would round it, but leaves float64 as it is.
+        """
+        final = torch.promote_types(self.dtype, torch.float32)
+        exact = torch.float64 if self._may_autocast() else final
+        seen = (attn_mask.to(final) > MASKED_SCORE).to(exact)
+        seen = seen.tril(right) if right >= 0 else seen
+        seen = seen.triu(-left) if left >= 0 else seen
+        count = self._call(torch.matmul, seen.squeeze(0), padding.squeeze((1, 2)).transpose(0, 1).to(exact))
+        return -count.permute(2, 0, 1).unsqueeze(3).clamp(min=1).to(final).log()
+
+    def _identity(
+        self,
+        terms: Sequence[Operand],
+        tensors: Sequence[tuple[Operand, bool]],
+        apart: Sequence[tuple[Operand, bool]],
+        *others: int,
+    ) -> Hashable:
+        """Equal for attentions whose masks, written out, would be equal."""
+        masks = [*((term, False) for term in terms), *tensors, *apart]
+        # What is edited in between, or was made without gradients, is not the same.
+        if self.regions or any(memory_of(operand.node) in self.masks.edited for operand, _ in masks):
+            return object()
+        place = {label: (at, i) for at, group in enumerate(self.scores) for i, label in enumerate(group)}
+        spelled = [
+            (
+                operand.node,
+                operand.factor,
+                inverted,
+                tuple(tuple(map(place.get, axis)) for axis in self.labels.axes(operand.axes)),
+            )
+            for operand, inverted in masks
+        ]
+        sizes = tuple(tuple(self.labels.size([label]) for label in group) for group in self.scores)
+        lengths = len(terms), len(tensors)
+        return self.graph, *spelled, lengths, sizes, others, self.dtype, self.asked.visible_bias
+
+    def _may_autocast(self) -> bool:
+        """Whether autocast may be on where the op is called."""
+        enabled = torch.amp.is_autocast_available(self._device) and torch.is_autocast_enabled(self._device)
+        return bool(self.regions - _GRADIENTS) or enabled
+
+    @property
+    def _device(self) -> str:
+        return self.query.node.meta["val"].device.type
+
+    def _bias_and_mask(self, term: Operand) -> tuple[Operand, list[Visible]] | None:
+        """A term that is a bias where a mask holds and hides the rest, as T5's, taken apart: if that makes it smaller,
+        for the mask has a band, or is of padding while all sequences share the bias."""
         if same_in(term.node, self.graph) is not None:
             term = self._base(term)  # without copies of it
+        # A number that varies proves nothing; where gradients are switched off on the way, the bias may have none.
+        if has_symbol(term.node) or self.regions & _GRADIENTS:
+            return None
+        for content, visible in self._readings(term):
+            # What was edited is not what it was; a bias inside of a function cannot be had.
+            if {memory_of(term.node), memory_of(content)} & self.masks.edited or same_in(content, self.graph) is None:
+                continue
+            if term.node.meta["val"].dtype != content.meta["val"].dtype:
+                continue
+            bias = broadcast(content, term.axes, term.factor)
+            kinds = [_band(each, self.labels, self.rows, self.keys)[0] for each in visible]
+            masks = [
+                Operand(each.term.node, each.own) for each, kind in zip(visible, kinds, strict=True) if kind == "tensor"
+            ]
+            if any(
+                same_in(mask.node, self.graph) is None or memory_of(mask.node) in self.masks.edited for mask in masks
+            ):
+                continue
+            smaller = len(masks) < len(visible) or not visible
+            if smaller or (self._are_shared([bias]) and all(self._is_padding(mask) for mask in masks)):
+                return bias, visible
+        return None
+
+    def _readings(self, term: Operand) -> list[tuple[torch.fx.Node, list[Visible]]]:
+        """What the term may be: a bias, and what must hold where it is added to the scores; the rest is masked."""
         node, name = term.node, op_name(term.node)
+        if name == "add" and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1 and term.factor > 0:
+            left, right = node.args
+            found = []
+            for content, mask in ((left, right), (right, left)):
+                if isinstance(content, torch.fx.Node) and isinstance(mask, torch.fx.Node):
+                    terms = self.masks.visible_by_sum(mask, term.factor)
+                    whole = broadcast(mask, term.axes).axes
+                    found += [] if terms is None else [(content, [visible_of(each, whole) for each in terms])]
+            return found
         if name == "where" and len(node.args) > 2:
             condition, content, fill, holds = *node.args[:3], True
         elif name == "masked_fill":
             content, condition, fill, holds = *node.args[:3], False
         else:
-            return None
+            return []
         number = self.masks.constant(fill)
         if not isinstance(content, torch.fx.Node) or number is None or not number * term.factor <= MASKED_SCORE:
-            return None
-        # A number that varies proves nothing; where gradients are switched off on the way, the bias may have none.
-        if has_symbol(node) or self.regions & _GRADIENTS:
-            return None
-        # What was edited is not what it was; a bias inside of a function cannot be had.
-        if {memory_of(node), memory_of(content)} & self.masks.edited or same_in(content, self.graph) is None:
-            return None
-        if node.meta["val"].dtype != content.meta["val"].dtype:
-            return None
+            return []
         whole = broadcast(condition, term.axes).axes
-        visible = [visible_of(each, whole) for each in self.masks.visible(condition, holds)]
-        tensors = [each.term.node for each in visible if _band(each, self.labels, self.rows, self.keys)[0] == "tensor"]
-        if tensors and len(tensors) == len(visible):
-            return None
-        if any(same_in(tensor, self.graph) is None for tensor in tensors):
-            return None
-        return broadcast(content, term.axes, term.factor), visible
+        return [(content, [visible_of(each, whole) for each in self.masks.visible(condition, holds)])]
 
     def _repeats(self, operands: Sequence[Operand]) -> bool:
         """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""

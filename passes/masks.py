@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Masks:
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self._known: dict[torch.fx.Node, Known] = {}
+        self.written: dict[Hashable, Any] = {}  # what the emission of attentions wrote, for others with the same masks
         # What is written to in place, perhaps through a view, is not what it was made as.
         self.edited = {memory_of(arg) for node in graph.nodes for arg in edited_by(node)}
 
@@ -177,6 +178,8 @@ class Masks:
     def _same(self, node: torch.fx.Node, source: Any) -> Known:
         known = self.known(source) if isinstance(source, torch.fx.Node) else None
         dtype = node.meta["val"].dtype
+        if known is None and dtype.is_floating_point:  # a boolean tensor as numbers is one of two values
+            known = self._condition(source, node)
         if isinstance(known, Constant):
             value = float(known.value != 0) if dtype == torch.bool else known.value
             whole = dtype.is_floating_point or (math.isfinite(value) and value == int(value))

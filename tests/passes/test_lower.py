@@ -456,6 +456,12 @@ def _tril(n: int) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
+def _prefixed(n: int) -> Tensor:
+    """The first rows see the first keys only; no band. Row 2 sees no key."""
+    visible = torch.ones(n, n, dtype=torch.bool)
+    return torch.where(torch.arange(n)[:, None] < 3, torch.arange(n) < 3 - torch.arange(n)[:, None] * 3 // 2, visible)
+
+
 PADDED = torch.tensor([[9], [4]])
 BIASES: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], Tensor], bool, int]] = {
     # (the bias of n keys, under a mask) -> (what is visible, is_causal, the batch size of the op's mask)
@@ -479,13 +485,79 @@ BIASES: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], Tensor]
         lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], b, -math.inf),
         lambda n: (torch.arange(n) < PADDED)[:, None, None],
         False,
+        1,
+    ),
+    "padding, a number added": (
+        lambda b, n: b + (1.0 - (torch.arange(n) < PADDED)[:, None, None].to(b.dtype)) * -1e4,
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "padding, a float mask added first": (
+        lambda b, n: (
+            torch.where((torch.arange(n) < PADDED)[:, None, None], b.new_zeros(()), torch.finfo(b.dtype).min) + b
+        ),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "padding on the left": (
+        lambda b, n: torch.where((torch.arange(n) >= n - PADDED)[:, None, None], b, -math.inf),
+        lambda n: (torch.arange(n) >= n - PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "causal, and padding on the left": (
+        lambda b, n: torch.where(_tril(n) & (torch.arange(n) >= n - PADDED)[:, None, None], b, -math.inf),
+        lambda n: _tril(n) & (torch.arange(n) >= n - PADDED)[:, None, None],
+        True,
+        1,
+    ),
+    "a sequence of nothing but padding": (
+        lambda b, n: b.masked_fill((torch.arange(n) >= PADDED - 4)[:, None, None], -math.inf),
+        lambda n: (torch.arange(n) < PADDED - 4)[:, None, None],
+        False,
+        1,
+    ),
+    "padding, and a bias that hides": (
+        lambda b, n: torch.where(
+            (torch.arange(n) < PADDED)[:, None, None], torch.where(_prefixed(n), b, -math.inf), -math.inf
+        ),
+        lambda n: _prefixed(n) & (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        1,
+    ),
+    "padding, half of it, and a number that does not mask": (
+        lambda b, n: b + torch.where((torch.arange(n) < PADDED)[:, None, None], 0.0, -100.0),
+        lambda n: torch.ones(n, n, dtype=torch.bool),
+        False,
+        B,
+    ),
+    "padding that depends on the row": (
+        lambda b, n: torch.where(
+            (torch.arange(n) < PADDED)[:, None, None] | torch.eye(n, dtype=torch.bool), b, -math.inf
+        ),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None] | torch.eye(n, dtype=torch.bool),
+        False,
+        B,
+    ),
+    "a bias per sequence": (
+        lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], b * PADDED[:, None, None] / 9, -math.inf),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
+        B,
+    ),
+    "an edited bias under padding": (
+        lambda b, n: torch.where((torch.arange(n) < PADDED)[:, None, None], c := b.clone(), -math.inf) + 0 * c.mul_(2),
+        lambda n: (torch.arange(n) < PADDED)[:, None, None],
+        False,
         B,
     ),
     "causal and padding": (
         lambda b, n: torch.where(_tril(n) & (torch.arange(n) < PADDED)[:, None, None], b, -math.inf),
         lambda n: _tril(n) & (torch.arange(n) < PADDED)[:, None, None],
         True,
-        B,
+        1,
     ),
     "a fill that does not mask": (
         lambda b, n: torch.where(_tril(n), b, -3.0),
@@ -549,17 +621,19 @@ def test_a_bias_under_a_mask_whose_fill_depends_on_a_length() -> None:
 
 
 @pytest.mark.parametrize("content", ["bias", "zero"])
-def test_a_bias_under_a_mask_that_is_edited_later(content: str) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_under_a_mask_that_is_edited_later(content: str, causal: bool) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
         padding = padding.clone()
         shown = bias if content == "bias" else torch.zeros(())
-        added = torch.where(_tril(M) & padding, shown, -math.inf)
+        added = torch.where(_tril(M) & padding if causal else padding, shown, -math.inf)
         padding.logical_not_()
         return torch.softmax(q @ k.mT + added, -1) @ v
 
     q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
     bias, padding = torch.randn(1, HEADS, M, M), (torch.arange(M) < torch.tensor([[M], [4]]))[:, None, None]
-    added = torch.where(_tril(M) & padding, bias if content == "bias" else torch.zeros(()), -math.inf)
+    visible = _tril(M) & padding if causal else padding
+    added = torch.where(visible, bias if content == "bias" else torch.zeros(()), -math.inf)
     expected = handwritten.sigmoid((q @ k.mT + added).double(), -1) @ v.double()
     graphs = Graphs()
     close(graphs.compile(attention)(q, k, v, bias, padding), expected)
@@ -594,6 +668,126 @@ def test_a_bias_under_a_mask_from_outside_of_a_checkpoint() -> None:
     added = torch.where(_tril(M) & padding, bias, -math.inf)
     close(actual.detach(), handwritten.sigmoid((q @ k.mT + added).double(), -1).detach() @ v.detach().double())
     assert len(graphs.calls) == 1
+
+
+# (the probabilities of scores and a bias under padding, the heads of keys and values)
+PADDED_FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Callable[..., Tensor]], Tensor], int]] = {
+    "soft cap": (lambda scores, bias, normalise: normalise(torch.tanh(scores / 2.0) * 2.0 + bias, -1), HEADS),
+    "grouped heads": (lambda scores, bias, normalise: normalise(scores + bias, -1), HEADS // 2),
+    "row bias": (
+        lambda scores, bias, normalise: normalise(
+            scores + scores.new_tensor([-1.0, 2.0])[:, None, None, None] + bias, -1
+        ),
+        HEADS,
+    ),
+    "a fixed bias": (lambda scores, bias, normalise: torch.sigmoid(scores + bias - 2.0), HEADS),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", PADDED_FORMS)
+def test_a_bias_under_padding_in_other_forms(name: str, causal: bool) -> None:
+    form, heads = PADDED_FORMS[name]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, normalise: Any = handwritten.softmax) -> Tensor:
+        visible = torch.arange(M) < torch.tensor([[M], [5]])[:, None, None]
+        if causal:
+            visible = visible & _tril(M)
+        k, v = (
+            t[:, :, None].expand(B, heads, HEADS // heads, M, D).reshape(B, HEADS, M, D) if heads < HEADS else t
+            for t in (k, v)
+        )
+        return form(q @ k.mT, torch.where(visible, bias, -math.inf), normalise) @ v
+
+    shapes = (B, HEADS, M, D), (B, heads, M, D), (B, heads, M, D), (1, HEADS, M, M)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    graphs = Graphs()
+    actual, expected = graphs.compile(attention)(*leaves), attention(*exact, handwritten.sigmoid)
+    close(actual.detach(), expected.detach())
+    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
+    grads = torch.autograd.grad((actual * direction).sum(), leaves)
+    truths = torch.autograd.grad((expected * direction.double()).sum(), exact)
+    for ours, theirs in zip(grads, truths, strict=True):
+        close(ours, theirs)
+    for ours in grads[1:3]:
+        assert not ours[1, :, 5:].any()  # of padding
+    (node,) = graphs.calls
+    assert node.kwargs["visible_bias"] is False and node.kwargs["is_causal"] == causal
+    ((_, mask, _),) = operands_of(attention, *(leaf.detach() for leaf in leaves))
+    assert mask == (1, HEADS, M, M)
+
+
+def test_dropout_of_a_bias_under_padding() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, p: float = 0.25) -> Tensor:
+        padding = (torch.arange(M) < torch.tensor([[M], [5]]))[:, None, None]
+        scores = q @ k.mT + torch.where(padding, bias, -math.inf)
+        return F.dropout(handwritten.sigmoid(scores, -1) if p == 0 else torch.softmax(scores, -1), p) @ v
+
+    inputs = [torch.randn(B, HEADS, M, D) for _ in range(3)] + [torch.randn(1, HEADS, M, M)]
+    graphs = Graphs()
+    compiled = graphs.compile(attention)
+    mean = torch.stack([compiled(*inputs) for _ in range(400)]).double().mean(0)
+    expected = attention(*(each.double() for each in inputs), p=0.0)
+    assert graphs.calls[0].kwargs["dropout_p"] == 0.25
+    assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_keys_are_counted_exactly_under_autocast(inside: bool) -> None:
+    """bfloat16 has no 301."""
+    n = 301
+    q, k, bias = torch.zeros(B, 2, 2, D), torch.zeros(B, 2, n, D), torch.zeros(1, 1, 2, n)
+    padding = (torch.arange(n) < torch.tensor([[n], [259]]))[:, None, None]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT + torch.where(padding, bias, -math.inf), -1) @ v
+
+    def function(*inputs: Tensor) -> Tensor:
+        if not inside:
+            return attention(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            return attention(*inputs)
+
+    seen: list[Tensor] = []
+
+    class Record(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            seen.extend([args[3]] if target is OP else [])
+            return super().call_function(target, args, kwargs)
+
+    torch._dynamo.reset()
+    options = {"inner": lambda module, _: Record(module).run}
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        torch.compile(function, backend="sigswap", options=options)(q, k, k, bias)
+    torch.testing.assert_close(seen[0][:, 0, 0, 0], -torch.tensor([n, 259.0]).log(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", ["plain", "edited", "crossed", "half edited"])
+def test_layers_count_the_keys_that_they_share_once(case: str) -> None:
+    """If nothing changes in between, and where it was counted comes first."""
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, padding: Tensor, normalise: Any) -> Tensor:
+        weights = []
+        for _ in range(2):
+            weights.append(normalise(q @ k.mT + torch.where(padding, bias, -math.inf), -1))
+            if case == "edited":
+                bias.mul_(2.0)
+            elif case == "half edited":
+                padding[0, ..., 3:7].fill_(False)
+        if case == "crossed":
+            return weights[1] @ v - weights[0] @ v.flip(2)
+        return weights[0] @ v - weights[1] @ v.flip(2)
+
+    inputs = [torch.randn(B, HEADS, M, D) for _ in range(3)] + [torch.randn(1, HEADS, M, M)]
+    padding = (torch.arange(M) < torch.tensor([[M], [5]]))[:, None, None]
+    expected = layers(*(each.double() for each in inputs), padding.clone(), handwritten.sigmoid)
+    graphs = Graphs()
+    close(graphs.compile(layers)(*inputs, padding, handwritten.softmax), expected)
+    assert len(graphs.calls) == 2
+    if case == "plain":
+        first, second = graphs.calls
+        assert first.args[3] is second.args[3] and first.args[4] is second.args[4]
 
 
 # ---------------------------------------------------------------------------------------------- regions

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+from graphs import Graphs
 from handwritten import DIM, Grouped, Handwritten, LocalWithSoftcap, NanoGPT, sigmoid
+from oracle import sigmoid_oracle
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from typer.testing import CliRunner
@@ -259,6 +262,74 @@ def test_inspect_compile() -> None:
     report = json.loads(done.stdout)
     assert [site["status"] for site in report["sites"]] == ["lowered"] * 12
     assert report["sites"][3]["path"] == "blocks.3.attn" and report["graphs"] == 1
+
+
+# ------------------------------------------------------------------------------------------ whole models
+
+
+def t5_inputs(length: int, decoded: int, left: bool) -> dict[str, Tensor]:
+    torch.manual_seed(length)
+    lengths = torch.tensor([[length], [4], [1]]), torch.tensor([[3], [decoded], [2]])
+    masks = [(torch.arange(n) < own).long() for n, own in zip((length, decoded), lengths, strict=True)]
+    masks = [mask.flip(1) for mask in masks] if left else masks
+    return {
+        "input_ids": torch.randint(3, 50, (3, length)),
+        "attention_mask": masks[0],
+        "decoder_input_ids": torch.randint(3, 50, (3, decoded)),
+        "decoder_attention_mask": masks[1],
+    }
+
+
+def t5_result(model: Any, module: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Where there is no padding, the outputs; and all gradients."""
+    module.zero_grad()
+    found = model(**inputs)
+    shown = [
+        state * inputs[mask][..., None]
+        for state, mask in (
+            (found.encoder_last_hidden_state, "attention_mask"),
+            (found.last_hidden_state, "decoder_attention_mask"),
+        )
+    ]
+    sum((each * torch.linspace(-1, 1, each.numel()).view(each.shape)).sum() for each in shown).backward()  # type: ignore
+    grads = [parameter.grad.clone() for parameter in module.parameters()]  # type: ignore[union-attr]
+    return [each.detach() for each in shown] + grads
+
+
+@pytest.mark.parametrize(("attention", "inner"), [("sdpa", "aot_eager"), ("eager", "aot_eager"), ("sdpa", "inductor")])
+def test_t5_with_padding(attention: str, inner: str) -> None:
+    """On the right and on the left. From the second lengths on they vary, in one graph."""
+    entry = BY_NAME["t5"]
+    model, double = entry.build(attention), entry.build("eager").double()
+    graphs = Graphs(inner)
+    compiled = graphs.compile(model)
+    for lengths in ((11, 7), (9, 6), (13, 10)):
+        for left in (False, True):
+            inputs = t5_inputs(*lengths, left)
+            with sigmoid_oracle(entry.owners) as log:
+                expected = t5_result(double, double, inputs)
+            assert log.swapped == entry.sites
+            for ours, theirs in zip(t5_result(compiled, model, inputs), expected, strict=True):
+                scale = theirs.abs().max().item()
+                torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 + 1e-4 * scale)
+    assert len(graphs.modules) == 2 and len(graphs.calls) == 2 * entry.sites and graphs.unfused == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_tensor_of_t5_is_as_large_as_its_scores(attention: str) -> None:
+    sizes: list[torch.Size] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        sizes.extend(value.shape for value in values if isinstance(value, Tensor))
+        return graph.forward
+
+    model = BY_NAME["t5"].build(attention)
+    options = {"inner": aot_autograd(fw_compiler=compiler, bw_compiler=compiler)}
+    torch._dynamo.reset()
+    t5_result(torch.compile(model, backend="sigswap", options=options), model, t5_inputs(11, 7, False))
+    scores = [size for size in sizes if size[-2:] in [(11, 11), (7, 7), (7, 11)]]
+    assert scores and all(size[:-2].numel() <= 4 for size in scores)  # the heads of one sequence, of three
 
 
 # --------------------------------------------------------------------------------- modes and packages
