@@ -76,6 +76,11 @@ def save(
     """
     from sigswap.convert import is_converted
 
+    if factory is not None and not isinstance(factory, str):
+        raise ArgumentError(
+            f"factory must be a string, 'module:function' or 'timm:NAME', not {factory!r}: it is imported by that name."
+        )
+
     model = getattr(model, "_orig_mod", model)  # a compiled model is saved as the model that was compiled
     if not is_converted(model):
         raise NotConvertedError("The model is not converted. Call sigswap.convert(model) before sigswap.save.")
@@ -238,6 +243,8 @@ def _load_factory(directory: Path) -> nn.Module:
     try:
         model = sources.build(config["factory"], config["factory_kwargs"])
         for module_path, values in config["attributes"].items():
+            if _is_added(module_path):
+                continue  # written by an earlier version, and of no use
             for name, value in values.items():
                 setattr(model.get_submodule(module_path), name, value)
         apply_conversion(model, Conversion.from_dict(config["conversion"]))
@@ -413,6 +420,8 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
             )
     differing: dict[str, dict[str, Any]] = {}
     for path, module in modules.items():
+        if _is_added(path):
+            continue  # built from the conversion alone
         for name, value in vars(module).items():
             if name.startswith("_") or name in _NOT_COMPARED:
                 continue
@@ -435,6 +444,11 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
                     "the factory builds."
                 )
     return differing
+
+
+def _is_added(path: str) -> bool:
+    """Whether a module is sigswap's, of a converted one."""
+    return "sigswap" in path.split(".")
 
 
 def _is_plain(value: object) -> bool:

@@ -223,14 +223,14 @@ def softmax(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def run_as_softmax(states: Collection[OwnerState]) -> Iterator[None]:
     """While it is open, these converted modules run as softmax."""
-    before = [state.softmax for state in states]
+    switched = [state for state in states if not state.softmax]
+    for state in switched:
+        state.softmax = True
     try:
-        for state in states:
-            state.softmax = True
         yield
     finally:
-        for state, value in zip(states, before, strict=True):
-            state.softmax = value
+        for state in switched:
+            del state.softmax  # the class's again: nothing of it stays in what is saved
 
 
 def owners_of(model: nn.Module) -> dict[str, OwnerState]:

@@ -136,11 +136,16 @@ def distill(
             raise ArgumentError(f"{name} must be a number of steps, 0 or more, not {value!r}.")
     if train not in ("all", "sigmoid"):
         raise ArgumentError(f"train must be 'all' or 'sigmoid', not {train!r}.")
-    if teacher is None and train == "all":
+    if (teacher is None or teacher is model) and train == "all":
+        given = "None" if teacher is None else "the model"
         raise ArgumentError(
-            "teacher=None takes the model's own weights as the teacher's, which train='all' would change: pass "
+            f"teacher={given} takes the model's own weights as the teacher's, which train='all' would change: pass "
             "train='sigmoid', or teacher=copy.deepcopy(model)."
         )
+    for name, value in (("lr", lr), ("sigmoid_lr", sigmoid_lr), ("weight_decay", weight_decay)):
+        optional = name == "sigmoid_lr" and value is None
+        if not optional and (not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0):
+            raise ArgumentError(f"{name} must be a number, 0 or more, not {value!r}.")
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
     if missing:

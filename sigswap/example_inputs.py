@@ -35,14 +35,15 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> list[Inputs]:
 
 
 def as_call(call: Any, name: str = "example_inputs") -> Inputs:
-    """A tensor, a tuple of positional arguments or a mapping of keyword arguments as (args, kwargs).
+    """A tensor, a tuple of positional arguments or a mapping of keyword arguments as (args, kwargs). A list of tensors,
+    as a DataLoader of a TensorDataset gives, is such a tuple.
 
     Raises ExampleInputsError, or ArgumentError for another argument than example_inputs, called ``name``.
     """
     if isinstance(call, Mapping):  # a BatchEncoding of transformers is one as well
         return (), dict(call)
-    if isinstance(call, tuple):
-        return call, {}
+    if isinstance(call, tuple) or (isinstance(call, list) and call and all(isinstance(x, Tensor) for x in call)):
+        return tuple(call), {}
     if isinstance(call, Tensor):
         return (call,), {}
     if name != "example_inputs":

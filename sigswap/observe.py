@@ -523,7 +523,7 @@ class _Pending:
     def __init__(self, site: SiteState, probabilities: Tensor, scores: Tensor, dim: int, bias: Tensor | None) -> None:
         self.site, self.probabilities, self.dim, self.bias = site, probabilities, dim, bias
         self.wide = scores if scores.dtype == torch.float64 else scores.float()
-        self.visible = scores > MASKED_SCORE
+        self.visible = ~(scores <= MASKED_SCORE)  # NaN is not masked, but an error
         self.head_axis = None if site.plan.head_axis is None else site.plan.head_axis % scores.dim()
         self.counted = self.visible.any(dim, keepdim=True) & self._own()
         self.query: Tensor | None = None  # [heads, rows, head_dim], where w_h needs it
@@ -579,7 +579,7 @@ class _Pending:
 
 
 def _seen(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > MASKED_SCORE
+    return mask if mask.dtype == torch.bool else ~(mask <= MASKED_SCORE)
 
 
 def _sigmoid(site: SiteState, scores: Tensor, visible: Tensor, dim: int, bias: Tensor | None) -> Tensor:

@@ -345,6 +345,21 @@ def test_a_failed_calibration_changes_nothing(bad: str) -> None:
     assert model(*data[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e200])
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("query_bias", [False, True])
+def test_scores_that_are_not_finite_are_an_error(factor: float, explicit: bool, query_bias: bool) -> None:
+    torch.manual_seed(0)
+    data = batches()
+    config = sigswap.SigmoidConfig(query_bias=query_bias)
+    model = sigswap.convert(Wrapper(Attention(explicit)), config, example_inputs=data[0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for wrong in ([*data, (data[0][0] * factor, data[0][1])], [(data[0][0] * factor, data[0][1])]):
+        with pytest.raises(CalibrationError, match="not finite"):
+            sigswap.calibrate(model, wrong, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_arguments() -> None:
     data = batches(1)
     plain = Wrapper(Attention(False))

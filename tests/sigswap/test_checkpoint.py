@@ -198,10 +198,27 @@ def test_compiled_model_is_saved_as_itself(tmp_path: Path) -> None:
     assert_same_state(model, sigswap.load(tmp_path / "m"))
 
 
+def test_what_ran_as_softmax_for_a_while_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = converted_own(SigmoidConfig(query_bias=True))
+    with sigswap.softmax(model), sigswap.softmax(model):
+        model(WORDS)
+    sigswap.distill(model, None, [WORDS], steps=1, train="sigmoid", progress=False)
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
+    config = tmp_path / "m" / "sigswap.json"
+    written = json.loads(config.read_text())
+    assert written["attributes"] == {}
+    expected = model(WORDS)
+    assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), expected)
+    owner = next(name for name, module in model.named_modules() if name.endswith("sigswap"))
+    config.write_text(json.dumps(written | {"attributes": {owner: {"softmax": False}}}))  # as once was written
+    assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({}, CheckpointError, "factory='module:function'"),
+        ({"factory": build}, ArgumentError, "factory must be a string"),
         ({"factory": "nothing"}, ArgumentError, "module:function"),
         ({"factory": "no_such_module:f"}, ArgumentError, "no_such_module"),
         ({"factory": f"{HERE}:nothing"}, ArgumentError, "has no 'nothing'"),

@@ -133,6 +133,11 @@ def test_arguments_and_failures() -> None:
         sigswap.distill(original, None, texts(), steps=1)
     with pytest.raises(ArgumentError, match="train='sigmoid'"):
         sigswap.distill(model, None, texts(), steps=1)
+    with pytest.raises(ArgumentError, match="train='sigmoid'"):
+        sigswap.distill(model, model, texts(), steps=1)
+    for wrong in ({"lr": "1e-4"}, {"lr": -1e-4}, {"sigmoid_lr": True}, {"weight_decay": float("nan")}):
+        with pytest.raises(ArgumentError, match=f"{next(iter(wrong))} must be a number"):
+            sigswap.distill(model, original, texts(), steps=1, **wrong)
     with pytest.raises(ArgumentError, match="steps"):
         sigswap.distill(model, original, texts(), steps=-1)
     with pytest.raises(ArgumentError, match="batches is empty"):

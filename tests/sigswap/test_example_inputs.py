@@ -11,7 +11,7 @@ import transformers as T
 from torch import nn
 
 import sigswap
-from sigswap.example_inputs import resolve_inputs
+from sigswap.example_inputs import as_call, resolve_inputs
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -56,6 +56,7 @@ def test_forms_of_example_inputs() -> None:
     assert resolve_inputs(model, (x, 1)) == [((x, 1), {})]
     assert resolve_inputs(model, {"input": x}) == [((), {"input": x})]
     assert resolve_inputs(model, [x, {"input": x}]) == [((x,), {}), ((), {"input": x})]
+    assert as_call([x, x], "batches") == ((x, x), {})  # of a DataLoader
     assert resolve_inputs(model, T.BatchEncoding({"input": x})) == [((), {"input": x})]
 
 
