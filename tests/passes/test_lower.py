@@ -684,15 +684,17 @@ PADDED_FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Callable[..., Tensor]], 
 }
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("band", ["none", "causal", "window"])
 @pytest.mark.parametrize("name", PADDED_FORMS)
-def test_a_bias_under_padding_in_other_forms(name: str, causal: bool) -> None:
+def test_a_bias_under_padding_in_other_forms(name: str, band: str) -> None:
     form, heads = PADDED_FORMS[name]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, normalise: Any = handwritten.softmax) -> Tensor:
         visible = torch.arange(M) < torch.tensor([[M], [5]])[:, None, None]
-        if causal:
+        if band != "none":
             visible = visible & _tril(M)
+        if band == "window":
+            visible = visible & torch.ones(M, M, dtype=torch.bool).triu(-3)
         k, v = (
             t[:, :, None].expand(B, heads, HEADS // heads, M, D).reshape(B, HEADS, M, D) if heads < HEADS else t
             for t in (k, v)
@@ -713,7 +715,8 @@ def test_a_bias_under_padding_in_other_forms(name: str, causal: bool) -> None:
     for ours in grads[1:3]:
         assert not ours[1, :, 5:].any()  # of padding
     (node,) = graphs.calls
-    assert node.kwargs["visible_bias"] is False and node.kwargs["is_causal"] == causal
+    assert node.kwargs["visible_bias"] is False and node.kwargs["is_causal"] == (band != "none")
+    assert node.kwargs["window_left"] == (3 if band == "window" else -1)
     ((_, mask, _),) = operands_of(attention, *(leaf.detach() for leaf in leaves))
     assert mask == (1, HEADS, M, M)
 
