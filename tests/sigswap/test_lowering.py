@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def model() -> Blocks:
 
 
 @pytest.fixture
-def lowered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the pass in inductor's hook did, call by call."""
+def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What the pass in inductor's hook did, call by call. Without caches, which an earlier run has filled."""
     results: list[Any] = []
     original = inductor.lower
 
@@ -80,7 +81,8 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return results[-1]
 
     monkeypatch.setattr(inductor, "lower", recorded)
-    return results
+    with inductor_config.patch(force_disable_caches=True):
+        yield results
 
 
 def count(results: list[Any]) -> int:
