@@ -65,15 +65,17 @@ ROWS, KEYS, STAGES = 64, 128, 3
 """A tile's rows; the keys of a program; tiles of rows in flight."""
 
 _ROWS, _KEYS, _STAGES = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(STAGES)
-_SOME = tl.constexpr(8)
-_SOME_TAIL = tl.constexpr(tail_assembly(8, paired=False))
-_SOME_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+_PACK = tl.constexpr(8)
+_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
+_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _ADD = tl.constexpr(
     "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; "
     "red.relaxed.gpu.global.add.v4.f32 [a], {$12, $13, $14, $15}; "
     "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
 )
 _ADD_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f")
+_BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+"""One number, or several, of each thread of a warpgroup."""
 
 # Triton 3.8 has other names for them.
 _sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -247,7 +249,7 @@ def _sigmoid(x, FORM: gl.constexpr):
         return 0.5 + 0.5 * tanh
     elif FORM == _TAIL:
         return gl.inline_asm_elementwise(
-            _SOME_TAIL, _SOME_TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_SOME
+            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
         )
     else:
         return 1 / (1 + gl.exp2(-x))
@@ -314,10 +316,10 @@ def _put_row_biases(
     VISIBLE: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """b_i / scale of a tile's rows, in shared memory."""
-    row = start + gl.arange(0, _ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-    result = gl.full([_ROWS], 0.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0])) + head_bias
+    row = start + gl.arange(0, _ROWS, _BY_THREAD)
+    result = gl.full([_ROWS], 0.0, gl.float32, _BY_THREAD) + head_bias
     if VISIBLE:
-        first = gl.full([_ROWS], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+        first = gl.full([_ROWS], 0, gl.int32, _BY_THREAD)
         last = first + (kv_len - 1)
         if HAS_LEFT:
             first = gl.maximum(row + shift - left, 0)
@@ -406,7 +408,6 @@ def _compute(
     of_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     as_operand: gl.constexpr = gl.DotOperandLayout(0, of_keys, 2)
-    by_thread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_tile.dtype
 
     col0 += PART * HALF
@@ -469,10 +470,10 @@ def _compute(
     ds_low = ds.to(dtype)
     ds_operand = gl.convert_layout(ds_low, as_operand)
     ds_tiles.index(1).slice(PART * HALF, HALF, 0).store(ds_low)
-    sum_of_ds = gl.zeros([128], gl.float32, by_thread)
+    sum_of_ds = gl.zeros([128], gl.float32, _BY_THREAD)
     if SUMS:
-        sum_of_ds += gl.convert_layout(_sum_per_thread(ds), by_thread)
-        parts += PART * 128 + gl.arange(0, 128, by_thread)
+        sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
+        parts += PART * 128 + gl.arange(0, 128, _BY_THREAD)
         parts += ((batch * heads + head).to(gl.int64) * blocks + col0 // _KEYS) * 256
     dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
     start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
@@ -550,7 +551,7 @@ def _compute(
         mbarrier.wait(empty.index(stage_before), phase_before)
         ds_tiles.index(slot ^ 1).slice(PART * HALF, HALF, 0).store(ds_low)
         if SUMS:
-            sum_of_ds += gl.convert_layout(_sum_per_thread(ds), by_thread)
+            sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
         start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
         if GROUPED and SUMS:
             parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
