@@ -31,8 +31,9 @@ class _Kernels(NamedTuple):
     decode: ModuleType
     launch: ModuleType
     windows: ModuleType
+    hopper_fwd: ModuleType | None
+    """Only for the GPUs that it is written for; as is the next one."""
     hopper_bwd: ModuleType | None
-    """Only for the GPUs that it is written for."""
 
 
 def forward(
@@ -52,6 +53,9 @@ def forward(
             return kernels.decode.forward(query, key, value, bias, attn_mask, options)
         if kernels.windows.suits(query, key, value, bias, attn_mask, options):
             return kernels.windows.forward(query, key, value, bias, attn_mask, options)
+        hopper = kernels.hopper_fwd
+        if hopper is not None and hopper.suits(query, key, value, bias, attn_mask, options):
+            return hopper.forward(query, key, value, bias, options)
         return kernels.flash_fwd.forward(query, key, value, bias, attn_mask, seed, options)
 
 
@@ -169,15 +173,13 @@ def _device_kernels(device: int) -> _Kernels | None:
         from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, windows
     except ImportError as error:
         return _unable(f"Triton could not be imported ({error})")
-    hopper_bwd = None
+    hopper_fwd = hopper_bwd = None
     if capability[0] == 9:
         try:
-            from sigswap.kernels import hopper_bwd
+            from sigswap.kernels import hopper_bwd, hopper_fwd
         except (ImportError, AttributeError) as error:  # Gluon is experimental: names change
-            _log.warning(
-                "The backward of long sequences is slower than it could be: this Triton's Gluon differs (%s).", error
-            )
-    return _Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_bwd)
+            _log.warning("Long sequences are slower than they could be: this Triton's Gluon differs (%s).", error)
+    return _Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_fwd, hopper_bwd)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ The sums are added in no fixed order: two runs differ by rounding. ``torch.use_d
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,16 +34,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sigswap.kernels import reference
+from sigswap.kernels.hopper import Tiles, load_tile, sigmoid, store_tile, sync
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Described,
     Launch,
     Layout,
     Signature,
-    by_rows,
     contiguous_layout,
     describable,
     gradients_for,
@@ -54,7 +53,7 @@ from sigswap.kernels.launch import (
     unit_stride,
 )
 from sigswap.kernels.sums import Sum
-from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, _TAIL, elements, store_rows, tail_assembly
+from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, elements, store_rows
 
 LONG = {64: 1024, 128: 511}
 """By the width of a head: with more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`, as
@@ -65,9 +64,6 @@ ROWS, KEYS, STAGES = 64, 128, 3
 """A tile's rows; the keys of a program; tiles of rows in flight."""
 
 _ROWS, _KEYS, _STAGES = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(STAGES)
-_PACK = tl.constexpr(8)
-_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
-_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _ADD = tl.constexpr(
     "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; "
     "red.relaxed.gpu.global.add.v4.f32 [a], {$12, $13, $14, $15}; "
@@ -76,11 +72,6 @@ _ADD = tl.constexpr(
 _ADD_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f")
 _BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 """One number, or several, of each thread of a warpgroup."""
-
-# Triton 3.8 has other names for them.
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
-_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 def suits(
@@ -178,18 +169,6 @@ class _Plan(NamedTuple):
     """The gradient of the bias."""
 
 
-class _Tiles(Described):
-    """A [B, H, N, D] tensor for Gluon, which is told how a tile lies in shared memory."""
-
-    def __init__(self, layout: Layout, rows: int) -> None:
-        rows_of = by_rows(layout, rows)
-        super().__init__(rows_of.shape, rows_of.strides, rows_of.block, rows_of.dtype)
-
-    def describe(self, tensor: Tensor) -> Any:
-        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
-
-
 @functools.lru_cache(MAX_PLANS)
 def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...]) -> _Plan:
     grad_query, grad_key, grad_value, grad_bias, _ = grads
@@ -197,12 +176,12 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     width = signature.widths[0]
     band = signature.band()
     described = (
-        _Tiles(signature.query, ROWS),
-        _Tiles(signature.key, KEYS),
-        _Tiles(signature.value, KEYS),
-        _Tiles(grad_out, ROWS),
-        _Tiles(grad_key, KEYS // 2),
-        _Tiles(grad_value, KEYS // 2),
+        Tiles(signature.query, ROWS),
+        Tiles(signature.key, KEYS),
+        Tiles(signature.value, KEYS),
+        Tiles(grad_out, ROWS),
+        Tiles(grad_key, KEYS // 2),
+        Tiles(grad_value, KEYS // 2),
     )
     tiles = triton.cdiv(signature.q_len, ROWS)
     blocks = triton.cdiv(signature.kv_len, KEYS)
@@ -242,20 +221,6 @@ def _unknown_zero():
 
 
 @gluon.jit
-def _sigmoid(x, FORM: gl.constexpr):
-    """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form."""
-    if FORM == _FAST:
-        tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
-        return 0.5 + 0.5 * tanh
-    elif FORM == _TAIL:
-        return gl.inline_asm_elementwise(
-            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
-        )
-    else:
-        return 1 / (1 + gl.exp2(-x))
-
-
-@gluon.jit
 def _probabilities(
     s, scale, row_bias, start, col0, key, row, shift, left, right, fast,
     BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
@@ -281,11 +246,11 @@ def _probabilities(
             if HAS_LEFT:
                 x = gl.where((col0 + key)[:, None] >= (start + shift - left + row)[None, :], x, float("-inf"))
     if FORM == _FAST:
-        p = _sigmoid(x, _FAST)
+        p = sigmoid(x, _FAST)
     elif FORM == _AUTO:
-        p = _sigmoid(x, _FAST) if fast else _sigmoid(x, SLOW)
+        p = sigmoid(x, _FAST) if fast else sigmoid(x, SLOW)
     else:
-        p = _sigmoid(x, SLOW)
+        p = sigmoid(x, SLOW)
     return p
 
 
@@ -370,8 +335,8 @@ def _load(
 ):  # fmt: skip
     """One warp: all that the others compute with."""
     mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
-    _load_tile(k, [batch, kv_head, col0, 0], kv_full, k_tile.index(0))
-    _load_tile(v, [batch, kv_head, col0, 0], kv_full, v_tile.index(0))
+    load_tile(k, [batch, kv_head, col0, 0], kv_full, k_tile.index(0))
+    load_tile(v, [batch, kv_head, col0, 0], kv_full, v_tile.index(0))
     stage = 0
     phase = 1
     head = kv_head * group
@@ -379,8 +344,8 @@ def _load(
     for _ in range(group * span):
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes)
-        _load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
-        _load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
+        load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
+        load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
         stage += 1
         start += _ROWS
         if stage == _STAGES:
@@ -443,7 +408,7 @@ def _compute(
     # dS of a tile before the first: zeros.
     ds_tiles.index(0).slice(PART * HALF, HALF, 0).store(no_scores.to(dtype))
     fence_async_shared()
-    _sync()
+    sync()
     mbarrier.arrive(ds_full.index(0))
 
     # The first tile.
@@ -486,7 +451,7 @@ def _compute(
             biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
         )
     fence_async_shared()
-    _sync()
+    sync()
     mbarrier.arrive(ds_full.index(1))
 
     # In each turn dK of the tile before, dQ of the one before that, and all else of this one.
@@ -526,7 +491,7 @@ def _compute(
         dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(1, deps=[dk_token, dq_token, ds_operand])
         _add(sums + tile_before.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
         # The rows of the tile before and dS of the one before that are read.
-        _sync()
+        sync()
         mbarrier.arrive(empty.index(stage_before))
         tile_before = tile_now
         slot ^= 1
@@ -562,7 +527,7 @@ def _compute(
                 biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
         fence_async_shared()
-        _sync()
+        sync()
         mbarrier.arrive(ds_full.index(slot ^ 1))
         dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
 
@@ -582,15 +547,15 @@ def _compute(
     _add(sums + tile.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
 
     # The results go out by way of where keys and values lay, of which both warpgroups read all the keys.
-    _sync()
+    sync()
     mbarrier.arrive(keys_read)
     values.slice(PART * HALF, HALF, 0).store((dv_acc * (1.0 / P_SCALE)).to(dtype))
     mbarrier.wait(keys_read, 0)
     keys.slice(PART * HALF, HALF, 0).store((dk_acc * scale).to(dtype))
     fence_async_shared()
-    _sync()
-    _store_tile(dk, [batch, kv_head, col0, 0], k_tile.index(0).slice(PART * HALF, HALF, 2))
-    _store_tile(dv, [batch, kv_head, col0, 0], v_tile.index(0).slice(PART * HALF, HALF, 2))
+    sync()
+    store_tile(dk, [batch, kv_head, col0, 0], k_tile.index(0).slice(PART * HALF, HALF, 2))
+    store_tile(dv, [batch, kv_head, col0, 0], v_tile.index(0).slice(PART * HALF, HALF, 2))
     if SUMS and not GROUPED:
         gl.store(parts, sum_of_ds)
     tma.store_wait(0)

@@ -41,13 +41,13 @@ def pretended() -> Iterator[None]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, launch, windows
+    from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, hopper_fwd, launch, windows
 
     class Driver:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
 
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_bwd)
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_fwd, hopper_bwd)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Driver()))
         stack.enter_context(mock.patch.object(dispatch, "kernels_for", lambda query, value: kernels))

@@ -22,7 +22,7 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, launch, sums, windows
+from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, hopper_fwd, launch, sums, windows
 
 CUDA = torch.cuda.is_available()
 ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -239,8 +239,11 @@ def assert_windows_no_worse(index: int) -> None:
         assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
 
 
-def hopper_problem(index: int) -> Problem:
-    """A problem for the backward of long sequences on Hopper GPUs; short ones, too, which have few tiles."""
+def hopper_problem(index: int, *, forward: bool = False) -> Problem:
+    """A problem for the kernels of long sequences on Hopper GPUs; short ones, too, which have few tiles.
+
+    forward: for that of the forward, which takes row biases, but no narrow heads.
+    """
     draw = random.Random(3000 + index)
     torch.manual_seed(3000 + index)
     dtype = draw.choice((torch.bfloat16, torch.bfloat16, torch.float16))
@@ -250,6 +253,8 @@ def hopper_problem(index: int) -> Problem:
     if draw.random() < 0.3:
         kv_len = q_len
     dims = draw.choice(((40, 48, 64, 64), (72, 80, 96, 128, 128)))
+    if forward:
+        dims = (72, 80, 96, 128, 128)
     head_dim, value_dim = draw.choice(dims), draw.choice(dims)
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
@@ -262,7 +267,7 @@ def hopper_problem(index: int) -> Problem:
 
     heads, bias = kv_heads * group, None
     if draw.random() < 0.6:
-        shape = draw.choice((1, batch)), draw.choice((1, heads)), 1, 1
+        shape = draw.choice((1, batch)), draw.choice((1, heads)), draw.choice((1, q_len)) if forward else 1, 1
         bias = (torch.randn(shape, device=DEVICE) - draw.choice((1, 9))).to(dtype)
     options = reference.Options(
         scale=draw.choice((head_dim**-0.5, -0.2)),
@@ -547,6 +552,75 @@ def test_random_problems_on_hopper(index: int) -> None:
     out = flash_fwd.forward(*problem.inputs, problem.options)
     grads = hopper_bwd.backward(problem.grad_out, query, key, value, bias, needed, problem.options)
     assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(120))
+def test_random_problems_on_hopper_forward(index: int) -> None:
+    problem = hopper_problem(index, forward=True)
+    query, key, value, bias, *_ = problem.inputs
+    assert query is not None and key is not None and value is not None
+    shape, strides = reference.output_layout(query.shape, value.shape)
+    torch.full(shape, torch.nan, dtype=query.dtype, device=DEVICE)  # what is not written is not what it should be
+    out = hopper_fwd.forward(query, key, value, bias, problem.options)
+    assert out.stride() == strides
+    assert_no_worse([out], problem)
+    assert torch.equal(out, hopper_fwd.forward(query, key, value, bias, problem.options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window_left": 700}])
+@pytest.mark.parametrize(("batch", "heads", "length"), [(9, 7, 1100), (16, 16, 1024), (3, 5, 4100), (1, 2, 16384)])
+def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, options: dict[str, Any]) -> None:
+    """Programs divide the rows of all heads among them: more of them than there are programs, and not all causal."""
+    query, key = (torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16() for _ in range(2))
+    value = torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16()
+    given = reference.Options(128**-0.5, **options)
+    torch.full_like(query, torch.nan)
+    out = hopper_fwd.forward(query, key, value, None, given)
+    other = flash_fwd.forward(query, key, value, None, None, None, given)
+    error = (out.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
+    assert error.max().item() < 0.05  # of each row; both round probabilities to bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("const_bias", [0.0, -12.0])
+def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
+    options = reference.Options(128**-0.5, const_bias, is_causal=True)
+    query, key, value = (torch.randn(2, 4, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+    out = hopper_fwd.forward(query, key, value, None, options)
+    for row in (63, 64, 127, 128, 1000):
+        other_key, other_value = key.clone(), value.clone()
+        other_key[:, :, row + 1 :] = 30.0
+        other_value[:, :, row + 1 :] = 1e4
+        other = hopper_fwd.forward(query, other_key, other_value, None, options)
+        assert torch.equal(out[:, :, : row + 1], other[:, :, : row + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+def test_hopper_takes_the_forward_of_long_sequences() -> None:
+    query, key, value = (torch.randn(2, 8, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+    options = reference.Options(128**-0.5)
+
+    def suits(options: reference.Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
+        tensors = (tensor[:, :, :rows, :dim] for tensor in (query, key, value))
+        return hopper_fwd.suits(*tensors, more.get("bias"), more.get("mask"), options)
+
+    assert suits() and suits(options=options._replace(is_causal=True)) and suits(dim=96)
+    assert suits(bias=torch.zeros(1, 8, 2048, 1, device=DEVICE))
+    assert not suits(rows=256) and not suits(dim=64) and not suits(dim=100)
+    assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
+    assert not suits(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
+    taken = dispatch.forward(query, key, value, None, None, None, options)
+    assert torch.equal(taken, hopper_fwd.forward(query, key, value, None, options))
 
 
 @pytest.mark.gpu

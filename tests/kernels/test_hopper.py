@@ -1,4 +1,4 @@
-"""The Gluon kernel for Hopper GPUs compiles, and as it must to be fast; here, without a GPU. test_flash.py runs it."""
+"""The Gluon kernels for Hopper GPUs compile, as they must to be fast; here, without a GPU. test_flash.py runs them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,41 @@ try:
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
-from sigswap.kernels import dispatch, hopper_bwd, launch
+from sigswap.kernels import dispatch, hopper_bwd, hopper_fwd, launch
 from sigswap.kernels.reference import Options
 from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, TAIL
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
-def compiled(dtype: str, **constants: Any) -> Any:
-    """_kernel with these constants, for a Hopper GPU. parts and bias are given, if they are not among the constants."""
+def assert_products_in_flight(
+    kernel: Any, rows: dict[str, int], width: int, dtype: str, spilled: int, folder: Path, **constants: Any
+) -> None:
+    """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
+
+    rows: of a tile of each described tensor. Of the other tensors those are given that are not among the constants.
+    spilled: bytes of registers that may be.
+    """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    rows = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    types = {name: f"tensordesc<{dtype}[1,1,{n},{constants['DIM']}],{shared!r}>" for name, n in rows.items()}
+    types = {name: f"tensordesc<{dtype}[1,1,{n},{width}],{shared!r}>" for name, n in rows.items()}
     types |= {"sums": "*fp32", "parts": "*fp32", "bias": "*fp32", "scale": "fp32", "const_bias": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
-    names = hopper_bwd._kernel.arg_names
+    names = kernel.arg_names
     source = GluonASTSource(
-        hopper_bwd._kernel,
+        kernel,
         signature={name: types.get(name, "i32") for name in names},
         constexprs={(at,): constants[name] for at, name in zip(count(), names) if name in constants},
         attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types.get(name, "")[:1] == "*"},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert compiled.metadata.shared <= 232448
+    # ptxas says where it waits for each product before the next (C7510 to C7514), for one reason or another.
+    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
+    command = [PTXAS, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said, said
+    (stores,) = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(stores) <= spilled
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -55,36 +68,55 @@ def compiled(dtype: str, **constants: Any) -> Any:
         ("fp16", "window", ACCURATE, False, True),
     ],
 )
-def test_it_compiles_with_its_products_in_flight(
+def test_the_backward_compiles_with_its_products_in_flight(
     dim: int, dtype: str, band: str, form: int, grouped: bool, bias: bool, tmp_path: Path
 ) -> None:
-    constants: dict[str, Any] = {
+    constants = features(dtype, band, form, bottom_right=grouped) | {
         "DIM": dim,
-        "VISIBLE": True,
         "BANDED": band != "none",
-        "HAS_LEFT": band == "window",
-        "HAS_RIGHT": band != "none",
-        "BOTTOM_RIGHT": grouped,
         "SUMS": bias,
         "GROUPED": grouped,
+    }
+    absent: dict[str, Any] = {} if bias else {"bias": None, "parts": None}
+    rows = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
+    assert_products_in_flight(hopper_bwd._kernel, rows, dim, dtype, 128, tmp_path, **constants, **absent)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "bias"),
+    [
+        ("bf16", "none", FAST, None),
+        ("bf16", "causal", TAIL, "heads"),
+        ("bf16", "causal", AUTO, "rows"),
+        ("fp16", "window", ACCURATE, None),
+    ],
+)
+def test_the_forward_compiles_with_its_products_in_flight(
+    dtype: str, band: str, form: int, bias: str | None, tmp_path: Path
+) -> None:
+    constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows"}
+    absent: dict[str, Any] = {} if bias else {"bias": None}
+    rows = {"q": 64, "k": 128, "v": 128, "out": 64}
+    assert_products_in_flight(hopper_fwd._kernel, rows, 128, dtype, 0, tmp_path, **constants, **absent)
+
+
+def features(dtype: str, band: str, form: int, *, bottom_right: bool) -> dict[str, Any]:
+    """The constants that both kernels have."""
+    return {
+        "VISIBLE": True,
+        "HAS_LEFT": band == "window",
+        "HAS_RIGHT": band != "none",
+        "BOTTOM_RIGHT": bottom_right,
         "P_SCALE": 1024.0 if dtype == "fp16" else 1.0,
         "FORM": ACCURATE if form == TAIL else form,
         "SLOW": ACCURATE if form == ACCURATE else TAIL,
     }
-    kernel = compiled(dtype, **constants, **({} if bias else {"bias": None, "parts": None}))
-    assert kernel.metadata.shared <= 232448
-    # ptxas says where it waits for each product before the next (C7510 to C7514), for one reason or another.
-    (tmp_path / "kernel.ptx").write_text(kernel.asm["ptx"])
-    command = [PTXAS, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "serialized" not in said, said
-    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
-    assert int(spilled) <= 128
 
 
 @pytest.mark.parametrize("index", range(40))
 def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
-    """How many keys all rows see together, and whether each program has a key that a row sees: by counting."""
+    """How many keys all rows see together, whether each program of the backward has a key that some row sees, and each
+    item of the forward a row that sees some: by counting."""
     draw = random.Random(index)
     q_len, kv_len = draw.choice((1, 60, 128, 300, 700)), draw.choice((1, 60, 128, 129, 300, 700))
     options = Options(
@@ -106,6 +138,8 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     assert hopper_bwd._visible_keys(signature) == int(visible.sum())
     seen = [bool(block.any()) for block in visible.split(hopper_bwd.KEYS, 1)]
     assert hopper_bwd._sees_every_block(signature) == all(seen)
+    seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
+    assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
 
 
 def test_another_gluon_leaves_the_other_kernels(
@@ -120,5 +154,5 @@ def test_another_gluon_leaves_the_other_kernels(
         kernels = dispatch._device_kernels(0)
     finally:
         dispatch._device_kernels.cache_clear()
-    assert kernels is not None and kernels.hopper_bwd is None
+    assert kernels is not None and kernels.hopper_fwd is None and kernels.hopper_bwd is None
     assert "this Triton's Gluon differs" in caplog.text

@@ -1,0 +1,50 @@
+"""What the Gluon kernels for Hopper GPUs share: tiles in shared memory, and the sigmoid in few registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sigswap.kernels.launch import Described, Layout, by_rows
+from sigswap.kernels.triton_common import _FAST, _TAIL, tail_assembly
+
+_PACK = tl.constexpr(8)
+_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
+_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+
+# Triton 3.8 has other names for them.
+sync = getattr(gl, "barrier", None) or gl.thread_barrier
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+class Tiles(Described):
+    """A [B, H, N, D] tensor for Gluon, which is told how a tile lies in shared memory."""
+
+    def __init__(self, layout: Layout, rows: int) -> None:
+        rows_of = by_rows(layout, rows)
+        super().__init__(rows_of.shape, rows_of.strides, rows_of.block, rows_of.dtype)
+
+    def describe(self, tensor: Tensor) -> Any:
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
+
+
+@gluon.jit
+def sigmoid(x, FORM: gl.constexpr):
+    """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form."""
+    if FORM == _FAST:
+        tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+        return 0.5 + 0.5 * tanh
+    elif FORM == _TAIL:
+        return gl.inline_asm_elementwise(
+            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
+        )
+    else:
+        return 1 / (1 + gl.exp2(-x))
