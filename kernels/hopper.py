@@ -12,10 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sigswap.kernels.launch import Described, Layout, by_rows
-from sigswap.kernels.triton_common import _FAST, _TAIL, tail_assembly
+from sigswap.kernels.triton_common import _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
 
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
+_CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, cubic=True, paired=False))
 _TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 
 # Triton 3.8 has other names for them.
@@ -45,6 +46,10 @@ def sigmoid(x, FORM: gl.constexpr):
     elif FORM == _TAIL:
         return gl.inline_asm_elementwise(
             _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
+        )
+    elif FORM == _CUBIC_TAIL:
+        return gl.inline_asm_elementwise(
+            _CUBIC_TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
         )
     else:
         return 1 / (1 + gl.exp2(-x))

@@ -72,6 +72,9 @@ def _suits(signature: Signature) -> bool:
         return False
     if not all(describable(each) and each.shape[3] % 8 == 0 for each in operands):
         return False
+    band = signature.band()
+    if band.has_left and band.has_right and band.left + band.right < KEYS:
+        return False  # most of each block of keys is outside
     return _sees_in_every_item(signature)
 
 

@@ -26,6 +26,8 @@ from sigswap.kernels.reference import Options, empty_gradients, output_layout
 from sigswap.kernels.triton_common import (
     ACCURATE,
     AUTO,
+    CUBIC_TAIL,
+    CUBIC_TAIL_BIAS,
     FAST,
     FAST_BIAS,
     ROW_BIAS_BLOCK,
@@ -184,16 +186,30 @@ class Signature:
     def mixed_forms(self) -> bool:
         """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
 
-        float16 and float32 would show their errors. Where scores cost much anyway, one form is enough.
+        float32 would show their errors. Where scores cost much anyway, one form is enough.
         """
-        return self.sigmoid_form == "auto" and self.query.dtype == torch.bfloat16 and self.plain
+        return self.sigmoid_form == "auto" and self.element_size == 2 and self.plain
 
     def form(self) -> int:
         """FAST, AUTO or ACCURATE, which stands for the kernel's SLOW form; :mod:`triton_common` describes them."""
         if not self.mixed_forms:
             return FAST if self.sigmoid_form == "fast" else ACCURATE
+        if self.query.dtype == torch.float16:  # it would show the fast form's error
+            return ACCURATE
         if self.bias is not None:
             return AUTO
+        return FAST if self._lowest_bias() >= FAST_BIAS else ACCURATE
+
+    def slow_form(self) -> int:
+        """TAIL, CUBIC_TAIL or ACCURATE: what the form ACCURATE of form() stands for, and the other one of AUTO."""
+        if not self.mixed_forms:
+            return ACCURATE
+        if self.query.dtype == torch.bfloat16:
+            return TAIL
+        return CUBIC_TAIL if self._lowest_bias() <= CUBIC_TAIL_BIAS else ACCURATE
+
+    def _lowest_bias(self) -> float:
+        """Of all rows, without the tensor of biases."""
         lowest = self.options.const_bias
         if self.options.visible_bias:
             band = self.band()
@@ -201,7 +217,7 @@ class Signature:
             if band.has_left and band.has_right:
                 count = min(count, band.left + band.right + 1)
             lowest -= math.log(max(count, 1))
-        return FAST if lowest >= FAST_BIAS else ACCURATE
+        return lowest
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
@@ -254,7 +270,7 @@ class Signature:
             # Small probabilities would be subnormal in float16; they are held times 1024 there.
             "P_SCALE": 1024.0 if self.query.dtype == torch.float16 else 1.0,
             "FORM": self.form(),
-            "SLOW": TAIL if self.mixed_forms else ACCURATE,
+            "SLOW": self.slow_form(),
             "ASM": isinstance(count_kernel, triton.JITFunction),
             "PRECISION": "tf32" if self.allow_tf32 else "ieee",
             "UNIT": unit,

@@ -617,6 +617,8 @@ def test_hopper_takes_the_forward_of_long_sequences() -> None:
     assert suits() and suits(options=options._replace(is_causal=True)) and suits(dim=96)
     assert suits(bias=torch.zeros(1, 8, 2048, 1, device=DEVICE))
     assert not suits(rows=256) and not suits(dim=64) and not suits(dim=100)
+    assert suits(options=options._replace(is_causal=True, window_left=200))
+    assert not suits(options=options._replace(is_causal=True, window_left=100))
     assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
     assert not suits(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
     taken = dispatch.forward(query, key, value, None, None, None, options)

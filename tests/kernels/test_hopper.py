@@ -23,7 +23,7 @@ except ImportError as error:
 
 from sigswap.kernels import dispatch, hopper_bwd, hopper_fwd, launch
 from sigswap.kernels.reference import Options
-from sigswap.kernels.triton_common import ACCURATE, AUTO, FAST, TAIL
+from sigswap.kernels.triton_common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -66,6 +66,7 @@ def assert_products_in_flight(
         ("bf16", "causal", TAIL, False, False),
         ("bf16", "causal", AUTO, True, True),
         ("fp16", "window", ACCURATE, False, True),
+        ("fp16", "causal", CUBIC_TAIL, False, False),
     ],
 )
 def test_the_backward_compiles_with_its_products_in_flight(
@@ -89,6 +90,7 @@ def test_the_backward_compiles_with_its_products_in_flight(
         ("bf16", "causal", TAIL, "heads"),
         ("bf16", "causal", AUTO, "rows"),
         ("fp16", "window", ACCURATE, None),
+        ("fp16", "causal", CUBIC_TAIL, "heads"),
     ],
 )
 def test_the_forward_compiles_with_its_products_in_flight(
@@ -108,8 +110,8 @@ def features(dtype: str, band: str, form: int, *, bottom_right: bool) -> dict[st
         "HAS_RIGHT": band != "none",
         "BOTTOM_RIGHT": bottom_right,
         "P_SCALE": 1024.0 if dtype == "fp16" else 1.0,
-        "FORM": ACCURATE if form == TAIL else form,
-        "SLOW": ACCURATE if form == ACCURATE else TAIL,
+        "FORM": form if form in (FAST, AUTO) else ACCURATE,
+        "SLOW": form if form in (ACCURATE, CUBIC_TAIL) else TAIL,
     }
 
 

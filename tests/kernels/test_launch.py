@@ -16,6 +16,7 @@ from sigswap.kernels.reference import Options
 pytest.importorskip("triton")
 
 from sigswap.kernels import launch
+from sigswap.kernels.triton_common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 
 OPTIONS = Options(0.25)
 OTHER_OPTIONS = Options(0.5, -1.0, False, True, True, 3, 4, 2.0, 0.5)
@@ -303,3 +304,27 @@ def test_descriptors_are_for_many_scores(batch: int, pays: bool) -> None:
     with launch.recorded_by(lambda *record: None, descriptors=False):
         assert not signature(arguments).tma(512)
     assert signature(arguments).tma(512) == pays
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "const_bias", "biased", "forms"),
+    [
+        (torch.bfloat16, 1000, 0.0, False, (FAST, TAIL)),
+        (torch.bfloat16, 9000, 0.0, False, (ACCURATE, TAIL)),
+        (torch.bfloat16, 9000, 0.0, True, (AUTO, TAIL)),
+        (torch.float16, 1000, 0.0, False, (ACCURATE, ACCURATE)),
+        (torch.float16, 1000, -2.0, True, (ACCURATE, CUBIC_TAIL)),
+        (torch.float16, 9000, 0.0, False, (ACCURATE, CUBIC_TAIL)),
+        (torch.float32, 9000, 0.0, False, (ACCURATE, ACCURATE)),
+    ],
+)
+def test_forms_of_the_sigmoid_by_dtype_and_bias(
+    dtype: torch.dtype, keys: int, const_bias: float, biased: bool, forms: tuple[int, int]
+) -> None:
+    query, key = torch.empty(1, 1, 64, 16, dtype=dtype), torch.empty(1, 1, keys, 16, dtype=dtype)
+    bias = torch.empty(1, 1, 1, 1) if biased else None
+    options = Options(0.25, const_bias)
+    arguments = launch.signature_of(query, key, key, bias, None, options).arguments()
+    assert (arguments["FORM"], arguments["SLOW"]) == forms
+    softcapped = launch.signature_of(query, key, key, bias, None, options._replace(softcap=1.0)).arguments()
+    assert (softcapped["FORM"], softcapped["SLOW"]) == (ACCURATE, ACCURATE)
