@@ -9,7 +9,6 @@ runs whole models, and differs: see :mod:`sigswap.bench_models`.
 from __future__ import annotations
 
 import importlib
-import statistics
 import subprocess
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
@@ -24,7 +23,7 @@ from sigswap import bench_models
 from sigswap.bench_cells import DEFAULT_SUITES, DTYPES, PEERS, SUITES, Cell, ModelCell, cells, phases
 from sigswap.bench_peers import Implementation, Inputs, build, make_inputs
 from sigswap.bench_results import Benchmark, Row, check_plot
-from sigswap.bench_timing import copy_gb_per_s, free, gpu_ms, host_us, peak_mib, refusals
+from sigswap.bench_timing import copy_gb_per_s, free, gpu_ms, host_us, in_turns, peak_mib, refusals
 from sigswap.errors import ArgumentError, BenchmarkError
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def _driver_version() -> str:
 def measure(cell: Cell, dtype: str, peers: Sequence[str], left_out: Sequence[str] = ()) -> list[Row]:
     """The cell's rows. Only errors that leave the GPU unusable are raised; others become reasons.
 
-    Each figure is the median of three medians, between which the other implementations had their turns.
+    Each figure is the median of three medians, one from each of three rounds in which all had their turns.
     """
     inputs = make_inputs(cell, DTYPES[dtype], "cuda")
     refused = {peer: "It compiles or tunes for each shape; --peers runs it." for peer in peers if peer in left_out}
@@ -203,13 +202,8 @@ def _measure_phase(
             calls[name] = _call(implementation, phase)
             calls[name]()  # compiles and tunes
             torch.cuda.synchronize()
-    figures: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
-        for name, call in calls.items():
-            if name not in reasons:
-                with refusals(name, reasons), implementations[name].context():
-                    figures[name].append(timer(call))
-    measured = {name: statistics.median(values) for name, values in figures.items() if name not in reasons}
+    contexts = {name: implementation.context for name, implementation in implementations.items()}
+    measured = in_turns(timer, calls, contexts, reasons, rounds=3)
     return Row(cell, dtype, phase, measured, reasons)
 
 

@@ -8,14 +8,43 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 COPIED_BYTES = 2**30
 HOST_CALLS = 100  # per timing; few enough for all their kernels to fit into the GPU's launch queue
+LONG_CALLS = 3  # per timing
+
+
+def in_turns(
+    timer: Callable[[Callable[[], object]], float],
+    calls: Mapping[str, Callable[[], object]],
+    contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    reasons: dict[str, str],
+    rounds: int,
+) -> dict[str, float]:
+    """The medians of each call's timings: one per round, in which all have their turns.
+
+    Every other round goes backwards, lest a clock that drifts favour the first or the last.
+
+    Args:
+        timer: Times a call.
+        calls: By name.
+        contexts: By name: what to enter for the call, which is not timed.
+        reasons: By name: those in here have no turn and no figure. Why a call fails goes in here.
+        rounds: How many.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in reversed(figures) if number % 2 else figures:
+            if name not in reasons:
+                with refusals(name, reasons), contexts[name]():
+                    figures[name].append(timer(calls[name]))
+    return {name: statistics.median(values) for name, values in figures.items() if name not in reasons}
 
 
 def gpu_ms(call: Callable[[], object]) -> float:
@@ -25,16 +54,20 @@ def gpu_ms(call: Callable[[], object]) -> float:
     return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
 
 
-def repeated_ms(call: Callable[[], object], repetitions: int = 10) -> float:
-    """The median of timings of long calls that follow one another: by CUDA events, or without a GPU by the clock."""
+def repeated_ms(call: Callable[[], object]) -> float:
+    """The median of timings of long calls that follow one another: by CUDA events, or without a GPU by the clock.
+
+    The first call is not timed, as it finds the GPU idle: its kernels would wait for the host, the others' need not.
+    """
+    call()
     if not torch.cuda.is_available():
         times = []
-        for _ in range(repetitions):
+        for _ in range(LONG_CALLS):
             start = time.perf_counter()
             call()
             times.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LONG_CALLS)]
     for before, after in events:
         before.record()
         call()
@@ -56,6 +89,7 @@ def host_us(call: Callable[[], object]) -> float:
 
 def peak_mib(call: Callable[[], object]) -> float:
     """The most memory that the call had allocated at one time, its results included."""
+    gc.collect()  # what is freed during the call would make up for a part of it
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
