@@ -1,17 +1,19 @@
 """The suite models of ``sigswap bench``: whole compiled models with sigmoid attention, beside the same with softmax.
 
 A cell is a model with random weights and a batch. It is compiled once for each way of computing its softmax attention
-(the peers), then converted in place and compiled with ``backend="sigswap"``. Each has the device to itself: Dynamo's
-code is forgotten in between, so there are no turns as in the other suites. The optimizer's step is left out.
+(the peers), and a converted copy with sigswap's backend. All are compiled first, then timed in turns, as in the other
+suites: a GPU's clock drifts by more than what most of them differ by. Memory and kernels are measured one by one. The
+optimizer's step is left out.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from sigswap.bench_cells import DTYPES, MODELS, ModelCell
 from sigswap.bench_results import Row
-from sigswap.bench_timing import free, launched_kernels, peak_mib, refusals, repeated_ms
+from sigswap.bench_timing import free, in_turns, launched_kernels, peak_mib, refusals, repeated_ms
 from sigswap.convert import convert
 from sigswap.errors import BenchmarkError, SigswapError
 from sigswap.sources import require
@@ -30,7 +32,23 @@ TOLERANCE = 0.1
 """The relative error (Frobenius) of a compiled model's output to the eager one's above which it is wrong: rounding
 adds up over many layers, and a wrong mask or bias in each of them changes more."""
 
+ROUNDS = 16
+"""How many turns each implementation has, in each phase."""
+
 _Figures = dict[tuple[str, str], float]  # by phase and quantity
+
+
+class Peer(NamedTuple):
+    """A way in which a model computes its softmax attention.
+
+    Attributes:
+        context: What to enter, while compiling and running.
+        prepare: What to do to the model, once, which is then a copy. A context could change the model in each turn, but
+            from then on Dynamo's guards would take longer (in torch 2.11), and for the peers alone.
+    """
+
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Callable[[Any], object] | None = None
 
 
 @dataclasses.dataclass
@@ -38,14 +56,14 @@ class Subject:
     """A model and what is run on it.
 
     Attributes:
-        model: In eval mode or not: that is set for each phase.
+        model: In eval mode or not: that is set for each phase. Shared by the peers that have no copy.
         inputs: Keyword arguments of a forward pass.
         training_inputs: Keyword arguments of the forward pass of a training step.
         output: The tensor that a forward pass is for, from what the model returns.
         backward: The backward pass, from what the model returns.
-        peers: What to enter, while compiling and running, for the model to compute its attention in that way.
+        peers: By name.
         counting: The peers that may count as the model without sigswap; the fastest one does.
-        after_conversion: Restores what convert has changed beyond the attention.
+        after_conversion: Restores in a model what convert has changed beyond the attention.
     """
 
     model: nn.Module
@@ -53,9 +71,9 @@ class Subject:
     training_inputs: dict[str, Any]
     output: Callable[[Any], Tensor]
     backward: Callable[[Any], object]
-    peers: Mapping[str, Callable[[], AbstractContextManager[Any]]]
+    peers: Mapping[str, Peer]
     counting: tuple[str, ...]
-    after_conversion: Callable[[], object] = lambda: None
+    after_conversion: Callable[[Any], object] = lambda model: None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -71,7 +89,7 @@ def measure(
     left_out: Sequence[str] = (),
     *,
     device: str = "cuda",
-    inner: str = "inductor",
+    inner: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
 ) -> list[Row]:
     """The cell's rows, one for each of ``PHASES`` and of ``QUANTITIES``.
@@ -84,7 +102,7 @@ def measure(
         peers: Of the suite's.
         left_out: Those of the peers that are not measured, as they were not asked for.
         device: "cuda" or, for small cells, "cpu", where there is the time only.
-        inner: The compiler, of sigswap's model and of the others.
+        inner: The compiler, of sigswap's model and of the others: "inductor" or, for tests, another backend of Dynamo.
         mode: Of torch.compile, with inductor. If it has CUDA graphs, which keep their memory, none is measured.
     """
     names = ("sigswap", *peers)
@@ -101,28 +119,19 @@ def measure(
     refused: dict[str, dict[str, str]] = {phase: {} for phase in PHASES}  # by phase, then by implementation
     for peer in peers:
         if peer not in subject.peers:
-            reason = f"{MODELS[cell.model]} has no such attention."
+            refused["forward"][peer] = f"{MODELS[cell.model]} has no such attention."
         elif peer in left_out:
-            reason = "The model is compiled once more for it; --peers runs it."
-        else:
-            with refusals(peer, refused["forward"]), subject.peers[peer]():
-                compiled = torch.compile(subject.model, backend=inner, mode=mode)
-                figures[peer] = _phases(peer, subject, compiled, refused)
-            continue
+            refused["forward"][peer] = "The model is compiled once more for it; --peers runs it."
+    with _several_versions(len(names)):
+        versions: dict[str, _Version] = {}
+        for name in names:
+            if name not in refused["forward"]:
+                with refusals(name, refused["forward"]):
+                    versions[name] = _version(name, subject, inner, mode)
         for phase in PHASES:
-            refused[phase][peer] = reason
-    with refusals("sigswap", refused["forward"]):
-        convert(subject.model, example_inputs=[subject.inputs, subject.training_inputs])
-        subject.after_conversion()
-        subject.model.eval()
-        truth = subject.output(_forward(subject, subject.model))
-        options = {"inner": inner} if mode is None else None  # torch.compile takes one of the two
-        compiled = torch.compile(subject.model, backend="sigswap", options=options, mode=mode)
-        figures["sigswap"] = _phases("sigswap", subject, compiled, refused, truth)
-    if keeps_memory(mode):
-        for quantities in figures.values():
-            for phase in PHASES:
-                quantities.pop((phase, "memory"), None)
+            for name, found in _measure_phase(phase, versions, refused[phase], keeps_memory(mode)).items():
+                figures[name].update(found)
+            versions = {name: version for name, version in versions.items() if name not in refused[phase]}
     for name, reason in refused["forward"].items():
         refused["training step"].setdefault(name, reason)
     return [
@@ -155,45 +164,153 @@ def _row(
     return Row(cell, dtype, phase, measured, {**refused, **absent}, quantity, original, unavailable=bool(absent))
 
 
+# Several compiled versions of one model.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Version:
+    """A model as one of the implementations computes it.
+
+    Attributes:
+        subject: Its model is the one that was compiled.
+        compiled: The compiled model.
+        context: What to enter, while compiling and running.
+        checked: Whether the compiled model's output has to be the eager one's.
+    """
+
+    subject: Subject
+    compiled: Callable[..., Any]
+    context: Callable[[], AbstractContextManager[Any]]
+    checked: bool
+
+
+def _version(name: str, subject: Subject, inner: str | Callable[..., Any], mode: str | None) -> _Version:
+    """Nothing is compiled yet: that happens in the first calls."""
+    model, peer = subject.model, Peer(prepare=functools.partial(_convert, subject))
+    if name != "sigswap":
+        peer = subject.peers[name]
+    if peer.prepare is not None:
+        model = copy.deepcopy(model)
+        peer.prepare(model)
+    compiled = torch.compile(model, backend=_own_backend(name, inner, mode))
+    if keeps_memory(mode):
+        compiled = _marking_steps(compiled)
+    return _Version(dataclasses.replace(subject, model=model), compiled, peer.context, checked=name == "sigswap")
+
+
+def _convert(subject: Subject, model: nn.Module) -> None:
+    convert(model, example_inputs=[subject.inputs, subject.training_inputs])
+    subject.after_conversion(model)
+
+
+def _own_backend(name: str, inner: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    """What ``torch.compile`` would call for this backend and mode, but equal to nothing else.
+
+    The versions have their code in common, and Dynamo's guards do not tell the backends of
+    ``scaled_dot_product_attention`` apart. But what is compiled for one Dynamo backend never runs for another one that
+    is not equal to it, whereas those that torch.compile makes are equal if their options are.
+    """
+    if name == "sigswap":
+        return functools.partial(torch._dynamo.lookup_backend("sigswap"), options={"inner": inner}, mode=mode)
+    if inner == "inductor":
+        patches = {} if mode is None else torch._inductor.list_mode_options(mode)
+        return functools.partial(torch._dynamo.lookup_backend("inductor"), config_patches=patches)
+    return functools.partial(torch._dynamo.lookup_backend(inner))
+
+
+def _marking_steps(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells CUDA graphs, whose memory all versions share, that nothing of the call before is needed any more.
+
+    They find out by themselves, unless a backward pass never came, as that of a version that failed.
+    """
+
+    def call(**inputs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(**inputs)
+
+    return call
+
+
+@contextmanager
+def _several_versions(number: int) -> Iterator[None]:
+    """Starts without compiled code, and leaves none.
+
+    AOTAutograd's cache is off, as its key does not have to tell the backends of ``scaled_dot_product_attention`` apart.
+    Inductor's own cache may stay on: its graphs have the backend's operator in them. Dynamo's limit is one of the
+    versions of a function's code, for whichever backend.
+    """
+    import torch._functorch.config
+
+    free()
+    limit = number * torch._dynamo.config.recompile_limit
+    with torch._functorch.config.patch(enable_autograd_cache=False), torch._dynamo.config.patch(recompile_limit=limit):
+        yield
+    free()
+
+
 # Measuring.
 
 
-def _phases(
-    name: str,
-    subject: Subject,
-    compiled: Callable[..., Any],
-    refused: dict[str, dict[str, str]],
-    truth: Tensor | None = None,
-) -> _Figures:
-    """The figures of a compiled model, up to the first phase that fails; the error goes into ``refused``."""
-    figures: _Figures = {}
-    with _fresh_compiler():
-        for phase in PHASES:
-            with refusals(name, refused[phase]):
-                figures.update(_phase(phase, subject, compiled, truth))
-            if name in refused[phase]:
-                break
+def _measure_phase(
+    phase: str, versions: Mapping[str, _Version], refused: dict[str, str], no_memory: bool
+) -> dict[str, _Figures]:
+    """The figures of those versions that do not fail; the others' errors go into ``refused``."""
+    for version in versions.values():  # all before the first is compiled: what changes later slows guards down
+        version.subject.model.train(phase == "training step")
+    calls = _calls(phase, versions, refused)
+    contexts = {name: version.context for name, version in versions.items()}
+    figures: dict[str, _Figures] = {}
+    for name, time in in_turns(repeated_ms, calls, contexts, refused, ROUNDS).items():
+        with refusals(name, refused), contexts[name]():
+            further = _gpu_figures(calls[name], no_memory) if _on_gpu(versions[name]) else {}
+            figures[name] = {(phase, quantity): value for quantity, value in {"time": time, **further}.items()}
     return figures
 
 
-def _phase(phase: str, subject: Subject, compiled: Callable[..., Any], truth: Tensor | None) -> _Figures:
-    """``truth``: what a forward pass must compute, if that is known."""
-    training = phase == "training step"
-    subject.model.train(training)
-    if training:  # these calls also compile and tune
+def _calls(phase: str, versions: Mapping[str, _Version], refused: dict[str, str]) -> dict[str, Callable[[], object]]:
+    """What to measure, compiled.
+
+    Code that Dynamo could not compile for one version it skips from then on, for all: others would have graph breaks
+    there. So when a version fails, all is forgotten, and those that were compiled already are compiled again.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    waiting = list(versions)
+    while waiting:
+        name = waiting.pop(0)
+        with refusals(name, refused), versions[name].context():
+            calls[name] = _warmed_up(phase, versions[name])
+        if name in refused:
+            free()
+            waiting += calls
+            calls.clear()
+    return {name: calls[name] for name in versions if name in calls}
+
+
+def _warmed_up(phase: str, version: _Version) -> Callable[[], object]:
+    """The call to measure, after it has compiled and tuned, and its result was checked."""
+    subject, compiled = version.subject, version.compiled
+    if phase == "training step":
         _check_gradients(subject, compiled)
     else:
+        truth = subject.output(_forward(subject, subject.model)) if version.checked else None
         _check_output(subject.output(_forward(subject, compiled)), truth)
-    call = functools.partial(_step if training else _forward, subject, compiled)
+    call = functools.partial(_step if phase == "training step" else _forward, subject, compiled)
     for _ in range(2):
         call()
-    figures = {(phase, "time"): repeated_ms(call)}
-    if next(subject.model.parameters()).is_cuda:
-        figures[phase, "memory"] = peak_mib(call)
-        kernels = launched_kernels(call)
-        if kernels:  # none: the profiler does not work on this machine
-            figures[phase, "kernels"] = float(kernels)
-    return figures
+    if _on_gpu(version):
+        torch.cuda.synchronize()  # lest an error of this version show in the next one
+    return call
+
+
+def _gpu_figures(call: Callable[[], object], no_memory: bool) -> dict[str, float]:
+    """By quantity."""
+    figures = {} if no_memory else {"memory": peak_mib(call)}
+    kernels = launched_kernels(call)
+    return {**figures, "kernels": float(kernels)} if kernels else figures  # none: this machine's profiler does not work
+
+
+def _on_gpu(version: _Version) -> bool:
+    return next(version.subject.model.parameters()).is_cuda
 
 
 @torch.no_grad()
@@ -202,8 +319,10 @@ def _forward(subject: Subject, compiled: Callable[..., Any]) -> Any:
 
 
 def _step(subject: Subject, compiled: Callable[..., Any]) -> None:
-    subject.backward(compiled(**subject.training_inputs))
-    _drop_gradients(subject)
+    try:
+        subject.backward(compiled(**subject.training_inputs))
+    finally:  # another version may share the parameters
+        _drop_gradients(subject)
 
 
 def _drop_gradients(subject: Subject) -> None:
@@ -231,21 +350,6 @@ def _check_output(output: Tensor, truth: Tensor | None) -> None:
         error = ((output.float() - truth.float()).norm() / truth.float().norm()).item()
         if not error <= TOLERANCE:
             raise BenchmarkError(f"wrong result: the relative error of the compiled model's output is {error:.2g}")
-
-
-@contextmanager
-def _fresh_compiler() -> Iterator[None]:
-    """Nothing that was compiled for another backend of ``scaled_dot_product_attention`` is used again.
-
-    Neither Dynamo's guards nor the key of AOTAutograd's cache have to tell these backends apart. Inductor's own cache
-    may stay on: its graphs have the backend's operator in them.
-    """
-    import torch._functorch.config
-
-    free()
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
-    free()
 
 
 # Models.
@@ -330,9 +434,11 @@ def _swin(cell: ModelCell, dtype: torch.dtype) -> Subject:
     if cell.small:
         sizes.update(img_size=cell.length, embed_dim=32, depths=(2,), num_heads=(2,), num_classes=10)
     model = _timm("swin_tiny_patch4_window7_224", sizes)
-    owners = [module for module in model.modules() if hasattr(module, "fused_attn")]
-    fused = owners[0].fused_attn
-    peers = {"unfused": lambda: _fused(owners, False), "sdpa": lambda: _fused(owners, True)}
+    fused = next(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn"))
+    peers = {
+        "unfused": Peer(prepare=functools.partial(_fuse, fused=False)),
+        "sdpa": Peer(prepare=functools.partial(_fuse, fused=True)),
+    }
     return _on_images(model.to(dtype), cell, dtype, peers, ("sdpa" if fused else "unfused",))
 
 
@@ -344,7 +450,7 @@ def _on_images(
     model: nn.Module,
     cell: ModelCell,
     dtype: torch.dtype,
-    peers: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    peers: Mapping[str, Peer],
     counting: tuple[str, ...],
 ) -> Subject:
     """A classifier of images."""
@@ -361,17 +467,11 @@ def _on_images(
     )
 
 
-@contextmanager
-def _fused(owners: Sequence[Any], fused: bool) -> Iterator[None]:
+def _fuse(model: Any, fused: bool) -> None:
     """Tells timm's attention modules to use ``scaled_dot_product_attention``, or not to."""
-    before = [owner.fused_attn for owner in owners]
-    for owner in owners:
-        owner.fused_attn = fused
-    try:
-        yield
-    finally:
-        for owner, was in zip(owners, before, strict=True):
-            owner.fused_attn = was
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
 
 
 def _llama(cell: ModelCell, dtype: torch.dtype) -> Subject:
@@ -400,8 +500,8 @@ def _llama(cell: ModelCell, dtype: torch.dtype) -> Subject:
         counting=tuple(_SDPA),
     )
     if cell.model == "llama-no-mask":
-        subject.after_conversion = lambda: _leave_out_mask(model)  # convert sets the implementation to sdpa
-        subject.after_conversion()
+        subject.after_conversion = _leave_out_mask  # convert sets the implementation to sdpa
+        _leave_out_mask(model)
     return subject
 
 
@@ -429,7 +529,10 @@ def _t5(cell: ModelCell, dtype: torch.dtype) -> Subject:
     )
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
     source, target = torch.randint(1, config.vocab_size, (2, cell.batch, cell.length))
-    peers = {"unfused": lambda: _attention(model, "eager"), "sdpa": lambda: _attention(model, "sdpa")}
+    peers = {
+        "unfused": Peer(prepare=functools.partial(_set_attention, implementation="eager")),
+        "sdpa": Peer(prepare=functools.partial(_set_attention, implementation="sdpa")),
+    }
     return Subject(
         model,
         inputs={"input_ids": source, "decoder_input_ids": target, "use_cache": False},
@@ -441,18 +544,11 @@ def _t5(cell: ModelCell, dtype: torch.dtype) -> Subject:
     )
 
 
-@contextmanager
-def _attention(model: Any, implementation: str) -> Iterator[None]:
-    """Sets the attention implementation of a transformers model, and of its parts, for a while."""
-    parts = [part for part in model.modules() if hasattr(part, "set_attn_implementation")]
-    before = [part.config._attn_implementation for part in parts]
-    try:
-        for part in parts:
+def _set_attention(model: Any, implementation: str) -> None:
+    """Sets the attention implementation of a transformers model, and of its parts."""
+    for part in model.modules():
+        if hasattr(part, "set_attn_implementation"):
             part.set_attn_implementation(implementation)
-        yield
-    finally:
-        for part, own in zip(parts, before, strict=True):
-            part.set_attn_implementation(own)
 
 
 def _sdpa_backend(name: str) -> AbstractContextManager[Any]:
@@ -461,11 +557,11 @@ def _sdpa_backend(name: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(getattr(SDPBackend, name))
 
 
-_SDPA: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "fa2": functools.partial(_sdpa_backend, "FLASH_ATTENTION"),
-    "cudnn": functools.partial(_sdpa_backend, "CUDNN_ATTENTION"),
-    "efficient": functools.partial(_sdpa_backend, "EFFICIENT_ATTENTION"),
-    "sdpa": nullcontext,
+_SDPA = {
+    "fa2": Peer(functools.partial(_sdpa_backend, "FLASH_ATTENTION")),
+    "cudnn": Peer(functools.partial(_sdpa_backend, "CUDNN_ATTENTION")),
+    "efficient": Peer(functools.partial(_sdpa_backend, "EFFICIENT_ATTENTION")),
+    "sdpa": Peer(),
 }
 _BUILDERS: dict[str, Callable[[ModelCell, torch.dtype], Subject]] = {
     "block": _block,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch._dynamo.backends.common import aot_autograd
 from typer.testing import CliRunner
 
 import sigswap
-from sigswap import bench, bench_models, bench_peers
+from sigswap import bench, bench_models, bench_peers, bench_timing
 from sigswap.bench import Benchmark, Cell, ModelCell, Row
 from sigswap.cli import app
 from sigswap.errors import ArgumentError, BenchmarkError
@@ -227,6 +230,33 @@ def test_a_wrong_kernel_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "wrong result: the relative error of the output" in row.reasons["sigswap"]
 
 
+def test_turns() -> None:
+    log: list[str] = []
+
+    @contextmanager
+    def entered(name: str) -> Iterator[None]:
+        log.append(f"({name}")
+        yield
+        log.append(")")
+
+    def timed(call: Callable[[], object]) -> float:
+        call()
+        return float(len(log))
+
+    def fail() -> None:
+        log.append("fails")
+        raise RuntimeError("no")
+
+    calls = {"a": lambda: log.append("a"), "failing": fail, "left out": fail, "b": lambda: log.append("b")}
+    contexts = {name: functools.partial(entered, name) for name in calls}
+    reasons = {"left out": "why"}
+    figures = bench_timing.in_turns(timed, calls, contexts, reasons, rounds=3)
+    first, second, third = "(a a ) (failing fails (b b )", "(b b ) (a a )", "(a a ) (b b )"
+    assert " ".join(log) == f"{first} {second} {third}"
+    assert reasons == {"left out": "why", "failing": "RuntimeError: no"}
+    assert figures == {"a": 13.0, "b": 10.0}  # the medians of 2, 13, 16 and of 7, 10, 19
+
+
 # Whole models.
 
 
@@ -298,14 +328,143 @@ def test_a_model_is_measured_on_a_cpu(model: str, peer: str, packages: tuple[str
     assert not Benchmark({}, "fp32", None, rows).failures
 
 
-def test_a_model_is_measured_in_a_mode() -> None:
+def test_a_model_is_measured_in_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
     cell = ModelCell("block", 2, 32, small=True)
     rows = bench_models.measure(cell, "fp32", ["sdpa"], device="cpu", inner="eager", mode="reduce-overhead")
     times = [row for row in rows if row.quantity == "time"]
     assert len(times) == 2 and all(set(row.measured) == {"sigswap", "sdpa"} for row in times)
+    calls = 3 + bench_models.ROUNDS * (1 + bench_timing.LONG_CALLS)
+    assert len(marks) == len(bench_models.PHASES) * 2 * calls  # in each call of each of the two
     assert not Benchmark({}, "fp32", None, rows).failures
     assert bench_models.keeps_memory("reduce-overhead") and bench_models.keeps_memory("max-autotune")
     assert not bench_models.keeps_memory("max-autotune-no-cudagraphs") and not bench_models.keeps_memory(None)
+
+
+class Recorder:
+    """A compiler that notes which of its graphs run in which turn, and which attention is in each graph."""
+
+    def __init__(self) -> None:
+        self.attentions: list[str] = []  # by the graph's number
+        self.turns: list[set[int]] = []
+        self.compiled_in_turns = 0
+        self._running: set[int] = set()
+
+    def __call__(self, graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return aot_autograd(fw_compiler=self._compile)(graph_module, example_inputs)
+
+    def _compile(self, graph_module: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        number = len(self.attentions)
+        targets = " ".join(str(node.target) for node in graph_module.graph.nodes)
+        kinds = {"sigmoid": "sigswap", "flash_attention": "flash", "softmax": "unfused"}
+        self.attentions.append(next((kind for part, kind in kinds.items() if part in targets), "none"))
+
+        def run(args: list[Any]) -> Any:
+            self._running.add(number)
+            return graph_module.forward(*args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def timed(self, call: Callable[[], object]) -> float:
+        before = len(self.attentions)
+        self._running.clear()
+        call()
+        self.turns.append(set(self._running))
+        self.compiled_in_turns += len(self.attentions) - before
+        return 1.0
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("model", "attentions", "packages"),
+    [
+        ("block", {"fa2": "flash", "efficient": "unfused", "sdpa": "flash"}, ()),
+        ("swin", {"unfused": "unfused", "sdpa": "flash"}, ("timm",)),
+    ],
+)
+def test_each_version_of_a_model_runs_in_its_turns(
+    model: str, attentions: dict[str, str], packages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    recorder = Recorder()
+    by_hand = bench_models.Peer(functools.partial(bench_models._sdpa_backend, "MATH"))  # which a CPU has
+    monkeypatch.setitem(bench_models._SDPA, "efficient", by_hand)
+    monkeypatch.setattr(bench_models, "repeated_ms", recorder.timed)
+    cell = next(cell for cell in bench.cells("models", quick=True) if cell.model == model)
+    rows = bench_models.measure(cell, "fp32", list(attentions), device="cpu", inner=recorder)
+    assert all(set(row.measured) == {"sigswap", *attentions} for row in rows if row.quantity == "time")
+
+    kinds = ["sigswap", *attentions.values()]
+    count = len(kinds)
+    assert recorder.attentions[:count] == kinds  # the forward pass; then a training step's two
+    if model == "block":  # a CPU has no flash attention that gives the gradient of Swin's bias
+        assert recorder.attentions[count::2] == kinds and recorder.attentions[count + 1 :: 2] == kinds
+    graphs = [[{at} for at in range(count)], [{count + 2 * at, count + 2 * at + 1} for at in range(count)]]
+    order = [at for number in range(bench_models.ROUNDS) for at in range(count)[:: -1 if number % 2 else 1]]
+    assert recorder.turns == [own[at] for own in graphs for at in order]
+    assert recorder.compiled_in_turns == 0
+
+
+@without_gpu
+def test_a_peer_that_fails_to_compile_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    recorder = Recorder()
+    monkeypatch.setattr(bench_models, "repeated_ms", recorder.timed)
+    cell = ModelCell("llama", 2, 32, small=True)
+    rows = bench_models.measure(cell, "fp32", ["efficient", "sdpa"], device="cpu", inner=recorder)
+    for row in rows:
+        assert "TorchRuntimeError" in row.reasons["efficient"]
+        assert row.quantity != "time" or set(row.measured) == {"sigswap", "sdpa"}
+    # One graph each, and in training its backward pass: Dynamo skips no code that it could not compile for the peer.
+    turns = 2 * bench_models.ROUNDS
+    assert [len(turn) for turn in recorder.turns] == [1] * turns + [2] * turns
+    assert recorder.compiled_in_turns == 0
+
+
+def test_more_versions_than_dynamo_compiles_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = ("fa2", "cudnn", "efficient", "sdpa")
+    monkeypatch.setattr(bench_models, "_SDPA", dict.fromkeys(peers, bench_models.Peer()))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        cell = ModelCell("block", 2, 32, small=True)
+        rows = bench_models.measure(cell, "fp32", peers, device="cpu", inner="eager")
+    for row in rows:
+        assert row.quantity != "time" or set(row.measured) == {"sigswap", *peers}
+
+
+def test_a_peer_that_fails_in_training_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(*arguments: Any) -> bench_models.Subject:
+        subject = original(*arguments)
+        subject.peers = {"fa2": bench_models.Peer(failing), "sdpa": bench_models.Peer()}
+        backward = subject.backward
+
+        def fail_late(returned: Any) -> None:
+            backward(returned)
+            if fails:
+                raise RuntimeError("no")
+
+        subject.backward = fail_late
+        built.append(subject)
+        return subject
+
+    @contextmanager
+    def failing() -> Iterator[None]:
+        fails.append(True)
+        yield
+        fails.clear()
+
+    original, fails = bench_models.build, []
+    monkeypatch.setattr(bench_models, "build", build)
+    cell = ModelCell("block", 2, 32, small=True)
+    rows = bench_models.measure(cell, "fp32", ["fa2", "sdpa"], device="cpu", inner="eager")
+    times = {row.phase: row for row in rows if row.quantity == "time"}
+    assert set(times["forward"].measured) == {"sigswap", "fa2", "sdpa"} and not times["forward"].reasons
+    assert times["training step"].reasons["fa2"] == "RuntimeError: no"
+    assert all(leaf.grad is None for leaf in built[0].leaves)
 
 
 @pytest.mark.parametrize(("model", "package"), [("vit", "timm"), ("t5", "transformers")])
