@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,8 @@ class CompiledSite:
     """One attention in a compiled graph. ``status``: "lowered" (``detail``: the operands of the op), "unfused" (a
     sigmoid that the graph computes; ``detail``: why) or "softmax" (it was not swapped; ``detail``: why).
 
-    ``path``: of the module whose code it is; after a graph break relative to the module in which the graph begins.
+    ``path``: of the module whose code it is, as in ``model.named_modules()``; of several that Dynamo compiles to one
+    graph (behind graph breaks), the first.
     """
 
     path: str
@@ -87,18 +88,16 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     """
     sites: list[CompiledSite] = []
     graphs = 0
+    paths = {id(module): path for path, module in model.named_modules()}
 
     def record(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
         swapped, lowered = swap_and_lower(graph_module, inputs, visible_bias=True, const_bias=0.0)
-        for site in lowered.lowered:
-            sites.append(CompiledSite(_path(site.node), "lowered", site.operands))
-        for alone in lowered.left_alone:
-            sites.append(CompiledSite(_path(source_of(alone.anchor)), "unfused", alone.reason))
-        for alone in swapped.left_alone:
-            if alone.attention:
-                sites.append(CompiledSite(_path(source_of(alone.anchor)), "softmax", alone.reason))
+        found = [(site.node, "lowered", site.operands) for site in lowered.lowered]
+        found += [(source_of(alone.anchor), "unfused", alone.reason) for alone in lowered.left_alone]
+        found += [(source_of(alone.anchor), "softmax", alone.reason) for alone in swapped.left_alone if alone.attention]
+        sites.extend(CompiledSite(_path(node, paths), status, detail) for node, status, detail in found)
         return graph_module.forward
 
     parameter = next(model.parameters(), None)
@@ -119,11 +118,24 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     return CompileReport(sites, graphs)
 
 
-def _path(node: torch.fx.Node | None) -> str:
-    """The path of the innermost module in whose forward a node was made."""
-    stack = node.meta.get("nn_module_stack") if node is not None else None
-    if not stack:
-        return ""
-    name = str(list(stack.values())[-1][0])
-    parts = re.findall(r"\['(\w+)'\]|\[(\d+)\]|\.(\w+)", name.removeprefix("L['self']"))
-    return ".".join(part for found in parts for part in found if part and part not in ("_modules", "_orig_mod"))
+def _path(node: torch.fx.Node | None, paths: Mapping[int, str]) -> str:
+    """The path of the innermost module in whose forward a node was made. ``paths``: of the model's modules, by id."""
+    stack = node.meta.get("nn_module_stack", {}) if node is not None else {}
+    for key, (_, kind) in reversed(stack.items()):
+        # The key is the module's id, "@1" behind it in a second call. The names beside it are Dynamo's, which begin
+        # with whatever local variable holds the model (args[0], of a decorated forward).
+        path = paths.get(int(number)) if (number := key.partition("@")[0]).isdigit() else None
+        if path is not None and not issubclass(kind, nn.Softmax | nn.Sigmoid):  # but the module that calls it
+            return path
+    return _compiled_path(paths)
+
+
+def _compiled_path(paths: Mapping[int, str]) -> str:
+    """The path of the module whose forward Dynamo compiles now, as a whole or from a graph break on: what such a
+    forward does itself has no module in Dynamo's stack."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and (path := paths.get(id(frame.f_locals.get("self")))) is not None:
+            return path
+        frame = frame.f_back
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -256,6 +257,47 @@ def test_explain_says_why_not(x: Tensor) -> None:
     assert report.count("unfused") == 1 and "used elsewhere" in report.sites[0].detail
     with pytest.raises(ExampleInputsError, match="example_inputs"):
         sigswap.explain(model, (x,))
+
+
+class Clamped(nn.Module):
+    """Attention that is not lowered, in code that Dynamo names in its own ways."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.breaks = breaks
+        self.softmax = nn.Softmax(-1)
+
+    def forward(this, x: Tensor) -> Tensor:
+        if this.breaks:
+            torch._dynamo.graph_break()
+        return this.softmax((x @ x.mT).clamp(-1, 1)) @ x
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Clamped(False), Clamped(True)])
+
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x = self.layers[1](x)
+        return (x @ x.mT).clamp(-1, 1).softmax(-1) @ x
+
+
+def test_explain_names_modules_as_the_user_does(x: Tensor) -> None:
+    """Whatever the forward's first parameter is called, behind graph breaks, and without nn.Softmax's own name."""
+    report = sigswap.explain(Decorated(), (x,))
+    assert report.graphs > 1
+    assert sorted(site.path for site in report.sites) == ["", "layers.0", "layers.1"]
 
 
 def test_inspect_compile() -> None:
