@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sigswap.checkpoint import source_directory
 from sigswap.errors import ArgumentError
 from sigswap.sources import require
 
 BATCH = 16
 MAX_LENGTH = 512
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_VOCABULARIES = ("tokenizer.*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def read_batches(model: nn.Module, source: str, path: Path, samples: int) -> list[Any]:
@@ -49,7 +52,7 @@ def _lines(files: list[Path]) -> Iterator[str]:
 def _text(model: Any, source: str, lines: list[str]) -> Any:
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ArgumentError("--calibrate: text is for transformers models that take input_ids; call sigswap.calibrate.")
-    tokenizer = require("transformers", "hf").AutoTokenizer.from_pretrained(source)
+    tokenizer = _tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH) or MAX_LENGTH)
@@ -57,6 +60,26 @@ def _text(model: Any, source: str, lines: list[str]) -> Any:
     if model.config.is_encoder_decoder:
         made["decoder_input_ids"] = made["input_ids"]
     return made
+
+
+def _tokenizer(source: str) -> Any:
+    auto = require("transformers", "hf").AutoTokenizer
+    how = "Put the tokenizer's files into the model's directory, or calibrate without data: --calibrate none."
+    try:
+        tokenizer = auto.from_pretrained(source)
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError, ...: each tokenizer has its own
+        raise ArgumentError(
+            f"--calibrate: {source} has no tokenizer that transformers can load. {how} ({error})"
+        ) from error
+    # Where the files are missing, transformers makes up a tokenizer that knows no words.
+    kinds = getattr(tokenizer, "vocab_files_names", {})
+    names = [name for kind, name in kinds.items() if kind != "merges_file" and "config" not in kind]
+    directory = source_directory(source)
+    if names and directory is not None:  # a tokenizer of bytes has none
+        patterns = (*names, *_VOCABULARIES)
+        if not any(fnmatch.fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in patterns):
+            raise ArgumentError(f"--calibrate: {source} has no vocabulary ({' or '.join(names)}). {how}")
+    return tokenizer
 
 
 def _images(model: Any, source: str, files: list[Path]) -> Any:

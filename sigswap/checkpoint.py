@@ -144,7 +144,7 @@ def is_saved(directory: str | os.PathLike[str]) -> bool:
 
 
 def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, staging: Path) -> None:
-    source = _source_directory(model.config._name_or_path)
+    source = source_directory(model.config._name_or_path)
     if processor is None and source is not None:
         for path in source.iterdir():
             if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
@@ -163,7 +163,7 @@ def _fetches_offloaded(model: nn.Module) -> bool:
     return known and transformers_hook.is_transformers_model(model) and accelerate_hooks.is_hooked(model)
 
 
-def _source_directory(name: str) -> Path | None:
+def source_directory(name: str) -> Path | None:
     """The directory that a transformers model was loaded from, also if it is one of the hub's cache."""
     if not name:
         return None

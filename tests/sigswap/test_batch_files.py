@@ -99,6 +99,24 @@ def test_mistakes(language_model: Path, tmp_path: Path, content: bytes | None, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertModel", "GPT2LMHeadModel", "T5Model"])
+def test_a_directory_without_a_tokenizer(name: str, tmp_path: Path) -> None:
+    """transformers makes up an empty tokenizer, or fails: either is a clear error."""
+    randomise(hf(name)).save_pretrained(tmp_path / "in")
+    (tmp_path / "text.txt").write_text("one two three\n")
+    result = run("convert", tmp_path / "in", "--out", tmp_path / "out", "--calibrate", tmp_path / "text.txt")
+    assert result.exit_code == 1 and "--calibrate none" in result.stderr and "Error: --calibrate:" in result.stderr
+    assert "tokenizer's files" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path: Path) -> None:
+    hf("T5Model").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    (tmp_path / "text.txt").write_text("ab\n")
+    (batch,) = read_batches(hf("T5Model"), str(tmp_path), tmp_path / "text.txt", 1)
+    assert batch["input_ids"].tolist() == [[100, 101, 1]]
+
+
 def test_text_for_a_vision_model(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     (tmp_path / "text.txt").write_text("words\n")
