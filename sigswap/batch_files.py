@@ -51,7 +51,10 @@ def _lines(files: list[Path]) -> Iterator[str]:
 
 def _text(model: Any, source: str, lines: list[str]) -> Any:
     if getattr(model, "main_input_name", None) != "input_ids":
-        raise ArgumentError("--calibrate: text is for transformers models that take input_ids; call sigswap.calibrate.")
+        raise ArgumentError(
+            "--calibrate: text is for transformers models that take input_ids; for this one call sigswap.calibrate in "
+            "Python, with batches of its inputs."
+        )
     tokenizer = _tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

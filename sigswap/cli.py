@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,9 +199,7 @@ def convert(
             if picture is not None:
                 calibration.save(picture)
         with _errors.status(f"Saving to {out}"):
-            from sigswap.sources import is_factory
-
-            sigswap.save(built, out, factory=model if is_factory(model) else None)
+            sigswap.save(built, out, factory=_factory(built, model))
         report = sigswap.report(built)
         if as_json:
             measured = {} if calibration is None else {"calibration": calibration.to_dict()}
@@ -333,21 +333,67 @@ def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
     return model
 
 
+def _factory(built: nn.Module, spec: str) -> str | None:
+    """What builds the model again when it is loaded; of a transformers model its config does."""
+    from sigswap.sources import is_factory
+    from sigswap.transformers_hook import is_transformers_model
+
+    return spec if is_factory(spec) and not is_transformers_model(built) else None
+
+
 def _example(spec: str | None) -> Any:
     if spec is None:
         return None
     from sigswap.sources import resolve
 
-    return resolve(spec)()
+    function = resolve(spec)
+    if not callable(function):
+        raise ArgumentError(f"--example: {spec!r} is a {type(function).__name__}, and cannot be called.")
+    inputs = function()
+    if inputs is None:
+        raise ArgumentError(f"--example: {spec!r} returned None, and not inputs.")
+    return inputs
 
 
 def _print_json(data: object) -> None:
     typer.echo(json.dumps(data, indent=2))
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_RETURNS = "Pass --example MODULE:FUNCTION, a function that returns"
+# What errors say of Python's arguments, and what it is on the command line.
+_IN_OPTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"Pass example_inputs=:", _RETURNS),
+    (r"Give inputs that its forward accepts as example_inputs", f"{_RETURNS} inputs that its forward accepts"),
+    (r"^example_inputs (is|holds)", r"What --example returns \1"),
+    (r"with example_inputs=\[\.\.\.\] that holds", "with an --example that returns a list, which holds"),
+    (r"Pass strict=False (.*), or exclude=\[\.\.\.\]", r"Pass --no-strict \1, or --exclude GLOB"),
+    (r"^include=.* and exclude=.* leave", "--include and --exclude leave"),
+    (r"^(include|exclude|bias|qk_norm|layer_scale|steps)\b", lambda found: _option(found[1])),
+    (r"convert with learn_bias=True, or query_bias=True", "convert without --no-learn-bias, or with --query-bias"),
+    (r"switch it off for this module with overrides=.*", "leave the option out, or convert in Python, with overrides."),
+    (r": (query_bias|qk_norm) (needs|cannot)", lambda found: f": {_option(found[1])} {found[2]}"),
+    (r"factory='([^']*)', factory_kwargs=\{\} does not build this model", r"\1 builds another model each time"),
+    (r"call sigswap\.revert first to convert it in another way", "convert the original in another way"),
+    (r": pass batches\.$", ": pass a file to --calibrate, or batches to sigswap.calibrate in Python."),
+)
+
+
+def _in_options(message: str) -> str:
+    """An error's message, with the command line's options for the arguments of Python's functions."""
+    for python, option in _IN_OPTIONS:
+        message = re.sub(python, option, message)
+    return message
+
+
 @contextmanager
 def _failures(as_json: bool, debug: bool) -> Iterator[None]:
     """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1."""
+    if not debug:  # PyTorch logs a traceback of what fails on fake tensors, before it is raised
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
     except typer.Exit:
@@ -356,10 +402,11 @@ def _failures(as_json: bool, debug: bool) -> Iterator[None]:
         if debug:
             raise
         kind = "" if isinstance(error, SigswapError) else f"{type(error).__name__}: "
+        message = str(error) if kind else _in_options(str(error))
         _errors.print(f"[bold red]Error:[/] {kind}", end="")
-        _errors.print(str(error), markup=False, soft_wrap=True)
+        _errors.print(message, markup=False, soft_wrap=True)
         if kind:
             _errors.print("SIGSWAP_DEBUG=1 shows the traceback.")
         if as_json:
-            _print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+            _print_json({"error": {"type": type(error).__name__, "message": message}})
         raise typer.Exit(1) from None

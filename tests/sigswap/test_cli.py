@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,14 @@ import sigswap
 from sigswap.cli import app
 
 HERE = "sigswap_cli_factories"
+LLAMA = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+_built = itertools.count(1)
 
 
 class Attention(nn.Module):
@@ -29,6 +38,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
         return F.scaled_dot_product_attention(query, key, value).squeeze(1)
+
+
+class Summed(Attention):
+    """Scores that are a sum of products, as query_bias cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return (query @ key.mT + key @ query.mT).softmax(-1) @ value
+
+
+class Sink(Attention):
+    """A key of zeros that is no key."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        scores = torch.cat([query @ key.mT, x.new_zeros(2, 5, 1)], -1)
+        return scores.softmax(-1)[..., :-1] @ value
 
 
 class NoAttention(nn.Linear):
@@ -43,8 +69,39 @@ def build_without_attention() -> nn.Module:
     return NoAttention(8, 8)
 
 
+def build_summed() -> nn.Module:
+    return Summed()
+
+
+def build_with_sink() -> nn.Module:
+    return Sink()
+
+
+def build_llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+
+
+def build_another_each_time() -> nn.Module:
+    model = Attention()
+    model.register_buffer("built", torch.zeros(next(_built)))
+    return model
+
+
 def inputs() -> Tensor:
     return torch.randn(2, 5, 8)
+
+
+def wrong_inputs() -> Tensor:
+    return torch.randn(2, 5, 7)
+
+
+def no_inputs() -> None:
+    return None
+
+
+def empty_inputs() -> list[Tensor]:
+    return []
 
 
 def fail() -> nn.Module:
@@ -64,10 +121,7 @@ def run(*arguments: object) -> Any:
 
 def small_llama(directory: Path) -> Any:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     model.save_pretrained(directory)
     (directory / "tokenizer.json").write_text("{}")
     return model
@@ -115,11 +169,16 @@ def test_timm(tmp_path: Path) -> None:
 
 def test_own_function(tmp_path: Path) -> None:
     result = run("inspect", f"{HERE}:build")
-    assert result.exit_code == 1 and "example_inputs" in result.stderr
+    assert result.exit_code == 1 and "--example" in result.stderr
     example = ("--example", f"{HERE}:inputs")
     assert "swappable" in run("inspect", f"{HERE}:build", *example).stdout
     assert run("convert", f"{HERE}:build", "--out", tmp_path, *example).exit_code == 0
     assert sigswap.is_converted(sigswap.load(tmp_path))
+
+
+def test_own_function_that_returns_a_transformers_model(tmp_path: Path) -> None:
+    assert run("convert", f"{HERE}:build_llama", "--out", tmp_path).exit_code == 0
+    assert type(sigswap.load(tmp_path)).__name__ == "LlamaForCausalLM"
 
 
 def test_a_directory_that_is_not_empty_needs_force(tmp_path: Path) -> None:
@@ -143,7 +202,7 @@ def test_a_directory_that_is_not_empty_needs_force(tmp_path: Path) -> None:
         (("inspect", f"{HERE}:fail"), 1, "broken [bold]on purpose[/bold]"),
         (("inspect", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs"), 1, "no softmax attention"),
         (("convert", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs", "--out", "x"), 1, "no softmax"),
-        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 1, "qk_norm"),
+        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 1, "--qk-norm"),
         (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias"),
         (("convert", f"{HERE}:build"), 2, "--out"),
         (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 1, "timm:NAME"),
@@ -159,6 +218,48 @@ def test_mistakes(
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("inspect", "build"), "Pass --example MODULE:FUNCTION"),
+        (("inspect", "build", "--compile"), "Pass --example MODULE:FUNCTION"),
+        (("inspect", "build", "--example", f"{HERE}:empty_inputs"), "What --example returns is an empty list"),
+        (("inspect", "build", "--example", f"{HERE}:wrong_inputs"), "Pass --example MODULE:FUNCTION"),
+        (("inspect", "build", "--example", f"{HERE}:wrong_inputs", "--compile"), "Pass --example MODULE:FUNCTION"),
+        (("inspect", "build", "--example", f"{HERE}:no_inputs"), "no_inputs' returned None"),
+        (("inspect", "build", "--example", f"{HERE}:HERE"), "HERE' is a str"),
+        (("inspect", "build", "--example", f"{HERE}:inputs", "--include", "x"), "--include: 'x'"),
+        (("convert", "build", "--exclude", "*"), "--include and --exclude leave"),
+        (("convert", "build_with_sink"), "Pass --no-strict to leave them as softmax, or --exclude GLOB"),
+        (("convert", "build_summed", "--query-bias"), "--query-bias needs"),
+        (("convert", "build_summed", "--query-bias"), "leave the option out"),
+        (("convert", "build_another_each_time"), "builds another model each time"),
+        (("convert", "build", "--bias", "-3"), "--bias=-3"),
+        (("convert", "build", "--layer-scale", "inf"), "--layer-scale must"),
+        (("convert", "build", "--qk-norm", "other"), "--qk-norm must"),
+        (("convert", "build", "--no-learn-bias", "--calibrate", "none"), "without --no-learn-bias, or with --query-b"),
+        (("convert", "build", "--calibrate", "none"), "pass a file to --calibrate"),
+    ],
+)
+def test_errors_name_options(tmp_path: Path, arguments: tuple[str, ...], option: str) -> None:
+    """Not the arguments of the functions that the command calls."""
+    command, model, *others = arguments
+    if command == "convert":
+        others += ["--out", str(tmp_path / "out"), "--example", f"{HERE}:inputs"]
+    result = run(command, f"{HERE}:{model}", *others)
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 1 and option in message, message
+    for name in ("example_inputs", "strict=", "exclude=", "factory=", "learn_bias", "query_bias", "overrides="):
+        assert name not in message
+
+
+def test_a_converted_directory_is_not_converted_again(tmp_path: Path) -> None:
+    example = ("--example", f"{HERE}:inputs")
+    run("convert", f"{HERE}:build", "--out", tmp_path / "out", *example)
+    result = run("convert", tmp_path / "out", "--out", tmp_path / "again", *example)
+    assert result.exit_code == 1 and "convert the original" in result.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
