@@ -110,7 +110,8 @@ def sigmoid_attention_varlen(
         cu_seqlens_q: int32 [batch + 1], on query's device: where the sequences begin in query, and total_q at the
             end. A sequence may be empty.
         cu_seqlens_k: int32 [batch + 1], likewise for key and value, with total_k at the end.
-        max_seqlen_q: The length of the longest sequence in query, or more.
+        max_seqlen_q: The length of the longest sequence in query, or more. A number, for a tensor on a GPU has to be
+            waited for.
         max_seqlen_k: The length of the longest sequence in key and value, or more.
         bias: ``None``: -ln(n) in each row, where n is the number of keys that the row sees. A ``float``: that
             number in every row. A tensor: it broadcasts to [total_q, H], so that [H] is a number per head; it has a
@@ -145,8 +146,8 @@ def sigmoid_attention_varlen(
         cu_seqlens_q,
         cu_seqlens_k,
         _dropout_seed(query, dropout_p),
-        max_seqlen_q,
-        max_seqlen_k,
+        _length("max_seqlen_q", max_seqlen_q),
+        _length("max_seqlen_k", max_seqlen_k),
         scale=_scale(query, scale),
         const_bias=const_bias,
         visible_bias=visible_bias,
@@ -298,6 +299,16 @@ def _window(window: Window | None) -> tuple[int, int]:
     if left < -1 or right < -1:
         raise ArgumentError(f"window must hold numbers >= 0, or None or -1 for no limit, not {window!r}.")
     return left, right
+
+
+def _length(name: str, length: int) -> int:
+    """Whatever is an integer: lengths often are NumPy's, or a tensor's."""
+    if isinstance(length, int | torch.SymInt) or torch.compiler.is_compiling():  # the op's schema does as much there
+        return length
+    try:
+        return operator.index(length)
+    except TypeError as error:
+        raise ArgumentError(f"{name} must be an integer, not {length!r}.") from error
 
 
 def _fit_the_op(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 import torch._dynamo.testing
@@ -390,6 +391,23 @@ def test_argument_errors_of_the_public_function() -> None:
         sigswap.sigmoid_attention_varlen(*arguments, enable_gqa=True, softcap=-1.0)
     with pytest.raises(ArgumentError, match="window"):
         sigswap.sigmoid_attention_varlen(*arguments, enable_gqa=True, window=(1, 2, 3))
+    for wrong in (5.0, "5", None, torch.tensor([5, 5])):
+        with pytest.raises(ArgumentError, match="max_seqlen_k must be an integer"):
+            sigswap.sigmoid_attention_varlen(*arguments[:-1], wrong, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("integer", "compiled"),
+    [*((each, False) for each in (numpy.int64, numpy.int32, numpy.array, torch.tensor)), (numpy.int64, True)],
+)
+def test_longest_lengths_of_any_integer_type(integer: Any, compiled: bool) -> None:
+    arguments = (*GOOD[:3], *GOOD[4:6])
+    longest = [integer(number) for number in GOOD[7:]]
+    attention = sigswap.sigmoid_attention_varlen
+    expected = attention(*arguments, *GOOD[7:], enable_gqa=True)
+    if compiled:
+        attention = torch.compile(attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(attention(*arguments, *longest, enable_gqa=True), expected)
 
 
 def random_case(index: int, device: str) -> tuple[Packed, Options]:
