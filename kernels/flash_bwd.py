@@ -324,23 +324,23 @@ def key_tile_for(signature: Signature) -> Tile:
     size, dim, band = signature.element_size, max(signature.widths), signature.band()
     banded = band.has_left or band.has_right
     if size > 2:
-        tile = Tile(32, 32, 1, 8, 1)
+        tile = Tile(32, 32, 8, 1)
     elif signature.only_masked and dim <= 128 and 90 <= capability < 100:
-        tile = Tile(64, 64, 1, 4, 2)
+        tile = Tile(64, 64, 4, 2)
     elif not signature.plain:
-        tile = Tile(32, 64, 1, 8, 2 if dim <= 128 else 1)
+        tile = Tile(32, 64, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim == 64 and signature.kv_len <= 64:
-            tile = Tile(32, 64, 1, 4, 2, 168)
+            tile = Tile(32, 64, 4, 2, 168)
         elif dim <= 64:
-            banded_tile = Tile(64, 64, 1, 4, 3, 168 if signature.form() == FAST else 0)
-            tile = banded_tile if banded else Tile(128, 64, 1, 4, 3)
+            banded_tile = Tile(64, 64, 4, 3, 168 if signature.form() == FAST else 0)
+            tile = banded_tile if banded else Tile(128, 64, 4, 3)
         elif dim <= 128:
-            tile = Tile(64, 64, 1, 4, 2)
+            tile = Tile(64, 64, 4, 2)
         else:
-            tile = Tile(32, 64, 1, 8, 2)
+            tile = Tile(32, 64, 8, 2)
     else:
-        tile = Tile(32 if dim > 64 else 64, 64, 1, 4 if dim <= 64 else 8, 2)
+        tile = Tile(32 if dim > 64 else 64, 64, 4 if dim <= 64 else 8, 2)
     both = sum(signature.widths) * size
     # fit() takes what is loaded in the loop for keys: here, rows.
     turned = fit(tile._replace(rows=tile.keys, keys=tile.rows), both, both, shared)
@@ -353,20 +353,20 @@ def row_tile_for(signature: Signature) -> Tile:
     size, dim, band = signature.element_size, max(signature.widths), signature.band()
     banded = band.has_left or band.has_right
     if size > 2:
-        tile = Tile(32, 32, 1, 8, 1)
+        tile = Tile(32, 32, 8, 1)
     elif signature.only_masked and dim <= 128 and 90 <= capability < 100:
-        tile = Tile(64, 64, 1, 4, 3 if dim <= 64 and not banded else 2)
+        tile = Tile(64, 64, 4, 3 if dim <= 64 and not banded else 2)
     elif not signature.plain:
-        tile = Tile(64, 32, 1, 8, 2 if dim <= 128 else 1)
+        tile = Tile(64, 32, 8, 2 if dim <= 128 else 1)
     elif 90 <= capability < 100:
         if dim <= 64:
-            tile = Tile(64, 64, 1, 4, 3) if banded else Tile(128, 64, 1, 4, 3)
+            tile = Tile(64, 64, 4, 3) if banded else Tile(128, 64, 4, 3)
         elif dim <= 128:
-            tile = Tile(128, 64, 1, 8, 3)
+            tile = Tile(128, 64, 8, 3)
         else:
-            tile = Tile(64, 32, 1, 8, 2)
+            tile = Tile(64, 32, 8, 2)
     else:
-        tile = Tile(64, 32 if dim > 64 else 64, 1, 4 if dim <= 64 else 8, 2)
+        tile = Tile(64, 32 if dim > 64 else 64, 4 if dim <= 64 else 8, 2)
     both = sum(signature.widths) * size
     return _no_longer_than(fit(tile, both, both, shared), signature)
 

@@ -3,8 +3,6 @@
 Sigmoid needs no row maximum, no row sum and no rescaling: o_i = sum_j sigmoid(s_ij + b_i) v_j is a plain sum, so
 the loop is two matrix products with a sigmoid between them, and nothing is saved for the backward. Blocks of keys
 that no row of the block sees are skipped; only blocks on the edge of the band compute a mask.
-
-With two subtiles a program holds two blocks of rows: the sigmoid of one overlaps the matrix products of the other.
 """
 
 from __future__ import annotations
@@ -123,11 +121,10 @@ def _plan(signature: Signature, out: Layout | None, tile: Tile | None, tma: bool
         "TMA": described is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "SUBTILES": tile.subtiles,
     }
     operands = query, *(described or (key, value)), out
     tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
-    blocks = triton.cdiv(signature.q_len, tile.rows * tile.subtiles) * signature.batch * signature.heads
+    blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Plan(launch, out, described, counts_for(signature))
 
@@ -138,33 +135,31 @@ def tile_for(signature: Signature) -> Tile:
     banded, q_len = band.has_left or band.has_right, signature.q_len
     if size > 2:
         # Products of float32 run on the ordinary units, from registers.
-        tile = Tile(64 if dim <= 64 else 32, 32, 1, 8, 1)
+        tile = Tile(64 if dim <= 64 else 32, 32, 8, 1)
     elif signature.only_masked and dim <= 128 and 90 <= capability < 100:
-        tile = Tile(64, 64, 1, 4, 3 if dim <= 64 else 2)
+        tile = Tile(64, 64, 4, 3 if dim <= 64 else 2)
     elif not signature.plain:
-        tile = Tile(64, 64, 1, 8, 2) if dim <= 128 else Tile(64, 32, 1, 8, 2)
+        tile = Tile(64, 64, 8, 2) if dim <= 128 else Tile(64, 32, 8, 2)
     elif 90 <= capability < 100:
         # As measured on an H100. A limit on registers lets one more program fit on a multiprocessor.
         if dim <= 64 and banded:
-            tile = Tile(64, 64, 1, 4, 3) if q_len < 8192 else Tile(64, 64, 1, 4, 3, 128)
+            tile = Tile(64, 64, 4, 3) if q_len < 8192 else Tile(64, 64, 4, 3, 128)
         elif dim <= 64:
-            tile = Tile(128, 64, 1, 4, 3, 168 if signature.form() == FAST else 0)
+            tile = Tile(128, 64, 4, 3, 168 if signature.form() == FAST else 0)
         elif dim <= 128:
-            tile = Tile(64, 64, 1, 4, 3)
+            tile = Tile(64, 64, 4, 3)
         else:
-            tile = Tile(128, 64, 1, 8, 2)
+            tile = Tile(128, 64, 8, 2)
     elif dim <= 64:
-        tile = Tile(128, 64, 1, 4, 3)
+        tile = Tile(128, 64, 4, 3)
     else:
-        tile = Tile(128, 64 if dim <= 128 else 32, 1, 8, 2)
+        tile = Tile(128, 64 if dim <= 128 else 32, 8, 2)
     width, value_width = signature.widths
     return fit(_short_rows(tile, q_len), width * size, (width + value_width) * size, shared)
 
 
 def _short_rows(tile: Tile, rows: int) -> Tile:
     """The tile for few rows: no larger than needed."""
-    if rows <= tile.rows * (tile.subtiles - 1):
-        tile = tile._replace(subtiles=1, warps=max(4, tile.warps // 2), registers=0)
     size = max(16, triton.next_power_of_2(rows))
     if size < tile.rows:
         tile = tile._replace(rows=size, warps=4, registers=0)
@@ -173,50 +168,36 @@ def _short_rows(tile: Tile, rows: int) -> Tile:
 
 @triton.jit
 def _accumulate(
-    acc0, acc1, q0, q1, bias0, bias1, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    acc, q, bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
     mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, MASK_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc += p v over all keys that some of the rows see; none, unless active is 1."""
-    bias0 *= unit_of(FORM)
-    bias1 *= unit_of(FORM)
+    bias *= unit_of(FORM)
     rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
-    last_row = tl.minimum(row0 + SUBTILES * BLOCK_M, q_len) - 1
+    last_row = tl.minimum(row0 + BLOCK_M, q_len) - 1
     begin, end = keys_of_rows(row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     for start in range(begin, end * active, BLOCK_N):
         cols = (start + tl.arange(0, BLOCK_N))[None, :]
         edge = is_edge(row0, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
         keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
-        s0 = tl.dot(q0, keys.T, input_precision=PRECISION)
-        if SUBTILES == 2:
-            s1 = tl.dot(q1, keys.T, input_precision=PRECISION)
+        scores = tl.dot(q, keys.T, input_precision=PRECISION)
         values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA)
         p, _ = probabilities(
-            s0, bias0[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
+            scores, bias[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
             scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
         )  # fmt: skip
         if DROPOUT:
             p = tl.where(kept(seed, draw0, rows, cols, draw_len, dropout_p), p, 0.0)
         if P_SCALE != 1.0:
             p *= P_SCALE
-        acc0 = tl.dot(p.to(values.dtype), values, acc0, input_precision=PRECISION)
-        if SUBTILES == 2:
-            p, _ = probabilities(
-                s1, bias1[:, None], rows + BLOCK_M, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift,
-                left, right, scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
-            )  # fmt: skip
-            if DROPOUT:
-                keep = kept(seed, draw0, rows + BLOCK_M, cols, draw_len, dropout_p)
-                p = tl.where(keep, p, 0.0)
-            if P_SCALE != 1.0:
-                p *= P_SCALE
-            acc1 = tl.dot(p.to(values.dtype), values, acc1, input_precision=PRECISION)
-    return acc0, acc1
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -228,14 +209,14 @@ def _forward_kernel(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, MASK_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: SUBTILES * BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses.
+    """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses.
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest; each sequence has its own.
     """
@@ -244,9 +225,9 @@ def _forward_kernel(
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
     stride_o_b, stride_o_h, stride_o_n = elements(stride_o_b, stride_o_h, stride_o_n, UNIT, WIDE)
-    blocks = tl.cdiv(q_len, SUBTILES * BLOCK_M)
+    blocks = tl.cdiv(q_len, BLOCK_M)
     # Under a causal mask the last rows take longest: they start first.
-    row0 = (blocks - 1 - tl.program_id(0) % blocks) * (SUBTILES * BLOCK_M)
+    row0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = (tl.program_id(0) // blocks) % heads
     batch = tl.program_id(0) // blocks // heads
     kv_head = head // group
@@ -280,40 +261,32 @@ def _forward_kernel(
             count += mask_batch * stride_count_b + head64 * stride_count_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
 
-    q0 = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
-    row = row0 + tl.arange(0, BLOCK_M)
-    bias0 = row_biases(
-        row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
-        BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
+    queries = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
+    row_bias = row_biases(
+        row0 + tl.arange(0, BLOCK_M), bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift,
+        left, right, BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
-    acc0 = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    q1, bias1, acc1 = q0, bias0, acc0
-    if SUBTILES == 2:
-        q1 = load_rows(q, batch, head, row0 + BLOCK_M, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
-        bias1 = row_biases(
-            row + BLOCK_M, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
-            BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
 
     fast = 1
     if FORM == _AUTO:
-        fast = (tl.minimum(tl.min(bias0), tl.min(bias1)) >= _FAST_BIAS).to(tl.int32)
+        fast = (tl.min(row_bias) >= _FAST_BIAS).to(tl.int32)
     # One of the two has no iterations. As the branches of an if they would not share their shared memory.
     if FORM >= _FAST:
-        acc0, acc1 = _accumulate(
-            acc0, acc1, q0, q1, bias0, bias1, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
+        acc = _accumulate(
+            acc, queries, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
             mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
             softcap,
-            dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT,
+            dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
         )  # fmt: skip
     if FORM != _FAST:
-        acc0, acc1 = _accumulate(
-            acc0, acc1, q0, q1, bias0, bias1, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
+        acc = _accumulate(
+            acc, queries, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
             batch, kv_head,
             mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
             softcap,
-            dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SUBTILES, MASK_ROWS, HAS_LEFT,
+            dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
         )  # fmt: skip
 
@@ -321,9 +294,6 @@ def _forward_kernel(
     if DROPOUT:
         factor = factor / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
     # One tl.store in this kernel's own source, of float32: inductor may fuse what follows the attention into it.
-    for subtile in tl.static_range(SUBTILES):
-        tile = (acc0 if subtile == 0 else acc1) * factor
-        place, inside = places_of_rows(
-            out, row0 + subtile * BLOCK_M, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV
-        )  # fmt: skip
-        tl.store(place, tile, mask=inside)
+    acc *= factor
+    place, inside = places_of_rows(out, row0, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    tl.store(place, acc, mask=inside)

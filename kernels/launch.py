@@ -621,11 +621,10 @@ def _scalar_key(name: str, value: Any) -> Any:
 
 
 class Tile(NamedTuple):
-    """A tile configuration. One program has ``subtiles`` blocks of rows that take turns on the matrix units."""
+    """A tile configuration."""
 
     rows: int
     keys: int
-    subtiles: int
     warps: int
     stages: int
     registers: int = 0
@@ -665,13 +664,11 @@ def fit(tile: Tile, row_bytes: int, key_bytes: int, shared: int) -> Tile:
     """The tile, made smaller until rows and ``stages`` times keys fit into shared memory."""
 
     def needed() -> int:
-        return tile.rows * tile.subtiles * row_bytes + tile.keys * key_bytes * max(1, tile.stages) + 4096
+        return tile.rows * row_bytes + tile.keys * key_bytes * max(1, tile.stages) + 4096
 
     while needed() > shared:
         if tile.stages > 2:
             tile = tile._replace(stages=tile.stages - 1)
-        elif tile.subtiles > 1:
-            tile = tile._replace(subtiles=1)
         elif tile.keys > 32:
             tile = tile._replace(keys=tile.keys // 2)
         elif tile.stages > 1:
