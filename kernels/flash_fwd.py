@@ -40,6 +40,7 @@ from sigswap.kernels.triton_common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
+    AUTO,
     FAST,
     UNSPECIALIZED,
     elements,
@@ -145,7 +146,8 @@ def tile_for(signature: Signature) -> Tile:
         if dim <= 64 and banded:
             tile = Tile(64, 64, 4, 3) if q_len < 8192 else Tile(64, 64, 4, 3, 128)
         elif dim <= 64:
-            tile = Tile(128, 64, 4, 3, 168 if signature.form() == FAST else 0)
+            fast = signature.form() == FAST or (signature.form() == AUTO and q_len <= 2048)
+            tile = Tile(128, 64, 4, 3, 168 if fast else 0)
         elif dim <= 128:
             tile = Tile(64, 64, 4, 3)
         else:
@@ -270,7 +272,15 @@ def _forward_kernel(
 
     fast = 1
     if FORM == _AUTO:
-        fast = (tl.min(row_bias) >= _FAST_BIAS).to(tl.int32)
+        if BIAS_ROWS or count is not None:
+            lowest = tl.min(row_bias)
+        else:  # without looking for the least of the rows, for which the first keys would wait
+            lowest = const_bias
+            if VISIBLE:
+                last_row = tl.minimum(row0 + BLOCK_M, q_len) - 1
+                begin, end = keys_of_rows(row0, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, 1)
+                lowest -= tl.log(tl.maximum(end - begin, 1).to(tl.float32))
+        fast = (lowest >= _FAST_BIAS).to(tl.int32)
     # One of the two has no iterations. As the branches of an if they would not share their shared memory.
     if FORM >= _FAST:
         acc = _accumulate(

@@ -174,16 +174,13 @@ def _place(
 
 @gluon.jit
 def _row_biases(
-    bias, row, q_len, kv_len, shift, left, right, stride_bias_m, const_bias,
+    bias, row, q_len, kv_len, shift, left, right, stride_bias_m, head_bias,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    result = gl.full(row.shape, 0.0, gl.float32, row.type.layout) + const_bias
-    if bias is not None:
-        if BIAS_ROWS:
-            place = bias + row.to(gl.int64) * stride_bias_m
-            result += gl.load(place, mask=row < q_len, other=0.0).to(gl.float32)
-        else:
-            result += gl.load(bias).to(gl.float32)
+    result = gl.full(row.shape, 0.0, gl.float32, row.type.layout) + head_bias
+    if BIAS_ROWS:
+        place = bias + row.to(gl.int64) * stride_bias_m
+        result += gl.load(place, mask=row < q_len, other=0.0).to(gl.float32)
     if VISIBLE:
         first = gl.full(row.shape, 0, gl.int32, row.type.layout)
         last = first + (kv_len - 1)
@@ -289,17 +286,26 @@ def _attend(
             _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT
         )
         own_bias = bias
+        head_bias = const_bias + 0.0
         if bias is not None:
             own_bias += batch.to(gl.int64) * stride_bias_b + head.to(gl.int64) * stride_bias_h
+            if not BIAS_ROWS:
+                head_bias += gl.load(own_bias).to(gl.float32)
         row = row0 + row_of_part
         last_row = row0 + (PART + 1) * _HALF - 1
         row_bias = _row_biases(
-            own_bias, row, q_len, kv_len, shift, left, right, stride_bias_m, const_bias,
+            own_bias, row, q_len, kv_len, shift, left, right, stride_bias_m, head_bias,
             VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
         fast = FORM == _FAST
         if FORM == _AUTO:
-            fast = gl.min(row_bias, 0) >= _FAST_BIAS
+            if BIAS_ROWS:
+                lowest = gl.min(row_bias, 0)
+            else:  # without looking for the least of the rows
+                lowest = head_bias
+                if VISIBLE:
+                    lowest -= gl.log(gl.minimum(count * _KEYS, kv_len).to(gl.float32))
+            fast = lowest >= _FAST_BIAS
         unit = gl.where(fast, 0.5, _LOG2E)
         row_bias *= unit
         own_scale = scale * unit

@@ -424,7 +424,7 @@ def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2()
 
 @in_interpreter
 def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows, None)
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows, None, None)
     monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     for index, rest in ((0, {}), (0, {"dropout_p": 0.5}), (0, {"softcap": 2.0})):
