@@ -37,6 +37,18 @@ class Tiles(Described):
         return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
 
 
+class Numbers(Described):
+    """Float32 numbers of rows, [B, H, N] contiguous, for Gluon: [B * H, N], of which a tile is 1 by so many rows."""
+
+    def __init__(self, layout: Layout, rows: int) -> None:
+        batch, heads, length = layout.shape
+        super().__init__((batch * heads, length), (length, 1), (1, rows), layout.dtype)
+
+    def describe(self, tensor: Tensor) -> Any:
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
+
+
 @gluon.jit
 def sigmoid(x, FORM: gl.constexpr):
     """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form."""

@@ -11,6 +11,9 @@ computed once, and a block of keys adds its part of dQ to float32 sums in memory
 - The sums of dQ lie in memory as the registers of a matrix product hold them: each thread adds 16 bytes at a time,
   without a way through shared memory, whose bandwidth is the bottleneck. A second kernel puts them in order.
 - Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them.
+- A bias tensor that differs between rows comes with the queries, worked out before. Its gradient is a product of dS
+  with ones, eight columns wide, next to that of dQ: sums over keys cost next to nothing there, and many shuffles in
+  registers. It is added up in memory as dQ is.
 
 The sums are added in no fixed order: two runs differ by rounding. ``torch.use_deterministic_algorithms`` avoids that.
 """
@@ -36,12 +39,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels import reference
-from sigswap.kernels.hopper import Tiles, load_tile, sigmoid, store_tile, sync
+from sigswap.kernels.hopper import Numbers, Tiles, load_tile, sigmoid, store_tile, sync
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Described,
     Launch,
     Layout,
+    RowBiases,
     Signature,
     contiguous_layout,
     describable,
@@ -49,11 +53,20 @@ from sigswap.kernels.launch import (
     hand_over,
     layout_of,
     limits_of,
+    row_biases_for,
     signature_of,
     unit_stride,
 )
 from sigswap.kernels.sums import Sum
-from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, elements, store_rows
+from sigswap.kernels.triton_common import (
+    _AUTO,
+    _FAST,
+    _FAST_BIAS,
+    _LOG2E,
+    _ROW_BIAS_BLOCK,
+    elements,
+    store_rows,
+)
 
 LONG = {64: 1024, 128: 511}
 """By the width of a head: with more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`, as
@@ -70,6 +83,12 @@ _ADD = tl.constexpr(
     "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
 )
 _ADD_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f")
+_ADD_ONE = tl.constexpr(
+    "{ .reg .b64 a; .reg .pred first; setp.ge.s32 first, $8, 0; cvt.s64.s32 a, $8; add.s64 a, a, $4; "
+    "@first red.relaxed.gpu.global.add.f32 [a], $12; "
+    "@first red.relaxed.gpu.global.add.f32 [a + 32], $14; "
+    "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
+)
 _BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 """One number, or several, of each thread of a warpgroup."""
 
@@ -85,12 +104,12 @@ def suits(
     options: reference.Options,
 ) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
-    dropout, soft cap, and with a bias per head at most, where all of query, key and value want gradients."""
+    dropout and soft cap, where all of query, key and value want gradients."""
     if key.shape[2] < min(LONG.values()) or attn_mask is not None or options.dropout_p > 0.0 or options.softcap > 0.0:
         return False
     if not all(output_mask[:3]) or query.element_size() != 2 or abs(options.scale) < 1e-6:
         return False
-    if (bias is not None and bias.shape[2] > 1) or torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled():
         return False
     signature = signature_of(query, key, value, bias, attn_mask, options)
     if grad_out.stride(-1) == 1:
@@ -150,12 +169,24 @@ def backward(
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = query, key, value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
-    plan.launch(*described, sums, parts, bias)
-    plan.finish(sums, new_query)
+    if plan.rows is None:
+        plan.launch(*described, sums, parts, bias, None)
+        plan.finish(sums, new_query, None)
+    else:
+        biases, floor = plan.rows.biases(bias, None, None, query.device)
+        plan.launch(*described, sums, None, plan.rows.described(biases), floor)
+        plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:
         plan.sum_parts(parts, new_bias)
     hand_over(grads, written)
     return grads
+
+
+class _Rows(NamedTuple):
+    """How the kernel gets a bias tensor that differs between rows."""
+
+    biases: RowBiases
+    described: Numbers
 
 
 class _Plan(NamedTuple):
@@ -165,8 +196,10 @@ class _Plan(NamedTuple):
     sums: Layout
     """Of dQ, as the kernel adds it up."""
     finish: Launch
+    rows: _Rows | None
+    """Where the bias tensor differs between rows."""
     sum_parts: Sum | None
-    """The gradient of the bias."""
+    """Where the gradient of the bias is a sum: of what launch writes, or, of rows' biases, finish."""
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -185,12 +218,18 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     )
     tiles = triton.cdiv(signature.q_len, ROWS)
     blocks = triton.cdiv(signature.kv_len, KEYS)
-    sums = contiguous_layout((signature.batch * signature.heads * tiles, ROWS * width), torch.float32)
+    rows = _rows(signature)
+    row_sums = rows is not None and grad_bias is not None
+    head_sums = rows is None and grad_bias is not None
+    numbers = ROWS * (width + 1 if row_sums else width)
+    sums = contiguous_layout((signature.batch * signature.heads * tiles, numbers), torch.float32)
     sum_parts = parts = None
     if grad_bias is not None:
-        # One of each thread of the two warpgroups.
-        sum_parts = Sum(grad_bias, (signature.batch, signature.heads, blocks * 256, 1), signature.device)
-        parts = contiguous_layout(sum_parts.parts, torch.float32)
+        # One of each row, or of each thread of the two warpgroups.
+        shape = signature.batch, signature.heads, signature.q_len if row_sums else blocks * 256, 1
+        if head_sums or grad_bias.shape != shape:
+            sum_parts = Sum(grad_bias, shape, signature.device)
+            parts = contiguous_layout(shape, torch.float32)
     units = signature.batch * signature.kv_heads
     at_once = 1
     if band.has_left or band.has_right:
@@ -200,14 +239,34 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "at_once": at_once,
         "DIM": width,
         "BANDED": band.has_left or band.has_right,
-        "SUMS": grad_bias is not None,
+        "SUMS": head_sums,
+        "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
     }
-    tensors = (*described, sums, parts, signature.bias)
+    bias: Layout | Described | None = signature.bias
+    floor = None
+    if rows is not None:
+        bias, floor = rows.described, rows.biases.floor
+        length = rows.biases.layout.shape[2]
+        stride_b, stride_h, _ = rows.biases.layout.strides_or_zero(3)
+        arguments |= {"stride_bias_b": stride_b // length, "stride_bias_h": stride_h // length, "VISIBLE": False}
+    tensors = (*described, sums, parts if head_sums else None, bias, floor)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
+    of_rows = (parts or grad_bias) if row_sums else None
+    strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
     finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
-    finish = Launch(_finish_kernel, sums.shape[0], signature.device, (sums, grad_query), finish_arguments, num_warps=8)
-    return _Plan(described, launch, sums, finish, sum_parts)
+    finish_arguments |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
+    outputs = sums, grad_query, of_rows
+    finish = Launch(_finish_kernel, sums.shape[0], signature.device, outputs, finish_arguments, num_warps=8)
+    return _Plan(described, launch, sums, finish, rows, sum_parts)
+
+
+def _rows(signature: Signature) -> _Rows | None:
+    if signature.bias is None or signature.bias.shape[2] == 1:
+        return None
+    biases = row_biases_for(signature)
+    assert biases is not None
+    return _Rows(biases, Numbers(biases.layout, ROWS))
 
 
 # Device functions. A tile of scores is [keys, rows].
@@ -223,18 +282,18 @@ def _unknown_zero():
 @gluon.jit
 def _probabilities(
     s, scale, row_bias, start, col0, key, row, shift, left, right, fast,
-    BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    BY_ROW: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """sigmoid(scale * s + row_bias); 0 outside the band. If BANDED the row bias is in s already."""
+    """sigmoid(scale * s + row_bias); 0 outside the band. If BY_ROW the row bias is in s already."""
     if FORM == _FAST:
         x = s * (scale * 0.5)
     elif FORM == _AUTO:
         x = s * (scale * gl.where(fast, 0.5, _LOG2E))
     else:
         x = s * (scale * _LOG2E)
-    if not BANDED:
+    if not BY_ROW:
         x += row_bias
-    if BANDED:
+    if BY_ROW:
         edge = False
         if HAS_RIGHT:
             edge = col0 + key.shape[0] - 1 > start + shift + right
@@ -266,6 +325,35 @@ def _add(sums, tile, layout: gl.constexpr):
     offset = ((row // 16 * (WIDTH // 8) + column // 8) * 32 + lane) * 16
     address = gl.full([HEIGHT, WIDTH], 0, gl.int64, layout) + sums.to(gl.int64)
     gl.inline_asm_elementwise(_ADD, _ADD_CONSTRAINTS, [address, offset, tile], dtype=gl.int32, is_pure=False, pack=4)
+
+
+@gluon.jit
+def _add_rows(sums, tile, layout: gl.constexpr):
+    """Adds the first column of a product's tile, eight columns wide, to memory: a thread has two numbers in each of two
+    rows that are 8 apart, and every fourth thread the first column."""
+    HEIGHT: gl.constexpr = tile.shape[0]
+    WIDTH: gl.constexpr = tile.shape[1]
+    row = gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))[:, None] + _unknown_zero()
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    offset = gl.where(column == 0, row * 4, -1)
+    address = gl.full([HEIGHT, WIDTH], 0, gl.int64, layout) + sums.to(gl.int64)
+    gl.inline_asm_elementwise(
+        _ADD_ONE, _ADD_CONSTRAINTS, [address, offset, tile], dtype=gl.int32, is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def _lowest(floor, place, group, stride_h, begin, end, q_len):
+    """The least bias of the rows begin to end of some heads."""
+    blocks = gl.cdiv(q_len, _ROW_BIAS_BLOCK)
+    end = gl.cdiv(gl.minimum(end, q_len), _ROW_BIAS_BLOCK)
+    lowest = gl.full([128], float("inf"), gl.float32, _BY_THREAD)
+    for member in range(group):
+        own = floor + (place + member * stride_h).to(gl.int64) * blocks
+        for first in range(begin // _ROW_BIAS_BLOCK, end, 128):
+            block = first + gl.arange(0, 128, _BY_THREAD)
+            lowest = gl.minimum(lowest, gl.load(own + block, mask=block < end, other=float("inf")))
+    return gl.min(lowest, 0)
 
 
 @gluon.jit
@@ -330,8 +418,25 @@ def _start_of_scores(biases, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr, B
 
 
 @gluon.jit
+def _reciprocal(number):
+    """Worked out where it is used: see _unknown_zero()."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [number], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _start_at(biases, scale, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr):
+    """_start_of_scores(), from biases [1, rows] that were loaded for the tile."""
+    numbers = biases._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row_bias = numbers.load(gl.SliceLayout(0, LAYOUT)) * _reciprocal(scale)
+    return gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT) + row_bias[None, :]
+
+
+@gluon.jit
 def _load(
-    q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty, batch, kv_head, group, col0, begin, span,
+    q, k, v, do, bias, k_tile, v_tile, q_tiles, do_tiles, biases, kv_full, full, empty,
+    batch, kv_head, group, col0, begin, span, stride_bias_b, stride_bias_h, BIAS_ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp: all that the others compute with."""
     mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
@@ -343,7 +448,12 @@ def _load(
     start = begin
     for _ in range(group * span):
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes)
+        if BIAS_ROWS:
+            mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes + bias.block_type.nbytes)
+            place = batch * stride_bias_b + head * stride_bias_h
+            load_tile(bias, [place, start], full.index(stage), biases.index(stage))
+        else:
+            mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes)
         load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
         load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
         stage += 1
@@ -357,14 +467,20 @@ def _load(
 
 
 @gluon.jit
+def _start_row_sums(ds, ones, no_sums):
+    """Of dS [keys, rows] the sums over keys: all columns of [rows, 8]."""
+    return warpgroup_mma(ds.permute((1, 0)), ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _compute(
-    dk, dv, sums, parts, bias, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, biases,
-    kv_full, full, empty, ds_full, keys_read,
+    dk, dv, sums, parts, bias, floor, k_tile, v_tile, q_tiles, do_tiles, ds_tiles,
+    biases, ones, kv_full, full, empty, ds_full, keys_read,
     batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
     stride_bias_b, stride_bias_h, scale, const_bias, fast,
     PART: gl.constexpr, DIM: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
-    SLOW: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
+    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: dK and dV of its half of the keys, and its half of the columns of dQ."""
     HALF: gl.constexpr = _KEYS // 2
@@ -372,8 +488,14 @@ def _compute(
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
     of_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    of_row_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     as_operand: gl.constexpr = gl.DotOperandLayout(0, of_keys, 2)
     dtype: gl.constexpr = k_tile.dtype
+    BY_ROW: gl.constexpr = BANDED or BIAS_ROWS
+    HEAD_BIAS: gl.constexpr = bias is not None and not BIAS_ROWS
+    # Of the sums of dQ and, behind it, of dS: a tile's numbers, and where those of dS begin, for this half.
+    TILE_SUMS: gl.constexpr = _ROWS * (DIM + 1 if ROW_SUMS else DIM)
+    ROW_SUMS_AT: gl.constexpr = _ROWS * (DIM - PART * COLUMNS)
 
     col0 += PART * HALF
     key = gl.arange(0, HALF, gl.SliceLayout(1, of_scores))
@@ -382,7 +504,9 @@ def _compute(
     no_rows = gl.zeros([_ROWS, COLUMNS], gl.float32, of_rows)
     keys = k_tile.index(0).reshape([_KEYS, DIM])
     values = v_tile.index(0).reshape([_KEYS, DIM])
-    biases = biases.index(PART)
+    if not BIAS_ROWS:
+        biases = biases.index(PART)
+    no_sums = gl.zeros([_ROWS, 8], gl.float32, of_row_sums)
     dk_acc = gl.zeros([HALF, DIM], gl.float32, of_keys)
 
     # Where a tile is: its first row, and its place among the sums of dQ, of which tiles follow one another by heads.
@@ -396,10 +520,13 @@ def _compute(
     # Not the same number to Triton, which takes names of one number for one variable.
     tile_before = tile + 0
     row_bias = const_bias + 0.0
-    if bias is not None:
+    if HEAD_BIAS:
         bias += batch.to(gl.int64) * stride_bias_b
         row_bias += _head_bias(bias, head, stride_bias_h)
-    if BANDED:
+    if BIAS_ROWS and FORM == _AUTO:
+        place = batch * stride_bias_b + head * stride_bias_h
+        fast = _lowest(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
+    if BANDED and not BIAS_ROWS:
         _put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
     elif VISIBLE:
         const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
@@ -416,9 +543,12 @@ def _compute(
     mbarrier.wait(full.index(0), 0)
     rows = q_tiles.index(0).reshape([_ROWS, DIM])
     grads = do_tiles.index(0).reshape([_ROWS, DIM])
-    s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+    if BIAS_ROWS:
+        s_start = _start_at(biases.index(0), scale, of_scores, HALF)
+    else:
+        s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
     s_token = warpgroup_mma(
-        keys.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BANDED, is_async=True
+        keys.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BY_ROW, is_async=True
     )
     dp_token = warpgroup_mma(
         values.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
@@ -426,7 +556,7 @@ def _compute(
     s = warpgroup_mma_wait(1, deps=[s_token])
     p = _probabilities(
         s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-        BANDED, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+        BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
     )  # fmt: skip
     p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
     dv_token = warpgroup_mma(p_operand, grads, gl.zeros([HALF, DIM], gl.float32, of_keys), use_acc=False, is_async=True)
@@ -444,9 +574,9 @@ def _compute(
     start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
     if GROUPED and SUMS:
         parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
-    if GROUPED and bias is not None:
+    if GROUPED and HEAD_BIAS:
         row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
-    if BANDED:
+    if BANDED and not BIAS_ROWS:
         _put_row_biases(
             biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
         )
@@ -481,15 +611,29 @@ def _compute(
             ds_tiles.index(slot).permute((1, 0)), keys_now.slice(PART * COLUMNS, COLUMNS, 1), no_rows,
             use_acc=False, is_async=True,
         )  # fmt: skip
-        s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+        if ROW_SUMS:
+            own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
+            row_token = _start_row_sums(own, ones.index(zero), no_sums)
+        if not BIAS_ROWS:
+            s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
         mbarrier.wait(full.index(stage), phase)
+        if BIAS_ROWS:
+            s_start = _start_at(biases.index(stage), scale, of_scores, HALF)
         rows = q_tiles.index(stage).reshape([_ROWS, DIM])
         grads = do_tiles.index(stage).reshape([_ROWS, DIM])
         s_token = warpgroup_mma(
-            keys_now.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BANDED, is_async=True
+            keys_now.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BY_ROW, is_async=True
         )
-        dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(1, deps=[dk_token, dq_token, ds_operand])
-        _add(sums + tile_before.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
+        if ROW_SUMS:
+            dk_acc, dq_tile, row_sums, ds_operand = warpgroup_mma_wait(
+                1, deps=[dk_token, dq_token, row_token, ds_operand]
+            )
+        else:
+            dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(1, deps=[dk_token, dq_token, ds_operand])
+        sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
+        if ROW_SUMS:
+            _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
+        _add(sums_before, dq_tile, of_rows)
         # The rows of the tile before and dS of the one before that are read.
         sync()
         mbarrier.arrive(empty.index(stage_before))
@@ -504,7 +648,7 @@ def _compute(
         s = warpgroup_mma_wait(1, deps=[s_token])
         p = _probabilities(
             s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-            BANDED, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
         p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
         dv_token = warpgroup_mma(p_operand, grads, dv_acc, is_async=True)
@@ -520,9 +664,9 @@ def _compute(
         start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
         if GROUPED and SUMS:
             parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
-        if GROUPED and bias is not None:
+        if GROUPED and HEAD_BIAS:
             row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
-        if BANDED:
+        if BANDED and not BIAS_ROWS:
             _put_row_biases(
                 biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
@@ -537,14 +681,24 @@ def _compute(
     columns = keys.slice(PART * COLUMNS, COLUMNS, 1)
     dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
     dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(0, deps=[dk_token, dq_token, ds_operand])
-    _add(sums + tile_before.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
+    sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
+    _add(sums_before, dq_tile, of_rows)
+    if ROW_SUMS:
+        own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
+        row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(own, ones.index(0), no_sums)])
+        _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
     slot ^= 1
     if slot == 0:
         slot_phase ^= 1
     mbarrier.wait(ds_full.index(slot), slot_phase)
     dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
     dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
-    _add(sums + tile.to(gl.int64) * (_ROWS * DIM), dq_tile, of_rows)
+    sums += tile.to(gl.int64) * TILE_SUMS
+    _add(sums, dq_tile, of_rows)
+    if ROW_SUMS:
+        own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
+        row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(own, ones.index(0), no_sums)])
+        _add_rows(sums + ROW_SUMS_AT, row_sums, of_row_sums)
 
     # The results go out by way of where keys and values lay, of which both warpgroups read all the keys.
     sync()
@@ -565,16 +719,19 @@ def _compute(
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, sums, parts, bias, stride_bias_b, stride_bias_h,
+    q, k, v, do, dk, dv, sums, parts, bias, floor, stride_bias_b, stride_bias_h,
     heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
     DIM: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
-    SLOW: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
+    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
 
-    sums: float32 [B * H * ceil(M / 64), 2, ...], zeros: of each tile of dQ half of the columns, then the other half.
+    sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ half of the columns, then the other half; if
+    ROW_SUMS of each row the sum of dS behind them.
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
+    bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (launch.RowBiases);
+    strides of bias count its rows then.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
     blocks = gl.cdiv(kv_len, _KEYS)
@@ -596,7 +753,7 @@ def _kernel(
         end = gl.minimum(end, gl.minimum(col0 + _KEYS, kv_len) - shift + left)
     span = gl.maximum(gl.cdiv(end - begin, _ROWS), 1)
     fast = True
-    if FORM == _AUTO:
+    if FORM == _AUTO and not BIAS_ROWS:
         # Of all heads and rows the least bias. No row sees more keys than a window has.
         count = kv_len
         if HAS_LEFT and HAS_RIGHT:
@@ -620,7 +777,25 @@ def _kernel(
     do_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, DIM], do.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], dtype)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, _KEYS, _ROWS], ds_layout)
-    biases = gl.allocate_shared_memory(gl.float32, [2, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # What a partition has no use for is not handed to it.
+    if BIAS_ROWS:
+        biases = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], bias.layout)
+        row_biases = bias
+        row_tiles = biases
+        row_stride_b = stride_bias_b
+        row_stride_h = stride_bias_h
+    else:
+        biases = gl.allocate_shared_memory(gl.float32, [2, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        row_biases: gl.constexpr = 0
+        row_tiles: gl.constexpr = 0
+        row_stride_b: gl.constexpr = 0
+        row_stride_h: gl.constexpr = 0
+    if ROW_SUMS:
+        ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, _KEYS // 2], dtype)
+        ones = gl.allocate_shared_memory(dtype, [1, 8, _KEYS // 2], ones_layout)
+        ones.index(0).store(gl.full([8, _KEYS // 2], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+    else:
+        ones: gl.constexpr = 0
     kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     keys_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
@@ -638,22 +813,24 @@ def _kernel(
     gl.warp_specialize(
         [
             (_compute, (
-                dk, dv, sums, parts, bias, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, biases,
-                kv_full, full, empty, ds_full, keys_read,
+                dk, dv, sums, parts, 0 if BIAS_ROWS else bias, floor, k_tile, v_tile, q_tiles, do_tiles, ds_tiles,
+                biases, ones, kv_full, full, empty, ds_full, keys_read,
                 batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
                 stride_bias_b, stride_bias_h, scale, const_bias, fast,
-                0, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, SUMS, GROUPED, P_SCALE, FORM, SLOW,
+                0, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM,
+                SLOW,
             )),
             (_compute, (
-                dk, dv, sums, parts, bias, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, biases,
-                kv_full, full, empty, ds_full, keys_read,
+                dk, dv, sums, parts, 0 if BIAS_ROWS else bias, floor, k_tile, v_tile, q_tiles, do_tiles, ds_tiles,
+                biases, ones, kv_full, full, empty, ds_full, keys_read,
                 batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
                 stride_bias_b, stride_bias_h, scale, const_bias, fast,
-                1, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, SUMS, GROUPED, P_SCALE, FORM, SLOW,
+                1, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM,
+                SLOW,
             )),
             (_load, (
-                q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty,
-                batch, kv_head, group, col0, begin, span,
+                q, k, v, do, row_biases, k_tile, v_tile, q_tiles, do_tiles, row_tiles, kv_full, full, empty,
+                batch, kv_head, group, col0, begin, span, row_stride_b, row_stride_h, BIAS_ROWS,
             )),
         ],
         [4, 1],
@@ -661,19 +838,26 @@ def _kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale"])
+@triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
 def _finish_kernel(
-    sums, dq, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
+    sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
+    stride_db_b, stride_db_h, stride_db_m,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of dQ, from the order in which _add() put it in memory."""
+    """One program: a tile of dQ, from the order in which _add() put it in memory, and the sums of its rows of dS."""
     stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
     tile = tl.program_id(0)
     head = (tile // tiles % heads).to(tl.int64)
     batch = (tile // tiles // heads).to(tl.int64)
     start = tile % tiles * _ROWS
-    numbers = tl.load(sums + tile.to(tl.int64) * (_ROWS * DIM) + tl.arange(0, _ROWS * DIM))
+    sums += tile.to(tl.int64) * (_ROWS * DIM if db is None else _ROWS * (DIM + 1))
+    numbers = tl.load(sums + tl.arange(0, _ROWS * DIM))
     # [half of the columns, warp, eight columns, row, two columns, row and that 8 below, column]
     numbers = numbers.reshape(2, 4, DIM // 16, 8, 4, 2, 2).permute(1, 5, 3, 0, 2, 4, 6).reshape(_ROWS, DIM)
     dq += batch * stride_dq_b + head * stride_dq_h
     store_rows(dq, numbers * scale, start, q_len, stride_dq_n, HEAD_DIM, _ROWS, DIM)
+    if db is not None:
+        row = start + tl.arange(0, _ROWS)
+        row_sums = tl.load(sums + _ROWS * DIM + tl.arange(0, _ROWS))
+        db += batch * stride_db_b + head * stride_db_h
+        tl.store(db + row.to(tl.int64) * stride_db_m, row_sums.to(db.dtype.element_ty), mask=row < q_len)

@@ -29,16 +29,28 @@ PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def assert_products_in_flight(
-    kernel: Any, rows: dict[str, int], width: int, dtype: str, spilled: int, folder: Path, **constants: Any
+    kernel: Any,
+    rows: dict[str, int],
+    width: int,
+    dtype: str,
+    spilled: int,
+    folder: Path,
+    *,
+    described_bias: bool = False,
+    **constants: Any,
 ) -> None:
     """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
 
     rows: of a tile of each described tensor. Of the other tensors those are given that are not among the constants.
+    described_bias: whether the bias comes by tiles of 64 rows, too.
     spilled: bytes of registers that may be.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    of_rows = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     types = {name: f"tensordesc<{dtype}[1,1,{n},{width}],{shared!r}>" for name, n in rows.items()}
-    types |= {"sums": "*fp32", "parts": "*fp32", "bias": "*fp32", "scale": "fp32", "const_bias": "fp32"}
+    types |= dict.fromkeys(("sums", "parts", "bias", "floor"), "*fp32") | {"scale": "fp32", "const_bias": "fp32"}
+    if described_bias:
+        types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
     source = GluonASTSource(
@@ -62,25 +74,39 @@ def assert_products_in_flight(
 @pytest.mark.parametrize(
     ("dtype", "band", "form", "grouped", "bias"),
     [
-        ("bf16", "none", FAST, False, False),
-        ("bf16", "causal", TAIL, False, False),
-        ("bf16", "causal", AUTO, True, True),
-        ("fp16", "window", ACCURATE, False, True),
-        ("fp16", "causal", CUBIC_TAIL, False, False),
+        ("bf16", "none", FAST, False, None),
+        ("bf16", "causal", TAIL, False, None),
+        ("bf16", "causal", AUTO, True, "heads"),
+        ("fp16", "window", ACCURATE, False, "heads"),
+        ("fp16", "causal", CUBIC_TAIL, False, None),
+        ("bf16", "none", FAST, False, "rows"),
+        ("bf16", "causal", AUTO, True, "rows"),
+        ("bf16", "window", AUTO, False, "given rows"),  # without gradient
+        ("fp16", "window", ACCURATE, False, "rows"),
+        ("fp16", "none", CUBIC_TAIL, True, "rows"),
     ],
 )
 def test_the_backward_compiles_with_its_products_in_flight(
-    dim: int, dtype: str, band: str, form: int, grouped: bool, bias: bool, tmp_path: Path
+    dim: int, dtype: str, band: str, form: int, grouped: bool, bias: str | None, tmp_path: Path
 ) -> None:
+    by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
         "DIM": dim,
         "BANDED": band != "none",
-        "SUMS": bias,
+        "BIAS_ROWS": by_row,
+        "SUMS": bias == "heads",
+        "ROW_SUMS": bias == "rows",
         "GROUPED": grouped,
     }
-    absent: dict[str, Any] = {} if bias else {"bias": None, "parts": None}
+    constants |= {"VISIBLE": False} if by_row else {}
+    absent: dict[str, Any] = {} if bias else {"bias": None}
+    absent |= {} if bias == "heads" else {"parts": None}
+    absent |= {} if by_row and form == AUTO else {"floor": None}
     rows = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    assert_products_in_flight(hopper_bwd._kernel, rows, dim, dtype, 128, tmp_path, **constants, **absent)
+    spilled = 160 if by_row else 128
+    assert_products_in_flight(
+        hopper_bwd._kernel, rows, dim, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+    )
 
 
 @pytest.mark.parametrize(
