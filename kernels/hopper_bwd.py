@@ -68,10 +68,10 @@ from sigswap.kernels.triton_common import (
     store_rows,
 )
 
-LONG = {64: 1024, 128: 511}
+LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
 """By the width of a head: with more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`, as
-measured on an H100. The sums of dQ have to be filled with zeros before and put in order after, which takes as long for
-short sequences as for long ones."""
+measured on an H100: without bias, with one per head, with one per row, which cost :mod:`flash_bwd` more. The sums of dQ
+have to be filled with zeros before and put in order after, which takes as long for short sequences as for long ones."""
 
 ROWS, KEYS, STAGES = 64, 128, 3
 """A tile's rows; the keys of a program; tiles of rows in flight."""
@@ -105,7 +105,7 @@ def suits(
 ) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
     dropout and soft cap, where all of query, key and value want gradients."""
-    if key.shape[2] < min(LONG.values()) or attn_mask is not None or options.dropout_p > 0.0 or options.softcap > 0.0:
+    if key.shape[2] <= min(LONG[64]) or attn_mask is not None or options.dropout_p > 0.0 or options.softcap > 0.0:
         return False
     if not all(output_mask[:3]) or query.element_size() != 2 or abs(options.scale) < 1e-6:
         return False
@@ -127,7 +127,8 @@ def _suits(signature: Signature, grad_out: Layout) -> bool:
         return False
     if any(each.shape[3] % 8 != 0 for each in operands):  # new gradients would not be describable
         return False
-    return _sees_every_block(signature) and _visible_keys(signature) > LONG[width] * signature.q_len
+    long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
+    return _sees_every_block(signature) and _visible_keys(signature) > long * signature.q_len
 
 
 def _sees_every_block(signature: Signature) -> bool:

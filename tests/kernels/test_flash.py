@@ -640,6 +640,7 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
 
     assert suits() and suits(options=options._replace(is_causal=True))
     assert not suits(rows=512) and not suits(needed=[True, True, False, False, False])
+    assert not suits(rows=1024) and suits(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
     assert not suits(options=options._replace(is_causal=True, window_left=300))
     assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
     assert suits(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
