@@ -340,6 +340,7 @@ def _attend(
             mbarrier.wait(v_full.index(stage_before), phase_before)
             values = v_tiles.index(stage_before).reshape([_KEYS, _WIDTH])
             out_token = warpgroup_mma(p_operand, values, out_acc, is_async=True)
+            sync()  # all four warps have had their turn
             mbarrier.arrive(turns.index(1 - PART))
             s = warpgroup_mma_wait(1, deps=[s_token])
             sync()

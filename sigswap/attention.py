@@ -303,8 +303,10 @@ def _window(window: Window | None) -> tuple[int, int]:
 
 def _length(name: str, length: int) -> int:
     """Whatever is an integer: lengths often are NumPy's, or a tensor's."""
-    if isinstance(length, int | torch.SymInt) or torch.compiler.is_compiling():  # the op's schema does as much there
+    if isinstance(length, int | torch.SymInt):
         return length
+    if torch.compiler.is_compiling():  # all else is a tensor there; without fullgraph the call is left out, and eager
+        raise ArgumentError(f"{name} must be a Python int inside torch.compile: turn it into one before, with int().")
     try:
         return operator.index(length)
     except TypeError as error:

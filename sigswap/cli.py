@@ -209,7 +209,7 @@ def convert(
             console.print(report)
             if calibration is not None:
                 console.print(calibration)
-            console.print(f"Saved to {out}. Load it with sigswap.load({str(out)!r}).", highlight=False)
+            console.print(f"Saved to {out}. Load it with {_loader(built)}({str(out)!r}).", highlight=False)
 
 
 @app.command()
@@ -339,6 +339,18 @@ def _factory(built: nn.Module, spec: str) -> str | None:
     from sigswap.transformers_hook import is_transformers_model
 
     return spec if is_factory(spec) and not is_transformers_model(built) else None
+
+
+def _loader(built: nn.Module) -> str:
+    """The function that loads what was saved. Transformers does not know all classes of its models by their config."""
+    from sigswap.transformers_hook import is_transformers_model
+
+    if is_transformers_model(built):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if built.config.model_type not in CONFIG_MAPPING:  # type: ignore[union-attr]
+            return f"{type(built).__name__}.from_pretrained"
+    return "sigswap.load"
 
 
 def _example(spec: str | None) -> Any:

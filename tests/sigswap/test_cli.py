@@ -82,6 +82,26 @@ def build_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
 
 
+def build_unregistered() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "sigswap-unregistered"
+
+    class Unregistered(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.attention = Attention()
+            self.post_init()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x)
+
+    return Unregistered(Config())
+
+
 def build_another_each_time() -> nn.Module:
     model = Attention()
     model.register_buffer("built", torch.zeros(next(_built)))
@@ -179,6 +199,12 @@ def test_own_function(tmp_path: Path) -> None:
 def test_own_function_that_returns_a_transformers_model(tmp_path: Path) -> None:
     assert run("convert", f"{HERE}:build_llama", "--out", tmp_path).exit_code == 0
     assert type(sigswap.load(tmp_path)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_transformers_model_whose_class_is_not_registered_is_loaded_by_that_class(tmp_path: Path) -> None:
+    result = run("convert", f"{HERE}:build_unregistered", "--example", f"{HERE}:inputs", "--out", tmp_path)
+    assert result.exit_code == 0 and "Unregistered.from_pretrained(" in result.stdout
+    assert sigswap.is_converted(type(build_unregistered()).from_pretrained(tmp_path))
 
 
 def test_a_directory_that_is_not_empty_needs_force(tmp_path: Path) -> None:
