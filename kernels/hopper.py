@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sigswap.kernels.launch import Described, Layout, by_rows
-from sigswap.kernels.triton_common import _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
+from sigswap.kernels.triton_common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
 
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
@@ -50,8 +50,22 @@ class Numbers(Described):
 
 
 @gluon.jit
-def sigmoid(x, FORM: gl.constexpr):
-    """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form."""
+def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr):
+    """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form.
+
+    fast: if FORM is AUTO, whether the form is FAST, else it is SLOW, which ACCURATE stands for, too.
+    """
+    if FORM == _FAST:
+        p = _sigmoid(x, _FAST)
+    elif FORM == _AUTO:
+        p = _sigmoid(x, _FAST) if fast else _sigmoid(x, SLOW)
+    else:
+        p = _sigmoid(x, SLOW)
+    return p
+
+
+@gluon.jit
+def _sigmoid(x, FORM: gl.constexpr):
     if FORM == _FAST:
         tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
         return 0.5 + 0.5 * tanh

@@ -305,13 +305,7 @@ def _probabilities(
                 x = gl.where((col0 + key)[:, None] <= (start + shift + right + row)[None, :], x, float("-inf"))
             if HAS_LEFT:
                 x = gl.where((col0 + key)[:, None] >= (start + shift - left + row)[None, :], x, float("-inf"))
-    if FORM == _FAST:
-        p = sigmoid(x, _FAST)
-    elif FORM == _AUTO:
-        p = sigmoid(x, _FAST) if fast else sigmoid(x, SLOW)
-    else:
-        p = sigmoid(x, SLOW)
-    return p
+    return sigmoid(x, fast, FORM, SLOW)
 
 
 @gluon.jit

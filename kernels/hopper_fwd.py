@@ -210,13 +210,7 @@ def _probabilities(
                 x = gl.where(key[None, :] <= (row + shift + right)[:, None], x, float("-inf"))
             if HAS_LEFT:
                 x = gl.where(key[None, :] >= (row + shift - left)[:, None], x, float("-inf"))
-    if FORM == _FAST:
-        p = sigmoid(x, _FAST)
-    elif FORM == _AUTO:
-        p = sigmoid(x, _FAST) if fast else sigmoid(x, SLOW)
-    else:
-        p = sigmoid(x, SLOW)
-    return p
+    return sigmoid(x, fast, FORM, SLOW)
 
 
 @gluon.jit
