@@ -30,13 +30,15 @@ def swap(
     example_inputs: Sequence[Any],
     stand_ins: Mapping[Any, Callable[..., Any]],
     bias: Mapping[str, Any],
+    keep: str | None = None,
 ) -> SwapResult:
     """Replaces every attention softmax in ``graph_module`` (a Dynamo graph) and its checkpoint regions, in place.
 
     ``stand_ins`` maps a torch function, or the name of a Tensor method, to the function that takes its place: with the
-    same arguments and the keywords ``bias``. The graph is linted and recompiled.
+    same arguments and the keywords ``bias``. The graph is linted and recompiled. ``keep``: why nothing is to be
+    replaced; the sites are then among those left alone.
     """
-    whole = _swap_whole(graph_module, stand_ins, bias)
+    whole = 0 if keep else _swap_whole(graph_module, stand_ins, bias)
     if not _may_have_site(graph_module):
         return SwapResult(whole, ())
     shadow = normalize(graph_module, example_inputs)
@@ -45,6 +47,9 @@ def swap(
     swapped: list[torch.fx.Node] = []
     for site in found.sites:
         source = source_of(site.anchor)
+        if keep:
+            left.append(LeftAlone(site.anchor, keep, True))
+            continue
         if source is None or source.target not in stand_ins:
             left.append(_unreachable(site))
             continue

@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="sigswap")``: swaps softmax attention at compile time, then hands on to a compiler.
 
-A converted model (:func:`sigswap.convert`) stays what it is; an unconverted one computes sigmoid attention, without
-new parameters, while its module stays as it was.
+A converted model (:func:`sigswap.convert`) stays what it is, with what it leaves as softmax. An unconverted one
+computes sigmoid attention, without new parameters, while its module stays as it was.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from sigswap import functions, multihead
 from sigswap.config import SigmoidConfig
 from sigswap.errors import ArgumentError, UnswappableSiteError
 from sigswap.passes.lower import LowerResult, lower
+from sigswap.passes.normalize import graph_modules
 from sigswap.passes.swap import SwapResult, swap
-from sigswap.state import bias_terms
+from sigswap.state import SWAPPED_FORWARD, bias_terms, reverted_models
 
 logger = logging.getLogger("sigswap")
 _OPTIONS = ("inner", "inner_options", "bias", "strict")
+_KEPT = "its model is converted, and leaves it as softmax (exclude, strict=False, or inside sigswap.softmax)"
 
 
 def sigswap_backend(
@@ -53,12 +55,17 @@ def sigswap_backend(
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
 
     result, lowering = swap_and_lower(graph_module, example_inputs, visible_bias=visible_bias, const_bias=const_bias)
-    stuck = [left for left in result.left_alone if left.attention]
+    stuck = [left for left in result.left_alone if left.attention and left.reason != _KEPT]
     reasons = "; ".join(dict.fromkeys(left.reason for left in stuck))
     if stuck and options.get("strict", True):
         raise UnswappableSiteError(
             f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}. "
             "Pass options={'strict': False} to leave them as softmax."
+        )
+    if result.swapped and _is_reverted(graph_module):
+        logger.warning(
+            "swapped a model that sigswap.revert has made softmax again: backend='sigswap' swaps all that is not "
+            "converted. For softmax compile it with another backend, such as inductor."
         )
     logger.info("swapped %d softmax attention(s), %d softmax(es) left alone", result.swapped, len(result.left_alone))
     for left in result.left_alone:
@@ -76,8 +83,27 @@ def swap_and_lower(
 ) -> tuple[SwapResult, LowerResult]:
     """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the row bias
     given, and each sigmoid attention one call of FlashSigmoid."""
-    swapped = swap(graph_module, example_inputs, _STAND_INS, {"visible_bias": visible_bias, "const_bias": const_bias})
+    bias = {"visible_bias": visible_bias, "const_bias": const_bias}
+    keep = _KEPT if _is_converted(graph_module) else None
+    swapped = swap(graph_module, example_inputs, _STAND_INS, bias, keep)
     return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()), shadow=swapped.shadow)
+
+
+def _is_converted(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether the graph is of a converted model, or a part of one that has a converted module in it."""
+    for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
+        if f"in {SWAPPED_FORWARD}" in (node.meta.get("stack_trace") or ""):
+            return True
+        if any(hasattr(kind, "_sigswap_base") for _, kind in (node.meta.get("nn_module_stack") or {}).values()):
+            return True
+    return False
+
+
+def _is_reverted(graph_module: torch.fx.GraphModule) -> bool:
+    """Dynamo gives the modules that a node was made in by their ids, "@1" behind them in a second call."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph_module.graph.nodes)
+    seen = {key.partition("@")[0] for stack in stacks for key in stack}
+    return any(str(id(module)) in seen for model in reverted_models for module in model.modules())
 
 
 def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:

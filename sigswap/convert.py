@@ -28,7 +28,7 @@ from sigswap.example_inputs import resolve_inputs
 from sigswap.mode import base_class, swapped_class
 from sigswap.plan import Sites, merge, plan_run, without
 from sigswap.report import Report, SiteRecord
-from sigswap.state import OwnerPlan, OwnerState
+from sigswap.state import OwnerPlan, OwnerState, reverted_models
 
 _RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
 _CALIBRATED = "Calibrated: "  # how the note of a calibration starts
@@ -143,6 +143,7 @@ def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
         calibrate(model, batches)
     except BaseException:
         revert(model)
+        reverted_models.discard(model)
         raise
 
 
@@ -165,7 +166,9 @@ def inspect(
 def revert(model: nn.Module) -> nn.Module:
     """Undoes :func:`convert`, in place: the original model, bit for bit. Raises NotConvertedError.
 
-    The parameters under ``*.sigswap.*`` are gone; base parameters keep whatever training made of them.
+    The parameters under ``*.sigswap.*`` are gone; base parameters keep whatever training made of them. What
+    :func:`sigswap.compile_attention` has compiled is eager again. What ``torch.compile(backend="sigswap")`` compiled
+    stays so, and swaps, as it does in any model that is not converted.
     """
     conversion = conversion_of(model)
     modules = [module for module in model.modules() if base_class(module) is not None]
@@ -187,11 +190,14 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{type(module).__name__}: its child sigswap is not sigswap's; revert is not possible."
             )
     for module in modules:
+        if module.sigswap is not None and module.sigswap.compiled:
+            module._compiled_call_impl = None
         accelerate_hooks.set_class(module, base_class(module))
         module._modules.pop("sigswap", None)
     for module in model.modules():
         module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
     del model.__dict__[_RECORD]
+    reverted_models.add(model)
     _set_attn_implementations(model, conversion.attn_implementations)
     return model
 
@@ -428,6 +434,10 @@ def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[
     return sites
 
 
+# Holders of modules, and of nn.MultiheadAttention's last weight and bias, which it passes to a function.
+_NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
     """A note that names the modules with parameters that no run has reached, the outermost ones, if there are any."""
     executed = {path for recorded in runs for path in recorded.executed}
@@ -436,7 +446,7 @@ def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
         for path, module in model.named_modules()
         if path not in executed
         and path.rpartition(".")[0] in executed
-        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and not isinstance(module, _NEVER_RUN)
         and any(True for _ in module.parameters())
     ]
     if not idle:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ _ANOTHER_PATH = (
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
 UNSEEN_FILES = ("module.py", "overrides.py")  # torch's own, between a module's forward and the next one's
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
+reverted_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""``backend="sigswap"`` swaps them as any other that is not converted, and warns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,7 @@ class OwnerState(nn.Module):
 
     layer_scale: nn.Parameter | None
     softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
+    compiled = False  # by compile_attention
     observer: Any = None  # while it is calibrated: a sigswap.observe.Observer that runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
