@@ -21,7 +21,7 @@ from sigswap.errors import ArgumentError, UnswappableSiteError
 from sigswap.passes.lower import LowerResult, lower
 from sigswap.passes.normalize import graph_modules
 from sigswap.passes.swap import SwapResult, swap
-from sigswap.state import SWAPPED_FORWARD, bias_terms, reverted_models
+from sigswap.state import SWAPPED_FORWARD, bias_terms, decided_models
 
 logger = logging.getLogger("sigswap")
 _OPTIONS = ("inner", "inner_options", "bias", "strict")
@@ -62,10 +62,11 @@ def sigswap_backend(
             f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}. "
             "Pass options={'strict': False} to leave them as softmax."
         )
-    if result.swapped and _is_reverted(graph_module):
+    if result.swapped and _is_decided(graph_module):
         logger.warning(
-            "swapped a model that sigswap.revert has made softmax again: backend='sigswap' swaps all that is not "
-            "converted. For softmax compile it with another backend, such as inductor."
+            "swapped attention that sigswap.convert has left as softmax, or sigswap.revert has made softmax again: "
+            "backend='sigswap' swaps what is not converted in a graph in which nothing is. For softmax compile it with "
+            "another backend, such as inductor."
         )
     logger.info("swapped %d softmax attention(s), %d softmax(es) left alone", result.swapped, len(result.left_alone))
     for left in result.left_alone:
@@ -99,11 +100,12 @@ def _is_converted(graph_module: torch.fx.GraphModule) -> bool:
     return False
 
 
-def _is_reverted(graph_module: torch.fx.GraphModule) -> bool:
-    """Dynamo gives the modules that a node was made in by their ids, "@1" behind them in a second call."""
+def _is_decided(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether the graph is of a model that was converted or reverted. Dynamo gives the modules that a node was made in
+    by their ids, "@1" behind them in a second call."""
     stacks = (node.meta.get("nn_module_stack") or {} for node in graph_module.graph.nodes)
     seen = {key.partition("@")[0] for stack in stacks for key in stack}
-    return any(str(id(module)) in seen for model in reverted_models for module in model.modules())
+    return any(str(id(module)) in seen for model in decided_models for module in model.modules())
 
 
 def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from sigswap.example_inputs import resolve_inputs
 from sigswap.mode import base_class, swapped_class
 from sigswap.plan import Sites, merge, plan_run, without
 from sigswap.report import Report, SiteRecord
-from sigswap.state import OwnerPlan, OwnerState, reverted_models
+from sigswap.state import OwnerPlan, OwnerState, decided_models
 
 _RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
 _CALIBRATED = "Calibrated: "  # how the note of a calibration starts
@@ -143,7 +143,7 @@ def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
         calibrate(model, batches)
     except BaseException:
         revert(model)
-        reverted_models.discard(model)
+        decided_models.discard(model)
         raise
 
 
@@ -197,7 +197,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
     del model.__dict__[_RECORD]
-    reverted_models.add(model)
+    decided_models.add(model)
     _set_attn_implementations(model, conversion.attn_implementations)
     return model
 
@@ -296,6 +296,7 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     for module in guarded:
         _switch_off_fast_path(module)
     model.__dict__[_RECORD] = conversion
+    decided_models.add(model)
     return model
 
 

@@ -28,8 +28,9 @@ _ANOTHER_PATH = (
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
 UNSEEN_FILES = ("module.py", "overrides.py")  # torch's own, between a module's forward and the next one's
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
-reverted_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""``backend="sigswap"`` swaps them as any other that is not converted, and warns."""
+decided_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Those that were converted or reverted. What is softmax in them is so by the user's choice. Where a graph has nothing
+converted in it, ``backend="sigswap"`` swaps it all the same, as Dynamo cannot tell it from an equal one, and warns."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,20 @@ def test_a_reverted_model_is_swapped_as_any_other_and_said_to_be(x: Tensor, capl
     assert "sigswap.revert has made softmax again" in caplog.text
 
 
+def test_what_is_excluded_in_a_graph_of_its_own_is_said_to_be_swapped(
+    x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[0](x)
+            torch._dynamo.graph_break()
+            return self[1](x)
+
+    model = sigswap.convert(Broken(Attention(), Attention()), example_inputs=x, exclude=["1"])
+    torch.compile(model, **COMPILED)(x)
+    assert "sigswap.convert has left as softmax" in caplog.text
+
+
 def test_the_output_projection_of_multihead_attention_is_not_idle() -> None:
     x = torch.randn(2, 5, 32)
     model = nn.MultiheadAttention(32, 4, batch_first=True)
