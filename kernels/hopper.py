@@ -1,4 +1,4 @@
-"""What the Gluon kernels for Hopper GPUs share: tiles in shared memory, and the sigmoid in few registers."""
+"""What the Gluon kernels for Hopper GPUs share: tiles in shared memory, visible keys, the sigmoid in few registers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ class Numbers(Described):
     def describe(self, tensor: Tensor) -> Any:
         shared = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
+
+
+@gluon.jit
+def log_of_visible(row, kv_len, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """ln(max(n_i, 1)) of rows, n_i being the number of keys that a row sees."""
+    first = gl.full(row.shape, 0, gl.int32, row.type.layout)
+    last = first + (kv_len - 1)
+    if HAS_LEFT:
+        first = gl.maximum(row + shift - left, 0)
+    if HAS_RIGHT:
+        last = gl.minimum(row + shift + right, kv_len - 1)
+    return gl.log(gl.maximum(last - first + 1, 1).to(gl.float32))
 
 
 @gluon.jit

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels import reference
-from sigswap.kernels.hopper import Numbers, Tiles, load_tile, sigmoid, store_tile, sync
+from sigswap.kernels.hopper import Numbers, Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
 from sigswap.kernels.launch import (
     MAX_PLANS,
     Described,
@@ -294,7 +294,7 @@ def _probabilities(
         x = s * (scale * _LOG2E)
     if not BY_ROW:
         x += row_bias
-    if BY_ROW:
+    else:
         edge = False
         if HAS_RIGHT:
             edge = col0 + key.shape[0] - 1 > start + shift + right
@@ -367,13 +367,7 @@ def _put_row_biases(
     row = start + gl.arange(0, _ROWS, _BY_THREAD)
     result = gl.full([_ROWS], 0.0, gl.float32, _BY_THREAD) + head_bias
     if VISIBLE:
-        first = gl.full([_ROWS], 0, gl.int32, _BY_THREAD)
-        last = first + (kv_len - 1)
-        if HAS_LEFT:
-            first = gl.maximum(row + shift - left, 0)
-        if HAS_RIGHT:
-            last = gl.minimum(row + shift + right, kv_len - 1)
-        result -= gl.log(gl.maximum(last - first + 1, 1).to(gl.float32))
+        result -= log_of_visible(row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT)
     biases.store(result / scale)
 
 

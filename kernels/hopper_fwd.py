@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels import reference
-from sigswap.kernels.hopper import Tiles, load_tile, sigmoid, store_tile, sync
+from sigswap.kernels.hopper import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
 from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, Signature, describable, limits_of, signature_of
 from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
@@ -182,13 +182,7 @@ def _row_biases(
         place = bias + row.to(gl.int64) * stride_bias_m
         result += gl.load(place, mask=row < q_len, other=0.0).to(gl.float32)
     if VISIBLE:
-        first = gl.full(row.shape, 0, gl.int32, row.type.layout)
-        last = first + (kv_len - 1)
-        if HAS_LEFT:
-            first = gl.maximum(row + shift - left, 0)
-        if HAS_RIGHT:
-            last = gl.minimum(row + shift + right, kv_len - 1)
-        result -= gl.log(gl.maximum(last - first + 1, 1).to(gl.float32))
+        result -= log_of_visible(row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT)
     return result
 
 

@@ -4,7 +4,7 @@ The definition is :mod:`sigswap.kernels.reference`'s. Everything here works on a
 orientation: ``row`` (queries) and ``col`` (keys) are index tensors that broadcast to the tile, so that the kernel
 of dK and dV can hold its scores transposed.
 
-Three forms of the sigmoid. The special-function unit is the bottleneck beside the matrix units, so they are counted:
+Four forms of the sigmoid. The special-function unit is the bottleneck beside the matrix units, so they are counted:
 
 - fast: ``0.5 + 0.5 tanh.approx(x / 2)``, one special instruction per element. Its absolute error is about that of
   float32 near 1, so p is good to 1e-4 down to x = -8 and to 1% at -10: below bfloat16's rounding as long as the
@@ -41,7 +41,8 @@ CUBIC_TAIL_BIAS = -8.0
 large for it. Measured on an H100: with 1,024 keys a forward takes up to 1.2 times as long with it, with 4,096 0.87."""
 
 ACCURATE, TAIL, FAST, AUTO, CUBIC_TAIL = 0, 1, 2, 3, 4
-"""Values of the kernels' FORM; AUTO: FAST in blocks whose rows all have a bias of at least FAST_BIAS, else SLOW."""
+"""Values of the kernels' FORM and SLOW. FORM is FAST; or ACCURATE, which stands for SLOW; or AUTO: FAST in blocks whose
+rows all have a bias of at least FAST_BIAS, else SLOW."""
 
 _ACCURATE = tl.constexpr(ACCURATE)
 _TAIL = tl.constexpr(TAIL)

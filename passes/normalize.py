@@ -128,6 +128,20 @@ def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
     return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph and not same._erased), None)
 
 
+def modules_of(node: torch.fx.Node) -> list[tuple[int, type]]:
+    """The modules in whose forward Dynamo made a node, outermost first: each one's id and class.
+
+    Dynamo has the ids as text, "@1" behind them in a second call. The names beside them begin with whatever local
+    variable holds the model (args[0], of a decorated forward).
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    numbers = (key.partition("@")[0] for key in stack)
+    return [
+        (int(number) if number.isdigit() else 0, kind)
+        for number, (_, kind) in zip(numbers, stack.values(), strict=True)
+    ]
+
+
 def graph_modules(graph_module: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
     """This one, and those in it, which its calls run."""
     return (module for module in graph_module.modules() if isinstance(module, torch.fx.GraphModule))

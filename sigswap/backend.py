@@ -19,7 +19,7 @@ from sigswap import functions, multihead
 from sigswap.config import SigmoidConfig
 from sigswap.errors import ArgumentError, UnswappableSiteError
 from sigswap.passes.lower import LowerResult, lower
-from sigswap.passes.normalize import graph_modules
+from sigswap.passes.normalize import graph_modules, modules_of
 from sigswap.passes.swap import SwapResult, swap
 from sigswap.state import SWAPPED_FORWARD, bias_terms, decided_models
 
@@ -95,17 +95,15 @@ def _is_converted(graph_module: torch.fx.GraphModule) -> bool:
     for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
         if f"in {SWAPPED_FORWARD}" in (node.meta.get("stack_trace") or ""):
             return True
-        if any(hasattr(kind, "_sigswap_base") for _, kind in (node.meta.get("nn_module_stack") or {}).values()):
+        if any(hasattr(kind, "_sigswap_base") for _, kind in modules_of(node)):
             return True
     return False
 
 
 def _is_decided(graph_module: torch.fx.GraphModule) -> bool:
-    """Whether the graph is of a model that was converted or reverted. Dynamo gives the modules that a node was made in
-    by their ids, "@1" behind them in a second call."""
-    stacks = (node.meta.get("nn_module_stack") or {} for node in graph_module.graph.nodes)
-    seen = {key.partition("@")[0] for stack in stacks for key in stack}
-    return any(str(id(module)) in seen for model in decided_models for module in model.modules())
+    """Whether the graph is of a model that was converted or reverted."""
+    seen = {number for node in graph_module.graph.nodes for number, _ in modules_of(node)}
+    return any(id(module) in seen for model in decided_models for module in model.modules())
 
 
 def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sigswap.backend import swap_and_lower
 from sigswap.errors import ExampleInputsError
 from sigswap.example_inputs import resolve_inputs
-from sigswap.passes.normalize import source_of
+from sigswap.passes.normalize import modules_of, source_of
 from sigswap.report import folded
 
 if TYPE_CHECKING:
@@ -120,11 +120,8 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
 
 def _path(node: torch.fx.Node | None, paths: Mapping[int, str]) -> str:
     """The path of the innermost module in whose forward a node was made. ``paths``: of the model's modules, by id."""
-    stack = node.meta.get("nn_module_stack", {}) if node is not None else {}
-    for key, (_, kind) in reversed(stack.items()):
-        # The key is the module's id, "@1" behind it in a second call. The names beside it are Dynamo's, which begin
-        # with whatever local variable holds the model (args[0], of a decorated forward).
-        path = paths.get(int(number)) if (number := key.partition("@")[0]).isdigit() else None
+    for number, kind in reversed(modules_of(node) if node is not None else []):
+        path = paths.get(number)
         if path is not None and not issubclass(kind, nn.Softmax | nn.Sigmoid):  # but the module that calls it
             return path
     return _compiled_path(paths)

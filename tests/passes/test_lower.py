@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import handwritten
@@ -28,6 +28,19 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     assert (actual.double() - expected.double()).abs().max().item() <= tolerance * scale
 
 
+def close_with_gradients(
+    actual: Tensor, expected: Tensor, leaves: Sequence[Tensor], exact: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Output and gradients are those of float64; returns the gradients."""
+    close(actual.detach(), expected.detach())
+    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
+    grads = torch.autograd.grad((actual * direction).sum(), leaves)
+    truths = torch.autograd.grad((expected * direction.double()).sum(), exact)
+    for ours, theirs in zip(grads, truths, strict=True):
+        close(ours, theirs)
+    return grads
+
+
 def oracle_of(model: Handwritten) -> Handwritten:
     """The model in float64, with sigmoid written out in place of its softmax."""
     oracle = copy.deepcopy(model).double()
@@ -41,13 +54,7 @@ def compare(model: Handwritten, compiled: Any, x: Tensor) -> None:
     oracle = oracle_of(model)
     x = x.detach().requires_grad_()
     actual, expected = compiled(x), oracle(x64)
-    close(actual.detach(), expected.detach())
-    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
-    parameters = list(model.parameters())
-    grads = torch.autograd.grad((actual * direction).sum(), [x, *parameters])
-    exact = torch.autograd.grad((expected * direction.double()).sum(), [x64, *oracle.parameters()])
-    for ours, theirs in zip(grads, exact, strict=True):
-        close(ours, theirs)
+    close_with_gradients(actual, expected, [x, *model.parameters()], [x64, *oracle.parameters()])
 
 
 @pytest.fixture(autouse=True)
@@ -593,12 +600,7 @@ def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
         scores = (q @ k.mT) * HEAD_DIM**-0.5 + torch.where(visible(n), build(bias, n), 0.0)
         expected = handwritten.sigmoid(scores.masked_fill(~visible(n), -math.inf), -1) @ v
         actual = compiled(*leaves)
-        close(actual.detach(), expected.detach())
-        direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
-        grads = torch.autograd.grad((actual * direction).sum(), leaves)
-        truths = torch.autograd.grad((expected * direction.double()).sum(), exact)
-        for ours, theirs in zip(grads, truths, strict=True):
-            close(ours, theirs)
+        close_with_gradients(actual, expected, leaves, exact)
     assert len(graphs.calls) == 1
     q, k, v, bias = (leaf[..., :9, :9].detach() if leaf is leaves[3] else leaf[:, :, :9].detach() for leaf in leaves)
     ((_, mask, is_causal),) = operands_of(attention, q, k, v, bias)
@@ -706,12 +708,7 @@ def test_a_bias_under_padding_in_other_forms(name: str, band: str) -> None:
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     graphs = Graphs()
     actual, expected = graphs.compile(attention)(*leaves), attention(*exact, handwritten.sigmoid)
-    close(actual.detach(), expected.detach())
-    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
-    grads = torch.autograd.grad((actual * direction).sum(), leaves)
-    truths = torch.autograd.grad((expected * direction.double()).sum(), exact)
-    for ours, theirs in zip(grads, truths, strict=True):
-        close(ours, theirs)
+    grads = close_with_gradients(actual, expected, leaves, exact)
     for ours in grads[1:3]:
         assert not ours[1, :, 5:].any()  # of padding
     (node,) = graphs.calls
@@ -868,12 +865,7 @@ def test_gradients_of_a_region_without_autocast_under_autocast(checkpointed: boo
         actual = graphs.compile(function)(*inputs)
     expected = attention(*doubles)
     assert len(graphs.calls) == 1
-    close(actual.detach(), expected.detach())
-    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
-    grads = torch.autograd.grad((actual * direction).sum(), inputs)
-    exact = torch.autograd.grad((expected * direction.double()).sum(), doubles)
-    for ours, theirs in zip(grads, exact, strict=True):
-        close(ours, theirs)
+    close_with_gradients(actual, expected, inputs, doubles)
 
 
 def test_a_region_without_gradients_is_not_crossed() -> None:
