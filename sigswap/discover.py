@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import functools
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -381,7 +380,7 @@ def _code_lines() -> tuple[tuple[tuple[str, int], ...], ...]:
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if os.path.basename(code.co_filename) not in UNSEEN_FILES:
+        if code.co_filename not in UNSEEN_FILES:
             levels[-1].append((code.co_filename, frame.f_lineno))
         elif code.co_name == "_call_impl":
             levels.append([])

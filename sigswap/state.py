@@ -26,7 +26,8 @@ _ANOTHER_PATH = (
     "that holds an input for each path."
 )
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
-UNSEEN_FILES = ("module.py", "overrides.py")  # torch's own, between a module's forward and the next one's
+UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
+"""torch's own, between a module's forward and the next one's. Whole paths: a user's file may be called module.py."""
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
 decided_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Those that were converted or reverted. What is softmax in them is so by the user's choice. Where a graph has nothing
@@ -189,11 +190,11 @@ class OwnerState(nn.Module):
             return None
         place, frame = [], sys._getframe()
         while frame is not None and frame.f_code.co_name != SWAPPED_FORWARD:
-            name = os.path.basename(frame.f_code.co_filename)
             if place or (frame.f_code.co_name == "__torch_function__"):
-                place.append((name, frame.f_lineno))
+                place.append((frame.f_code.co_filename, frame.f_lineno))
             frame = frame.f_back
-        seen = tuple(line for line in place[1:] if line[0] not in UNSEEN_FILES)
+        # A plan names files without their folders, which differ where it is loaded.
+        seen = tuple((os.path.basename(file), line) for file, line in place[1:] if file not in UNSEEN_FILES)
         return index if seen == self.plan.place else None
 
     def check_totals(self, counts: Mapping[str, int]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -624,3 +626,26 @@ def test_norms_of_an_owner_around_another() -> None:
     failing(Outer(), errors.ConfigError, "holds another", config=SigmoidConfig(query_bias=True), example_inputs=x)
     config = SigmoidConfig(query_bias=True, overrides={"": {"query_bias": False}})
     sigswap.convert(Outer(), config, example_inputs=x)(x)
+
+
+@pytest.mark.parametrize("name", ["module.py", "overrides.py"])
+def test_a_users_file_may_be_called_as_one_of_torchs(name: str, tmp_path: Path) -> None:
+    """Each attention has a place of its own, by the line that calls it: torch's files are left out of it, by path."""
+    source = (
+        "import torch.nn as nn, torch.nn.functional as F\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(); self.p = nn.Linear(16, 48)\n"
+        "    def forward(self, x):\n"
+        "        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.p(x).chunk(3, -1))\n"
+        "        a = F.scaled_dot_product_attention(q, k, v)\n"
+        "        b = F.scaled_dot_product_attention(k, q, v)\n"
+        "        return (a + b).transpose(1, 2).flatten(2)\n"
+    )
+    (tmp_path / name).write_text(source)
+    spec = importlib.util.spec_from_file_location("users", tmp_path / name)
+    assert spec is not None and spec.loader is not None
+    users = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(users)
+    model = sigswap.convert(users.Two().eval(), example_inputs=torch.randn(1, 5, 16))
+    assert [key for key in model.state_dict() if "sigswap" in key] == ["sigswap.0.bias", "sigswap.1.bias"]
