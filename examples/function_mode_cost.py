@@ -47,7 +47,7 @@ def main() -> None:
     x = torch.randn(1, 5, 48)
     with torch.no_grad():
         plain = microseconds(lambda: attention(x))
-        with patch("sigswap.mode.scaled_dot_product_attention", only_sdpa):
+        with patch("sigswap.conversion.mode.scaled_dot_product_attention", only_sdpa):
             moded = microseconds(lambda: converted(x))
         whole = microseconds(lambda: converted(x))
     print(f"attention module as it is        {plain:7.1f} us")

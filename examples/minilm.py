@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
 import sigswap
-from sigswap.demo import batches, compare, embed, fine_tune, sentences
+from sigswap.commands.demo import batches, compare, embed, fine_tune, sentences
 
 
 def main() -> None:

@@ -8,20 +8,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sigswap import errors, transformers_hook
-from sigswap.attention import sigmoid_attention, sigmoid_attention_varlen
-from sigswap.calibrate import calibrate, rank_sites
-from sigswap.calibration_report import CalibrationReport, HeadRecord, SiteRanking
-from sigswap.checkpoint import load, save
+from sigswap import errors
+from sigswap.compiling.explain import CompiledSite, CompileReport, explain
+from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
-from sigswap.convert import convert, inspect, is_converted, report, revert, softmax
-from sigswap.distill import DistillationReport, distill, param_groups
-from sigswap.explain import CompiledSite, CompileReport, explain
-from sigswap.regional import compile_attention
+from sigswap.conversion.api import convert, inspect, is_converted, report, revert, softmax
+from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
+from sigswap.saving import transformers_hook
+from sigswap.saving.checkpoint import load, save
+from sigswap.training.calibrate import calibrate, rank_sites
+from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
+from sigswap.training.distill import DistillationReport, distill, param_groups
 
 if TYPE_CHECKING:
-    from sigswap.inductor import InductorLaunches, InductorLowering, enable_inductor_lowering
+    from sigswap.compiling.inductor import InductorLaunches, InductorLowering, enable_inductor_lowering
 
 __version__ = "0.1.0"
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
@@ -60,9 +61,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The names of sigswap.inductor, on use: it imports inductor, which takes seconds."""
+    """The names of sigswap.compiling.inductor, on use: it imports inductor, which takes seconds."""
     if name not in ("InductorLaunches", "InductorLowering", "enable_inductor_lowering"):
         raise AttributeError(f"module 'sigswap' has no attribute {name!r}")
-    from sigswap import inductor
+    from sigswap.compiling import inductor
 
     return getattr(inductor, name)

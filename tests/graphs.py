@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx
 
-import sigswap.backend  # noqa: F401  the backend's name
+import sigswap.compiling.backend  # noqa: F401  the backend's name
 
 OP = torch.ops.sigswap.sigmoid_attention.default
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sigswap
-from sigswap.attention import attend
 from sigswap.errors import ArgumentError
+from sigswap.functional.attention import attend
 from sigswap.kernels import ops
 
 CUDA = torch.cuda.is_available()

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, vjp, vmap
 
 import sigswap
-from sigswap.attention import attend
 from sigswap.errors import ArgumentError, SigswapError
+from sigswap.functional.attention import attend
 from sigswap.kernels import ops, varlen_ops
 
 

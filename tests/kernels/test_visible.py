@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sigswap
+from sigswap.compiling.launches import make_launches_visible
 from sigswap.kernels import dispatch, ops
-from sigswap.passes.visible import make_launches_visible
 
 triton = pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     if not isinstance(flash_fwd._forward_kernel, triton.JITFunction):
         pytest.skip("Triton's interpreter compiles nothing")
-    monkeypatch.setattr("sigswap.passes.visible._on_gpu", lambda value: True)
+    monkeypatch.setattr("sigswap.compiling.launches._on_gpu", lambda value: True)
     with pretended():
         yield
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import sigswap.backend
+import sigswap.compiling.backend
 
 B, M, D = 2, 12, 8
 
@@ -248,14 +248,14 @@ def test_near_misses_stay_as_they_are(name: str) -> None:
     function, reason = NEAR_MISSES[name]
     tensors = [torch.randn(B, HEADS, M, M) for _ in range(3)]
     graphs, results = Graphs(), []
-    original = sigswap.backend.lower
+    original = sigswap.compiling.backend.lower
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         results.append(original(*args, **kwargs))
         return results[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sigswap.backend, "lower", recorded)
+        patch.setattr(sigswap.compiling.backend, "lower", recorded)
         actual = graphs.compile(function)(*tensors)
     assert not graphs.calls
     if reason:

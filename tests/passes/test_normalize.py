@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from sigswap import backend
+from sigswap.compiling import backend
 from sigswap.passes import lower as lowering
 from sigswap.passes.normalize import normalize, source_of
 from sigswap.passes.swap import SwapResult, swap

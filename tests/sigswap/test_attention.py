@@ -1,4 +1,4 @@
-"""The functions of sigswap.attention: shapes, defaults, errors, and the properties that sigmoid attention must have."""
+"""Sigmoid attention as functions: shapes, defaults, errors, and the properties that sigmoid attention must have."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from sigswap.attention import attend, probabilities, sigmoid_attention
 from sigswap.errors import ArgumentError, SigswapError
+from sigswap.functional.attention import attend, probabilities, sigmoid_attention
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Any = None) -> Tensor:

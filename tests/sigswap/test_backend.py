@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sigswap
-from sigswap.backend import sigswap_backend
+from sigswap.compiling.backend import sigswap_backend
 
 B, H, M, D = 2, 4, 6, 8
 

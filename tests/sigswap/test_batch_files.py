@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from zoo import hf, randomise
 
 import sigswap
-from sigswap.batch_files import read_batches
-from sigswap.cli import app
+from sigswap.commands.batch_files import read_batches
+from sigswap.commands.cli import app
 from sigswap.errors import ArgumentError
 
 transformers = pytest.importorskip("transformers")

@@ -19,9 +19,12 @@ from torch._dynamo.backends.common import aot_autograd
 from typer.testing import CliRunner
 
 import sigswap
-from sigswap import bench, bench_models, bench_peers, bench_timing
-from sigswap.bench import Benchmark, Cell, ModelCell, Row
-from sigswap.cli import app
+from sigswap.bench import models as bench_models
+from sigswap.bench import peers as bench_peers
+from sigswap.bench import run as bench
+from sigswap.bench import timing
+from sigswap.bench.run import Benchmark, Cell, ModelCell, Row
+from sigswap.commands.cli import app
 from sigswap.errors import ArgumentError, BenchmarkError
 
 FULL = Cell("train", 2, 3, 3, 40, 40, 16)
@@ -250,7 +253,7 @@ def test_turns() -> None:
     calls = {"a": lambda: log.append("a"), "failing": fail, "left out": fail, "b": lambda: log.append("b")}
     contexts = {name: functools.partial(entered, name) for name in calls}
     reasons = {"left out": "why"}
-    figures = bench_timing.in_turns(timed, calls, contexts, reasons, rounds=3)
+    figures = timing.in_turns(timed, calls, contexts, reasons, rounds=3)
     first, second, third = "(a a ) (failing fails (b b )", "(b b ) (a a )", "(a a ) (b b )"
     assert " ".join(log) == f"{first} {second} {third}"
     assert reasons == {"left out": "why", "failing": "RuntimeError: no"}
@@ -335,7 +338,7 @@ def test_a_model_is_measured_in_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench_models.measure(cell, "fp32", ["sdpa"], device="cpu", inner="eager", mode="reduce-overhead")
     times = [row for row in rows if row.quantity == "time"]
     assert len(times) == 2 and all(set(row.measured) == {"sigswap", "sdpa"} for row in times)
-    calls = 3 + bench_models.ROUNDS * (1 + bench_timing.LONG_CALLS)
+    calls = 3 + bench_models.ROUNDS * (1 + timing.LONG_CALLS)
     assert len(marks) == len(bench_models.PHASES) * 2 * calls  # in each call of each of the two
     assert not Benchmark({}, "fp32", None, rows).failures
     assert bench_models.keeps_memory("reduce-overhead") and bench_models.keeps_memory("max-autotune")

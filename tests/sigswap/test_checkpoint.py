@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sigswap
-from sigswap import SigmoidConfig, checkpoint
+from sigswap import SigmoidConfig
 from sigswap.errors import ArgumentError, CheckpointError, NotConvertedError
+from sigswap.saving import checkpoint
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import sigswap
-from sigswap.cli import app
+from sigswap.commands.cli import app
 
 HERE = "sigswap_cli_factories"
 LLAMA = {
@@ -302,7 +302,7 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_installed_command(tmp_path: Path) -> None:
     """From a shell, with a function in a file of the current directory."""
     (tmp_path / "mymodels.py").write_text(Path(__file__).read_text())
-    command = [sys.executable, "-c", "from sigswap.cli import main; main()"]
+    command = [sys.executable, "-c", "from sigswap.commands.cli import main; main()"]
     result = subprocess.run(
         [*command, "inspect", "mymodels:build", "--example", "mymodels:inputs", "--json"],
         cwd=tmp_path,

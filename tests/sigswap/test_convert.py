@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap import SigmoidConfig, errors
-from sigswap.convert import Conversion, apply_conversion, conversion_of
+from sigswap.conversion.api import Conversion, apply_conversion, conversion_of
 
 B, H, HK, M, N, D = 2, 4, 2, 5, 7, 8
 

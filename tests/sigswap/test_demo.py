@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import sigswap
-from sigswap.demo import run, sentences
+from sigswap.commands.demo import run, sentences
 from sigswap.errors import ArgumentError
 
 pytest.importorskip("transformers")

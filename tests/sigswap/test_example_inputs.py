@@ -11,7 +11,7 @@ import transformers as T
 from torch import nn
 
 import sigswap
-from sigswap.example_inputs import as_call, resolve_inputs
+from sigswap.conversion.example_inputs import as_call, resolve_inputs
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

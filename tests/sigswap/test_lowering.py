@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 from zoo import BY_NAME, call
 
 import sigswap
-from sigswap import inductor
-from sigswap.cli import app
+from sigswap.commands.cli import app
+from sigswap.compiling import inductor
 from sigswap.errors import ExampleInputsError, NotConvertedError
 from sigswap.kernels import settings
 

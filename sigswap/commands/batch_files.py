@@ -1,0 +1,100 @@
+"""Calibration batches from files: lines of text for a transformers model, images for a timm or transformers one."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sigswap.errors import ArgumentError
+from sigswap.saving.checkpoint import source_directory
+from sigswap.saving.sources import require
+
+BATCH = 16
+MAX_LENGTH = 512
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_VOCABULARIES = ("tokenizer.*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def read_batches(model: nn.Module, source: str, path: Path, samples: int) -> list[Any]:
+    """At most ``samples`` samples for ``model`` (of the directory, hub id or timm name ``source``) from ``path``.
+
+    A text file gives its lines that are not blank, an image file itself, and a directory all such files in it and
+    below, in the order of their names. Text needs the tokenizer beside the model, images its processor.
+
+    Raises ArgumentError if there is nothing to read, or the model's inputs are not of that kind.
+    """
+    if not path.exists():
+        raise ArgumentError(f"--calibrate: there is no {path}.")
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    images = [file for file in files if file.suffix.lower() in _IMAGES][:samples]
+    items: list[Any] = list(images)
+    if not images:
+        items = [line for _, line in zip(range(samples), _lines(files), strict=False)]
+    if not items:
+        raise ArgumentError(f"--calibrate: {path} holds no line of text and no image ({', '.join(_IMAGES)}).")
+    groups = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+    return [_images(model, source, group) if images else _text(model, source, group) for group in groups]
+
+
+def _lines(files: list[Path]) -> Iterator[str]:
+    for file in files:
+        try:
+            with file.open(encoding="utf-8") as stream:
+                yield from (line.strip() for line in stream if line.strip())
+        except UnicodeDecodeError as error:
+            raise ArgumentError(f"--calibrate: {file} is neither UTF-8 text nor an image: {error}") from None
+
+
+def _text(model: Any, source: str, lines: list[str]) -> Any:
+    if getattr(model, "main_input_name", None) != "input_ids":
+        raise ArgumentError(
+            "--calibrate: text is for transformers models that take input_ids; for this one call sigswap.calibrate in "
+            "Python, with batches of its inputs."
+        )
+    tokenizer = _tokenizer(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH) or MAX_LENGTH)
+    made = dict(tokenizer(lines, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+    if model.config.is_encoder_decoder:
+        made["decoder_input_ids"] = made["input_ids"]
+    return made
+
+
+def _tokenizer(source: str) -> Any:
+    auto = require("transformers", "hf").AutoTokenizer
+    how = "Put the tokenizer's files into the model's directory, or calibrate without data: --calibrate none."
+    try:
+        tokenizer = auto.from_pretrained(source)
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError, ...: each tokenizer has its own
+        raise ArgumentError(
+            f"--calibrate: {source} has no tokenizer that transformers can load. {how} ({error})"
+        ) from error
+    # Where the files are missing, transformers makes up a tokenizer that knows no words.
+    kinds = getattr(tokenizer, "vocab_files_names", {})
+    names = [name for kind, name in kinds.items() if kind != "merges_file" and "config" not in kind]
+    directory = source_directory(source)
+    if names and directory is not None:  # a tokenizer of bytes has none
+        patterns = (*names, *_VOCABULARIES)
+        if not any(fnmatch.fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in patterns):
+            raise ArgumentError(f"--calibrate: {source} has no vocabulary ({' or '.join(names)}). {how}")
+    return tokenizer
+
+
+def _images(model: Any, source: str, files: list[Path]) -> Any:
+    from PIL import Image
+
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    if source.startswith("timm:"):
+        import torch
+
+        data = require("timm", "vision").data
+        transform = data.create_transform(**data.resolve_model_data_config(model), is_training=False)
+        return torch.stack([transform(picture) for picture in pictures])
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        raise ArgumentError("--calibrate: images are for timm models and transformers models that take pixel_values.")
+    return dict(require("transformers", "hf").AutoImageProcessor.from_pretrained(source)(pictures, return_tensors="pt"))

@@ -1,0 +1,424 @@
+"""The command line: ``sigswap inspect | convert | bench | demo``. torch and others are imported on use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sigswap.errors import ArgumentError, BenchmarkError, SigswapError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(
+    name="sigswap",
+    help="Swap softmax attention for sigmoid attention in PyTorch models that you already have.",
+    epilog="MODEL is a transformers directory or hub id, timm:NAME, or module:function (a function that returns "
+    "the model). Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, timm:NAME or module:function.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Only module paths that match. Can be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="GLOB", help="Not module paths that match. Can be repeated."),
+]
+Example = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="A function that returns inputs to run the model on, a tuple or a dict. Needed for a model that "
+        "does not know any itself.",
+    ),
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="timm: load the published weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", envvar="SIGSWAP_DEBUG", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """The ``sigswap`` command."""
+    if "" not in sys.path:  # module:function is looked up in the current directory too, as python -m does
+        sys.path.insert(0, "")
+    app()
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"sigswap {version('sigswap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model,
+    include: Include = None,
+    exclude: Exclude = None,
+    example: Example = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Show what torch.compile(backend='sigswap') makes of each attention.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the softmax attention in MODEL, and what convert would do with it. Reads no weights."""
+    with _failures(as_json, debug):
+        import sigswap
+
+        with _errors.status(f"Building {model}"):
+            built = _build(model, weights=False, pretrained=False)
+        if compile:
+            with _errors.status(f"Compiling {model}"):
+                compiled = sigswap.explain(built, _example(example))
+            if as_json:
+                _print_json({"model": model, **compiled.to_dict()})
+            else:
+                Console().print(compiled)
+            return
+        if sigswap.is_converted(built):
+            report = sigswap.report(built)
+        else:
+            with _errors.status(f"Looking for attention in {model}"):
+                report = sigswap.inspect(built, example_inputs=_example(example), include=include, exclude=exclude)
+        if as_json:
+            _print_json({"model": model, **report.to_dict()})
+        else:
+            Console().print(report)
+        if not report.count("swappable") and not report.count("swapped"):
+            _errors.print("There is no softmax attention that can be swapped.")
+            raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to save the converted model to.")],
+    bias: Annotated[
+        str,
+        typer.Option(
+            metavar="visible|INT|FLOAT",
+            help="The bias of the scores. visible: -ln of the number of keys that the row sees; an integer n: "
+            "-ln(n); a number with a point: that number.",
+        ),
+    ] = "visible",
+    learn_bias: Annotated[
+        bool, typer.Option("--learn-bias/--no-learn-bias", help="Add one trainable bias per head.")
+    ] = True,
+    query_bias: Annotated[
+        bool, typer.Option("--query-bias", help="Add a trainable bias that depends on the query.")
+    ] = False,
+    qk_norm: Annotated[str | None, typer.Option(metavar="rms|layer", help="Normalise queries and keys.")] = None,
+    layer_scale: Annotated[
+        float | None, typer.Option(metavar="FLOAT", help="Scale attention's output, from this value on.")
+    ] = None,
+    hybrid_norm: Annotated[bool, typer.Option("--hybrid-norm", help="Put a LayerNorm on attention's output.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Fail if an attention cannot be swapped.")
+    ] = True,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|none",
+            help="Calibrate on this text file or on the text files or images of this directory; none: without data.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many lines or images of --calibrate are used.")] = 64,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what --calibrate measured: .png, .svg, .pdf or .html.")
+    ] = None,
+    pretrained: Pretrained = False,
+    example: Example = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Save to a directory that is not empty; other files there stay.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Convert MODEL and save it."""
+    settings = {
+        "bias": _parse_bias(bias),
+        "learn_bias": learn_bias,
+        "query_bias": query_bias,
+        "qk_norm": qk_norm,
+        "layer_scale": layer_scale,
+        "hybrid_norm": hybrid_norm,
+    }
+    with _failures(as_json, debug):
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise ArgumentError(f"{out} is not empty. Choose another directory, or pass --force.")
+        if picture is not None and calibrate is None:
+            raise ArgumentError("--picture shows a calibration: pass --calibrate as well.")
+        import sigswap
+
+        config = sigswap.SigmoidConfig(**settings)
+        with _errors.status(f"Loading {model}"):
+            built = _build(model, weights=True, pretrained=pretrained)
+        with _errors.status(f"Converting {model}"):
+            sigswap.convert(
+                built,
+                config,
+                example_inputs=_example(example),
+                include=include,
+                exclude=exclude,
+                strict=strict,
+            )
+        calibration = None
+        if calibrate is not None:
+            from sigswap.commands.batch_files import read_batches
+
+            batches = None if calibrate == "none" else read_batches(built, model, Path(calibrate), samples)
+            calibration = sigswap.calibrate(built, batches)
+            if picture is not None:
+                calibration.save(picture)
+        with _errors.status(f"Saving to {out}"):
+            sigswap.save(built, out, factory=_factory(built, model))
+        report = sigswap.report(built)
+        if as_json:
+            measured = {} if calibration is None else {"calibration": calibration.to_dict()}
+            _print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
+        else:
+            console = Console()
+            console.print(report)
+            if calibration is not None:
+                console.print(calibration)
+            console.print(f"Saved to {out}. Load it with {_loader(built)}({str(out)!r}).", highlight=False)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite", metavar="train|short|decode|varlen|host|models", help="Default: all but models. Can be repeated."
+        ),
+    ] = None,
+    cell: Annotated[
+        list[str] | None,
+        typer.Option("--cell", metavar="GLOB", help="Only cells whose label matches, as 'ViT*'. Can be repeated."),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peers",
+            metavar="NAME",
+            help="fa2, cudnn, efficient, sdpa, flex, padded, nested, triton-sigmoid or unfused. Can be repeated. "
+            "Default: all, but flex and triton-sigmoid, which compile or tune for each shape, in some cells only, and "
+            "sdpa in some large models.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|fp32", help="Of all tensors.")] = "bf16",
+    quick: Annotated[bool, typer.Option("--quick", help="The fewest cells.")] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="reduce-overhead|max-autotune", help="torch.compile's, for the models of the suite models."
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures, and the reasons for a '-'.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures. Needs matplotlib.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure sigswap beside PyTorch's softmax attention, on a GPU.
+
+    train: 16,384 tokens of width 2048, forward, backward and memory. short: a ViT's sequences. decode: one query per
+    sequence on a cache. varlen: packed sequences. host: microseconds per call that the CPU takes. Each cell's results
+    are checked before they are timed. 2.00x beside a peer's figure: it takes twice sigswap's time, or memory.
+
+    models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
+    beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it
+    runs only if it is named; a model whose package (timm, transformers) is not installed is left out.
+    """
+    with _failures(False, debug):
+        from sigswap.bench import run as benchmark
+
+        for path in (json_file, plot):  # before the minutes of measuring
+            if path is not None and not path.resolve().parent.is_dir():
+                raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
+        if plot is not None:
+            benchmark.check_plot(plot)
+        result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=_errors)
+        Console().print(result)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        if plot is not None:
+            result.figure().savefig(plot, dpi=150)
+        if result.failures:
+            raise BenchmarkError("sigswap failed, and has no figures there:\n" + "\n".join(result.failures))
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=0, help="Distillation steps.")] = 60,
+    seed: Annotated[int, typer.Option(help="Chooses the sentences and their order.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the converted model in this directory.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the pretrained all-MiniLM-L6-v2, calibrate and distill it on real text, save it, load it, compare."""
+    with _failures(as_json, debug):
+        from sigswap.commands.demo import run
+
+        result = run(steps=steps, seed=seed, out=out, console=_errors)
+        if as_json:
+            _print_json(result.to_dict())
+        else:
+            Console().print(result)
+
+
+def _parse_bias(text: str) -> str | int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    if text != "visible":
+        raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
+    return text
+
+
+def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
+    import torch
+
+    from sigswap.saving import sources
+    from sigswap.saving.checkpoint import COMPANIONS, is_saved, load
+
+    if pretrained and not spec.startswith("timm:"):
+        raise ArgumentError("--pretrained is for timm:NAME.")
+    if is_saved(spec):
+        return load(spec)
+    if spec.startswith("timm:"):
+        if weights:
+            return sources.build(spec, {}, pretrained=pretrained).eval()
+        with torch.device("meta"):
+            return sources.build(spec, {}).eval()
+    if sources.is_factory(spec):
+        return sources.build(spec, {})
+    model = sources.from_transformers(spec, weights=weights)
+    if weights and not os.path.isdir(spec):
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(spec, allow_patterns=list(COMPANIONS))  # save copies them from the cache
+    return model
+
+
+def _factory(built: nn.Module, spec: str) -> str | None:
+    """What builds the model again when it is loaded; of a transformers model its config does."""
+    from sigswap.saving.sources import is_factory
+    from sigswap.saving.transformers_hook import is_transformers_model
+
+    return spec if is_factory(spec) and not is_transformers_model(built) else None
+
+
+def _loader(built: nn.Module) -> str:
+    """The function that loads what was saved. Transformers does not know all classes of its models by their config."""
+    from sigswap.saving.transformers_hook import is_transformers_model
+
+    if is_transformers_model(built):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if built.config.model_type not in CONFIG_MAPPING:  # type: ignore[union-attr]
+            return f"{type(built).__name__}.from_pretrained"
+    return "sigswap.load"
+
+
+def _example(spec: str | None) -> Any:
+    if spec is None:
+        return None
+    from sigswap.saving.sources import resolve
+
+    function = resolve(spec)
+    if not callable(function):
+        raise ArgumentError(f"--example: {spec!r} is a {type(function).__name__}, and cannot be called.")
+    inputs = function()
+    if inputs is None:
+        raise ArgumentError(f"--example: {spec!r} returned None, and not inputs.")
+    return inputs
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_RETURNS = "Pass --example MODULE:FUNCTION, a function that returns"
+# What errors say of Python's arguments, and what it is on the command line.
+_IN_OPTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"Pass example_inputs=:", _RETURNS),
+    (r"Give inputs that its forward accepts as example_inputs", f"{_RETURNS} inputs that its forward accepts"),
+    (r"^example_inputs (is|holds)", r"What --example returns \1"),
+    (r"with example_inputs=\[\.\.\.\] that holds", "with an --example that returns a list, which holds"),
+    (r"Pass strict=False (.*), or exclude=\[\.\.\.\]", r"Pass --no-strict \1, or --exclude GLOB"),
+    (r"^include=.* and exclude=.* leave", "--include and --exclude leave"),
+    (r"^(include|exclude|bias|qk_norm|layer_scale|steps)\b", lambda found: _option(found[1])),
+    (r"convert with learn_bias=True, or query_bias=True", "convert without --no-learn-bias, or with --query-bias"),
+    (r"switch it off for this module with overrides=.*", "leave the option out, or convert in Python, with overrides."),
+    (r": (query_bias|qk_norm) (needs|cannot)", lambda found: f": {_option(found[1])} {found[2]}"),
+    (r"factory='([^']*)', factory_kwargs=\{\} does not build this model", r"\1 builds another model each time"),
+    (r"call sigswap\.revert first to convert it in another way", "convert the original in another way"),
+    (r": pass batches\.$", ": pass a file to --calibrate, or batches to sigswap.calibrate in Python."),
+)
+
+
+def _in_options(message: str) -> str:
+    """An error's message, with the command line's options for the arguments of Python's functions."""
+    for python, option in _IN_OPTIONS:
+        message = re.sub(python, option, message)
+    return message
+
+
+@contextmanager
+def _failures(as_json: bool, debug: bool) -> Iterator[None]:
+    """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1."""
+    if not debug:  # PyTorch logs a traceback of what fails on fake tensors, before it is raised
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, SigswapError) else f"{type(error).__name__}: "
+        message = str(error) if kind else _in_options(str(error))
+        _errors.print(f"[bold red]Error:[/] {kind}", end="")
+        _errors.print(message, markup=False, soft_wrap=True)
+        if kind:
+            _errors.print("SIGSWAP_DEBUG=1 shows the traceback.")
+        if as_json:
+            _print_json({"error": {"type": type(error).__name__, "message": message}})
+        raise typer.Exit(1) from None

@@ -1,0 +1,1 @@
+"""The swap and the kernels in compiled graphs."""

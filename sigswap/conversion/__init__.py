@@ -1,0 +1,1 @@
+"""Conversion of a model in place: look at it, plan, install."""

@@ -1,0 +1,298 @@
+"""From recorded runs to a plan: which module owns each site, and by which of its calls the site is addressed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sigswap.conversion.recording import Call, Run, Stack
+from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
+from sigswap.passes.site import AttentionSite, HeadLayout, Product
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """A softmax that stays: where, why, and whether it is an attention."""
+
+    path: str
+    kind: str
+    reason: str
+    attention: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+    """What one run (or several, merged) has to say about a model: plans by owner path, and what is left."""
+
+    owners: Mapping[str, OwnerPlan]
+    left: tuple[Left, ...]
+    guarded: frozenset[str]
+
+
+def plan_run(model: nn.Module, run: Run, wanted: Iterable[str] | None = None, known: Iterable[str] = ()) -> Sites:
+    """The plan that ``run`` of ``model`` shows. ``wanted``: owner paths to plan for (None: all).
+
+    ``known``: paths that own a site in other runs; their calls in this one are planned also where they own none.
+    """
+    owned, left = _owned_sites(model, run)
+    if wanted is not None:
+        wanted = set(wanted)
+        owned = {call: item for call, item in owned.items() if item[0][0] in wanted}
+    owners: dict[str, OwnerPlan] = {}
+    paths = dict.fromkeys(owner for (owner, _), _ in owned.values())
+    for path in dict.fromkeys([*paths, *(path for path in known if path in run.executed)]):
+        owners[path] = _owner_plan(model, run, path, owned)
+    guarded = {
+        path
+        for call in owned
+        for path, _ in run.calls[call].stack
+        if isinstance(_module(model, path), _FAST_PATHS) and path not in owners
+    }
+    return Sites(owners, tuple(left), frozenset(guarded))
+
+
+def merge(first: Sites, other: Sites) -> tuple[Sites, list[str]]:
+    """``first`` with the calls that only ``other`` saw, and the paths whose calls contradict one another.
+
+    Owners that only ``other`` has are added: another input reached them.
+    """
+    owners, clashes = dict(first.owners), []
+    for path, plan in other.owners.items():
+        known = owners.get(path)
+        if known is None:
+            owners[path] = plan
+            continue
+        agree = all(plan.calls[key] == known.calls[key] for key in plan.calls.keys() & known.calls.keys())
+        if not agree or (known.sites and plan.sites and len(plan.sites) != len(known.sites)):
+            clashes.append(path)
+            continue
+        sites = known.sites or plan.sites
+        if known.sites and plan.sites:
+            sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
+        families = known.totals.keys() | plan.totals.keys()
+        owners[path] = dataclasses.replace(
+            known,
+            sites=sites,
+            calls={**plan.calls, **known.calls},
+            repeats={**plan.repeats, **known.repeats},
+            totals={f: tuple(sorted({*known.totals.get(f, ()), *plan.totals.get(f, ())})) for f in sorted(families)},
+            may_skip=known.may_skip or plan.may_skip,
+            place=known.place or plan.place,
+        )
+    left = tuple(dict.fromkeys((*first.left, *other.left)))
+    return Sites(owners, left, first.guarded | other.guarded), clashes
+
+
+def without(sites: Sites, path: str, reason: str) -> Sites:
+    """``sites`` without the owner ``path``, which is left as an attention for ``reason``."""
+    owners = {other: plan for other, plan in sites.owners.items() if other != path}
+    return dataclasses.replace(sites, owners=owners, left=(*sites.left, Left(path, "softmax", reason, True)))
+
+
+def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
+    """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
+    if known.kind != "softmax" and other.kind == "softmax":
+        names = ("head_axis", "merged", "outer", "row_axis", "product")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in names})
+    if known.kind == "softmax" and other.kind == "sdpa":
+        names = ("sdpa_head_axis", "sdpa_merged", "sdpa_outer")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in names})
+    return known
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str, int], AttentionSite]], list[Left]]:
+    """For the index of each call that is to be swapped: its owner (path and module call) and its site."""
+    owned: dict[int, tuple[tuple[str, int], AttentionSite]] = {}
+    left: list[Left] = []
+    for site in run.found.sites:
+        stack = run.stack_of(site.anchor)
+        call = run.call_of(site.anchor)
+        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha"):
+            call = None
+        in_function = call is not None and run.calls[call].in_function
+        if call is None or in_function:
+            reason = "its softmax is not called through torch, torch.nn.functional or Tensor (scripted code, say)"
+            if in_function:
+                reason = "its softmax runs inside an autograd.Function, whose backward is the softmax's"
+            left.append(Left(stack[-1][0], site.kind, reason, True))
+            continue
+        outer = run.calls[call].mha
+        if outer is not None:
+            call, stack = outer, run.calls[outer].stack
+        else:
+            stack = _common(stack, *(run.stack_of(p.node) for p in site.products[:1]), run.stack_of(site.output))
+        owner = next((entry for entry in reversed(stack) if not _is_container(_module(model, entry[0]))), None)
+        if owner is None:
+            reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
+            left.append(Left(stack[-1][0], site.kind, reason, True))
+        else:
+            owned[call] = (owner, site)
+    for item in run.found.left_alone:
+        call = run.call_of(item.anchor)
+        kind = "softmax" if call is None else run.calls[call].family
+        left.append(Left(run.stack_of(item.anchor)[-1][0], kind, item.reason, item.attention))
+    return owned, list(dict.fromkeys(left))
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, _CONTAINERS) and any(type(module).forward is cls.forward for cls in _CONTAINERS)
+
+
+def _common(*stacks: Stack) -> Stack:
+    common = stacks[0]
+    for stack in stacks[1:]:
+        length = 0
+        while length < min(len(common), len(stack)) and common[length] == stack[length]:
+            length += 1
+        common = common[:length]
+    return common
+
+
+def _owner_plan(
+    model: nn.Module,
+    run: Run,
+    path: str,
+    owned: Mapping[int, tuple[tuple[str, int], AttentionSite]],
+) -> OwnerPlan:
+    index_of: dict[Any, int] = {}  # place in the owner's code -> site
+    sites: list[SitePlan] = []
+    calls: dict[str, int] = {}
+    places: dict[str, set[int]] = {}  # family -> the sites of its calls
+    counts: dict[tuple[int, str], int] = {}
+    product_sites: dict[int, int] = {}  # index of a product's call -> site
+    attended: set[int] = set()  # the owner's module calls in which it attended
+
+    for anchor, ((owner, _), site) in owned.items():
+        if owner != path:
+            continue
+        place = _place(run.calls[anchor], path)
+        if place not in index_of:
+            index_of[place] = len(sites)
+            sites.append(_site_plan(run, anchor, site))
+        if len(site.products) == 1:
+            product_call = run.call_of(site.products[0].node)
+            if product_call is not None and run.calls[product_call].family == "product":
+                product_sites[product_call] = index_of[place]
+
+    for index, call in enumerate(run.calls):
+        depth = _depth(call, path)
+        if depth is None:
+            continue
+        if call.mha is not None:
+            continue  # within multi_head_attention_forward, which is addressed as a whole
+        call_owner = owned[index][0][0] if index in owned else None
+        if call_owner is not None and call_owner != path and (_depth(call, call_owner) or 0) > depth:
+            continue  # swapped by an owner further in: this one never sees it
+        invocation = call.stack[depth][1]
+        position = counts.get((invocation, call.family), 0)
+        counts[invocation, call.family] = position + 1
+        if call.family == "product":
+            if index in product_sites:
+                calls[f"product:{position}"] = product_sites[index]
+            continue
+        target = index_of[_place(call, path)] if call_owner == path else NOT_ATTENTION
+        calls[f"{call.family}:{position}"] = target
+        places.setdefault(call.family, set()).add(target)
+        if target >= 0:
+            attended.add(invocation)
+
+    # A scaled_dot_product_attention beyond those seen is a further turn of the one loop; so is a softmax, if a loop
+    # was seen and the call comes from the same place in the code.
+    repeats = {
+        family: next(iter(targets))
+        for family, targets in places.items()
+        if len(targets) == 1
+        and NOT_ATTENTION not in targets
+        and (family != "softmax" or sum(key.startswith("softmax:") for key in calls) > 1)
+    }
+    place: tuple[tuple[str, int], ...] = ()
+    if "softmax" in repeats and len(index_of) == 1:
+        (_, levels) = next(iter(index_of))
+        place = tuple((os.path.basename(file), line) for level in levels for file, line in level)
+    invocations = run.executed.get(path, ())
+    totals = {
+        family: tuple(sorted({counts.get((invocation, family), 0) for invocation in invocations}))
+        for family in ("softmax", "sdpa", "mha")
+    }
+    axis, channels = _channels(_module(model, path), run.outputs.get(path))
+    may_skip = any(invocation not in attended for invocation in invocations)
+    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels, totals, may_skip, place)
+
+
+def _depth(call: Call, path: str) -> int | None:
+    """Where in the call's stack the module ``path`` is, or None."""
+    return next((i for i in range(len(call.stack) - 1, -1, -1) if call.stack[i][0] == path), None)
+
+
+def _place(call: Call, path: str) -> Any:
+    """The place in the owner's code from which the call was made; the turns of a loop share it."""
+    below = len(call.stack) - 1 - (_depth(call, path) or 0)
+    inner = tuple(name for name, _ in call.stack[len(call.stack) - below :])
+    return inner, call.lines[: below + 1]
+
+
+def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
+    heads = run.calls[call].heads
+    if heads is not None:
+        return SitePlan("multi_head_attention", heads[0], heads[0], heads[1], mask=site.mask)
+    rank = site.anchor.meta["val"].dim()
+    product = None
+    if len(site.products) == 1 and site.products[0].query_head.heads and site.products[0].key_head.heads:
+        product_call = run.call_of(site.products[0].node)
+        if product_call is not None and run.calls[product_call].family == "product":
+            product = _product_plan(site.products[0])
+    axis = None if site.head.axis is None else site.head.axis - rank
+    layout: dict[str, Any] = {"head_axis": axis, "merged": site.head.merged, "outer": site.head.outer}
+    if site.kind == "sdpa":
+        layout = {f"sdpa_{name}": value for name, value in layout.items()}
+    elif site.row_axis is not None:
+        layout["row_axis"] = site.row_axis - rank
+    return SitePlan(
+        kind=site.kind,
+        heads=site.head.heads,
+        key_heads=site.key_heads or site.head.heads,
+        head_dim=site.head_dim,
+        mask=site.mask,
+        product=product,
+        **layout,
+    )
+
+
+def _product_plan(product: Product) -> ProductPlan:
+    factors: Sequence[Any] = [x for x in product.node.all_input_nodes if x.meta["val"].dim() > 1][-2:]
+    ranks = [x.meta["val"].dim() for x in factors] if len(factors) == 2 else [factors[0].meta["val"].dim()] * 2
+
+    def axes(arg: int, dim_axis: int, head: HeadLayout, scale: float) -> AxisPlan:
+        rank = ranks[arg]
+        axis = None if head.axis is None else head.axis - rank
+        return AxisPlan(dim_axis - rank, axis, head.merged, scale, head.outer)
+
+    return ProductPlan(
+        product.query_arg,
+        product.key_arg,
+        axes(product.query_arg, product.query_dim_axis, product.query_head, product.query_scale),
+        axes(product.key_arg, product.key_dim_axis, product.key_head, product.key_scale),
+        product.rows_in_order,
+    )
+
+
+def _channels(owner: nn.Module, output: Any) -> tuple[int, int | None]:
+    """The channel axis of the owner's output, from the end, and its size; None if the output has none."""
+    while isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.dim() < 2:
+        return -1, None
+    convolutional = output.dim() == 4 and any(isinstance(module, nn.Conv2d) for module in owner.modules())
+    axis = -3 if convolutional else -1
+    return axis, int(output.shape[axis])

@@ -1,0 +1,406 @@
+"""What a converted module carries: the plan of its calls, and the new parameters, under ``<owner>.sigswap.*``.
+
+A plan is plain data that JSON can hold, so that a saved model is rebuilt without looking for its sites again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigswap.config import SigmoidConfig
+from sigswap.errors import ConfigError, UnknownCallError
+from sigswap.functional.multi_head import sigmoid_heads
+
+_ANOTHER_PATH = (
+    "this input takes another path through its code. Revert the model and convert it again with example_inputs=[...] "
+    "that holds an input for each path."
+)
+SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
+UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
+"""torch's own, between a module's forward and the next one's. Whole paths: a user's file may be called module.py."""
+NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
+decided_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Those that were converted or reverted. What is softmax in them is so by the user's choice. Where a graph has nothing
+converted in it, ``backend="sigswap"`` swaps it all the same, as Dynamo cannot tell it from an equal one, and warns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisPlan:
+    """Axes of one factor of a q.k product, counted from the end: where head_dim is, and where the heads are.
+
+    ``head_axis`` None: one head. ``merged``: the axis holds the batch or the rows, too, heads inner, or ``outer``.
+    ``scale`` is the number by which the module has multiplied the factor before the product; a norm has to put it back.
+    """
+
+    dim_axis: int
+    head_axis: int | None
+    merged: bool
+    scale: float = 1.0
+    outer: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductPlan:
+    """The product of query and key at a site that computes its own scores."""
+
+    query_arg: int
+    key_arg: int
+    query: AxisPlan
+    key: AxisPlan
+    rows_in_order: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePlan:
+    """One attention of an owner.
+
+    ``head_axis`` counts from the end of the scores, ``sdpa_head_axis`` from the end of the query that
+    scaled_dot_product_attention gets; None: one head. ``merged``: the axis holds the batch or the rows, too, heads
+    inner, or ``outer``. ``row_axis``: of the scores, from the end; None: not known.
+    """
+
+    kind: str
+    heads: int
+    key_heads: int
+    head_dim: int | None
+    head_axis: int | None = None
+    merged: bool = False
+    sdpa_head_axis: int | None = -3
+    sdpa_merged: bool = False
+    mask: str = "none"
+    product: ProductPlan | None = None
+    outer: bool = False
+    sdpa_outer: bool = False
+    row_axis: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerPlan:
+    """The calls of one owner: ``calls["softmax:0"]`` is the site of its first softmax, or NOT_ATTENTION.
+
+    ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of any
+    further call, and ``place`` the code lines of that place for softmax. ``totals`` are the numbers of calls that one
+    forward was seen to make, by family; ``may_skip``: one was seen that attended nothing. ``channel_axis`` (from the
+    end) is the channels' axis of the owner's output, ``channels`` their number.
+    """
+
+    path: str
+    sites: tuple[SitePlan, ...]
+    calls: Mapping[str, int]
+    repeats: Mapping[str, int]
+    channel_axis: int = -1
+    channels: int | None = None
+    totals: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    may_skip: bool = False
+    place: tuple[tuple[str, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> OwnerPlan:
+        sites = []
+        for site in data["sites"]:
+            product = site["product"]
+            if product is not None:
+                axes = {name: AxisPlan(**product[name]) for name in ("query", "key")}
+                product = ProductPlan(**{**product, **axes})
+            sites.append(SitePlan(**{**site, "product": product}))
+        plain = {
+            "calls": dict(data["calls"]),
+            "repeats": dict(data["repeats"]),
+            "totals": {family: tuple(totals) for family, totals in data["totals"].items()},
+            "place": tuple((file, line) for file, line in data["place"]),
+        }
+        return cls(**{**data, **plain, "sites": tuple(sites)})
+
+
+def bias_terms(config: SigmoidConfig) -> tuple[bool, float]:
+    """``config.bias`` as (whether -ln n_i is added per row, the number added to every score)."""
+    if config.bias == "visible":
+        return True, 0.0
+    return False, -math.log(config.bias) if isinstance(config.bias, int) else config.bias
+
+
+class OwnerState(nn.Module):
+    """The child module ``sigswap`` of an owner: one :class:`SiteState` per site, and what acts on its output."""
+
+    layer_scale: nn.Parameter | None
+    softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
+    compiled = False  # by compile_attention
+    observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
+
+    def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.plan = plan
+        self.calls = dict(plan.calls)
+        self.repeats = dict(plan.repeats)
+        # Families in which a missing call would shift the others: there the number of calls has to be a known one.
+        targets = {
+            family: {i for key, i in plan.calls.items() if key.startswith(f"{family}:")} for family in plan.totals
+        }
+        self.totals = {family: plan.totals[family] for family in plan.totals if len(targets[family]) > 1}
+        self.intercepts_products = config.query_bias or config.qk_norm is not None
+        for index, site in enumerate(plan.sites):
+            self.add_module(str(index), SiteState(site, config, plan.path, dtype, device))
+        channels = plan.channels
+        if (config.layer_scale is not None or config.hybrid_norm) and channels is None:
+            raise ConfigError(
+                f"{plan.path or 'the model'}: layer_scale and hybrid_norm need an output whose first item is a tensor "
+                "with a channel axis, and this module's is not; switch them off for it with overrides."
+            )
+        self.layer_scale = None
+        if config.layer_scale is not None:
+            self.layer_scale = nn.Parameter(torch.full((channels,), config.layer_scale, dtype=dtype, device=device))
+        self.norm = nn.LayerNorm(channels, dtype=dtype, device=device) if config.hybrid_norm else None
+
+    def site(self, index: int) -> SiteState:
+        return self._modules[str(index)]  # type: ignore[return-value]
+
+    def sites(self) -> list[SiteState]:
+        return [self.site(index) for index in range(len(self.plan.sites))]
+
+    def site_of(self, family: str, position: int) -> int:
+        """The site of the ``position``-th call of ``family``, or NOT_ATTENTION. Raises UnknownCallError."""
+        index = self.calls.get(f"{family}:{position}")
+        if index is None:
+            index = NOT_ATTENTION if family == "product" else self.repeats.get(family)
+            if index is not None and family == "softmax":
+                index = self._site_of_turn(index)
+        if index is None:
+            raise UnknownCallError(
+                f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make "
+                f"when it was converted: {_ANOTHER_PATH}"
+            )
+        return index
+
+    def _site_of_turn(self, index: int) -> int | None:
+        """``index``, if the call now made comes from the loop's place in the code; compiled code can't tell."""
+        if torch.compiler.is_compiling():
+            return None
+        place, frame = [], sys._getframe()
+        while frame is not None and frame.f_code.co_name != SWAPPED_FORWARD:
+            if place or (frame.f_code.co_name == "__torch_function__"):
+                place.append((frame.f_code.co_filename, frame.f_lineno))
+            frame = frame.f_back
+        # A plan names files without their folders, which differ where it is loaded.
+        seen = tuple((os.path.basename(file), line) for file, line in place[1:] if file not in UNSEEN_FILES)
+        return index if seen == self.plan.place else None
+
+    def check_totals(self, counts: Mapping[str, int]) -> None:
+        """Raises UnknownCallError if a forward made a number of calls by which positions cannot be told."""
+        for family, totals in self.totals.items():
+            if counts[family] not in totals:
+                raise UnknownCallError(
+                    f"{self.plan.path or 'the model'} made {counts[family]} {family} calls, and {sorted(totals)} "
+                    f"when it was converted: {_ANOTHER_PATH}"
+                )
+
+    def finish(self, output: Any) -> Any:
+        """The owner's output, or the first item of it, after hybrid-norm and LayerScale (paper, section 3)."""
+        if self.layer_scale is None and self.norm is None:
+            return output
+        if isinstance(output, tuple | list):
+            items = [self.finish(output[0]), *output[1:]]
+            return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
+        if self.norm is not None:
+            output = self.norm(output.movedim(self.plan.channel_axis, -1)).movedim(-1, self.plan.channel_axis)
+        if self.layer_scale is not None:
+            scale = self.layer_scale.view(-1, *[1] * (-1 - self.plan.channel_axis))
+            output = output * scale.to(output.dtype)
+        return output
+
+    def extra_repr(self) -> str:
+        scale = "" if self.layer_scale is None else f", layer_scale[{self.layer_scale.numel()}]"
+        return f"sites={len(self.plan.sites)}{scale}"
+
+
+class SiteState(nn.Module):
+    """The bias of one site, ``b = const_bias - [ln n_i] + c_h + w_h . q_i``, and its QK-norm.
+
+    Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``query_norm.weight`` and
+    ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for it.
+    """
+
+    bias: nn.Parameter | None
+    query_weight: nn.Parameter | None
+
+    def __init__(
+        self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.visible_bias, self.const_bias = bias_terms(config)
+        self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
+        self.acts_on_product = config.query_bias or config.qk_norm is not None
+        self.query_weight = None
+        self.query_norm: HeadNorm | None = None
+        self.key_norm: HeadNorm | None = None
+        if not config.query_bias and config.qk_norm is None:
+            return
+        wanted = "query_bias" if config.query_bias else "qk_norm"
+        if plan.head_dim is None or (plan.kind == "softmax" and plan.product is None):
+            raise ConfigError(
+                f"{path or 'the model'}: {wanted} needs the one product of query and key that makes the scores, and "
+                "here they are a sum of several or not a matmul, bmm, baddbmm or einsum; "
+                f"switch it off for this module with overrides={{{path!r}: ...}}."
+            )
+        if config.query_bias and plan.product is not None and not plan.product.rows_in_order:
+            raise ConfigError(
+                f"{path or 'the model'}: query_bias cannot follow the queries from their product to the softmax; "
+                f"switch it off for this module with overrides={{{path!r}: ...}}."
+            )
+        if config.query_bias:
+            self.query_weight = nn.Parameter(torch.zeros(plan.heads, plan.head_dim, dtype=dtype, device=device))
+        if config.qk_norm is not None:
+            self.query_norm = HeadNorm(config.qk_norm, plan.heads, plan.head_dim, dtype, device)
+            self.key_norm = HeadNorm(config.qk_norm, plan.key_heads, plan.head_dim, dtype, device)
+
+    def sdpa_bias(self, query: Tensor) -> Tensor | None:
+        """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""
+        axis, spread = self.plan.sdpa_head_axis, _spread(self.plan.sdpa_merged, self.plan.sdpa_outer, "pack")
+        bias = None
+        if self.bias is not None:
+            bias = _at_axis(self.bias, query, axis, None, spread)
+        if self.query_weight is not None:
+            projected = (query * _at_axis(self.query_weight, query, axis, -1, spread)).sum(-1, keepdim=True)
+            bias = projected if bias is None else bias + projected
+        return bias
+
+    def normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        axes = AxisPlan(-1, self.plan.sdpa_head_axis, self.plan.sdpa_merged, outer=self.plan.sdpa_outer)
+        return self.query_norm(query, axes, "pack"), self.key_norm(key, axes, "group")
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
+        query, key = self.normalized(query, key)
+        bias = self.sdpa_bias(query)
+        return sigmoid_heads(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+            bias=bias,
+            visible_bias=self.visible_bias,
+            const_bias=self.const_bias,
+        )
+
+    def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:
+        """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
+        bias = None
+        if self.bias is not None:
+            spread = _spread(self.plan.merged, self.plan.outer, "exact")
+            bias = _at_axis(self.bias, scores, self.plan.head_axis, None, spread)
+        if query_bias is not None:
+            rows = list(scores.shape)
+            rows[key_axis] = 1
+            query_bias = query_bias.reshape(rows)
+            bias = query_bias if bias is None else bias + query_bias
+        return bias
+
+    def transformed_factors(
+        self, query: Tensor, key: Tensor, plan: ProductPlan
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query and key of a product after QK-norm, and w_h . q_i for its rows (or None)."""
+        query_bias = None
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query, plan.query, "exact"), self.key_norm(key, plan.key, "group")
+        if self.query_weight is not None:
+            spread = _spread(plan.query.merged, plan.query.outer, "exact")
+            weight = _at_axis(self.query_weight, query, plan.query.head_axis, plan.query.dim_axis, spread)
+            # w_h acts on the query itself, not on what the module has already multiplied by the scale.
+            query_bias = (query * weight).sum(plan.query.dim_axis) / plan.query.scale
+        return query, key, query_bias
+
+    def extra_repr(self) -> str:
+        bias = "-ln(visible keys)" if self.visible_bias else f"{self.const_bias:.4g}"
+        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}"
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm or LayerNorm over head_dim in float32, with a weight [heads, head_dim] and no bias."""
+
+    def __init__(self, kind: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, axes: AxisPlan, unmerged: str) -> Tensor:
+        """``unmerged``: how the heads of ``x`` may spread (:func:`_at_axis`) where they have an axis of their own."""
+        moved = x.movedim(axes.dim_axis, -1)
+        norm = F.rms_norm if self.kind == "rms" else F.layer_norm
+        wide = moved if x.dtype == torch.float64 else moved.float()
+        normed = norm(wide, moved.shape[-1:], eps=torch.finfo(torch.float32).eps).movedim(-1, axes.dim_axis)
+        weight = _at_axis(self.weight, x, axes.head_axis, axes.dim_axis, _spread(axes.merged, axes.outer, unmerged))
+        return (normed * weight).to(x.dtype) * axes.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, weight={list(self.weight.shape)}"
+
+
+def _spread(merged: bool, outer: bool, unmerged: str) -> str:
+    return unmerged if not merged else "blocks" if outer else "tile"
+
+
+def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None, spread: str) -> Tensor:
+    """``values`` [heads] or [heads, head_dim], shaped to broadcast over ``like`` along the axes given.
+
+    ``spread`` says what the head axis may hold besides the heads: nothing ("exact"); batch*heads, heads inner
+    ("tile"), or heads*batch ("blocks"); each key head repeated for the query heads that share it ("group"); or, of a
+    query, fewer heads with the others as rows of the next axis ("pack": so transformers decodes one token with
+    grouped-query attention).
+    """
+    heads = values.shape[0]
+    if heads == 1:
+        head_axis = None
+        values = values[0]
+    shape = [1] * like.dim()
+    if dim_axis is not None:
+        shape[dim_axis] = values.shape[-1]
+    if head_axis is None:
+        return values.reshape(shape)
+    size = like.shape[head_axis]
+    shape[head_axis] = size
+    if spread == "tile" and size % heads == 0:
+        values = values.repeat(size // heads, *[1] * (values.dim() - 1))
+    elif spread == "blocks" and size % heads == 0:
+        values = values.repeat_interleave(size // heads, dim=0)
+    elif size == heads:
+        pass
+    elif spread == "group" and size % heads == 0:
+        values = values.repeat_interleave(size // heads, dim=0)
+    elif spread == "pack" and heads % size == 0 and like.shape[head_axis + 1] % (heads // size) == 0:
+        rows = like.shape[head_axis + 1]
+        shape[head_axis + 1] = rows
+        values = values.repeat_interleave(rows * size // heads, dim=0)
+    else:
+        raise UnknownCallError(f"an attention that had {heads} heads when it was converted has {size} now.")
+    if dim_axis is not None and dim_axis % like.dim() < head_axis % like.dim():
+        values = values.transpose(0, 1)
+    return values.reshape(shape)

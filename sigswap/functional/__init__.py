@@ -1,0 +1,1 @@
+"""Sigmoid attention as functions."""

@@ -1,0 +1,1 @@
+"""What makes a converted model work again: calibration and distillation."""

@@ -1,0 +1,206 @@
+"""What a calibration measured, per head, as a table and as a picture; and which sites would better stay softmax."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sigswap.errors import ArgumentError
+from sigswap.saving.sources import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadRecord:
+    """One head of the ``site``-th attention of the module ``path``. None: not seen.
+
+    ``unexpressed``: the share of the softmax's probability mass that sigmoid cannot express, between 0 (spread out)
+    and 0.5 (one key takes all): the mean over rows of ``sum_j p^2 / (1 + p)``, for sigmoid at minus the row's
+    logsumexp gives ``p / (1 + p)``. ``before``, ``after``: the squared error of the head's output relative to the
+    squared output of softmax, before and after calibration.
+    """
+
+    path: str
+    site: int
+    head: int
+    unexpressed: float | None
+    before: float | None
+    after: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What :func:`sigswap.calibrate` measured on ``batches`` batches. It can be printed, plotted and stored."""
+
+    heads: list[HeadRecord]
+    batches: int
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def mean(self, field: str) -> float | None:
+        """The mean over the heads of "unexpressed", "before" or "after"; None if none was seen."""
+        values = [value for head in self.heads if (value := getattr(head, field)) is not None]
+        return sum(values) / len(values) if values else None
+
+    def summary(self) -> str:
+        """One sentence."""
+        before, after, unexpressed = (_number(self.mean(field)) for field in ("before", "after", "unexpressed"))
+        return (
+            f"{self.batches} batches; mean squared error of a head's output, relative: {before} before, {after} after; "
+            f"probability mass that sigmoid cannot express: {unexpressed}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Draws the heads as heat maps, layers by heads, into a .png, .svg or .pdf, or with the table into an .html.
+
+        Raises ArgumentError for another suffix, SigswapError if matplotlib is not installed.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix not in (".png", ".svg", ".pdf", ".html"):
+            raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.")
+        if suffix == ".html":
+            path.write_text(self._page(), encoding="utf-8")
+        else:
+            path.write_bytes(self._picture(suffix[1:]))
+
+    def __rich__(self) -> Table:
+        """One line per site: the mean of its heads, and the worst one."""
+        from rich.table import Table
+
+        table = Table(title=f"calibration on {self.batches} batches", title_justify="left")
+        table.add_column("path", overflow="fold")
+        for column in ("heads", "mass not expressed", "error before", "error after", "worst head"):
+            table.add_column(column, justify="right")
+        for (path, _), heads in self._sites().items():
+            part = CalibrationReport(heads, self.batches)
+            seen = [head for head in heads if head.after is not None]
+            worst = max(seen, key=lambda head: head.after or 0.0, default=None)
+            table.add_row(
+                path or "(the model)",
+                str(len(heads)),
+                *(_number(part.mean(field)) for field in ("unexpressed", "before", "after")),
+                "" if worst is None else f"{worst.head}: {_number(worst.after)}",
+            )
+        table.caption = "\n".join([self.summary(), *self.notes])
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        return _printed(self)
+
+    def _sites(self) -> dict[tuple[str, int], list[HeadRecord]]:
+        sites: dict[tuple[str, int], list[HeadRecord]] = {}
+        for head in self.heads:
+            sites.setdefault((head.path, head.site), []).append(head)
+        return sites
+
+    def _picture(self, kind: str) -> bytes:
+        require("matplotlib", "plot")
+        from matplotlib.figure import Figure
+
+        sites = self._sites()
+        width = max((len(heads) for heads in sites.values()), default=1)
+        names = [path or "(the model)" for path, _ in sites]
+        panels = (("unexpressed", "probability mass\nnot expressed", 0.5), ("before", "relative error\nbefore", 1.0),
+                  ("after", "relative error\nafter", 1.0))  # fmt: skip
+        figure = Figure(figsize=(3 + 3 * max(1.0, width / 12) * 2, 1.6 + 0.28 * len(sites)), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (field, title, top) in zip(axes, panels, strict=True):
+            grid = [[_or_nan(getattr(head, field)) for head in heads] for heads in sites.values()]
+            grid = [row + [float("nan")] * (width - len(row)) for row in grid]
+            image = axis.imshow(grid, vmin=0.0, vmax=top, cmap="viridis", aspect="auto")
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("head")
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_xticks(range(width) if width <= 16 else range(0, width, width // 8))
+            figure.colorbar(image, ax=axis, extend="max")
+        stream = io.BytesIO()
+        figure.savefig(stream, format=kind, dpi=150)
+        return stream.getvalue()
+
+    def _page(self) -> str:
+        from rich.console import Console
+
+        console = Console(record=True, width=140, file=io.StringIO())
+        console.print(self)
+        table = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
+        picture = base64.b64encode(self._picture("png")).decode()
+        title = html.escape(f"sigswap: calibration on {self.batches} batches")
+        return (
+            f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
+            f'<img alt="heat maps, layers by heads" style="max-width:100%" src="data:image/png;base64,{picture}">'
+            f"{table}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteExclusion:
+    """The relative squared error of the model's output if the module ``path`` stays softmax: ``alone``, and
+    ``together`` with all that come before it in the ranking."""
+
+    path: str
+    alone: float
+    together: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRanking:
+    """The converted modules by what is gained if they stay softmax, most first, as :func:`sigswap.rank_sites` measured.
+
+    ``error``: with all of them converted.
+    """
+
+    error: float
+    sites: list[SiteExclusion]
+
+    def exclude(self, count: int) -> list[str]:
+        """The first ``count`` module paths, for ``convert(..., exclude=)``."""
+        return [site.path for site in self.sites[:count]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="relative squared error of the model's output", title_justify="left")
+        table.add_column("left as softmax", overflow="fold")
+        table.add_column("alone", justify="right")
+        table.add_column("with those above", justify="right")
+        table.add_row("(none)", _number(self.error), _number(self.error))
+        for site in self.sites:
+            table.add_row(site.path or "(the model)", _number(site.alone), _number(site.together))
+        table.caption = "Pass the paths whose gain is worth a softmax to convert as exclude=[...]."
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        return _printed(self)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _printed(item: Any) -> str:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    Console(file=stream, width=140).print(item)
+    return stream.getvalue()

@@ -1,0 +1,341 @@
+"""Distillation of a converted model from the softmax model, and the parameter groups of a fine-tuning.
+
+Two stages, as LoLCATs (arXiv 2410.10254) and MOHAWK (arXiv 2408.10189) have them: first each converted module alone
+learns the output that the teacher's has on the teacher's own inputs, then the whole model learns the teacher's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigswap.conversion.api import is_converted, owners_of, softmax
+from sigswap.conversion.example_inputs import accepts
+from sigswap.conversion.recording import Inputs
+from sigswap.errors import ArgumentError, CalibrationError
+from sigswap.training.calibrate import as_calls, call_model, main_output, progress_bar
+from sigswap.training.observe import first_tensor
+
+SIGMOID_LR = 10.0
+"""The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
+HIDDEN = 2.0
+"""How much the error of the converted modules' own outputs counts end to end, relative to the output's loss."""
+WARMUP = 0.1
+"""The share of the steps in which the learning rate rises."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationReport:
+    """Losses by step. ``layerwise``: the mean over the modules of the relative squared error of their outputs;
+    ``end_to_end``: the loss of the model's output, without that of the modules' own."""
+
+    layerwise: list[float]
+    end_to_end: list[float]
+
+    def __str__(self) -> str:
+        stages = (("layer-wise", self.layerwise), ("end to end", self.end_to_end))
+        return "; ".join(
+            f"{name}: {len(losses)} steps, loss {losses[0]:.4g} to {losses[-1]:.4g}"
+            for name, losses in stages
+            if losses
+        )
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.01, sigmoid_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a converted ``model`` in groups for a ``torch.optim`` optimizer.
+
+    sigswap's parameters (c_h, w_h, QK-norm, LayerScale, hybrid-norm) get the learning rate ``sigmoid_lr`` (10 times
+    ``lr`` by default) and no weight decay: decay would pull a calibrated bias back to the paper's. Vectors and scalars
+    of the base model (biases, norms) get ``lr`` and no decay, all else ``lr`` and ``weight_decay``. Each group has a
+    ``name``; empty ones are left out. Parameters with ``requires_grad=False`` are not in any, so that it works under
+    LoRA, whose adapters are in the base groups.
+
+    >>> optimizer = torch.optim.AdamW(sigswap.param_groups(model, 2e-5))
+    >>> Trainer(model, args, optimizers=(optimizer, None), ...)
+
+    Raises NotConvertedError, or ArgumentError if nothing is trainable.
+    """
+    ours = {id(parameter) for state in owners_of(model).values() for parameter in state.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"sigmoid": [], "decay": [], "no_decay": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            name = "sigmoid" if id(parameter) in ours else "decay" if parameter.dim() > 1 else "no_decay"
+            groups[name].append(parameter)
+    rates = {"sigmoid": SIGMOID_LR * lr if sigmoid_lr is None else sigmoid_lr}
+    made = [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates.get(name, lr),
+            "weight_decay": weight_decay if name == "decay" else 0.0,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+    if not made:
+        raise ArgumentError("model has no parameter with requires_grad=True: there is nothing to train.")
+    return made
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: Any,
+    *,
+    steps: int,
+    layerwise_steps: int = 0,
+    train: Literal["all", "sigmoid"] = "all",
+    lr: float = 1e-4,
+    sigmoid_lr: float | None = None,
+    weight_decay: float = 0.0,
+    progress: bool = True,
+) -> DistillationReport:
+    """Trains a converted ``model`` to compute what ``teacher`` computes, in place. Calibrate it first.
+
+    Each of ``layerwise_steps`` steps takes a batch through the teacher, and each converted module learns to give, on
+    the teacher's inputs to it, the teacher's output: the relative squared error. Then each of ``steps`` steps compares
+    the models' outputs: the Kullback-Leibler divergence of logits, or the relative squared error of other outputs plus
+    that of their mean over the positions (those that ``attention_mask`` hides do not count). The mean relative squared
+    error of the converted modules' own outputs is added, scaled to twice that loss. AdamW; the learning rate rises over
+    the first tenth of each stage and falls to 0 along a cosine. Both models run in eval mode, without dropout. If it
+    fails, the parameters are as they were.
+
+    Args:
+        model: converted; its modules' trainable parameters are those with ``requires_grad``.
+        teacher: the model before the conversion, or a converted copy, which then runs as softmax. ``None``: ``model``
+            itself, with the swap switched off, without a second copy; that needs ``train="sigmoid"``, for a teacher
+            whose weights are trained is none.
+        batches: as for :func:`sigswap.calibrate`; they are gone through again and again until the steps are done.
+        steps: end-to-end steps.
+        layerwise_steps: layer-wise steps, before those.
+        train: ``"sigmoid"``: sigswap's parameters alone; ``"all"``: everything with ``requires_grad``.
+        lr: the largest learning rate of the base parameters.
+        sigmoid_lr: that of sigswap's parameters; 10 times ``lr`` by default.
+        weight_decay: of the base model's matrices.
+        progress: shows a progress bar on standard error, if that is a terminal.
+
+    Raises:
+        NotConvertedError: the model is not converted.
+        ArgumentError: an argument is not as above.
+        CalibrationError: a model fails on a batch, the loss is not finite, or a module of ``model`` is not in the
+            teacher.
+    """
+    states = owners_of(model)
+    for name, value in (("steps", steps), ("layerwise_steps", layerwise_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ArgumentError(f"{name} must be a number of steps, 0 or more, not {value!r}.")
+    if train not in ("all", "sigmoid"):
+        raise ArgumentError(f"train must be 'all' or 'sigmoid', not {train!r}.")
+    if (teacher is None or teacher is model) and train == "all":
+        given = "None" if teacher is None else "the model"
+        raise ArgumentError(
+            f"teacher={given} takes the model's own weights as the teacher's, which train='all' would change: pass "
+            "train='sigmoid', or teacher=copy.deepcopy(model)."
+        )
+    for name, value in (("lr", lr), ("sigmoid_lr", sigmoid_lr), ("weight_decay", weight_decay)):
+        optional = name == "sigmoid_lr" and value is None
+        if not optional and (not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0):
+            raise ArgumentError(f"{name} must be a number, 0 or more, not {value!r}.")
+    source = model if teacher is None else teacher
+    missing = [path for path in states if not _has(source, path)]
+    if missing:
+        raise CalibrationError(f"teacher has no module {missing[0]!r}: it must be the model before the conversion.")
+    endless = _endless(as_calls(batches))
+    ours = {parameter for state in states.values() for parameter in state.parameters()}
+    base = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and p not in ours}
+    offloaded = [name for name, parameter in base.items() if parameter.is_meta]
+    if train == "all" and offloaded:
+        raise ArgumentError(
+            f"{offloaded[0]} is on the meta device (accelerate offloads it, say), where it cannot be trained: pass "
+            "train='sigmoid', or switch its requires_grad off."
+        )
+    frozen = base if train == "sigmoid" else {}
+    losses: tuple[list[float], list[float]] = ([], [])
+    with ExitStack() as stack:
+        stack.enter_context(_training(model, source, frozen))
+        bar = stack.enter_context(progress_bar(progress))
+        task = bar.add_task("Distilling", total=layerwise_steps + steps)
+        groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
+        for stage, count, loss_of in ((0, layerwise_steps, _layerwise), (1, steps, _end_to_end)):
+            optimizer = torch.optim.AdamW([dict(group) for group in groups])
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for step in range(count):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * learning_rate_share(step, count)
+                index, call = next(endless)
+                loss = loss_of(model, source, list(states), _without_cache(model, call), index)
+                if not math.isfinite(loss):
+                    raise CalibrationError(
+                        f"the loss is {loss} at step {step}: lower lr, or check the batches for NaN."
+                    )
+                losses[stage].append(loss)
+                torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.update(task, advance=1)
+    return DistillationReport(*losses)
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Of the largest learning rate, at ``step`` from 0: up over the first tenth, then down along a cosine."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _layerwise(model: nn.Module, teacher: nn.Module, paths: Sequence[str], call: Inputs, index: int) -> float:
+    """One backward pass per module call, each through that module alone."""
+    calls: list[tuple[str, Any, Any, Any]] = []
+
+    def recorder(path: str) -> Any:
+        return lambda module, args, kwargs, output: calls.append((path, args, kwargs, output))
+
+    hooks = [teacher.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True) for path in paths]
+    try:
+        _teach(teacher, call, index)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not calls:
+        raise CalibrationError(f"batch {index} of batches reaches none of the converted modules.")
+    total = 0.0
+    for path, args, kwargs, output in calls:
+        loss = _relative_error(first_tensor(model.get_submodule(path)(*args, **kwargs)), first_tensor(output))
+        (loss / len(calls)).backward()
+        total += float(loss.detach()) / len(calls)
+    return total
+
+
+def _end_to_end(model: nn.Module, teacher: nn.Module, paths: Sequence[str], call: Inputs, index: int) -> float:
+    with _outputs_of(teacher, paths) as theirs:
+        truth = _teach(teacher, call, index)
+    with _outputs_of(model, paths) as ours:
+        output = call_model(model, call, index)
+    t, y = main_output(truth), main_output(output)
+    if t is None or y is None:
+        raise CalibrationError(f"{type(model).__name__} returns no floating point tensor of two dimensions or more.")
+    # The modules, and the teacher, may be on several devices.
+    errors = [_relative_error(a, b.to(a.device)).to(y.device) for a, b in zip(ours, theirs, strict=True)]
+    hidden = sum(errors) / len(errors)
+    t = t.to(y.device)
+    mask = call[1].get("attention_mask")
+    pooled = None
+    if y.dim() > 2:
+        positions = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
+        if isinstance(mask, Tensor) and mask.shape == y.shape[:2]:
+            positions = mask.to(y.device).bool()
+        pooled = [_mean(x, positions) for x in (y, t)]
+        t, y = t[positions], y[positions]
+    if getattr(output, "logits", None) is not None or y.shape[-1] == _vocabulary(model):
+        loss = F.kl_div(y.float().log_softmax(-1), t.float().log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = loss / (y.numel() // y.shape[0] // y.shape[-1])  # per position
+    else:
+        # Of the mean over the positions as well: what is common to the errors of all tokens is what pooling keeps.
+        loss = _relative_error(y, t) + (_relative_error(*pooled) if pooled is not None else 0.0)
+    # Scaled to the loss, which may be a divergence or an error, so that neither drowns the other as they shrink.
+    share = HIDDEN * loss.detach() / hidden.detach().clamp(min=1e-12)
+    (loss + share * hidden).backward()
+    return float(loss.detach())
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
+    """The outputs that the modules ``paths`` give while it is open, in the order of their calls."""
+    outputs: list[Tensor] = []
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda *call: outputs.append(first_tensor(call[-1])))
+        for path in paths
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _teach(teacher: nn.Module, call: Inputs, index: int) -> Any:
+    with ExitStack() as stack:
+        if is_converted(teacher):
+            stack.enter_context(softmax(teacher))
+        stack.enter_context(torch.no_grad())
+        return call_model(teacher, call, index)
+
+
+def _relative_error(y: Tensor, t: Tensor) -> Tensor:
+    y, t = y.float(), t.float()
+    return (y - t).square().sum() / t.square().sum().clamp(min=1e-12)
+
+
+def _mean(x: Tensor, positions: Tensor) -> Tensor:
+    """The mean of [B, N, ...] over the ``positions`` [B, N] that are True."""
+    weight = positions.float().view(*positions.shape, *[1] * (x.dim() - 2))
+    return (x.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def _without_cache(model: nn.Module, call: Inputs) -> Inputs:
+    """A module that is run by itself on recorded arguments must not find the teacher's keys in a cache."""
+    args, kwargs = call
+    return (args, {**kwargs, "use_cache": False}) if accepts(model, "use_cache") else call
+
+
+def _endless(calls: Iterable[Inputs]) -> Iterator[tuple[int, Inputs]]:
+    for _ in itertools.count():
+        empty = True
+        for index, call in enumerate(calls):
+            empty = False
+            yield index, call
+        if empty:
+            raise ArgumentError("batches is empty: pass at least one batch.")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+@contextmanager
+def _training(model: nn.Module, teacher: nn.Module, frozen: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode, ``frozen`` without gradients; modes back at the end, and the parameters too if it fails."""
+    training: Mapping[nn.Module, bool] = {m: m.training for root in (model, teacher) for m in root.modules()}
+    kept = {id(p) for p in frozen.values()}
+    before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in kept}
+    gradients = {p: p.grad for p in before}
+    for module in (model, teacher):
+        module.eval()
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    for parameter in before:
+        parameter.grad = None
+    try:
+        with torch.enable_grad():
+            yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
+        raise
+    finally:
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(True)  # another object, where accelerate offloads it
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, value in training.items():
+            module.training = value
