@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sigswap import errors
+from sigswap import errors, former_names
 from sigswap.compiling.explain import CompiledSite, CompileReport, explain
 from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sigswap.compiling.inductor import InductorLaunches, InductorLowering, enable_inductor_lowering
 
 __version__ = "0.1.0"
+former_names.keep()
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
 __all__ = [
