@@ -1,4 +1,4 @@
-"""The attention kernels: the registered ops (:mod:`sigswap.kernels.ops`) and what implements them.
+"""The attention kernels: the registered ops (:mod:`sigswap.kernels.op.dense`) and what implements them.
 
 :mod:`sigswap.kernels.reference` defines the result on every device, in plain PyTorch.
 """

@@ -1,6 +1,6 @@
 """What runs on a GPU: the Triton kernels, or the reference where they cannot, which the log says once.
 
-:mod:`sigswap.kernels.ops` registers the functions here for CUDA, and imports this module at the first call there.
+:mod:`sigswap.kernels.op.dense` registers the functions here for CUDA, and imports this module at the first call there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Kernels(NamedTuple):
     flash_bwd: ModuleType
     decode: ModuleType
     launch: ModuleType
-    windows: ModuleType
+    short_masked: ModuleType
     hopper_fwd: ModuleType | None
     """Only for the GPUs that it is written for; as is the next one."""
     hopper_bwd: ModuleType | None
@@ -51,8 +51,8 @@ def forward(
     with _on(query.device):
         if kernels.decode.suits(query, key, options):
             return kernels.decode.forward(query, key, value, bias, attn_mask, options)
-        if kernels.windows.suits(query, key, value, bias, attn_mask, options):
-            return kernels.windows.forward(query, key, value, bias, attn_mask, options)
+        if kernels.short_masked.suits(query, key, value, bias, attn_mask, options):
+            return kernels.short_masked.forward(query, key, value, bias, attn_mask, options)
         hopper = kernels.hopper_fwd
         if hopper is not None and hopper.suits(query, key, value, bias, attn_mask, options):
             return hopper.forward(query, key, value, bias, options)
@@ -75,8 +75,8 @@ def backward(
     if kernels is None:
         return reference.backward(*arguments)
     with _on(query.device):
-        if kernels.windows.suits(query, key, value, bias, attn_mask, options):
-            return kernels.windows.backward(grad_out, query, key, value, bias, attn_mask, output_mask, options)
+        if kernels.short_masked.suits(query, key, value, bias, attn_mask, options):
+            return kernels.short_masked.backward(grad_out, query, key, value, bias, attn_mask, output_mask, options)
         hopper = kernels.hopper_bwd
         if hopper is not None and hopper.suits(grad_out, query, key, value, bias, attn_mask, output_mask, options):
             return hopper.backward(grad_out, query, key, value, bias, output_mask, options)
@@ -170,16 +170,20 @@ def _device_kernels(device: int) -> _Kernels | None:
     if capability < (8, 0):
         return _unable(f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0")
     try:
-        from sigswap.kernels import decode, flash_bwd, flash_fwd, launch, windows
+        from sigswap.kernels.host import launch
+        from sigswap.kernels.triton import backward as flash_bwd
+        from sigswap.kernels.triton import decode, short_masked
+        from sigswap.kernels.triton import forward as flash_fwd
     except ImportError as error:
         return _unable(f"Triton could not be imported ({error})")
     hopper_fwd = hopper_bwd = None
     if capability[0] == 9:
         try:
-            from sigswap.kernels import hopper_bwd, hopper_fwd
+            from sigswap.kernels.hopper import backward as hopper_bwd
+            from sigswap.kernels.hopper import forward as hopper_fwd
         except (ImportError, AttributeError) as error:  # Gluon is experimental: names change
             _log.warning("Long sequences are slower than they could be: this Triton's Gluon differs (%s).", error)
-    return _Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_fwd, hopper_bwd)
+    return _Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, hopper_fwd, hopper_bwd)
 
 
 @functools.cache

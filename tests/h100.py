@@ -41,13 +41,19 @@ def pretended() -> Iterator[None]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, hopper_fwd, launch, windows
+    from sigswap.kernels import dispatch
+    from sigswap.kernels.hopper import backward as hopper_bwd
+    from sigswap.kernels.hopper import forward as hopper_fwd
+    from sigswap.kernels.host import launch
+    from sigswap.kernels.triton import backward as flash_bwd
+    from sigswap.kernels.triton import decode, short_masked
+    from sigswap.kernels.triton import forward as flash_fwd
 
     class Driver:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
 
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows, hopper_fwd, hopper_bwd)
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, hopper_fwd, hopper_bwd)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Driver()))
         stack.enter_context(mock.patch.object(dispatch, "kernels_for", lambda query, value: kernels))

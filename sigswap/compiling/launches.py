@@ -17,7 +17,7 @@ from torch._guards import detect_fake_mode
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch.fx import Node
 
-from sigswap.kernels import ops  # noqa: F401  # registers the ops
+from sigswap.kernels.op import dense  # noqa: F401  # registers the ops
 from sigswap.kernels.reference import Options
 
 logger = logging.getLogger("sigswap")
@@ -82,7 +82,7 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     if len(set(map(id, values))) < len(set(operands)):  # a pass before this one copied what is known of a node
         return "two of its operands share a fake tensor"
     # Not before it is needed: it imports Triton.
-    from sigswap.kernels import visible
+    from sigswap.kernels.host import traced as visible
 
     given = [each.meta["val"] if isinstance(each, Node) else each for each in inputs]
     try:

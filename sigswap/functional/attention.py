@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels import ops, varlen_ops
+from sigswap.kernels.op import dense, varlen
 
 Window = int | tuple[int | None, int | None]
 
@@ -138,7 +138,7 @@ def sigmoid_attention_varlen(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; enable_gqa=True lets key and value have fewer."
         )
     window_left, window_right = _window(window)
-    return varlen_ops.sigmoid_attention_varlen(
+    return varlen.sigmoid_attention_varlen(
         query,
         key,
         value,
@@ -197,7 +197,7 @@ def attend(
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
         attn_mask = _four_dims_broadcast("attn_mask", attn_mask, leading)
-    out = ops.sigmoid_attention(
+    out = dense.sigmoid_attention(
         query,
         key,
         value,
@@ -244,7 +244,7 @@ def probabilities(
     """
     if dtype is not None:
         scores = scores.to(dtype)
-    return ops.sigmoid_probs(scores, bias, dim, visible_bias, const_bias)
+    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias)
 
 
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import sigswap
 from sigswap.errors import ArgumentError
 from sigswap.functional.attention import attend
-from sigswap.kernels import ops
+from sigswap.kernels.op import dense
 
 CUDA = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
@@ -53,7 +53,7 @@ def attention(
 ) -> Tensor:
     """With all of the features that the oracle has (attend refuses a mask together with is_causal)."""
     options = {"scale": query.shape[-1] ** -0.5, "is_causal": True, "bottom_right": True} | options
-    return ops.sigmoid_attention(query, key, value, bias, mask, None, **options)
+    return dense.sigmoid_attention(query, key, value, bias, mask, None, **options)
 
 
 def problem(device: str, q_len: int, kv_len: int, *, heads: int = 4, kv_heads: int = 2, dim: int = 64) -> list[Tensor]:
@@ -287,7 +287,7 @@ def test_dropout_has_one_mask_everywhere(device: str) -> None:
     eye = torch.eye(length, device=device).expand(2, 3, -1, -1)
 
     def function(value: Tensor) -> Tensor:
-        return ops.sigmoid_attention(query, key, value, None, None, seed, scale=0.2, dropout_p=0.4)
+        return dense.sigmoid_attention(query, key, value, None, None, seed, scale=0.2, dropout_p=0.4)
 
     value = eye.clone().requires_grad_()
     out = function(value)
@@ -439,7 +439,7 @@ def test_a_tensor_on_another_device_is_named(name: str) -> None:
     }
     arguments[name] = arguments[name].cpu()
     with pytest.raises(ArgumentError, match=f"{name} must be on query's device cuda:0, not cpu"):
-        ops.sigmoid_attention(**arguments, scale=1.0, dropout_p=0.5)
+        dense.sigmoid_attention(**arguments, scale=1.0, dropout_p=0.5)
 
 
 @on_gpu

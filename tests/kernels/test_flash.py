@@ -22,7 +22,13 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, hopper_fwd, launch, sums, windows
+from sigswap.kernels import dispatch
+from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import forward as hopper_fwd
+from sigswap.kernels.host import launch
+from sigswap.kernels.triton import backward as flash_bwd
+from sigswap.kernels.triton import decode, short_masked, sums
+from sigswap.kernels.triton import forward as flash_fwd
 
 CUDA = torch.cuda.is_available()
 ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -230,12 +236,12 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
 def assert_windows_no_worse(index: int) -> None:
     problem = window_problem(index)
     query, key, value, bias, attn_mask, _ = problem.inputs
-    assert attn_mask is not None and windows.suits(query, key, value, bias, attn_mask, problem.options)
+    assert attn_mask is not None and short_masked.suits(query, key, value, bias, attn_mask, problem.options)
     needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
     for tuning in ({}, {"programs": 0}):  # 0: each program takes all sequences with its mask
-        out = windows.forward(query, key, value, bias, attn_mask, problem.options, **tuning)
+        out = short_masked.forward(query, key, value, bias, attn_mask, problem.options, **tuning)
         inputs = problem.grad_out, query, key, value, bias, attn_mask
-        grads = windows.backward(*inputs, needed, problem.options, **tuning)
+        grads = short_masked.backward(*inputs, needed, problem.options, **tuning)
         assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
 
 
@@ -417,27 +423,27 @@ def test_interpreted_windows(index: int) -> None:
 def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2() -> None:
     query, key, value, grad_out = (torch.randn(4, 2, 8, 16).half() for _ in range(4))
     attn_mask, options = torch.randn(2, 1, 8, 8).half(), reference.Options(0.25)
-    grads = windows.backward(grad_out, query, key, value, None, attn_mask, [True] * 5, options)
+    grads = short_masked.backward(grad_out, query, key, value, None, attn_mask, [True] * 5, options)
     assert grads[3] is None
     problem = Problem(query, key, value, None, attn_mask, None, grad_out, options)
-    out = windows.forward(query, key, value, None, attn_mask, options)
+    out = short_masked.forward(query, key, value, None, attn_mask, options)
     assert_no_worse([out, *grads[:3], grads[4]], problem)
 
 
 @in_interpreter
 def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, windows, None, None)
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, None, None)
     monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     for index, rest in ((0, {}), (0, {"dropout_p": 0.5}), (0, {"softcap": 2.0})):
         problem = window_problem(index)
         seed = torch.tensor([5]) if "dropout_p" in rest else None
         problem = problem._replace(seed=seed, options=problem.options._replace(**rest))
-        before = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
+        before = short_masked._plan_forward.cache_info(), short_masked._plan_backward.cache_info()
         needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
         out = dispatch.forward(*problem.inputs, problem.options)
         grads = dispatch.backward(problem.grad_out, *problem.inputs, needed, problem.options)
-        after = windows._plan_forward.cache_info(), windows._plan_backward.cache_info()
+        after = short_masked._plan_forward.cache_info(), short_masked._plan_backward.cache_info()
         calls = [new.hits + new.misses - old.hits - old.misses for new, old in zip(after, before, strict=True)]
         assert calls == ([0, 0] if rest else [1, 1])
         assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)

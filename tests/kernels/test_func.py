@@ -14,11 +14,11 @@ from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, j
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.functional.attention import attend
-from sigswap.kernels import ops, varlen_ops
+from sigswap.kernels.op import dense, varlen
 
 
 def attention(query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    return ops.sigmoid_attention(query, key, key[..., :3], bias, mask, scale=0.3, window_left=4)
+    return dense.sigmoid_attention(query, key, key[..., :3], bias, mask, scale=0.3, window_left=4)
 
 
 def explicit(query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -254,7 +254,7 @@ def test_varlen() -> None:
     ends = torch.tensor([0, 5, 8], dtype=torch.int32), torch.tensor([0, 2, 9], dtype=torch.int32)
 
     def function(query: Tensor, key: Tensor) -> Tensor:
-        return varlen_ops.sigmoid_attention_varlen(query, key, key, None, *ends, None, 5, 7, scale=0.3)
+        return varlen.sigmoid_attention_varlen(query, key, key, None, *ends, None, 5, 7, scale=0.3)
 
     torch.testing.assert_close(vmap(function)(query, key), loop(function, (0, 0), query, key))
     gradients = vmap(grad(lambda q, k: function(q, k).square().sum(), (0, 1)), (0, None))(query, key[0])

@@ -21,9 +21,12 @@ try:
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
-from sigswap.kernels import dispatch, hopper_bwd, hopper_fwd, launch
+from sigswap.kernels import dispatch
+from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import forward as hopper_fwd
+from sigswap.kernels.host import launch
 from sigswap.kernels.reference import Options
-from sigswap.kernels.triton_common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.triton.common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -175,8 +178,8 @@ def test_another_gluon_leaves_the_other_kernels(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setitem(sys.modules, "sigswap.kernels.hopper_bwd", None)
-    monkeypatch.delattr("sigswap.kernels.hopper_bwd")
+    monkeypatch.setitem(sys.modules, "sigswap.kernels.hopper.backward", None)
+    monkeypatch.delattr("sigswap.kernels.hopper.backward")
     dispatch._device_kernels.cache_clear()
     try:
         kernels = dispatch._device_kernels(0)

@@ -15,8 +15,8 @@ from sigswap.kernels.reference import Options
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import launch
-from sigswap.kernels.triton_common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host import launch
+from sigswap.kernels.triton.common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 
 OPTIONS = Options(0.25)
 OTHER_OPTIONS = Options(0.5, -1.0, False, True, True, 3, 4, 2.0, 0.5)

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
-from sigswap.kernels import MASKED_SCORE, attention_op, ops, reference
-from sigswap.kernels.attention_op import is_plain, options_of
+from sigswap.kernels import MASKED_SCORE, reference
+from sigswap.kernels.op import dense, registration
+from sigswap.kernels.op.registration import is_plain, options_of
 from sigswap.kernels.reference import Options
 
 ATTENTION = torch.ops.sigswap.sigmoid_attention.default
@@ -99,7 +100,7 @@ def test_gradcheck_attention(options: dict[str, Any]) -> None:
     mask = heads_tensor(1, 1, 4, 5, requires_grad=True, dtype=torch.float64)
     seed = torch.tensor([12])
     assert torch.autograd.gradcheck(
-        lambda *tensors: ops.sigmoid_attention(*tensors, seed, scale=0.4, **options),
+        lambda *tensors: dense.sigmoid_attention(*tensors, seed, scale=0.4, **options),
         (query, key, value, bias, mask),
     )
 
@@ -108,12 +109,12 @@ def test_gradcheck_probs() -> None:
     scores = torch.randn(2, 3, 4, dtype=torch.float64)
     scores[0, 1, 2] = -1e4
     bias = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s, b: ops.sigmoid_probs(s, b), (scores.requires_grad_(), bias))
+    assert torch.autograd.gradcheck(lambda s, b: dense.sigmoid_probs(s, b), (scores.requires_grad_(), bias))
 
 
 def test_a_second_derivative_is_an_error() -> None:
     query = heads_tensor(1, 1, 3, 4, requires_grad=True)
-    out = ops.sigmoid_attention(query, query, query, scale=0.5)
+    out = dense.sigmoid_attention(query, query, query, scale=0.5)
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
     with pytest.raises(SigswapError, match="second derivative"):
         torch.autograd.grad(grad.sum(), query)
@@ -129,7 +130,7 @@ def test_probs_match_the_definition(dim: int, visible_bias: bool) -> None:
     shape = list(scores.shape)
     shape[dim] = 1
     bias = torch.randn(shape, dtype=torch.float64)
-    p = ops.sigmoid_probs(scores, bias, dim, visible_bias, 0.5)
+    p = dense.sigmoid_probs(scores, bias, dim, visible_bias, 0.5)
     visible = scores > -5000
     count = visible.sum(dim, keepdim=True).double()
     logits = scores + bias + 0.5 - (count.log() if visible_bias else 0)
@@ -139,17 +140,17 @@ def test_probs_match_the_definition(dim: int, visible_bias: bool) -> None:
 
 def test_probs_of_masked_rows_and_nan() -> None:
     scores = torch.full((2, 3), -torch.inf, requires_grad=True)
-    p = ops.sigmoid_probs(scores)
+    p = dense.sigmoid_probs(scores)
     assert torch.equal(p, torch.zeros(2, 3))
     (grad,) = torch.autograd.grad(p.sum(), scores)
     assert torch.equal(grad, torch.zeros(2, 3))
-    assert ops.sigmoid_probs(torch.tensor([[torch.nan, 0.0]])).isnan().tolist() == [[True, False]]
+    assert dense.sigmoid_probs(torch.tensor([[torch.nan, 0.0]])).isnan().tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_probs_compute_half_precision_in_float32(dtype: torch.dtype) -> None:
     scores = (torch.randn(64, 200) * 3).to(dtype)
-    p = ops.sigmoid_probs(scores)
+    p = dense.sigmoid_probs(scores)
     assert p.dtype == dtype
     exact = torch.sigmoid(scores.double() - torch.tensor(200.0).double().log())
     torch.testing.assert_close(p.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
@@ -159,14 +160,14 @@ def test_probs_save_no_more_than_p_and_the_mask() -> None:
     scores = torch.randn(4, 100, 100, requires_grad=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.sigmoid_probs(scores)
+        dense.sigmoid_probs(scores)
     large = [tensor.dtype for tensor in saved if tensor.numel() == scores.numel()]
     assert sorted(large, key=str) == [torch.bool, torch.float32]
 
 
 def test_probs_are_one_node_until_inductor_decomposes_them() -> None:
     def function(scores: Tensor, bias: Tensor) -> Tensor:
-        return ops.sigmoid_probs(scores, bias)
+        return dense.sigmoid_probs(scores, bias)
 
     graphs: list[torch.fx.Graph] = []
 
@@ -189,7 +190,7 @@ def test_probs_are_one_node_until_inductor_decomposes_them() -> None:
 
 def test_attention_is_one_node_before_dispatch() -> None:
     query = heads_tensor(1, 2, 3, 4, requires_grad=True)
-    graph = make_fx(lambda q: ops.sigmoid_attention(q, q, q, scale=0.5), pre_dispatch=True)(query).graph
+    graph = make_fx(lambda q: dense.sigmoid_attention(q, q, q, scale=0.5), pre_dispatch=True)(query).graph
     assert calls(graph) == [ATTENTION]
 
 
@@ -201,18 +202,18 @@ def test_direct_calls_equal_calls_through_the_dispatcher() -> None:
     options: dict[str, Any] = {"scale": 0.3, "is_causal": True, "softcap": 2, "dropout_p": 0.25}
     seed = torch.tensor([3])
     assert is_plain(*leaves, seed)
-    direct = ops.sigmoid_attention(*leaves, seed, **options)
+    direct = dense.sigmoid_attention(*leaves, seed, **options)
     dispatched = ATTENTION(*leaves, seed, **options)
     assert torch.equal(direct, dispatched)
     grad_out = torch.randn_like(direct)
     grads = torch.autograd.grad(direct, leaves, grad_out), torch.autograd.grad(dispatched, leaves, grad_out)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
     with torch.no_grad():
-        assert torch.equal(ops.sigmoid_attention(*leaves, seed, **options), direct)
+        assert torch.equal(dense.sigmoid_attention(*leaves, seed, **options), direct)
     with torch.inference_mode():
-        assert torch.equal(ops.sigmoid_attention(*leaves, seed, **options), direct)
+        assert torch.equal(dense.sigmoid_attention(*leaves, seed, **options), direct)
         fresh = leaves[0] + 0  # an inference tensor
-        assert is_plain(fresh) and torch.equal(ops.sigmoid_attention(fresh, *leaves[1:], seed, **options), direct)
+        assert is_plain(fresh) and torch.equal(dense.sigmoid_attention(fresh, *leaves[1:], seed, **options), direct)
 
 
 class Subclass(Tensor):
@@ -244,7 +245,7 @@ def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(
     later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = [heads_tensor(1, 2, 3, 4, requires_grad=True) for _ in range(3)]
-    expected = torch.autograd.grad(ops.sigmoid_attention(*inputs, scale=0.5).sum(), inputs)
+    expected = torch.autograd.grad(dense.sigmoid_attention(*inputs, scale=0.5).sum(), inputs)
     negated: list[bool] = []
 
     def implementation(cuda: bool, name: str) -> Any:
@@ -254,10 +255,10 @@ def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(
 
         return run
 
-    monkeypatch.setattr(attention_op, "_implementation", implementation)
+    monkeypatch.setattr(registration, "_implementation", implementation)
     hooks = torch.neg, torch._neg_view  # equal tensors, lazily negated
     with nullcontext() if later else torch.autograd.graph.saved_tensors_hooks(*hooks):
-        out = ops.sigmoid_attention(*inputs, scale=0.5)
+        out = dense.sigmoid_attention(*inputs, scale=0.5)
     if later:
         for saved in out.grad_fn._raw_saved_tensors[:3]:
             saved.register_hooks(*hooks)
@@ -276,8 +277,8 @@ def test_options_of_other_types_go_through_the_dispatcher() -> None:
         for wrong in (*others, (torch.tensor(1.0), *numbers[1:]), ([1.0], *numbers[1:])):
             assert options_of(*wrong) is None
     query = heads_tensor(1, 2, 3, 4)
-    out = ops.sigmoid_attention(query, query, query, scale=torch.tensor(0.5))
-    assert torch.equal(out, ops.sigmoid_attention(query, query, query, scale=0.5))
+    out = dense.sigmoid_attention(query, query, query, scale=torch.tensor(0.5))
+    assert torch.equal(out, dense.sigmoid_attention(query, query, query, scale=0.5))
 
 
 def test_modes_and_the_profiler_see_the_op() -> None:
@@ -295,7 +296,7 @@ def test_modes_and_the_profiler_see_the_op() -> None:
             return func(*args, **(kwargs or {}))
 
     def step() -> None:
-        ops.sigmoid_attention(query, query, query, scale=0.5).sum().backward()
+        dense.sigmoid_attention(query, query, query, scale=0.5).sum().backward()
 
     with Dispatch():
         step()
@@ -313,7 +314,7 @@ def test_modes_and_the_profiler_see_the_op() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(backend: str) -> None:
     def function(query: Tensor, key: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        return ops.sigmoid_attention(query, key, key, bias, mask, scale=0.3, is_causal=True).square()
+        return dense.sigmoid_attention(query, key, key, bias, mask, scale=0.3, is_causal=True).square()
 
     query, key = heads_tensor(2, 4, 5, 8, requires_grad=True), heads_tensor(2, 2, 7, 8, requires_grad=True)
     bias, mask = torch.randn(1, 4, 1, 1, requires_grad=True), torch.randn(1, 1, 5, 7, requires_grad=True)
@@ -330,10 +331,10 @@ def test_dynamic_shapes_do_not_recompile(function_of: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def attention(query: Tensor, key: Tensor) -> Tensor:
-        return ops.sigmoid_attention(query, key, key, scale=0.3, is_causal=True)
+        return dense.sigmoid_attention(query, key, key, scale=0.3, is_causal=True)
 
     def probs(query: Tensor, key: Tensor) -> Tensor:
-        return ops.sigmoid_probs(query @ key.mT)
+        return dense.sigmoid_probs(query @ key.mT)
 
     function = attention if function_of == "attention" else probs
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
@@ -355,7 +356,7 @@ def test_dynamic_shapes_of_a_mask_do_not_recompile(repeated: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def function(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-        return ops.sigmoid_attention(query, key, key, None, mask, scale=0.3, is_causal=True)
+        return dense.sigmoid_attention(query, key, key, None, mask, scale=0.3, is_causal=True)
 
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
     counts = []
@@ -375,20 +376,20 @@ def test_dynamic_shapes_of_a_mask_do_not_recompile(repeated: str) -> None:
 
 def test_compiled_autograd() -> None:
     query = heads_tensor(1, 2, 5, 8, requires_grad=True)
-    (expected,) = torch.autograd.grad(ops.sigmoid_attention(query, query, query, scale=0.3).square().sum(), query)
+    (expected,) = torch.autograd.grad(dense.sigmoid_attention(query, query, query, scale=0.3).square().sum(), query)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        ops.sigmoid_attention(query, query, query, scale=0.3).square().sum().backward()
+        dense.sigmoid_attention(query, query, query, scale=0.3).square().sum().backward()
     torch.testing.assert_close(query.grad, expected)
 
 
 def test_autocast_acts_on_the_op_itself() -> None:
     query = heads_tensor(1, 2, 5, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ops.sigmoid_attention(query, query, query, scale=0.3)
-        double = ops.sigmoid_attention(*[query.double()] * 3, scale=0.3)
+        out = dense.sigmoid_attention(query, query, query, scale=0.3)
+        double = dense.sigmoid_attention(*[query.double()] * 3, scale=0.3)
     assert out.dtype == torch.bfloat16 and double.dtype == torch.float64
     half = query.detach().bfloat16()
-    assert torch.equal(out, ops.sigmoid_attention(half, half, half, scale=0.3))
+    assert torch.equal(out, dense.sigmoid_attention(half, half, half, scale=0.3))
     (grad,) = torch.autograd.grad(out.sum(), query)
     assert grad.dtype == torch.float32
 
@@ -396,9 +397,9 @@ def test_autocast_acts_on_the_op_itself() -> None:
 def test_autocast_does_not_reach_into_the_implementation() -> None:
     query = heads_tensor(1, 2, 33, 8, dtype=torch.float64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ops.sigmoid_attention(query, query, query, scale=0.3)
+        out = dense.sigmoid_attention(query, query, query, scale=0.3)
         (grad,) = torch.autograd.grad(out.sum(), query)
-    expected = ops.sigmoid_attention(query, query, query, scale=0.3)
+    expected = dense.sigmoid_attention(query, query, query, scale=0.3)
     assert torch.equal(out, expected)
     assert torch.equal(grad, torch.autograd.grad(expected.sum(), query)[0])
 
@@ -407,16 +408,16 @@ def test_masked_score_is_masked_and_the_next_larger_is_not() -> None:
     query = torch.zeros(1, 1, 1, 4)
     value = torch.ones(1, 1, 2, 4)
     mask = torch.tensor([MASKED_SCORE, 0.0]).view(1, 1, 1, 2)
-    out = ops.sigmoid_attention(query, value, value, None, mask, scale=1.0)
+    out = dense.sigmoid_attention(query, value, value, None, mask, scale=1.0)
     torch.testing.assert_close(out, torch.full((1, 1, 1, 4), 0.5))  # one key is visible: sigmoid(0 - ln 1)
     mask[..., 0] = MASKED_SCORE + 1
-    out = ops.sigmoid_attention(query, value, value, None, mask, scale=1.0)
+    out = dense.sigmoid_attention(query, value, value, None, mask, scale=1.0)
     torch.testing.assert_close(out, torch.full((1, 1, 1, 4), 1 / 3))  # two are: sigmoid(-ln 2) = 1 / 3
 
 
 def test_output_is_stored_as_fused_softmax_attention_stores_it() -> None:
     query = heads_tensor(2, 3, 5, 4)
-    out = ops.sigmoid_attention(query, query, query, scale=1.0)
+    out = dense.sigmoid_attention(query, query, query, scale=1.0)
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -457,9 +458,9 @@ GOOD: dict[str, Any] = {
     ],
 )
 def test_argument_errors_of_attention(changes: dict[str, Any], message: str) -> None:
-    ops.sigmoid_attention(**GOOD)
+    dense.sigmoid_attention(**GOOD)
     with pytest.raises(ArgumentError, match=message):
-        ops.sigmoid_attention(**(GOOD | changes))
+        dense.sigmoid_attention(**(GOOD | changes))
 
 
 @pytest.mark.parametrize(
@@ -474,13 +475,13 @@ def test_argument_errors_of_attention(changes: dict[str, Any], message: str) -> 
 )
 def test_argument_errors_of_probs(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        ops.sigmoid_probs(*args)
+        dense.sigmoid_probs(*args)
 
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_the_output_may_be_changed_in_place(recorded: bool) -> None:
     query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=recorded) for _ in range(3))
-    out = ops.sigmoid_attention(query, key, value, scale=1.0)
+    out = dense.sigmoid_attention(query, key, value, scale=1.0)
     expected = out.detach().clone().mul_(2).add_(1)
     expected[:, 0] = 0
     out.mul_(2)
@@ -499,24 +500,24 @@ def test_the_output_may_be_changed_in_place(recorded: bool) -> None:
 def test_options_of_another_type_are_errors_in_eager_too(options: dict[str, Any]) -> None:
     tensors = [torch.randn(1, 2, 3, 8) for _ in range(3)]
     with pytest.raises((RuntimeError, TypeError)):
-        ops.sigmoid_attention(*tensors, **{"scale": 1.0, **options})
+        dense.sigmoid_attention(*tensors, **{"scale": 1.0, **options})
 
 
 def test_a_window_as_long_as_integers_get_is_none() -> None:
     tensors = [torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3)]
-    wide = ops.sigmoid_attention(*tensors, scale=1.0, window_left=sys.maxsize, window_right=sys.maxsize)
-    assert torch.equal(wide, ops.sigmoid_attention(*tensors, scale=1.0))
+    wide = dense.sigmoid_attention(*tensors, scale=1.0, window_left=sys.maxsize, window_right=sys.maxsize)
+    assert torch.equal(wide, dense.sigmoid_attention(*tensors, scale=1.0))
 
 
 def test_what_is_no_number_or_no_float_type_is_an_error() -> None:
     query = torch.randn(1, 2, 3, 8)
     with pytest.raises(ArgumentError, match="softcap must be positive and finite"):
-        ops.sigmoid_attention(query, query, query, scale=1.0, softcap=math.inf)
+        dense.sigmoid_attention(query, query, query, scale=1.0, softcap=math.inf)
     eighth = query.to(torch.float8_e4m3fn)
     with pytest.raises(ArgumentError, match="query must be floating point of 16, 32 or 64 bits"):
-        ops.sigmoid_attention(eighth, eighth, eighth, scale=1.0)
+        dense.sigmoid_attention(eighth, eighth, eighth, scale=1.0)
     with pytest.raises(ArgumentError, match="attn_mask must be bool or floating point of 16"):
-        ops.sigmoid_attention(query, query, query, None, eighth[..., :1, :3], scale=1.0)
+        dense.sigmoid_attention(query, query, query, None, eighth[..., :1, :3], scale=1.0)
     with pytest.raises(ArgumentError, match="scale must be a number"):
         sigswap.sigmoid_attention(query, query, query, scale=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ArgumentError, match="window must hold integers"):
@@ -532,7 +533,7 @@ def test_the_public_function_broadcasts_and_does_not_repeat() -> None:
 def test_no_images_of_several_windows() -> None:
     query = torch.randn(0, 2, 3, 8, requires_grad=True)
     mask = torch.randn(4, 1, 3, 3, requires_grad=True)
-    out = ops.sigmoid_attention(query, query, query, None, mask, scale=1.0)
+    out = dense.sigmoid_attention(query, query, query, None, mask, scale=1.0)
     assert out.shape == query.shape
     assert torch.equal(torch.autograd.grad(out.sum(), mask)[0], torch.zeros_like(mask))
 
@@ -540,5 +541,5 @@ def test_no_images_of_several_windows() -> None:
 def test_a_bfloat16_mask_is_compared_in_float32() -> None:
     query = torch.randn(1, 1, 2, 8, dtype=torch.bfloat16)
     mask = torch.tensor([0.0, -4992.0], dtype=torch.bfloat16).view(1, 1, 1, 2)  # bfloat16's neighbour of -5000
-    out = ops.sigmoid_attention(query, query, query, None, mask, scale=0.0)
+    out = dense.sigmoid_attention(query, query, query, None, mask, scale=0.0)
     assert torch.allclose(out.float(), query[..., :1, :].float() / 3, atol=1e-2)  # sigmoid(-ln 2): two are visible

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sigswap.kernels import ops, reference
+from sigswap.kernels import reference
+from sigswap.kernels.op import dense
 
 
 def oracle(
@@ -143,7 +144,7 @@ def test_matches_the_definition_forward_and_backward(problem: dict) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "MAX_TILE_SCORES", problem["tile"])
         patch.setattr(reference, "MAX_BAND_ROWS", 7)
-        out = ops.sigmoid_attention(query, key, value, bias, mask, seed, **options)
+        out = dense.sigmoid_attention(query, key, value, bias, mask, seed, **options)
         grad_out = torch.randn_like(out)
         grads = torch.autograd.grad(out, inputs, grad_out)
     whole_mask = None if mask is None else mask.repeat(batch // mask.shape[0], 1, 1, 1)
@@ -171,7 +172,7 @@ def test_error_is_no_larger_than_naive_pytorchs(dtype: torch.dtype, q_len: int, 
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
     results = []
     for compute, args in (
-        (lambda *a: ops.sigmoid_attention(*a, scale=scale), inputs),
+        (lambda *a: dense.sigmoid_attention(*a, scale=scale), inputs),
         (naive, inputs),
         (lambda *a: oracle(*a, scale=scale), exact_inputs),
     ):
@@ -266,7 +267,7 @@ def test_empty_sizes(shape: tuple[int, int, int, int]) -> None:
     query = torch.randn(batch, heads, q_len, 8, requires_grad=True)
     key = torch.randn(batch, heads, kv_len, 8, requires_grad=True)
     bias = torch.zeros(1, heads, 1, 1, requires_grad=True)
-    out = ops.sigmoid_attention(query, key, key, bias, scale=1.0)
+    out = dense.sigmoid_attention(query, key, key, bias, scale=1.0)
     assert torch.equal(out, torch.zeros(batch, heads, q_len, 8))
     for grad in torch.autograd.grad(out.sum(), (query, key, bias)):
         assert not grad.any()

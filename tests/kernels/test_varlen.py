@@ -15,7 +15,8 @@ from torch import Tensor
 
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
-from sigswap.kernels import reference, varlen_ops
+from sigswap.kernels import reference
+from sigswap.kernels.op import varlen
 from sigswap.kernels.reference import Options
 
 OP = torch.ops.sigswap.sigmoid_attention_varlen.default
@@ -124,7 +125,7 @@ def with_gradients(function: Any, inputs: Packed, grad_out: Tensor) -> list[Tens
 
 
 def ours(inputs: Packed, options: Options) -> Tensor:
-    return varlen_ops.sigmoid_attention_varlen(*inputs, **options._asdict())
+    return varlen.sigmoid_attention_varlen(*inputs, **options._asdict())
 
 
 LENGTHS = st.lists(st.tuples(st.sampled_from([0, 1, 2, 7, 33]), st.sampled_from([0, 1, 3, 8, 40])), max_size=4)

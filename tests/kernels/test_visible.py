@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sigswap
 from sigswap.compiling.launches import make_launches_visible
-from sigswap.kernels import dispatch, ops
+from sigswap.kernels import dispatch
+from sigswap.kernels.op import dense
 
 triton = pytest.importorskip("triton")
 
@@ -30,7 +31,7 @@ CUDA = torch.cuda.is_available()
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on the CPU count as an H100's, for which Triton's front end compiles."""
-    from sigswap.kernels import flash_fwd
+    from sigswap.kernels.triton import forward as flash_fwd
 
     if not isinstance(flash_fwd._forward_kernel, triton.JITFunction):
         pytest.skip("Triton's interpreter compiles nothing")
@@ -67,7 +68,7 @@ class Case:
         return [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
 
     def run(self, *inputs: Tensor | None) -> Tensor:
-        return ops.sigmoid_attention(*inputs, None, **self.options)
+        return dense.sigmoid_attention(*inputs, None, **self.options)
 
     def oracle(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         query, key, value = query.double(), key.double(), value.double()

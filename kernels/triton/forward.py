@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.launch import (
+from sigswap.kernels.host.launch import (
     MAX_PLANS,
     Counts,
     Described,
@@ -36,7 +36,7 @@ from sigswap.kernels.launch import (
     signature_of,
     unit_stride,
 )
-from sigswap.kernels.triton_common import (
+from sigswap.kernels.triton.common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,

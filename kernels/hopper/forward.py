@@ -1,6 +1,6 @@
 """The forward of sigmoid attention over long sequences on Hopper GPUs, in Gluon, for a head_dim above 64.
 
-:mod:`flash_fwd` leaves the order of things to Triton's compiler. Here:
+:mod:`sigswap.kernels.triton.forward` leaves the order of things to Triton's compiler. Here:
 
 - A program has 128 rows, of which each of two warpgroups has 64; a warp loads queries, keys and values for both.
 - Within a warpgroup scores are a block of keys ahead: while it computes their probabilities, the product of those
@@ -10,7 +10,8 @@
 - There are as many programs as multiprocessors. Each goes from item to item, an item being 128 rows of a head; what
   the next one needs is loaded before the one before has ended.
 
-At head_dim 64 there are twice as many probabilities for as many matrix products, and :mod:`flash_fwd` is faster.
+At head_dim 64 there are twice as many probabilities for as many matrix products, and
+:mod:`sigswap.kernels.triton.forward` is faster.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels import reference
-from sigswap.kernels.hopper import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, Signature, describable, limits_of, signature_of
-from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
+from sigswap.kernels.hopper.common import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
+from sigswap.kernels.host.launch import MAX_PLANS, Launch, Layout, Signature, describable, limits_of, signature_of
+from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
 WIDTH = 128
 """Of a head as the tiles hold it: head_dim 65 to 128."""

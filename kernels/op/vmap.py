@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels.attention_op import AttentionOp, library
+from sigswap.kernels.op.registration import AttentionOp, library
 
 Rule = Callable[..., tuple[Any, Any]]
 

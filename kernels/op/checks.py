@@ -22,7 +22,7 @@ def check_attention(
     seed: Tensor | None,
     options: Options,
 ) -> None:
-    """Raises ArgumentError unless the arguments are as :func:`sigswap.kernels.ops.sigmoid_attention` says."""
+    """Raises ArgumentError unless the arguments are as :func:`sigswap.kernels.op.dense.sigmoid_attention` says."""
     if not (query.dim() == key.dim() == value.dim() == 4):
         raise ArgumentError(
             "query, key and value must be [batch, heads, length, head_dim], "
@@ -61,7 +61,7 @@ def check_varlen(
     options: Options,
 ) -> None:
     """Raises ArgumentError unless the arguments are as
-    :func:`sigswap.kernels.varlen_ops.sigmoid_attention_varlen` says."""
+    :func:`sigswap.kernels.op.varlen.sigmoid_attention_varlen` says."""
     if not (query.dim() == key.dim() == value.dim() == 3):
         raise ArgumentError(
             "query, key and value must be [total_length, heads, head_dim], "

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.launch import (
+from sigswap.kernels.host.launch import (
     MAX_PLANS,
     Counts,
     Launch,
@@ -31,7 +31,7 @@ from sigswap.kernels.launch import (
     signature_of,
     unit_stride,
 )
-from sigswap.kernels.triton_common import (
+from sigswap.kernels.triton.common import (
     _ACCURATE,
     UNSPECIALIZED,
     elements,

@@ -5,7 +5,8 @@ All scores of a head fit into one tile. A program takes one head, and of the bat
 The backward is one kernel for the same reason: dS stays in registers, and its sum over the batch is the gradient of
 the mask.
 
-What the batch's parts add up to is summed in a fixed order, by :mod:`sums`: all is deterministic.
+What the batch's parts add up to is summed in a fixed order, by
+:mod:`sigswap.kernels.triton.sums`: all is deterministic.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.launch import (
+from sigswap.kernels.host.launch import (
     MAX_PLANS,
     Launch,
     Layout,
@@ -34,8 +35,7 @@ from sigswap.kernels.launch import (
     signature_of,
     unit_stride,
 )
-from sigswap.kernels.sums import Sum
-from sigswap.kernels.triton_common import (
+from sigswap.kernels.triton.common import (
     _MASKED_SCORE,
     UNSPECIALIZED,
     elements,
@@ -46,6 +46,7 @@ from sigswap.kernels.triton_common import (
     store_rows,
     unit_of,
 )
+from sigswap.kernels.triton.sums import Sum
 
 LONGEST = 64
 """The most rows or keys of a tile."""

@@ -1,7 +1,8 @@
 """The backward of sigmoid attention over long sequences on Hopper GPUs, in Gluon: one kernel for dK, dV and dQ.
 
-:mod:`flash_bwd` computes the scores twice, once for dK and dV, once for dQ: seven matrix products. Here they are
-computed once, and a block of keys adds its part of dQ to float32 sums in memory: five. What makes that fast:
+:mod:`sigswap.kernels.triton.backward` computes the scores twice, once for dK and dV, once for dQ: seven matrix
+products. Here they are computed once, and a block of keys adds its part of dQ to float32 sums in memory: five. What
+makes that fast:
 
 - A program has 128 keys, of which each of two warpgroups has 64, with dK and dV in registers; a warp loads queries and
   output gradients for both. They meet through memory barriers only, one tile of 64 rows apart at most, so that one
@@ -39,8 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels import reference
-from sigswap.kernels.hopper import Numbers, Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.launch import (
+from sigswap.kernels.hopper.common import Numbers, Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
+from sigswap.kernels.host.launch import (
     MAX_PLANS,
     Described,
     Launch,
@@ -57,8 +58,7 @@ from sigswap.kernels.launch import (
     signature_of,
     unit_stride,
 )
-from sigswap.kernels.sums import Sum
-from sigswap.kernels.triton_common import (
+from sigswap.kernels.triton.common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
@@ -67,11 +67,13 @@ from sigswap.kernels.triton_common import (
     elements,
     store_rows,
 )
+from sigswap.kernels.triton.sums import Sum
 
 LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
-"""By the width of a head: with more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`, as
-measured on an H100: without bias, with one per head, with one per row, which cost :mod:`flash_bwd` more. The sums of dQ
-have to be filled with zeros before and put in order after, which takes as long for short sequences as for long ones."""
+"""By the width of a head: with more visible keys per row, on average, this kernel is faster than
+:mod:`sigswap.kernels.triton.backward`, as measured on an H100: without bias, with one per head, with one per row, which
+cost that one more. The sums of dQ have to be filled with zeros before and put in order after, which takes as long for
+short sequences as for long ones."""
 
 ROWS, KEYS, STAGES = 64, 128, 3
 """A tile's rows; the keys of a program; tiles of rows in flight."""

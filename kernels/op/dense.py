@@ -7,7 +7,7 @@ Three ops, all of them pure functions (``torch.ops.sigswap`` holds them):
 - ``sigmoid_probs``: for models that compute their own scores: scores to probabilities. A composite op: one
   node in a graph of Dynamo's, and decomposed below autograd, so that inductor fuses it.
 
-:mod:`sigswap.kernels.attention_op` says what runs the first two. This module imports no Triton.
+:mod:`sigswap.kernels.op.registration` says what runs the first two. This module imports no Triton.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels import MASKED_SCORE, checks, reference, vmap
-from sigswap.kernels.attention_op import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
+from sigswap.kernels import MASKED_SCORE, reference
+from sigswap.kernels.op import checks, vmap
+from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
 
 def sigmoid_attention(

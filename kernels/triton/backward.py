@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.launch import (
+from sigswap.kernels.host.launch import (
     MAX_PLANS,
     Counts,
     Described,
@@ -46,8 +46,7 @@ from sigswap.kernels.launch import (
     signature_of,
     unit_stride,
 )
-from sigswap.kernels.sums import Sum
-from sigswap.kernels.triton_common import (
+from sigswap.kernels.triton.common import (
     _ACCURATE,
     _AUTO,
     _FAST,
@@ -69,6 +68,7 @@ from sigswap.kernels.triton_common import (
     store_rows,
     unit_of,
 )
+from sigswap.kernels.triton.sums import Sum
 
 
 def backward(

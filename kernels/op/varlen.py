@@ -1,7 +1,7 @@
 """The registered op for packed sequences of different lengths.
 
 ``sigmoid_attention_varlen`` and its gradients, ``sigmoid_attention_varlen_backward`` (``torch.ops.sigswap`` holds
-them). :mod:`sigswap.kernels.attention_op` says what runs them. This module imports no Triton.
+them). :mod:`sigswap.kernels.op.registration` says what runs them. This module imports no Triton.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sigswap.kernels import checks, reference, vmap
-from sigswap.kernels.attention_op import AttentionOp, is_plain, options_of
+from sigswap.kernels import reference
+from sigswap.kernels.op import checks, vmap
+from sigswap.kernels.op.registration import AttentionOp, is_plain, options_of
 
 
 def sigmoid_attention_varlen(
@@ -35,7 +36,7 @@ def sigmoid_attention_varlen(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Sigmoid attention within each of several sequences that lie one behind the other; each is
-    :func:`sigswap.kernels.ops.sigmoid_attention` of its own rows and keys, with its own lengths.
+    :func:`sigswap.kernels.op.dense.sigmoid_attention` of its own rows and keys, with its own lengths.
 
     Under autocast query, key and value are cast to its dtype, as those of softmax attention are.
 

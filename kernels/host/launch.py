@@ -2,8 +2,8 @@
 
 What a launch needs (tile, band, strides, grid, the compiled kernel) depends on the tensors' layouts, not on their
 values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the signatures and the
-plans of :mod:`flash_fwd`, :mod:`flash_bwd` and :mod:`decode`, and :class:`Launch` the compiled kernel, past Triton's
-binder, which takes longer than the kernels of short sequences run.
+plans of each kernel's module, and :class:`Launch` the compiled kernel, past Triton's binder, which takes longer than
+the kernels of short sequences run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigswap.kernels import settings
 from sigswap.kernels.reference import Options, empty_gradients, output_layout
-from sigswap.kernels.triton_common import (
+from sigswap.kernels.triton.common import (
     ACCURATE,
     AUTO,
     CUBIC_TAIL,
@@ -191,7 +191,7 @@ class Signature:
         return self.sigmoid_form == "auto" and self.element_size == 2 and self.plain
 
     def form(self) -> int:
-        """FAST, AUTO or ACCURATE, which stands for the kernel's SLOW form; :mod:`triton_common` describes them."""
+        """FAST, AUTO or ACCURATE, which stands for the kernel's SLOW form (:mod:`sigswap.kernels.triton.common`)."""
         if not self.mixed_forms:
             return FAST if self.sigmoid_form == "fast" else ACCURATE
         if self.query.dtype == torch.float16:  # it would show the fast form's error
