@@ -10,7 +10,7 @@ import torch
 
 import sigswap
 
-WRITTEN = Path(__file__).parents[1] / "support" / "version_0_1"
+WRITTEN = Path(__file__).parent / "support" / "version_0_1"
 """A converted and calibrated ``nn.TransformerEncoderLayer(8, 2, 8)``: ``converted.pickle`` holds it with an input, its
 output and its reports; ``saved/`` is what ``sigswap.save`` made of it."""
 

@@ -1,7 +1,7 @@
 """An H100 that need not be there, for what compilers make for it.
 
 Triton's front end and inductor need to know a GPU's properties, and no more, to generate their source text. What they
-generate runs on a CPU in Triton's interpreter, in a process of its own: ``python tests/h100.py <folder>``.
+generate runs on a CPU in Triton's interpreter, in a process of its own: ``python tests/support/h100.py <folder>``.
 """
 
 from __future__ import annotations
