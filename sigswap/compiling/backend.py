@@ -38,11 +38,13 @@ def sigswap_backend(
     """The Dynamo backend named "sigswap".
 
     ``options`` of torch.compile:
-        inner: the compiler that gets the swapped graph: the name of a Dynamo backend ("inductor" by default), or a
-            callable ``(graph_module, example_inputs) -> callable``.
-        inner_options: for it, as ``options`` of torch.compile are for inductor.
-        bias: "visible" (default), an int n or a float, as in :class:`sigswap.SigmoidConfig`.
-        strict: an attention that cannot be swapped is an error (default) or is logged as a warning and stays softmax.
+
+    - ``inner``: the compiler that gets the swapped graph: the name of a Dynamo backend ("inductor" by default), or a
+      callable ``(graph_module, example_inputs) -> callable``.
+    - ``inner_options``: for it, as ``options`` of torch.compile are for inductor.
+    - ``bias``: "visible" (default), an int n or a float, as in :class:`sigswap.SigmoidConfig`.
+    - ``strict``: an attention that cannot be swapped is an error (default) or is logged as a warning and stays softmax.
+
     ``mode`` of torch.compile goes to inductor.
 
     Raises ArgumentError (an unknown option) or UnswappableSiteError; Dynamo wraps both.

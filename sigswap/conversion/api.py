@@ -101,7 +101,8 @@ def convert(
         ConfigError: the config cannot be applied to a site.
         ConversionError: the model is compiled or scripted, or a module cannot be converted.
         CalibrationError, ArgumentError: as sigswap.calibrate raises them.
-        Whatever is raised, the model is as it was.
+
+    Whatever is raised, the model is as it was.
 
     Source: arXiv 2409.04431, with the bias ``-ln(n)`` per row (its section 3) over the visible keys.
     """

@@ -75,7 +75,8 @@ def calibrate(
         NotConvertedError: the model is not converted.
         ArgumentError: ``batches`` is empty or of a wrong type, or the conversion has no parameters to calibrate.
         CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite.
-        Whatever is raised, the model is as it was.
+
+    Whatever is raised, the model is as it was.
     """
     states = _calibratable(model)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
