@@ -12,7 +12,10 @@ from sigswap import errors, former_names
 from sigswap.compiling.explain import CompiledSite, CompileReport, explain
 from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.api import convert, inspect, is_converted, report, revert, softmax
+from sigswap.conversion.api import convert, inspect
+from sigswap.conversion.install import revert
+from sigswap.conversion.record import is_converted, report
+from sigswap.conversion.softmax import softmax
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import transformers_hook

@@ -36,4 +36,7 @@ def test_a_directory_of_version_0_1_loads() -> None:
 def test_imports_of_version_0_1() -> None:
     for former, name in [("convert", "conversion_of"), ("state", "OwnerState"), ("own_batches", "own_batches")]:
         assert hasattr(importlib.import_module(f"sigswap.{former}"), name)
+    convert = importlib.import_module("sigswap.convert")  # has been split
+    for name in ("convert", "inspect", "revert", "softmax", "Conversion", "apply_conversion", "owners_of"):
+        assert getattr(convert, name, None) is not None, name
     assert callable(sigswap.convert) and callable(sigswap.calibrate)  # functions of the package, not modules

@@ -75,7 +75,7 @@ def save(
             (meta device), or the directory cannot be written.
         ArgumentError: an argument does not fit the kind of model.
     """
-    from sigswap.conversion.api import is_converted
+    from sigswap.conversion.record import is_converted
 
     if factory is not None and not isinstance(factory, str):
         raise ArgumentError(
@@ -205,7 +205,7 @@ def _write_factory(
     model: nn.Module, factory: str, kwargs: dict[str, Any], attributes: dict[str, Any], staging: Path
 ) -> None:
     from sigswap import __version__
-    from sigswap.conversion.api import conversion_of
+    from sigswap.conversion.record import conversion_of
 
     state = model.state_dict()
     for name, value in state.items():
@@ -227,7 +227,8 @@ def _write_factory(
 
 
 def _load_factory(directory: Path) -> nn.Module:
-    from sigswap.conversion.api import Conversion, apply_conversion
+    from sigswap.conversion.install import apply_conversion
+    from sigswap.conversion.record import Conversion
 
     path = directory / CONFIG
     try:
@@ -397,7 +398,8 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
     numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading; any other
     difference is an error.
     """
-    from sigswap.conversion.api import apply_conversion, conversion_of
+    from sigswap.conversion.install import apply_conversion
+    from sigswap.conversion.record import conversion_of
 
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
     apply_conversion(built, conversion_of(model))
