@@ -11,7 +11,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
 from sigswap.errors import ConfigError, UnknownCallError
-from sigswap.functional.multi_head import sigmoid_heads
+from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
 
 _ANOTHER_PATH = (
     "this input takes another path through its code. Revert the model and convert it again with example_inputs=[...] "
@@ -285,30 +285,13 @@ class SiteState(nn.Module):
         return self.query_norm(query, axes, "pack"), self.key_norm(key, axes, "group")
 
     def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        dropout_p: float,
-        need_weights: bool,
+        self, query: Tensor, key: Tensor, value: Tensor, **arguments: Unpack[AttentionArguments]
     ) -> tuple[Tensor, Tensor | None]:
         """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
         query, key = self.normalized(query, key)
         bias = self.sdpa_bias(query)
         return sigmoid_heads(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-            bias=bias,
-            visible_bias=self.visible_bias,
-            const_bias=self.const_bias,
+            query, key, value, **arguments, bias=bias, visible_bias=self.visible_bias, const_bias=self.const_bias
         )
 
     def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:

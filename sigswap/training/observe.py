@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.mode import FAMILIES, SwapMode, factors_of
+from sigswap.conversion.mode import SwapMode, factors_of
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.functional.multi_head import multi_head_attention_forward, native_multi_head_attention
+from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.kernels import MASKED_SCORE
 
 MAX_TILE_SCORES = 1 << 22
@@ -345,10 +345,7 @@ class _ObservingMode(SwapMode):
         return output
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
-        function = multi_head_attention_forward
-        if func is not F.multi_head_attention_forward:
-            function = native_multi_head_attention  # type: ignore[assignment]
-        return function(functools.partial(self._heads, site), *args, **kwargs)
+        return SWAPS[func].stand_in(functools.partial(self._heads, site), *args, **kwargs)
 
     def _heads(
         self,
