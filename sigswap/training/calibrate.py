@@ -19,9 +19,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sigswap.conversion.api import note_calibration, owners_of, run_as_softmax, softmax
 from sigswap.conversion.example_inputs import as_call
+from sigswap.conversion.record import note_calibration, owners_of
 from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.errors import ArgumentError, CalibrationError
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteExclusion, SiteRanking

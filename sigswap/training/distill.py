@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.api import is_converted, owners_of, softmax
 from sigswap.conversion.example_inputs import accepts
+from sigswap.conversion.record import is_converted, owners_of
 from sigswap.conversion.recording import Inputs
+from sigswap.conversion.softmax import softmax
 from sigswap.errors import ArgumentError, CalibrationError
 from sigswap.training.calibrate import as_calls, call_model, main_output, progress_bar
 from sigswap.training.observe import first_tensor
