@@ -51,7 +51,7 @@ class SigswapError(Exception):
     """
 
     def __init__(self, message: str, /, *, argument: str | None = None, hint: Hint | None = None) -> None:
-        # BaseException.__new__ has put the message into args; Dynamo, which raises errors too, can't trace the super call.
+        # BaseException.__new__ puts the message into args; Dynamo, which can raise errors, cannot trace super() here.
         self.argument = argument
         self.hint = hint
 

@@ -10,7 +10,7 @@ MOVED = {
     "attention": ("functional.attention",),
     "calibrate": ("training.calibrate",),
     "calibration_report": ("training.calibration_report",),
-    "convert": ("conversion.api", "conversion.record", "conversion.install", "conversion.softmax"),
+    "convert": ("api", "conversion.record", "conversion.install", "conversion.softmax"),
     "distill": ("training.distill",),
     "explain": ("compiling.explain",),
     "mode": ("conversion.mode",),

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from sigswap.errors import ArgumentError, Hint
+from sigswap.optional import require
 from sigswap.saving.checkpoint import source_directory
-from sigswap.saving.sources import require
 
 BATCH = 16
 MAX_LENGTH = 512

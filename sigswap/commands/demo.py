@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sigswap.errors import ArgumentError, SigswapError
+from sigswap.optional import require
 from sigswap.report import Report
-from sigswap.saving.sources import require
 
 BATCH = 16
 CALIBRATED = 64

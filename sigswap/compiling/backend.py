@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.state import SWAPPED_FORWARD, bias_terms, decided_models
 from sigswap.errors import ArgumentError, Hint, UnswappableSiteError
-from sigswap.functional import multi_head, stand_ins
+from sigswap.functional import multi_head
+from sigswap.functional.torch_functions import SWAPS
 from sigswap.passes.lower import LowerResult, lower
 from sigswap.passes.normalize import graph_modules, modules_of
 from sigswap.passes.swap import SwapResult, swap
@@ -129,6 +130,8 @@ def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callabl
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which takes an attention before its own arguments, as one that takes the row bias by keyword."""
+
     @functools.wraps(function)
     def stand_in(*args: Any, visible_bias: bool, const_bias: float, **kwargs: Any) -> Any:
         attention = functools.partial(multi_head.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias)
@@ -137,14 +140,10 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
+# A graph holds the call of a method by its name.
 _STAND_INS: dict[Any, Callable[..., Any]] = {
-    F.softmax: stand_ins.softmax,
-    torch.softmax: stand_ins.softmax,
-    torch.special.softmax: stand_ins.softmax,
-    torch._C._nn.scaled_dot_product_attention: stand_ins.scaled_dot_product_attention,
-    F.scaled_dot_product_attention: stand_ins.scaled_dot_product_attention,
-    "softmax": stand_ins.softmax,
-    F.multi_head_attention_forward: _whole(multi_head.multi_head_attention_forward),
-    torch._native_multi_head_attention: _whole(multi_head.native_multi_head_attention),
-    torch._transformer_encoder_layer_fwd: _whole(multi_head.transformer_encoder_layer_fwd),
+    function.__name__ if isinstance(function, types.MethodDescriptorType) else function: (
+        _whole(swapped.stand_in) if swapped.whole else swapped.stand_in
+    )
+    for function, swapped in SWAPS.items()
 }

@@ -29,10 +29,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.conversion.mode import FAMILIES
 from sigswap.conversion.state import UNSEEN_FILES
 from sigswap.errors import ExampleInputsError, Hint
-from sigswap.functional.multi_head import multi_head_attention_forward, native_multi_head_attention
+from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.passes.find import find
 from sigswap.passes.products import PARAMETER
 from sigswap.passes.site import FindResult
@@ -336,7 +335,7 @@ class _Recorder(TorchFunctionMode):
             if family == "mha":
                 # A mode gets this function whole; with the mode on again, the softmax inside it shows as well.
                 with self:
-                    return _WHOLE[func](_softmax_heads, *args, **kwargs)
+                    return SWAPS[func].stand_in(_softmax_heads, *args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self.stamp()
@@ -356,12 +355,6 @@ def _softmax_heads(
     """The softmax attention that a :class:`sigswap.functional.multi_head.Attention` stands in for, to be looked at."""
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
     return output, (query @ key.mT if need_weights else None)
-
-
-_WHOLE = {
-    F.multi_head_attention_forward: multi_head_attention_forward,
-    torch._native_multi_head_attention: native_multi_head_attention,
-}
 
 
 def _in_function() -> bool:

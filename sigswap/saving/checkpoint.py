@@ -31,8 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
+from sigswap.optional import require
 from sigswap.saving import sources, transformers_hook
+from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
 WEIGHTS = "model.safetensors"
@@ -75,8 +79,6 @@ def save(
             (meta device), or the directory cannot be written.
         ArgumentError: an argument does not fit the kind of model.
     """
-    from sigswap.conversion.record import is_converted
-
     if factory is not None and not isinstance(factory, str):
         raise ArgumentError(
             f"{{argument}} must be a string, 'module:function' or 'timm:NAME', not {factory!r}: it is imported by that "
@@ -189,7 +191,7 @@ def source_directory(name: str) -> Path | None:
 
 
 def _load_transformers(directory: Path) -> nn.Module:
-    transformers = sources.require("transformers", "hf")
+    transformers = require("transformers", "hf")
     config_path = directory / "config.json"
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
@@ -212,9 +214,6 @@ def _load_transformers(directory: Path) -> nn.Module:
 def _write_factory(
     model: nn.Module, factory: str, kwargs: dict[str, Any], attributes: dict[str, Any], staging: Path
 ) -> None:
-    from sigswap import __version__
-    from sigswap.conversion.record import conversion_of
-
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -235,9 +234,6 @@ def _write_factory(
 
 
 def _load_factory(directory: Path) -> nn.Module:
-    from sigswap.conversion.install import apply_conversion
-    from sigswap.conversion.record import Conversion
-
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -420,9 +416,6 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
     numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading; any other
     difference is an error.
     """
-    from sigswap.conversion.install import apply_conversion
-    from sigswap.conversion.record import conversion_of
-
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
     apply_conversion(built, conversion_of(model))
     other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"

@@ -29,16 +29,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import CheckpointError, Hint
-
-if TYPE_CHECKING:
-    from sigswap.conversion.record import Conversion
+from sigswap.version import __version__
 
 METHOD = "sigswap"
 FORMAT = 1
@@ -155,9 +155,6 @@ def _register(modeling_utils: ModuleType) -> None:
             return dtype
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            from sigswap.conversion.install import apply_conversion
-            from sigswap.conversion.record import Conversion
-
             conversion = Conversion.from_dict(self.quantization_config.conversion)
             apply_conversion(model, _rebased(conversion, model))
 
@@ -246,9 +243,6 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
 
     Raises CheckpointError if the model is also quantized: config.json has room for one method.
     """
-    from sigswap import __version__
-    from sigswap.conversion.record import conversion_of, is_converted
-
     if not is_converted(model):
         return None
     config = model.config

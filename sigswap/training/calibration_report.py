@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigswap.errors import ArgumentError
-from sigswap.saving.sources import require
+from sigswap.optional import require
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,4 +1,7 @@
-"""Conversion of a model in place: find its softmax attentions, plan them, and make their owners run them as sigmoid."""
+"""``convert`` and ``inspect``: find the softmax attentions of a model, plan them, install the plan, calibrate it.
+
+They are above the rooms that they compose, so that conversion need not know training, which builds on it.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from sigswap.errors import (
     UnswappableSiteError,
 )
 from sigswap.report import Report
+from sigswap.training.calibrate import calibrate
 
 
 def convert(
@@ -118,8 +122,6 @@ def inspect(
 
 
 def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
-    from sigswap.training.calibrate import calibrate
-
     try:
         calibrate(model, batches)
     except BaseException:
