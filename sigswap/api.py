@@ -22,6 +22,7 @@ from sigswap.errors import (
     AlreadyConvertedError,
     ArgumentError,
     ConversionError,
+    Hint,
     NoAttentionError,
     UnswappableSiteError,
 )
@@ -72,7 +73,7 @@ def convert(
     """
     config = SigmoidConfig() if config is None else config
     if not isinstance(config, SigmoidConfig):
-        raise ArgumentError(f"config must be a SigmoidConfig, not a {type(config).__name__}.")
+        raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
     with ReachableAttention(model) as attention:
         sites, report = search(model, example_inputs, include, exclude)
@@ -82,10 +83,14 @@ def convert(
                 f"{len(stuck)} softmax attention(s) of {type(model).__name__} cannot be swapped: "
                 + "; ".join(f"{left.path or '(the model)'}: {left.reason}" for left in stuck[:5])
                 + ("; ..." if len(stuck) > 5 else "")
-                + ". Pass strict=False to leave them as softmax, or exclude=[...] to say which."
+                + ".",
+                hint=Hint(
+                    "Pass {strict} to leave them as softmax, or {exclude} to say which.",
+                    {"strict": "False", "exclude": "[...]"},
+                ),
             )
         if not sites.owners:
-            raise NoAttentionError(_why_none(model, report, include, exclude))
+            raise _nothing_to_swap(model, report, include, exclude)
         swapped = [dataclasses.replace(r, status="swapped") if r.status == "swappable" else r for r in report.sites]
         conversion = Conversion(
             config,
@@ -128,21 +133,28 @@ def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
 
 def _check_convertible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, not a {type(model).__name__}.")
+        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
     if is_converted(model):
         raise AlreadyConvertedError(
-            f"{type(model).__name__} is converted already; call sigswap.revert first to convert it in another way."
+            f"{type(model).__name__} is converted already.",
+            hint=Hint("Call sigswap.revert first to convert it in another way."),
         )
     for path, module in model.named_modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise ConversionError(
-                f"{path or 'the model'} is compiled. Convert the model first and compile it afterwards: "
-                "torch.compile(sigswap.convert(model))."
+                f"{path or 'the model'} is compiled.",
+                hint=Hint("Convert the model first and compile it afterwards: torch.compile(sigswap.convert(model))."),
             )
 
 
-def _why_none(model: nn.Module, report: Report, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
+def _nothing_to_swap(
+    model: nn.Module, report: Report, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> NoAttentionError:
+    name = type(model).__name__
     if any(site.reason == "excluded" for site in report.sites):
-        return f"include={include} and exclude={exclude} leave no attention of {type(model).__name__} to swap."
+        return NoAttentionError(
+            f"no attention of {name} is to be swapped.",
+            hint=Hint("{include} and {exclude} leave none of it.", {"include": str(include), "exclude": str(exclude)}),
+        )
     reasons = "; ".join(dict.fromkeys(f"{s.path or '(the model)'}: {s.reason}" for s in report.sites[:5]))
-    return f"no softmax attention was found in {type(model).__name__}" + (f" ({reasons})." if reasons else ".")
+    return NoAttentionError(f"no softmax attention was found in {name}" + (f" ({reasons})." if reasons else "."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from sigswap.errors import SigswapError
+from sigswap.errors import Hint, SigswapError
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -16,5 +16,5 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name != module:
             raise
         raise SigswapError(
-            f"This needs the package {module!r}, which is not installed: pip install 'sigswap[{extra}]'"
+            f"This needs the package {module!r}, which is not installed.", hint=Hint(f"pip install 'sigswap[{extra}]'")
         ) from None

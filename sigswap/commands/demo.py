@@ -108,7 +108,9 @@ def run(
     with console.status("Reading the standard library's docstrings"):
         training, evaluation = sentences(seed, max(BATCH * steps, CALIBRATED), EVALUATED)
         if len(training) < BATCH * steps:
-            raise ArgumentError(f"steps={steps}: there is text for {len(training) // BATCH} steps.")
+            raise ArgumentError(
+                f"{{argument}}={steps}: there is text for {len(training) // BATCH} steps.", argument="steps"
+            )
     with console.status("Embedding the evaluation sentences"):
         truth = embed(original, tokenizer, evaluation)
 

@@ -17,7 +17,7 @@ import torch.fx
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.state import SWAPPED_FORWARD, bias_terms, decided_models
-from sigswap.errors import ArgumentError, UnswappableSiteError
+from sigswap.errors import ArgumentError, Hint, UnswappableSiteError
 from sigswap.functional import multi_head
 from sigswap.functional.torch_functions import SWAPS
 from sigswap.passes.lower import LowerResult, lower
@@ -53,7 +53,9 @@ def sigswap_backend(
     options = dict(options or {})
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
-        raise ArgumentError(f"options: {unknown} are unknown to backend='sigswap'; it takes {list(_OPTIONS)}.")
+        raise ArgumentError(
+            f"{{argument}}: {unknown} are unknown to backend='sigswap'; it takes {list(_OPTIONS)}.", argument="options"
+        )
     visible_bias, const_bias = bias_terms(SigmoidConfig(bias=options.get("bias", "visible")))
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
 
@@ -62,8 +64,8 @@ def sigswap_backend(
     reasons = "; ".join(dict.fromkeys(left.reason for left in stuck))
     if stuck and options.get("strict", True):
         raise UnswappableSiteError(
-            f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}. "
-            "Pass options={'strict': False} to leave them as softmax."
+            f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}.",
+            hint=Hint("Pass {options} to leave them as softmax.", {"options": "{'strict': False}"}),
         )
     if result.swapped and _is_decided(graph_module):
         logger.warning(
@@ -124,7 +126,7 @@ def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callabl
             patches[hook] = with_pass(present, InductorLaunches)
         return functools.partial(compile_fx, config_patches=patches)
     if inner == "sigswap":
-        raise ArgumentError("options: inner must be another backend than 'sigswap'.")
+        raise ArgumentError("{argument}: inner must be another backend than 'sigswap'.", argument="options")
     compiler = torch._dynamo.lookup_backend(inner)
     return functools.partial(compiler, **({"options": dict(inner_options)} if inner_options else {}))
 

@@ -17,7 +17,7 @@ from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
 from sigswap.conversion.record import RECORD, Conversion, conversion_of
 from sigswap.conversion.state import OwnerPlan, OwnerState, decided_models
-from sigswap.errors import ConfigError, ConversionError
+from sigswap.errors import ConfigError, ConversionError, Hint
 
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 # What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
@@ -73,14 +73,14 @@ def revert(model: nn.Module) -> nn.Module:
     for path, module in model.named_modules():
         if base_class(module) is not None and "_sigswap_base" not in vars(type(module)):
             raise ConversionError(
-                f"{path or 'the model'}: its class was changed after the conversion (by FSDP or a parametrization); "
-                "undo that first."
+                f"{path or 'the model'}: its class was changed after the conversion (by FSDP or a parametrization).",
+                hint=Hint("Undo that first."),
             )
         replaced = accelerate_hooks.forward_is_replaced(module) and not accelerate_hooks.is_unhooked(module)
         if base_class(module) is not None and replaced:
             raise ConversionError(
-                f"{path or 'the model'}: its forward was replaced on the instance after the conversion; delete that "
-                "attribute first."
+                f"{path or 'the model'}: its forward was replaced on the instance after the conversion.",
+                hint=Hint("Delete that attribute first."),
             )
     for module in modules:
         if not isinstance(module.__dict__.get("_modules", {}).get("sigswap"), OwnerState | None):
@@ -114,8 +114,10 @@ def _check_nesting(plan: OwnerPlan, conversion: Conversion) -> None:
     intercepts = (config.query_bias or config.qk_norm is not None) and any(site.product for site in plan.sites)
     if inner and intercepts:
         raise ConfigError(
-            f"{plan.path or 'the model'}: query_bias and qk_norm cannot act on a module that computes its own scores "
-            f"and holds another attention module ({inner[0]}); switch them off for it with overrides."
+            f"{plan.path or 'the model'}: {{argument}} cannot act on a module that computes its own scores "
+            f"and holds another attention module ({inner[0]}).",
+            argument="query_bias" if config.query_bias else "qk_norm",
+            hint=Hint("Switch it off for this module with {overrides}.", {"overrides": f"{{{plan.path!r}: ...}}"}),
         )
 
 
@@ -127,19 +129,21 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
     where = path or "the model"
     if accelerate_hooks.forward_is_replaced(owner):
         raise ConversionError(
-            f"{where}: its forward is replaced on the instance, which would bypass the swap; convert the model first, "
-            "or delete that attribute."
+            f"{where}: its forward is replaced on the instance, which would bypass the swap.",
+            hint=Hint("Convert the model first, or delete that attribute."),
         )
     if any(accelerate_hooks.offloads_inner_modules(module) for module in _inside_out(model, path)):
         raise ConversionError(
             f"{where}: accelerate offloads its weights together with those of the modules in it "
-            "(preload_module_classes), of which sigswap's parameters would be missing; convert the model before it is "
-            "dispatched."
+            "(preload_module_classes), of which sigswap's parameters would be missing.",
+            hint=Hint("Convert the model before it is dispatched."),
         )
     if hasattr(owner, "sigswap"):
-        raise ConversionError(f"{where} has an attribute named sigswap, which the conversion needs; rename it.")
+        raise ConversionError(
+            f"{where} has an attribute named sigswap, which the conversion needs.", hint=Hint("Rename it.")
+        )
     if isinstance(owner, torch.jit.ScriptModule):
-        raise ConversionError(f"{where} is scripted; convert the model before torch.jit.script.")
+        raise ConversionError(f"{where} is scripted.", hint=Hint("Convert the model before torch.jit.script."))
     return owner
 
 

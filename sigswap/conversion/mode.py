@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.errors import UnknownCallError
+from sigswap.errors import Hint, UnknownCallError
 from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
 from sigswap.functional.torch_functions import FAMILIES, PRODUCTS, SWAPS
 
@@ -66,8 +66,8 @@ class SwapMode(TorchFunctionMode):
         if site.acts_on_product and self.product_of is not site:
             raise UnknownCallError(
                 f"{self.state.plan.path or 'the model'}: the product of query and key was not seen before its softmax, "
-                "so QK-norm and query_bias cannot act; convert the model in the form (attention implementation) in "
-                "which it runs."
+                "so QK-norm and query_bias cannot act.",
+                hint=Hint("Convert the model in the form (attention implementation) in which it runs."),
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
@@ -104,8 +104,8 @@ class SwapMode(TorchFunctionMode):
             if frame.f_code.co_filename == checkpoint.__file__:
                 raise UnknownCallError(
                     f"{self.state.plan.path or 'the model'} runs its attention inside torch.utils.checkpoint, which "
-                    "would recompute it in backward as softmax. Checkpoint the whole module instead of a part of its "
-                    "forward."
+                    "would recompute it in backward as softmax.",
+                    hint=Hint("Checkpoint the whole module instead of a part of its forward."),
                 )
             frame = frame.f_back
 
@@ -160,8 +160,8 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if not mode.swapped and not state.plan.may_skip:
                 raise UnknownCallError(
                     f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when "
-                    "it was converted (was its attention implementation changed since?). Revert the model, and convert "
-                    "it again in the form in which you use it."
+                    "it was converted (was its attention implementation changed since?).",
+                    hint=Hint("Revert the model, and convert it again in the form in which you use it."),
                 )
             return state.finish(output)
 

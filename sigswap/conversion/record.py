@@ -11,10 +11,11 @@ from torch import nn
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
-from sigswap.errors import NotConvertedError
+from sigswap.errors import Hint, NotConvertedError
 from sigswap.report import Report
 
 RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
+_CONVERT = Hint("Call sigswap.convert first.")
 _CALIBRATED = "Calibrated: "  # how the note of a calibration starts
 
 
@@ -62,8 +63,8 @@ def conversion_of(model: nn.Module) -> Conversion:
     """The conversion that ``model`` carries. Raises NotConvertedError, also for a part of a converted model."""
     conversion = model.__dict__.get(RECORD)
     if conversion is None:
-        hint = " (a part of it is: pass the model that was given to sigswap.convert)" if is_converted(model) else ""
-        raise NotConvertedError(f"{type(model).__name__} is not converted{hint}; call sigswap.convert first.")
+        part = " (a part of it is: pass the model that was given to sigswap.convert)" if is_converted(model) else ""
+        raise NotConvertedError(f"{type(model).__name__} is not converted{part}.", hint=_CONVERT)
     return conversion
 
 
@@ -71,7 +72,7 @@ def owners_of(model: nn.Module) -> dict[str, OwnerState]:
     """What sigswap added to each converted module of ``model``, by the module's path. Raises NotConvertedError."""
     states = {path: module.sigswap for path, module in model.named_modules() if base_class(module) is not None}
     if not states:
-        raise NotConvertedError(f"{type(model).__name__} is not converted; call sigswap.convert first.")
+        raise NotConvertedError(f"{type(model).__name__} is not converted.", hint=_CONVERT)
     return states
 
 

@@ -12,7 +12,7 @@ from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.conversion.implementations import other_implementations
 from sigswap.conversion.plan import Sites, merge, plan_run, without
 from sigswap.conversion.recording import Run, run
-from sigswap.errors import ArgumentError, ExampleInputsError
+from sigswap.errors import ArgumentError, ExampleInputsError, Hint
 from sigswap.report import Report, SiteRecord
 
 # Holders of modules, and of nn.MultiheadAttention's last weight and bias, which it passes to a function.
@@ -28,7 +28,11 @@ def search(
     """
     for name, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
-            raise ArgumentError(f"{name} must be a list of patterns, not a string: {name}=[{patterns!r}].")
+            raise ArgumentError(
+                "{argument} must be a list of patterns, not a string.",
+                argument=name,
+                hint=Hint(f"Pass {{{name}}}.", {name: f"[{patterns!r}]"}),
+            )
     notes: list[str] = []
     runs = []
     inputs = resolve_inputs(model, example_inputs)
@@ -50,7 +54,8 @@ def search(
         for pattern in patterns or ():
             if not fnmatch.filter([*everything.owners, *(left.path for left in everything.left)], pattern):
                 raise ArgumentError(
-                    f"{name}: {pattern!r} matches no attention module; they are {sorted(everything.owners)}."
+                    f"{{argument}}: {pattern!r} matches no attention module; they are {sorted(everything.owners)}.",
+                    argument=name,
                 )
     chosen = [path for path in everything.owners if selected(path, include, exclude)]
     sites = everything if len(chosen) == len(everything.owners) else _merged(model, runs, given, chosen, [])

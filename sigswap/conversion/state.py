@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
-from sigswap.errors import ConfigError, UnknownCallError
+from sigswap.errors import ConfigError, Hint, UnknownCallError
 from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
 
-_ANOTHER_PATH = (
-    "this input takes another path through its code. Revert the model and convert it again with example_inputs=[...] "
-    "that holds an input for each path."
+_ANOTHER_PATH = "this input takes another path through its code."
+_CONVERT_EACH_PATH = Hint(
+    "Revert the model and convert it again with {example_inputs} for each path, in a list.", {"example_inputs": ""}
 )
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
 UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
@@ -166,8 +166,10 @@ class OwnerState(nn.Module):
         channels = plan.channels
         if (config.layer_scale is not None or config.hybrid_norm) and channels is None:
             raise ConfigError(
-                f"{plan.path or 'the model'}: layer_scale and hybrid_norm need an output whose first item is a tensor "
-                "with a channel axis, and this module's is not; switch them off for it with overrides."
+                f"{plan.path or 'the model'}: {{argument}} needs an output whose first item is a tensor with a "
+                "channel axis, and this module's is not.",
+                argument="hybrid_norm" if config.hybrid_norm else "layer_scale",
+                hint=Hint("Switch it off for this module with {overrides}.", {"overrides": f"{{{plan.path!r}: ...}}"}),
             )
         self.layer_scale = None
         if config.layer_scale is not None:
@@ -190,7 +192,8 @@ class OwnerState(nn.Module):
         if index is None:
             raise UnknownCallError(
                 f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make "
-                f"when it was converted: {_ANOTHER_PATH}"
+                f"when it was converted: {_ANOTHER_PATH}",
+                hint=_CONVERT_EACH_PATH,
             )
         return index
 
@@ -213,7 +216,8 @@ class OwnerState(nn.Module):
             if counts[family] not in totals:
                 raise UnknownCallError(
                     f"{self.plan.path or 'the model'} made {counts[family]} {family} calls, and {sorted(totals)} "
-                    f"when it was converted: {_ANOTHER_PATH}"
+                    f"when it was converted: {_ANOTHER_PATH}",
+                    hint=_CONVERT_EACH_PATH,
                 )
 
     def finish(self, output: Any) -> Any:
@@ -258,17 +262,21 @@ class SiteState(nn.Module):
         self.key_norm: HeadNorm | None = None
         if not config.query_bias and config.qk_norm is None:
             return
-        wanted = "query_bias" if config.query_bias else "qk_norm"
+        leave_out = Hint(
+            "Leave it out, or switch it off for this module with {overrides}.", {"overrides": f"{{{path!r}: ...}}"}
+        )
         if plan.head_dim is None or (plan.kind == "softmax" and plan.product is None):
             raise ConfigError(
-                f"{path or 'the model'}: {wanted} needs the one product of query and key that makes the scores, and "
-                "here they are a sum of several or not a matmul, bmm, baddbmm or einsum; "
-                f"switch it off for this module with overrides={{{path!r}: ...}}."
+                f"{path or 'the model'}: {{argument}} needs the one product of query and key that makes the scores, "
+                "and here they are a sum of several or not a matmul, bmm, baddbmm or einsum.",
+                argument="query_bias" if config.query_bias else "qk_norm",
+                hint=leave_out,
             )
         if config.query_bias and plan.product is not None and not plan.product.rows_in_order:
             raise ConfigError(
-                f"{path or 'the model'}: query_bias cannot follow the queries from their product to the softmax; "
-                f"switch it off for this module with overrides={{{path!r}: ...}}."
+                f"{path or 'the model'}: {{argument}} cannot follow the queries from their product to the softmax.",
+                argument="query_bias",
+                hint=leave_out,
             )
         if config.query_bias:
             self.query_weight = nn.Parameter(torch.zeros(plan.heads, plan.head_dim, dtype=dtype, device=device))

@@ -37,7 +37,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.conversion.state import OwnerState
-from sigswap.errors import CheckpointError
+from sigswap.errors import CheckpointError, Hint
 from sigswap.version import __version__
 
 METHOD = "sigswap"
@@ -220,8 +220,8 @@ def _register(modeling_utils: ModuleType) -> None:
         if directory and marks_of(model) is None and read_marks(directory) is not None:
             raise CheckpointError(
                 f"{directory} holds a model with sigmoid attention, but the config that was passed to "
-                "from_pretrained does not say so, and softmax attention would have been loaded. Pass no config, "
-                f"or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."
+                "from_pretrained does not say so, and softmax attention would have been loaded.",
+                hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
             )
         return loaded
 
@@ -248,7 +248,8 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
     config = model.config
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            "A model that is both quantized and converted cannot be saved; save it in its original precision."
+            "A model that is both quantized and converted cannot be saved.",
+            hint=Hint("Save it in its original precision."),
         )
     return {
         "quant_method": METHOD,
@@ -293,7 +294,8 @@ def _rebased(conversion: Conversion, model: Any) -> Conversion:
     if not kept or outside:
         raise CheckpointError(
             f"{type(model).__name__} has no module {(outside or paths)[0]!r}, with or without {prefix!r} before it, "
-            "where sigswap converted attention; load the saved model with the class that it was saved from."
+            "where sigswap converted attention.",
+            hint=Hint("Load the saved model with the class that it was saved from."),
         )
     fields = {path: conversion.config.for_path(path).to_dict() for path in kept}
     for values in fields.values():

@@ -68,7 +68,7 @@ class CalibrationReport:
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix not in (".png", ".svg", ".pdf", ".html"):
-            raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.")
+            raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.", argument="path")
         if suffix == ".html":
             path.write_text(self._page(), encoding="utf-8")
         else:

@@ -322,7 +322,7 @@ def test_without_data() -> None:
         assert any(source in line for line in sigswap.report(model).notes)
         assert report.mean("after") < report.mean("before")
     model = sigswap.convert(Wrapper(Attention(False)), example_inputs=batches(1)[0])
-    with pytest.raises(ArgumentError, match="pass batches"):
+    with pytest.raises(ArgumentError, match="Pass batches"):
         sigswap.calibrate(model)
 
 
