@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 Spelling = Callable[[str, str], str]
-"""Writes an argument for a reader: its name, and the value that it shall have, in Python's syntax ("": none named)."""
+"""Writes an argument for a reader, from its name and the value that it shall have, in Python's syntax; "" if none."""
 
 
 def in_python(argument: str, value: str) -> str:
