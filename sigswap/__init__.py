@@ -6,13 +6,16 @@
 >>> sigswap.save(model, "out/"); model = sigswap.load("out/")
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sigswap import errors, former_names
+from sigswap.api import convert, inspect
 from sigswap.compiling.explain import CompiledSite, CompileReport, explain
 from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.api import convert, inspect, is_converted, report, revert, softmax
+from sigswap.conversion.install import revert
+from sigswap.conversion.record import is_converted, report
+from sigswap.conversion.softmax import softmax
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import transformers_hook
@@ -20,11 +23,8 @@ from sigswap.saving.checkpoint import load, save
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.distill import DistillationReport, distill, param_groups
+from sigswap.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from sigswap.compiling.inductor import InductorLaunches, InductorLowering, enable_inductor_lowering
-
-__version__ = "0.1.0"
 former_names.keep()
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
@@ -60,11 +60,14 @@ __all__ = [
     "softmax",
 ]
 
+if TYPE_CHECKING:
+    from sigswap.compiling.inductor import InductorLaunches, InductorLowering, enable_inductor_lowering
+else:
 
-def __getattr__(name: str) -> Any:
-    """The names of sigswap.compiling.inductor, on use: it imports inductor, which takes seconds."""
-    if name not in ("InductorLaunches", "InductorLowering", "enable_inductor_lowering"):
-        raise AttributeError(f"module 'sigswap' has no attribute {name!r}")
-    from sigswap.compiling import inductor
+    def __getattr__(name: str) -> object:
+        """The names of sigswap.compiling.inductor, on use: it imports inductor, which takes seconds."""
+        if name not in ("InductorLaunches", "InductorLowering", "enable_inductor_lowering"):
+            raise AttributeError(f"module 'sigswap' has no attribute {name!r}")
+        from sigswap.compiling import inductor
 
-    return getattr(inductor, name)
+        return getattr(inductor, name)

@@ -47,21 +47,30 @@ class SigmoidConfig:
         _check_bias(self.bias)
         for name in ("learn_bias", "query_bias", "hybrid_norm"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+                raise ConfigError(f"{{argument}} must be True or False, not {getattr(self, name)!r}.", argument=name)
         if self.qk_norm not in (None, "rms", "layer"):
-            raise ConfigError(f"qk_norm must be None, 'rms' or 'layer', not {self.qk_norm!r}.")
+            raise ConfigError(f"{{argument}} must be None, 'rms' or 'layer', not {self.qk_norm!r}.", argument="qk_norm")
         scale = self.layer_scale
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and math.isfinite(scale)):
-            raise ConfigError(f"layer_scale must be None or a finite number, not {scale!r}.")
+            raise ConfigError(f"{{argument}} must be None or a finite number, not {scale!r}.", argument="layer_scale")
         if not isinstance(self.overrides, Mapping):
-            raise ConfigError(f"overrides must be a mapping of path pattern to fields, not {self.overrides!r}.")
+            raise ConfigError(
+                f"{{argument}} must be a mapping of path pattern to fields, not {self.overrides!r}.",
+                argument="overrides",
+            )
         for pattern, fields in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(fields, Mapping):
-                raise ConfigError(f"overrides[{pattern!r}] must be a mapping of field to value, not {fields!r}.")
+                raise ConfigError(
+                    f"{{argument}}[{pattern!r}] must be a mapping of field to value, not {fields!r}.",
+                    argument="overrides",
+                )
             unknown = sorted(set(fields) - set(_OVERRIDABLE))
             if unknown:
-                raise ConfigError(f"overrides[{pattern!r}] names {unknown}; the fields are {list(_OVERRIDABLE)}.")
+                raise ConfigError(
+                    f"{{argument}}[{pattern!r}] names {unknown}; the fields are {list(_OVERRIDABLE)}.",
+                    argument="overrides",
+                )
             SigmoidConfig(**fields)  # checks the values
 
     @classmethod
@@ -72,7 +81,7 @@ class SigmoidConfig:
         ``changes`` replace single fields.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ConfigError(f"n must be the training length, a positive int, not {n!r}.")
+            raise ConfigError(f"{{argument}} must be the training length, a positive int, not {n!r}.", argument="n")
         recipe: dict[str, Any] = {"bias": n, "learn_bias": False, "qk_norm": "layer", "layer_scale": 1e-4}
         return cls(**{**recipe, **changes})
 
@@ -103,6 +112,10 @@ def _check_bias(bias: object) -> None:
         return
     if isinstance(bias, int) and not isinstance(bias, bool):
         if bias < 1:
-            raise ConfigError(f"bias={bias}: an int is a number of keys, and must be at least 1.")
+            raise ConfigError(
+                f"{{argument}}={bias}: an int is a number of keys, and must be at least 1.", argument="bias"
+            )
     elif not isinstance(bias, float) or not math.isfinite(bias):
-        raise ConfigError(f"bias must be 'visible', a positive int or a finite float, not {bias!r}.")
+        raise ConfigError(
+            f"{{argument}} must be 'visible', a positive int or a finite float, not {bias!r}.", argument="bias"
+        )

@@ -1,13 +1,72 @@
 """Every exception that sigswap raises. A leaf module: it imports nothing of sigswap's.
 
-Each message names the module path or the argument at fault and says what to do about it.
+An error says what is wrong (``message``), which argument is at fault (``argument``) and what to do about it (``hint``).
+``str(error)`` writes arguments as Python does; the command line writes the same data with the names of its options.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+
+Spelling = Callable[[str, str], str]
+"""Writes an argument for a reader, from its name and the value that it shall have, in Python's syntax; "" if none."""
+
+
+def in_python(argument: str, value: str) -> str:
+    """The :data:`Spelling` of ``str(error)``: ``strict=False``."""
+    return f"{argument}={value}" if value else argument
+
+
+@dataclasses.dataclass(frozen=True)
+class Hint:
+    """What to do about an error: a sentence in which ``{name}`` stands for an argument of the function that was called.
+
+    ``values`` has the value to pass for each of these arguments, in Python's syntax; "" if the sentence describes it.
+
+    >>> str(Hint("Pass {strict} to leave them as softmax.", {"strict": "False"}))
+    'Pass strict=False to leave them as softmax.'
+    """
+
+    sentence: str
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def spelled(self, spelling: Spelling) -> str:
+        """The sentence, with the arguments as ``spelling`` writes them."""
+        text = self.sentence
+        for name, value in self.values.items():
+            text = text.replace(f"{{{name}}}", spelling(name, value))
+        return text
+
+    def __str__(self) -> str:
+        return self.spelled(in_python)
+
 
 class SigswapError(Exception):
-    """Base class of all of sigswap's errors."""
+    """Base class of all of sigswap's errors.
+
+    Attributes:
+        argument: the name of the argument at fault, or None. ``{argument}`` in the message stands for it.
+        hint: what to do about it, or None if there is nothing to say.
+    """
+
+    def __init__(self, message: str, /, *, argument: str | None = None, hint: Hint | None = None) -> None:
+        # BaseException.__new__ puts the message into args; Dynamo, which can raise errors, cannot trace super() here.
+        self.argument = argument
+        self.hint = hint
+
+    @property
+    def message(self) -> str:
+        """What is wrong, without the hint."""
+        return self.spelled(in_python)
+
+    def spelled(self, spelling: Spelling) -> str:
+        """The message, with the argument as ``spelling`` writes it."""
+        text = str(self.args[0])
+        return text if self.argument is None else text.replace("{argument}", spelling(self.argument, ""))
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} {self.hint}"
 
 
 class ArgumentError(SigswapError, ValueError):

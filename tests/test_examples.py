@@ -1,5 +1,6 @@
-"""The examples run from beginning to end, with few steps, and draw their pictures. Their figures are in the README.
+"""The examples run from beginning to end, with few steps, and draw their pictures.
 
+Their figures are in docs/results.md.
 What examples/minilm.py runs is tested by test_demo.py and test_calibrate.py.
 """
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigswap.api import convert
 from sigswap.bench.cells import DTYPES, MODELS, ModelCell
 from sigswap.bench.results import Row
 from sigswap.bench.timing import free, in_turns, launched_kernels, peak_mib, refusals, repeated_ms
-from sigswap.conversion.api import convert
 from sigswap.errors import BenchmarkError, SigswapError
-from sigswap.saving.sources import require
+from sigswap.optional import require
 
 PHASES = ("forward", "training step")
 QUANTITIES = ("time", "memory", "kernels")

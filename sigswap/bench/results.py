@@ -218,7 +218,7 @@ def check_plot(path: Path) -> None:
         SigswapError: matplotlib is not installed.
         ArgumentError: matplotlib does not write files of that ending.
     """
-    from sigswap.saving.sources import require
+    from sigswap.optional import require
 
     require("matplotlib", "bench")
     from matplotlib.figure import Figure

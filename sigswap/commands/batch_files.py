@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from sigswap.errors import ArgumentError
+from sigswap.errors import ArgumentError, Hint
+from sigswap.optional import require
 from sigswap.saving.checkpoint import source_directory
-from sigswap.saving.sources import require
 
 BATCH = 16
 MAX_LENGTH = 512
@@ -52,8 +52,8 @@ def _lines(files: list[Path]) -> Iterator[str]:
 def _text(model: Any, source: str, lines: list[str]) -> Any:
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ArgumentError(
-            "--calibrate: text is for transformers models that take input_ids; for this one call sigswap.calibrate in "
-            "Python, with batches of its inputs."
+            "--calibrate: text is for transformers models that take input_ids.",
+            hint=Hint("For this one call sigswap.calibrate in Python, with batches of its inputs."),
         )
     tokenizer = _tokenizer(source)
     if tokenizer.pad_token is None:
@@ -67,12 +67,12 @@ def _text(model: Any, source: str, lines: list[str]) -> Any:
 
 def _tokenizer(source: str) -> Any:
     auto = require("transformers", "hf").AutoTokenizer
-    how = "Put the tokenizer's files into the model's directory, or calibrate without data: --calibrate none."
+    hint = Hint("Put the tokenizer's files into the model's directory, or calibrate without data: --calibrate none.")
     try:
         tokenizer = auto.from_pretrained(source)
     except Exception as error:  # OSError, ValueError, KeyError, ImportError, ...: each tokenizer has its own
         raise ArgumentError(
-            f"--calibrate: {source} has no tokenizer that transformers can load. {how} ({error})"
+            f"--calibrate: {source} has no tokenizer that transformers can load ({error}).", hint=hint
         ) from error
     # Where the files are missing, transformers makes up a tokenizer that knows no words.
     kinds = getattr(tokenizer, "vocab_files_names", {})
@@ -81,7 +81,7 @@ def _tokenizer(source: str) -> Any:
     if names and directory is not None:  # a tokenizer of bytes has none
         patterns = (*names, *_VOCABULARIES)
         if not any(fnmatch.fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in patterns):
-            raise ArgumentError(f"--calibrate: {source} has no vocabulary ({' or '.join(names)}). {how}")
+            raise ArgumentError(f"--calibrate: {source} has no vocabulary ({' or '.join(names)}).", hint=hint)
     return tokenizer
 
 

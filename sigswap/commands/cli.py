@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from sigswap.errors import ArgumentError, BenchmarkError, SigswapError
+from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint, SigswapError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -173,14 +172,18 @@ def convert(
     }
     with _failures(as_json, debug):
         if out.is_dir() and any(out.iterdir()) and not force:
-            raise ArgumentError(f"{out} is not empty. Choose another directory, or pass --force.")
+            raise ArgumentError(f"{out} is not empty.", hint=Hint("Choose another directory, or pass --force."))
         if picture is not None and calibrate is None:
-            raise ArgumentError("--picture shows a calibration: pass --calibrate as well.")
+            raise ArgumentError("--picture shows a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
 
         config = sigswap.SigmoidConfig(**settings)
         with _errors.status(f"Loading {model}"):
             built = _build(model, weights=True, pretrained=pretrained)
+        if sigswap.is_converted(built):
+            raise AlreadyConvertedError(
+                f"{model} is converted already.", hint=Hint("To have it in another way, convert the original.")
+            )
         with _errors.status(f"Converting {model}"):
             sigswap.convert(
                 built,
@@ -375,30 +378,23 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_RETURNS = "Pass --example MODULE:FUNCTION, a function that returns"
-# What errors say of Python's arguments, and what it is on the command line.
-_IN_OPTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"Pass example_inputs=:", _RETURNS),
-    (r"Give inputs that its forward accepts as example_inputs", f"{_RETURNS} inputs that its forward accepts"),
-    (r"^example_inputs (is|holds)", r"What --example returns \1"),
-    (r"with example_inputs=\[\.\.\.\] that holds", "with an --example that returns a list, which holds"),
-    (r"Pass strict=False (.*), or exclude=\[\.\.\.\]", r"Pass --no-strict \1, or --exclude GLOB"),
-    (r"^include=.* and exclude=.* leave", "--include and --exclude leave"),
-    (r"^(include|exclude|bias|qk_norm|layer_scale|steps)\b", lambda found: _option(found[1])),
-    (r"convert with learn_bias=True, or query_bias=True", "convert without --no-learn-bias, or with --query-bias"),
-    (r"switch it off for this module with overrides=.*", "leave the option out, or convert in Python, with overrides."),
-    (r": (query_bias|qk_norm) (needs|cannot)", lambda found: f": {_option(found[1])} {found[2]}"),
-    (r"factory='([^']*)', factory_kwargs=\{\} does not build this model", r"\1 builds another model each time"),
-    (r"call sigswap\.revert first to convert it in another way", "convert the original in another way"),
-    (r": pass batches\.$", ": pass a file to --calibrate, or batches to sigswap.calibrate in Python."),
-)
+# The arguments of sigswap's functions that are written otherwise than --name: in a message, and in a hint.
+_IN_MESSAGE = {"example_inputs": "What --example returns", "factory": "MODEL"}
+_IN_HINT = {
+    "batches": "a file to --calibrate, or batches to sigswap.calibrate in Python",
+    "example_inputs": "--example MODULE:FUNCTION, a function that returns inputs",
+    "exclude": "--exclude GLOB",
+    "include": "--include GLOB",
+    "overrides": "overrides, in Python",
+}
 
 
-def _in_options(message: str) -> str:
-    """An error's message, with the command line's options for the arguments of Python's functions."""
-    for python, option in _IN_OPTIONS:
-        message = re.sub(python, option, message)
-    return message
+def _in_message(argument: str, value: str) -> str:
+    return _IN_MESSAGE.get(argument, _option(argument))
+
+
+def _in_hint(argument: str, value: str) -> str:
+    return _IN_HINT.get(argument, _option(f"no_{argument}" if value == "False" else argument))
 
 
 @contextmanager
@@ -413,12 +409,16 @@ def _failures(as_json: bool, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        kind = "" if isinstance(error, SigswapError) else f"{type(error).__name__}: "
-        message = str(error) if kind else _in_options(str(error))
-        _errors.print(f"[bold red]Error:[/] {kind}", end="")
-        _errors.print(message, markup=False, soft_wrap=True)
-        if kind:
-            _errors.print("SIGSWAP_DEBUG=1 shows the traceback.")
+        report = {"type": type(error).__name__, "message": str(error)}
+        if isinstance(error, SigswapError):
+            report["message"] = error.spelled(_in_message)
+            if error.hint is not None:
+                report["hint"] = error.hint.spelled(_in_hint)
+            text = " ".join([report["message"], report.get("hint", "")]).rstrip()
+        else:
+            text = f"{report['type']}: {report['message']}\nSIGSWAP_DEBUG=1 shows the traceback."
+        _errors.print("[bold red]Error:[/] ", end="")
+        _errors.print(text, markup=False, soft_wrap=True)
         if as_json:
-            _print_json({"error": {"type": type(error).__name__, "message": message}})
+            _print_json({"error": report})
         raise typer.Exit(1) from None

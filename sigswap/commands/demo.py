@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sigswap.errors import ArgumentError, SigswapError
+from sigswap.optional import require
 from sigswap.report import Report
-from sigswap.saving.sources import require
 
 BATCH = 16
 CALIBRATED = 64
@@ -108,7 +108,9 @@ def run(
     with console.status("Reading the standard library's docstrings"):
         training, evaluation = sentences(seed, max(BATCH * steps, CALIBRATED), EVALUATED)
         if len(training) < BATCH * steps:
-            raise ArgumentError(f"steps={steps}: there is text for {len(training) // BATCH} steps.")
+            raise ArgumentError(
+                f"{{argument}}={steps}: there is text for {len(training) // BATCH} steps.", argument="steps"
+            )
     with console.status("Embedding the evaluation sentences"):
         truth = embed(original, tokenizer, evaluation)
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.state import SWAPPED_FORWARD, bias_terms, decided_models
-from sigswap.errors import ArgumentError, UnswappableSiteError
-from sigswap.functional import multi_head, stand_ins
+from sigswap.errors import ArgumentError, Hint, UnswappableSiteError
+from sigswap.functional import multi_head
+from sigswap.functional.torch_functions import SWAPS
 from sigswap.passes.lower import LowerResult, lower
 from sigswap.passes.normalize import graph_modules, modules_of
 from sigswap.passes.swap import SwapResult, swap
@@ -38,11 +39,13 @@ def sigswap_backend(
     """The Dynamo backend named "sigswap".
 
     ``options`` of torch.compile:
-        inner: the compiler that gets the swapped graph: the name of a Dynamo backend ("inductor" by default), or a
-            callable ``(graph_module, example_inputs) -> callable``.
-        inner_options: for it, as ``options`` of torch.compile are for inductor.
-        bias: "visible" (default), an int n or a float, as in :class:`sigswap.SigmoidConfig`.
-        strict: an attention that cannot be swapped is an error (default) or is logged as a warning and stays softmax.
+
+    - ``inner``: the compiler that gets the swapped graph: the name of a Dynamo backend ("inductor" by default), or a
+      callable ``(graph_module, example_inputs) -> callable``.
+    - ``inner_options``: for it, as ``options`` of torch.compile are for inductor.
+    - ``bias``: "visible" (default), an int n or a float, as in :class:`sigswap.SigmoidConfig`.
+    - ``strict``: an attention that cannot be swapped is an error (default) or is logged as a warning and stays softmax.
+
     ``mode`` of torch.compile goes to inductor.
 
     Raises ArgumentError (an unknown option) or UnswappableSiteError; Dynamo wraps both.
@@ -50,7 +53,9 @@ def sigswap_backend(
     options = dict(options or {})
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
-        raise ArgumentError(f"options: {unknown} are unknown to backend='sigswap'; it takes {list(_OPTIONS)}.")
+        raise ArgumentError(
+            f"{{argument}}: {unknown} are unknown to backend='sigswap'; it takes {list(_OPTIONS)}.", argument="options"
+        )
     visible_bias, const_bias = bias_terms(SigmoidConfig(bias=options.get("bias", "visible")))
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
 
@@ -59,8 +64,8 @@ def sigswap_backend(
     reasons = "; ".join(dict.fromkeys(left.reason for left in stuck))
     if stuck and options.get("strict", True):
         raise UnswappableSiteError(
-            f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}. "
-            "Pass options={'strict': False} to leave them as softmax."
+            f"{len(stuck)} softmax attention(s) in this graph cannot be swapped: {reasons}.",
+            hint=Hint("Pass {options} to leave them as softmax.", {"options": "{'strict': False}"}),
         )
     if result.swapped and _is_decided(graph_module):
         logger.warning(
@@ -121,12 +126,14 @@ def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callabl
             patches[hook] = with_pass(present, InductorLaunches)
         return functools.partial(compile_fx, config_patches=patches)
     if inner == "sigswap":
-        raise ArgumentError("options: inner must be another backend than 'sigswap'.")
+        raise ArgumentError("{argument}: inner must be another backend than 'sigswap'.", argument="options")
     compiler = torch._dynamo.lookup_backend(inner)
     return functools.partial(compiler, **({"options": dict(inner_options)} if inner_options else {}))
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which takes an attention before its own arguments, as one that takes the row bias by keyword."""
+
     @functools.wraps(function)
     def stand_in(*args: Any, visible_bias: bool, const_bias: float, **kwargs: Any) -> Any:
         attention = functools.partial(multi_head.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias)
@@ -135,14 +142,10 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
+# A graph holds the call of a method by its name.
 _STAND_INS: dict[Any, Callable[..., Any]] = {
-    F.softmax: stand_ins.softmax,
-    torch.softmax: stand_ins.softmax,
-    torch.special.softmax: stand_ins.softmax,
-    torch._C._nn.scaled_dot_product_attention: stand_ins.scaled_dot_product_attention,
-    F.scaled_dot_product_attention: stand_ins.scaled_dot_product_attention,
-    "softmax": stand_ins.softmax,
-    F.multi_head_attention_forward: _whole(multi_head.multi_head_attention_forward),
-    torch._native_multi_head_attention: _whole(multi_head.native_multi_head_attention),
-    torch._transformer_encoder_layer_fwd: _whole(multi_head.transformer_encoder_layer_fwd),
+    function.__name__ if isinstance(function, types.MethodDescriptorType) else function: (
+        _whole(swapped.stand_in) if swapped.whole else swapped.stand_in
+    )
+    for function, swapped in SWAPS.items()
 }

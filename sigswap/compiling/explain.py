@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from sigswap.compiling.backend import swap_and_lower
 from sigswap.conversion.example_inputs import resolve_inputs
-from sigswap.errors import ExampleInputsError
+from sigswap.errors import ExampleInputsError, Hint
 from sigswap.passes.normalize import modules_of, source_of
 from sigswap.report import folded
 
@@ -111,7 +111,8 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     except Exception as error:
         raise ExampleInputsError(
             f"{type(model).__name__} could not be compiled and run on the example inputs "
-            f"({type(error).__name__}: {error}). Give inputs that its forward accepts as example_inputs."
+            f"({type(error).__name__}: {error}).",
+            hint=Hint("Pass {example_inputs} that its forward accepts.", {"example_inputs": ""}),
         ) from error
     finally:
         torch._dynamo.reset()

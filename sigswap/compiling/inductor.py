@@ -80,7 +80,7 @@ class InductorLaunches(CustomGraphPass):
 
 
 class Enabled:
-    """What :func:`enable_inductor_lowering` gives: ``remove()`` ends it, and so does the end of a ``with``."""
+    """What :func:`sigswap.enable_inductor_lowering` gives: ``remove()`` ends it, and so does the end of a ``with``."""
 
     def __init__(self, added: dict[str, tuple[Any, Any]]) -> None:
         """``added``: by inductor's name for a hook, what is there now and what was there before; none, if it was

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from sigswap.conversion.api import owners_of
+from sigswap.conversion.record import owners_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

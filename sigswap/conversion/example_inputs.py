@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sigswap.conversion.recording import Inputs
-from sigswap.errors import ArgumentError, ExampleInputsError
+from sigswap.conversion.recording import INPUT_FORMS, Inputs
+from sigswap.errors import ArgumentError, ExampleInputsError, Hint
 
-_HOW = (
-    "Pass example_inputs=: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those "
-    "(one for each path through the model)."
+_PASS_INPUTS = Hint(
+    f"Pass {{example_inputs}}: {INPUT_FORMS} (one for each path through the model).", {"example_inputs": ""}
 )
 
 
@@ -30,7 +29,7 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> list[Inputs]:
         return [tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, own)]
     calls = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not calls:
-        raise ExampleInputsError(f"example_inputs is an empty list. {_HOW}")
+        raise ExampleInputsError("{argument} is an empty list.", argument="example_inputs", hint=_PASS_INPUTS)
     return [as_call(call) for call in calls]
 
 
@@ -48,10 +47,11 @@ def as_call(call: Any, name: str = "example_inputs") -> Inputs:
         return (call,), {}
     if name != "example_inputs":
         raise ArgumentError(
-            f"{name} holds a {type(call).__name__}; each must be a tensor, a tuple of positional arguments or a dict "
-            "of keyword arguments."
+            f"{{argument}} holds a {type(call).__name__}; each must be a tensor, a tuple of positional arguments or a "
+            "dict of keyword arguments.",
+            argument=name,
         )
-    raise ExampleInputsError(f"example_inputs holds a {type(call).__name__}. {_HOW}")
+    raise ExampleInputsError(f"{{argument}} holds a {type(call).__name__}.", argument=name, hint=_PASS_INPUTS)
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -78,7 +78,7 @@ def _timm_images(model: nn.Module) -> Tensor:
 def _own_inputs(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments that a transformers model accepts, from its dummy_inputs or its config."""
     if not hasattr(model, "dummy_inputs") or not hasattr(model, "config"):
-        raise ExampleInputsError(f"{type(model).__name__} does not say what its inputs look like. {_HOW}")
+        raise ExampleInputsError(f"{type(model).__name__} does not say what its inputs look like.", hint=_PASS_INPUTS)
     base = next(cls for cls in type(model).__mro__ if "dummy_inputs" in vars(cls))
     if base.__name__ != "PreTrainedModel":
         return dict(model.dummy_inputs)
@@ -106,7 +106,7 @@ def _own_inputs(model: nn.Module) -> dict[str, Any]:
         inputs["decoder_input_ids"] = _token_ids(text, 5)
     if main not in inputs:
         raise ExampleInputsError(
-            f"{type(model).__name__} takes {main!r}, and its config does not say its shape. {_HOW}"
+            f"{type(model).__name__} takes {main!r}, and its config does not say its shape.", hint=_PASS_INPUTS
         )
     return inputs
 

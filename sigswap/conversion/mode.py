@@ -14,35 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.errors import UnknownCallError
-from sigswap.functional.multi_head import multi_head_attention_forward, native_multi_head_attention
+from sigswap.errors import Hint, UnknownCallError
 from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
-
-# The functions that a plan addresses, by family.
-FAMILIES: dict[Any, str] = {
-    F.softmax: "softmax",
-    torch.softmax: "softmax",
-    torch.special.softmax: "softmax",
-    torch.Tensor.softmax: "softmax",
-    F.scaled_dot_product_attention: "sdpa",
-    F.multi_head_attention_forward: "mha",
-    torch._native_multi_head_attention: "mha",
-    torch.matmul: "product",
-    torch.Tensor.matmul: "product",
-    torch.Tensor.__matmul__: "product",
-    torch.bmm: "product",
-    torch.Tensor.bmm: "product",
-    torch.baddbmm: "product",
-    torch.Tensor.baddbmm: "product",
-    torch.Tensor.baddbmm_: "product",
-    torch.einsum: "product",
-}
+from sigswap.functional.torch_functions import FAMILIES, PRODUCTS, SWAPS
 
 
 class SwapMode(TorchFunctionMode):
@@ -87,8 +66,8 @@ class SwapMode(TorchFunctionMode):
         if site.acts_on_product and self.product_of is not site:
             raise UnknownCallError(
                 f"{self.state.plan.path or 'the model'}: the product of query and key was not seen before its softmax, "
-                "so QK-norm and query_bias cannot act; convert the model in the form (attention implementation) in "
-                "which it runs."
+                "so QK-norm and query_bias cannot act.",
+                hint=Hint("Convert the model in the form (attention implementation) in which it runs."),
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
@@ -116,9 +95,7 @@ class SwapMode(TorchFunctionMode):
         )
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is F.multi_head_attention_forward:
-            return multi_head_attention_forward(site.attention, *args, **kwargs)
-        return native_multi_head_attention(site.attention, *args, **kwargs)
+        return SWAPS[func].stand_in(site.attention, *args, **kwargs)
 
     def _refuse_checkpoint(self) -> None:
         """A checkpoint inside the owner runs again in backward, when this mode is not active: as softmax."""
@@ -127,8 +104,8 @@ class SwapMode(TorchFunctionMode):
             if frame.f_code.co_filename == checkpoint.__file__:
                 raise UnknownCallError(
                     f"{self.state.plan.path or 'the model'} runs its attention inside torch.utils.checkpoint, which "
-                    "would recompute it in backward as softmax. Checkpoint the whole module instead of a part of its "
-                    "forward."
+                    "would recompute it in backward as softmax.",
+                    hint=Hint("Checkpoint the whole module instead of a part of its forward."),
                 )
             frame = frame.f_back
 
@@ -150,7 +127,7 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
     if func is torch.einsum:
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return (operands[0], operands[1]), lambda first, second: func(args[0], first, second, **kwargs)
-    named = _PRODUCT_ARGUMENTS[func]
+    named = PRODUCTS[func]
     bound = dict(zip(named, args, strict=False)) | kwargs
     first, second = named[-2:]
 
@@ -160,18 +137,6 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
         return func(*positional, **changed)
 
     return (bound[first], bound[second]), rebuild
-
-
-_PRODUCT_ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    torch.matmul: ("input", "other"),
-    torch.Tensor.matmul: ("input", "other"),
-    torch.Tensor.__matmul__: ("input", "other"),
-    torch.bmm: ("input", "mat2"),
-    torch.Tensor.bmm: ("input", "mat2"),
-    torch.baddbmm: ("input", "batch1", "batch2"),
-    torch.Tensor.baddbmm: ("input", "batch1", "batch2"),
-    torch.Tensor.baddbmm_: ("input", "batch1", "batch2"),
-}
 
 
 _SWAPPED: dict[type, type] = {}
@@ -195,8 +160,8 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if not mode.swapped and not state.plan.may_skip:
                 raise UnknownCallError(
                     f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when "
-                    "it was converted (was its attention implementation changed since?). Revert the model, and convert "
-                    "it again in the form in which you use it."
+                    "it was converted (was its attention implementation changed since?).",
+                    hint=Hint("Revert the model, and convert it again in the form in which you use it."),
                 )
             return state.finish(output)
 

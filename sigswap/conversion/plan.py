@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sigswap.conversion.head_axis import HeadAxis
 from sigswap.conversion.recording import Call, Run, Stack
 from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
 from sigswap.passes.site import AttentionSite, HeadLayout, Product
@@ -99,11 +100,9 @@ def without(sites: Sites, path: str, reason: str) -> Sites:
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
     """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
     if known.kind != "softmax" and other.kind == "softmax":
-        names = ("head_axis", "merged", "outer", "row_axis", "product")
-        return dataclasses.replace(known, **{name: getattr(other, name) for name in names})
+        return dataclasses.replace(known, head_axis=other.head_axis, row_axis=other.row_axis, product=other.product)
     if known.kind == "softmax" and other.kind == "sdpa":
-        names = ("sdpa_head_axis", "sdpa_merged", "sdpa_outer")
-        return dataclasses.replace(known, **{name: getattr(other, name) for name in names})
+        return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis)
     return known
 
 
@@ -252,20 +251,19 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         product_call = run.call_of(site.products[0].node)
         if product_call is not None and run.calls[product_call].family == "product":
             product = _product_plan(site.products[0])
-    axis = None if site.head.axis is None else site.head.axis - rank
-    layout: dict[str, Any] = {"head_axis": axis, "merged": site.head.merged, "outer": site.head.outer}
-    if site.kind == "sdpa":
-        layout = {f"sdpa_{name}": value for name, value in layout.items()}
-    elif site.row_axis is not None:
-        layout["row_axis"] = site.row_axis - rank
-    return SitePlan(
+    plan = SitePlan(
         kind=site.kind,
         heads=site.head.heads,
         key_heads=site.key_heads or site.head.heads,
         head_dim=site.head_dim,
         mask=site.mask,
         product=product,
-        **layout,
+    )
+    head_axis = HeadAxis.of(site.head, rank)
+    if site.kind == "sdpa":
+        return dataclasses.replace(plan, sdpa_head_axis=head_axis)
+    return dataclasses.replace(
+        plan, head_axis=head_axis, row_axis=None if site.row_axis is None else site.row_axis - rank
     )
 
 
@@ -275,8 +273,7 @@ def _product_plan(product: Product) -> ProductPlan:
 
     def axes(arg: int, dim_axis: int, head: HeadLayout, scale: float) -> AxisPlan:
         rank = ranks[arg]
-        axis = None if head.axis is None else head.axis - rank
-        return AxisPlan(dim_axis - rank, axis, head.merged, scale, head.outer)
+        return AxisPlan(dim_axis - rank, HeadAxis.of(head, rank), scale)
 
     return ProductPlan(
         product.query_arg,

@@ -29,15 +29,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.conversion.mode import FAMILIES
 from sigswap.conversion.state import UNSEEN_FILES
-from sigswap.errors import ExampleInputsError
-from sigswap.functional.multi_head import multi_head_attention_forward, native_multi_head_attention
+from sigswap.errors import ExampleInputsError, Hint
+from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.passes.find import find
 from sigswap.passes.products import PARAMETER
 from sigswap.passes.site import FindResult
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call of the model
+INPUT_FORMS = "a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those"
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
 # Functions that give the value of a tensor to Python.
 _VALUES = {
@@ -101,8 +101,8 @@ def run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] |
         if on_meta:
             raise ExampleInputsError(
                 "the model's forward depends on the values of its tensors "
-                f"({error}), so it cannot be looked at on the meta device; convert it after its weights are loaded, "
-                "or before accelerate offloads them."
+                f"({error}), so it cannot be looked at on the meta device.",
+                hint=Hint("Convert it after its weights are loaded, or before accelerate offloads them."),
             ) from error
     return _run(model, inputs, prepare, fake=False)
 
@@ -129,8 +129,8 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
     spread = ""
     if len(devices) > 1:
         spread = (
-            f"It lies on {', '.join(devices)}, and what was run is a copy on {device} alone, without hooks: if its own "
-            "forward moves tensors between devices, convert the model before it is spread over them. "
+            f" It lies on {', '.join(devices)}, and what was run is a copy on {device} alone, without hooks: if its "
+            "own forward moves tensors between devices, convert the model before it is spread over them."
         )
     try:
         if prepare is not None:
@@ -148,9 +148,8 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
         raise
     except Exception as error:
         raise ExampleInputsError(
-            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). {spread}Give "
-            "inputs that its forward accepts as example_inputs: a tensor, a tuple of positional arguments, a dict of "
-            "keyword arguments, or a list of those."
+            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}).{spread}",
+            hint=Hint(f"Pass {{example_inputs}} that its forward accepts: {INPUT_FORMS}.", {"example_inputs": ""}),
         ) from error
     finally:
         _forget_fake_tensors()
@@ -228,7 +227,8 @@ def _clone(model: nn.Module, mode: Any, device: torch.device) -> tuple[nn.Module
     except Exception as error:
         raise ExampleInputsError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its attention is looked "
-            "for in a copy; remove the attribute that cannot be deep-copied before the conversion."
+            "for in a copy.",
+            hint=Hint("Remove the attribute that cannot be deep-copied before the conversion."),
         ) from error
     accelerate_hooks.strip(clone)
     for module in clone.modules():
@@ -335,7 +335,7 @@ class _Recorder(TorchFunctionMode):
             if family == "mha":
                 # A mode gets this function whole; with the mode on again, the softmax inside it shows as well.
                 with self:
-                    return _WHOLE[func](_softmax_heads, *args, **kwargs)
+                    return SWAPS[func].stand_in(_softmax_heads, *args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self.stamp()
@@ -355,12 +355,6 @@ def _softmax_heads(
     """The softmax attention that a :class:`sigswap.functional.multi_head.Attention` stands in for, to be looked at."""
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
     return output, (query @ key.mT if need_weights else None)
-
-
-_WHOLE = {
-    F.multi_head_attention_forward: multi_head_attention_forward,
-    torch._native_multi_head_attention: native_multi_head_attention,
-}
 
 
 def _in_function() -> bool:

@@ -11,19 +11,20 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
-from sigswap.errors import ConfigError, UnknownCallError
-from sigswap.functional.multi_head import sigmoid_heads
+from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
+from sigswap.errors import ConfigError, Hint, UnknownCallError
+from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
 
-_ANOTHER_PATH = (
-    "this input takes another path through its code. Revert the model and convert it again with example_inputs=[...] "
-    "that holds an input for each path."
+_ANOTHER_PATH = "this input takes another path through its code."
+_CONVERT_EACH_PATH = Hint(
+    "Revert the model and convert it again with {example_inputs} for each path, in a list.", {"example_inputs": ""}
 )
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
 UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
@@ -36,17 +37,20 @@ converted in it, ``backend="sigswap"`` swaps it all the same, as Dynamo cannot t
 
 @dataclasses.dataclass(frozen=True)
 class AxisPlan:
-    """Axes of one factor of a q.k product, counted from the end: where head_dim is, and where the heads are.
+    """One factor of a q.k product: the axis of head_dim, counted from the end, and that of the heads.
 
-    ``head_axis`` None: one head. ``merged``: the axis holds the batch or the rows, too, heads inner, or ``outer``.
     ``scale`` is the number by which the module has multiplied the factor before the product; a norm has to put it back.
     """
 
     dim_axis: int
-    head_axis: int | None
-    merged: bool
+    head_axis: HeadAxis
     scale: float = 1.0
-    outer: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"dim_axis": self.dim_axis, "scale": self.scale, **self.head_axis.to_fields()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(HeadAxis.from_fields(state, "") if "merged" in state else state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +68,36 @@ class ProductPlan:
 class SitePlan:
     """One attention of an owner.
 
-    ``head_axis`` counts from the end of the scores, ``sdpa_head_axis`` from the end of the query that
-    scaled_dot_product_attention gets; None: one head. ``merged``: the axis holds the batch or the rows, too, heads
-    inner, or ``outer``. ``row_axis``: of the scores, from the end; None: not known.
+    ``head_axis`` is that of the scores, ``sdpa_head_axis`` that of the query that scaled_dot_product_attention gets.
+    ``row_axis``: of the scores, from the end; None: not known.
     """
 
     kind: str
     heads: int
     key_heads: int
     head_dim: int | None
-    head_axis: int | None = None
-    merged: bool = False
-    sdpa_head_axis: int | None = -3
-    sdpa_merged: bool = False
+    head_axis: HeadAxis = ONE_HEAD
+    sdpa_head_axis: HeadAxis = SDPA_HEADS
     mask: str = "none"
     product: ProductPlan | None = None
-    outer: bool = False
-    sdpa_outer: bool = False
     row_axis: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self) | self.head_axis.to_fields() | self.sdpa_head_axis.to_fields("sdpa_")
+        if self.product is not None:
+            data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
+        product = data["product"]
+        if product is not None:
+            factors = {name: AxisPlan(**HeadAxis.from_fields(product[name], "")) for name in ("query", "key")}
+            product = ProductPlan(**{**product, **factors})
+        return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), "product": product})
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(HeadAxis.from_fields(state, "", "sdpa_") if "merged" in state else state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +121,18 @@ class OwnerPlan:
     place: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "sites": tuple(site.to_dict() for site in self.sites)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> OwnerPlan:
-        sites = []
-        for site in data["sites"]:
-            product = site["product"]
-            if product is not None:
-                axes = {name: AxisPlan(**product[name]) for name in ("query", "key")}
-                product = ProductPlan(**{**product, **axes})
-            sites.append(SitePlan(**{**site, "product": product}))
         plain = {
             "calls": dict(data["calls"]),
             "repeats": dict(data["repeats"]),
             "totals": {family: tuple(totals) for family, totals in data["totals"].items()},
             "place": tuple((file, line) for file, line in data["place"]),
+            "sites": tuple(SitePlan.from_dict(site) for site in data["sites"]),
         }
-        return cls(**{**data, **plain, "sites": tuple(sites)})
+        return cls(**{**data, **plain})
 
 
 def bias_terms(config: SigmoidConfig) -> tuple[bool, float]:
@@ -156,8 +166,10 @@ class OwnerState(nn.Module):
         channels = plan.channels
         if (config.layer_scale is not None or config.hybrid_norm) and channels is None:
             raise ConfigError(
-                f"{plan.path or 'the model'}: layer_scale and hybrid_norm need an output whose first item is a tensor "
-                "with a channel axis, and this module's is not; switch them off for it with overrides."
+                f"{plan.path or 'the model'}: {{argument}} needs an output whose first item is a tensor with a "
+                "channel axis, and this module's is not.",
+                argument="hybrid_norm" if config.hybrid_norm else "layer_scale",
+                hint=Hint("Switch it off for this module with {overrides}.", {"overrides": f"{{{plan.path!r}: ...}}"}),
             )
         self.layer_scale = None
         if config.layer_scale is not None:
@@ -180,7 +192,8 @@ class OwnerState(nn.Module):
         if index is None:
             raise UnknownCallError(
                 f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make "
-                f"when it was converted: {_ANOTHER_PATH}"
+                f"when it was converted: {_ANOTHER_PATH}",
+                hint=_CONVERT_EACH_PATH,
             )
         return index
 
@@ -203,7 +216,8 @@ class OwnerState(nn.Module):
             if counts[family] not in totals:
                 raise UnknownCallError(
                     f"{self.plan.path or 'the model'} made {counts[family]} {family} calls, and {sorted(totals)} "
-                    f"when it was converted: {_ANOTHER_PATH}"
+                    f"when it was converted: {_ANOTHER_PATH}",
+                    hint=_CONVERT_EACH_PATH,
                 )
 
     def finish(self, output: Any) -> Any:
@@ -248,17 +262,21 @@ class SiteState(nn.Module):
         self.key_norm: HeadNorm | None = None
         if not config.query_bias and config.qk_norm is None:
             return
-        wanted = "query_bias" if config.query_bias else "qk_norm"
+        leave_out = Hint(
+            "Leave it out, or switch it off for this module with {overrides}.", {"overrides": f"{{{path!r}: ...}}"}
+        )
         if plan.head_dim is None or (plan.kind == "softmax" and plan.product is None):
             raise ConfigError(
-                f"{path or 'the model'}: {wanted} needs the one product of query and key that makes the scores, and "
-                "here they are a sum of several or not a matmul, bmm, baddbmm or einsum; "
-                f"switch it off for this module with overrides={{{path!r}: ...}}."
+                f"{path or 'the model'}: {{argument}} needs the one product of query and key that makes the scores, "
+                "and here they are a sum of several or not a matmul, bmm, baddbmm or einsum.",
+                argument="query_bias" if config.query_bias else "qk_norm",
+                hint=leave_out,
             )
         if config.query_bias and plan.product is not None and not plan.product.rows_in_order:
             raise ConfigError(
-                f"{path or 'the model'}: query_bias cannot follow the queries from their product to the softmax; "
-                f"switch it off for this module with overrides={{{path!r}: ...}}."
+                f"{path or 'the model'}: {{argument}} cannot follow the queries from their product to the softmax.",
+                argument="query_bias",
+                hint=leave_out,
             )
         if config.query_bias:
             self.query_weight = nn.Parameter(torch.zeros(plan.heads, plan.head_dim, dtype=dtype, device=device))
@@ -268,12 +286,13 @@ class SiteState(nn.Module):
 
     def sdpa_bias(self, query: Tensor) -> Tensor | None:
         """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""
-        axis, spread = self.plan.sdpa_head_axis, _spread(self.plan.sdpa_merged, self.plan.sdpa_outer, "pack")
+        head_axis = self.plan.sdpa_head_axis
         bias = None
         if self.bias is not None:
-            bias = _at_axis(self.bias, query, axis, None, spread)
+            bias = head_axis.spread(self.bias, query, unmerged="pack")
         if self.query_weight is not None:
-            projected = (query * _at_axis(self.query_weight, query, axis, -1, spread)).sum(-1, keepdim=True)
+            weight = head_axis.spread(self.query_weight, query, dim_axis=-1, unmerged="pack")
+            projected = (query * weight).sum(-1, keepdim=True)
             bias = projected if bias is None else bias + projected
         return bias
 
@@ -281,42 +300,24 @@ class SiteState(nn.Module):
         """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
         if self.query_norm is None or self.key_norm is None:
             return query, key
-        axes = AxisPlan(-1, self.plan.sdpa_head_axis, self.plan.sdpa_merged, outer=self.plan.sdpa_outer)
+        axes = AxisPlan(-1, self.plan.sdpa_head_axis)
         return self.query_norm(query, axes, "pack"), self.key_norm(key, axes, "group")
 
     def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        dropout_p: float,
-        need_weights: bool,
+        self, query: Tensor, key: Tensor, value: Tensor, **arguments: Unpack[AttentionArguments]
     ) -> tuple[Tensor, Tensor | None]:
         """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
         query, key = self.normalized(query, key)
         bias = self.sdpa_bias(query)
         return sigmoid_heads(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-            bias=bias,
-            visible_bias=self.visible_bias,
-            const_bias=self.const_bias,
+            query, key, value, **arguments, bias=bias, visible_bias=self.visible_bias, const_bias=self.const_bias
         )
 
     def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:
         """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
         bias = None
         if self.bias is not None:
-            spread = _spread(self.plan.merged, self.plan.outer, "exact")
-            bias = _at_axis(self.bias, scores, self.plan.head_axis, None, spread)
+            bias = self.plan.head_axis.spread(self.bias, scores)
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1
@@ -332,8 +333,7 @@ class SiteState(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query, plan.query, "exact"), self.key_norm(key, plan.key, "group")
         if self.query_weight is not None:
-            spread = _spread(plan.query.merged, plan.query.outer, "exact")
-            weight = _at_axis(self.query_weight, query, plan.query.head_axis, plan.query.dim_axis, spread)
+            weight = plan.query.head_axis.spread(self.query_weight, query, dim_axis=plan.query.dim_axis)
             # w_h acts on the query itself, not on what the module has already multiplied by the scale.
             query_bias = (query * weight).sum(plan.query.dim_axis) / plan.query.scale
         return query, key, query_bias
@@ -351,56 +351,13 @@ class HeadNorm(nn.Module):
         self.kind = kind
         self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, axes: AxisPlan, unmerged: str) -> Tensor:
-        """``unmerged``: how the heads of ``x`` may spread (:func:`_at_axis`) where they have an axis of their own."""
+    def forward(self, x: Tensor, axes: AxisPlan, unmerged: Unmerged) -> Tensor:
         moved = x.movedim(axes.dim_axis, -1)
         norm = F.rms_norm if self.kind == "rms" else F.layer_norm
         wide = moved if x.dtype == torch.float64 else moved.float()
         normed = norm(wide, moved.shape[-1:], eps=torch.finfo(torch.float32).eps).movedim(-1, axes.dim_axis)
-        weight = _at_axis(self.weight, x, axes.head_axis, axes.dim_axis, _spread(axes.merged, axes.outer, unmerged))
+        weight = axes.head_axis.spread(self.weight, x, dim_axis=axes.dim_axis, unmerged=unmerged)
         return (normed * weight).to(x.dtype) * axes.scale
 
     def extra_repr(self) -> str:
         return f"{self.kind}, weight={list(self.weight.shape)}"
-
-
-def _spread(merged: bool, outer: bool, unmerged: str) -> str:
-    return unmerged if not merged else "blocks" if outer else "tile"
-
-
-def _at_axis(values: Tensor, like: Tensor, head_axis: int | None, dim_axis: int | None, spread: str) -> Tensor:
-    """``values`` [heads] or [heads, head_dim], shaped to broadcast over ``like`` along the axes given.
-
-    ``spread`` says what the head axis may hold besides the heads: nothing ("exact"); batch*heads, heads inner
-    ("tile"), or heads*batch ("blocks"); each key head repeated for the query heads that share it ("group"); or, of a
-    query, fewer heads with the others as rows of the next axis ("pack": so transformers decodes one token with
-    grouped-query attention).
-    """
-    heads = values.shape[0]
-    if heads == 1:
-        head_axis = None
-        values = values[0]
-    shape = [1] * like.dim()
-    if dim_axis is not None:
-        shape[dim_axis] = values.shape[-1]
-    if head_axis is None:
-        return values.reshape(shape)
-    size = like.shape[head_axis]
-    shape[head_axis] = size
-    if spread == "tile" and size % heads == 0:
-        values = values.repeat(size // heads, *[1] * (values.dim() - 1))
-    elif spread == "blocks" and size % heads == 0:
-        values = values.repeat_interleave(size // heads, dim=0)
-    elif size == heads:
-        pass
-    elif spread == "group" and size % heads == 0:
-        values = values.repeat_interleave(size // heads, dim=0)
-    elif spread == "pack" and heads % size == 0 and like.shape[head_axis + 1] % (heads // size) == 0:
-        rows = like.shape[head_axis + 1]
-        shape[head_axis + 1] = rows
-        values = values.repeat_interleave(rows * size // heads, dim=0)
-    else:
-        raise UnknownCallError(f"an attention that had {heads} heads when it was converted has {size} now.")
-    if dim_axis is not None and dim_axis % like.dim() < head_axis % like.dim():
-        values = values.transpose(0, 1)
-    return values.reshape(shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +17,23 @@ from torch import Tensor
 from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
 
 
-class Attention(Protocol):
-    """Sigmoid attention of query [B, H, M, D], key and value [B, H, N, D] at one site.
+class AttentionArguments(TypedDict):
+    """``attn_mask`` broadcasts to [B, H, M, N], boolean (True: visible) or additive."""
 
-    ``attn_mask``: broadcasts to [B, H, M, N], boolean (True: visible) or additive. Returns the output [B, H, M, D],
-    and the probabilities after dropout [B, H, M, N] if ``need_weights``, else None.
+    attn_mask: Tensor | None
+    is_causal: bool
+    dropout_p: float
+    need_weights: bool
+
+
+class Attention(Protocol):
+    """Attention of query [B, H, M, D], key and value [B, H, N, D] at one site.
+
+    Returns the output [B, H, M, D], and the probabilities after dropout [B, H, M, N] if ``need_weights``, else None.
     """
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        dropout_p: float,
-        need_weights: bool,
+        self, query: Tensor, key: Tensor, value: Tensor, **arguments: Unpack[AttentionArguments]
     ) -> tuple[Tensor, Tensor | None]: ...
 
 

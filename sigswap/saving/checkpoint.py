@@ -31,8 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.errors import ArgumentError, CheckpointError, NotConvertedError, SigswapError
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import Conversion, conversion_of, is_converted
+from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
+from sigswap.optional import require
 from sigswap.saving import sources, transformers_hook
+from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
 WEIGHTS = "model.safetensors"
@@ -75,29 +79,35 @@ def save(
             (meta device), or the directory cannot be written.
         ArgumentError: an argument does not fit the kind of model.
     """
-    from sigswap.conversion.api import is_converted
-
     if factory is not None and not isinstance(factory, str):
         raise ArgumentError(
-            f"factory must be a string, 'module:function' or 'timm:NAME', not {factory!r}: it is imported by that name."
+            f"{{argument}} must be a string, 'module:function' or 'timm:NAME', not {factory!r}: it is imported by that "
+            "name.",
+            argument="factory",
         )
 
     model = getattr(model, "_orig_mod", model)  # a compiled model is saved as the model that was compiled
     if not is_converted(model):
-        raise NotConvertedError("The model is not converted. Call sigswap.convert(model) before sigswap.save.")
+        raise NotConvertedError(
+            "The model is not converted.",
+            argument="model",
+            hint=Hint("Call sigswap.convert(model) before sigswap.save."),
+        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and not _fetches_offloaded(model):
             raise CheckpointError(
-                f"{name} is on the meta device: there is no data to save. If accelerate offloads it, call "
-                "accelerate.hooks.remove_hook_from_submodules first."
+                f"{name} is on the meta device: there is no data to save.",
+                hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
             )
     if transformers_hook.is_transformers_model(model):
         if factory is not None or factory_kwargs is not None:
-            raise ArgumentError("factory is not for a transformers model: its config.json says how to build it.")
+            raise ArgumentError(
+                "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
+            )
         write = functools.partial(_write_transformers, model, processor, max_shard_size)
     else:
         if processor is not None:
-            raise ArgumentError("processor is for transformers models only.")
+            raise ArgumentError("{argument} is for transformers models only.", argument="processor")
         write = functools.partial(_write_factory, model, *_find_factory(model, factory, factory_kwargs))
     with _replacing(Path(directory)) as staging:
         write(staging)
@@ -181,7 +191,7 @@ def source_directory(name: str) -> Path | None:
 
 
 def _load_transformers(directory: Path) -> nn.Module:
-    transformers = sources.require("transformers", "hf")
+    transformers = require("transformers", "hf")
     config_path = directory / "config.json"
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
@@ -204,9 +214,6 @@ def _load_transformers(directory: Path) -> nn.Module:
 def _write_factory(
     model: nn.Module, factory: str, kwargs: dict[str, Any], attributes: dict[str, Any], staging: Path
 ) -> None:
-    from sigswap import __version__
-    from sigswap.conversion.api import conversion_of
-
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -227,8 +234,6 @@ def _write_factory(
 
 
 def _load_factory(directory: Path) -> nn.Module:
-    from sigswap.conversion.api import Conversion, apply_conversion
-
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -333,23 +338,32 @@ def _find_factory(
     """The factory, its arguments, and the attributes to set on what it builds, so that it equals ``model``."""
     if factory is not None:
         if not sources.is_factory(factory):
-            raise ArgumentError(f"factory={factory!r} must be 'module:function' or 'timm:NAME'.")
+            raise ArgumentError(
+                f"{{argument}}={factory!r} must be 'module:function' or 'timm:NAME'.", argument="factory"
+            )
         kwargs = dict(kwargs or {})
         try:
             if json.loads(json.dumps(kwargs)) != kwargs:
                 raise TypeError("JSON gives other values back")
         except (TypeError, ValueError) as error:
-            raise ArgumentError(f"factory_kwargs={kwargs!r} must be of types that JSON has: {error}.") from None
+            raise ArgumentError(
+                f"{{argument}}={kwargs!r} must be of types that JSON has: {error}.", argument="factory_kwargs"
+            ) from None
         return factory, kwargs, _compare(model, factory, kwargs)
     if kwargs is not None:
-        raise ArgumentError("factory_kwargs needs a factory.")
+        raise ArgumentError("{argument} needs a factory.", argument="factory_kwargs")
     cfg = getattr(model, "pretrained_cfg", None)
     architecture = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
     if architecture is None:
         raise CheckpointError(
             f"sigswap.save does not know how to build a {type(model).__name__} again: it is neither a transformers "
-            "nor a timm model. Pass factory='module:function', a function that returns the unconverted model and "
-            "that can be imported where the model will be loaded, with factory_kwargs={...} if it takes arguments."
+            "nor a timm model.",
+            argument="factory",
+            hint=Hint(
+                "Pass {factory}, a function that returns the unconverted model and that can be imported where the "
+                "model will be loaded, with {factory_kwargs} if it takes arguments.",
+                {"factory": "'module:function'", "factory_kwargs": "{...}"},
+            ),
         )
     tag = cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
     name = f"timm:{architecture}.{tag}" if tag else f"timm:{architecture}"
@@ -360,8 +374,13 @@ def _find_factory(
         except CheckpointError as error:
             problem = problem or error
     raise CheckpointError(
-        f"The arguments that this timm model was built with could not be found out. Pass factory={name!r} and the "
-        f"other arguments of timm.create_model as factory_kwargs={{...}}. With those that could be: {problem}"
+        f"The arguments that this timm model was built with could not be found out. With those that "
+        f"could be: {problem}",
+        argument="factory_kwargs",
+        hint=Hint(
+            "Pass {factory}, and the other arguments of timm.create_model as {factory_kwargs}.",
+            {"factory": repr(name), "factory_kwargs": "{...}"},
+        ),
     )
 
 
@@ -397,16 +416,14 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
     numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading; any other
     difference is an error.
     """
-    from sigswap.conversion.api import apply_conversion, conversion_of
-
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
     apply_conversion(built, conversion_of(model))
-    asked = f"factory={factory!r}, factory_kwargs={kwargs}"
+    other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"
     ours, theirs = _tensors(model), _tensors(built)
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{asked} does not build this model: {name} is {_shape(ours.get(name))} in the model and "
+                f"{other_model}: {name} is {_shape(ours.get(name))} in the model and "
                 f"{_shape(theirs.get(name))} in what the factory builds."
             )
     modules, built_modules = dict(model.named_modules()), dict(built.named_modules())
@@ -416,8 +433,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
         )
         if one != other:
             raise CheckpointError(
-                f"{asked} does not build this model: module {path!r} is {one} in the model and {other} in what the "
-                "factory builds."
+                f"{other_model}: module {path!r} is {one} in the model and {other} in what the factory builds."
             )
     differing: dict[str, dict[str, Any]] = {}
     for path, module in modules.items():
@@ -436,13 +452,11 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
                 differing.setdefault(path, {})[name] = value
             elif isinstance(value, types.FunctionType) and value is not other:
                 raise CheckpointError(
-                    f"{asked} does not build this model: {path}.{name} is another function in the model than in what "
-                    "the factory builds."
+                    f"{other_model}: {path}.{name} is another function in the model than in what the factory builds."
                 )
             elif isinstance(value, tuple | list | torch.dtype) and _is_plain(value) and other != value:
                 raise CheckpointError(
-                    f"{asked} does not build this model: {path}.{name} is {value} in the model and {other} in what "
-                    "the factory builds."
+                    f"{other_model}: {path}.{name} is {value} in the model and {other} in what the factory builds."
                 )
     return differing
 
@@ -482,7 +496,9 @@ def _build_without_data(factory: Callable[[], nn.Module], name: str) -> nn.Modul
         try:
             return factory()
         except Exception as error:
-            raise CheckpointError(f"factory={name!r} failed: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{{argument}}={name!r} failed: {type(error).__name__}: {error}", argument="factory"
+            ) from error
     finally:
         torch.set_rng_state(state)  # a save must not change the numbers that training draws next
 

@@ -12,25 +12,13 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from sigswap.errors import ArgumentError, SigswapError
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """The optional package ``module``; a SigswapError that names the extra to install if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise SigswapError(
-            f"This needs the package {module!r}, which is not installed: pip install 'sigswap[{extra}]'"
-        ) from None
+from sigswap.errors import ArgumentError
+from sigswap.optional import require
 
 
 def is_factory(spec: str) -> bool:

@@ -29,16 +29,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.conversion.state import OwnerState
-from sigswap.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sigswap.conversion.api import Conversion
+from sigswap.errors import CheckpointError, Hint
+from sigswap.version import __version__
 
 METHOD = "sigswap"
 FORMAT = 1
@@ -155,8 +155,6 @@ def _register(modeling_utils: ModuleType) -> None:
             return dtype
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            from sigswap.conversion.api import Conversion, apply_conversion
-
             conversion = Conversion.from_dict(self.quantization_config.conversion)
             apply_conversion(model, _rebased(conversion, model))
 
@@ -222,8 +220,8 @@ def _register(modeling_utils: ModuleType) -> None:
         if directory and marks_of(model) is None and read_marks(directory) is not None:
             raise CheckpointError(
                 f"{directory} holds a model with sigmoid attention, but the config that was passed to "
-                "from_pretrained does not say so, and softmax attention would have been loaded. Pass no config, "
-                f"or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."
+                "from_pretrained does not say so, and softmax attention would have been loaded.",
+                hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
             )
         return loaded
 
@@ -245,15 +243,13 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
 
     Raises CheckpointError if the model is also quantized: config.json has room for one method.
     """
-    from sigswap import __version__
-    from sigswap.conversion.api import conversion_of, is_converted
-
     if not is_converted(model):
         return None
     config = model.config
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            "A model that is both quantized and converted cannot be saved; save it in its original precision."
+            "A model that is both quantized and converted cannot be saved.",
+            hint=Hint("Save it in its original precision."),
         )
     return {
         "quant_method": METHOD,
@@ -298,7 +294,8 @@ def _rebased(conversion: Conversion, model: Any) -> Conversion:
     if not kept or outside:
         raise CheckpointError(
             f"{type(model).__name__} has no module {(outside or paths)[0]!r}, with or without {prefix!r} before it, "
-            "where sigswap converted attention; load the saved model with the class that it was saved from."
+            "where sigswap converted attention.",
+            hint=Hint("Load the saved model with the class that it was saved from."),
         )
     fields = {path: conversion.config.for_path(path).to_dict() for path in kept}
     for values in fields.values():

@@ -19,11 +19,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sigswap.conversion.api import note_calibration, owners_of, run_as_softmax, softmax
 from sigswap.conversion.example_inputs import as_call
+from sigswap.conversion.record import note_calibration, owners_of
 from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.errors import ArgumentError, CalibrationError
+from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteExclusion, SiteRanking
 from sigswap.training.observe import Observer, Phase, SiteSums, needs_recording, observed
 from sigswap.training.own_batches import own_batches
@@ -75,11 +76,12 @@ def calibrate(
         NotConvertedError: the model is not converted.
         ArgumentError: ``batches`` is empty or of a wrong type, or the conversion has no parameters to calibrate.
         CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite.
-        Whatever is raised, the model is as it was.
+
+    Whatever is raised, the model is as it was.
     """
     states = _calibratable(model)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
-        raise ArgumentError(f"refine must be a number of steps, 0 or more, not {refine!r}.")
+        raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     notes: list[str] = []
     if batches is None:
         calls, source = own_batches(model, seed=seed)
@@ -113,7 +115,9 @@ def calibrate(
             _fit_channels(scaled, run("channels"))
         missing = [path for path, state in states.items() if all(fits[site].rows is None for site in state.sites())]
         if len(missing) == len(states):
-            raise CalibrationError("batches reach none of the converted modules; pass batches that do.")
+            raise CalibrationError(
+                "the batches reach none of the converted modules.", argument="batches", hint=Hint("Pass some that do.")
+            )
         if missing:
             notes.append(f"Not reached by the batches, and as they were: {', '.join(missing)}.")
         unseen = [_path_of(states, site) for site, fit in fits.items() if fit.rows is not None and fit.error is None]
@@ -173,7 +177,10 @@ def as_calls(batches: Any) -> Iterable[Inputs]:
     if isinstance(batches, Tensor | Mapping | tuple):
         batches = [batches]
     if not isinstance(batches, Iterable):
-        raise ArgumentError(f"batches must be a list or another iterable of inputs, not a {type(batches).__name__}.")
+        raise ArgumentError(
+            f"{{argument}} must be a list or another iterable of inputs, not a {type(batches).__name__}.",
+            argument="batches",
+        )
     if isinstance(batches, Iterator):
         batches = list(batches)
     return _Calls(batches)
@@ -199,8 +206,12 @@ def call_model(model: nn.Module, call: Inputs, index: int) -> Any:
         raise
     except Exception as error:
         raise CalibrationError(
-            f"{type(model).__name__} failed on batch {index} of batches ({type(error).__name__}: {error}). Each batch "
-            "must be a tensor, a tuple of positional arguments or a dict of keyword arguments that its forward takes."
+            f"{type(model).__name__} failed on batch {index} ({type(error).__name__}: {error}).",
+            argument="batches",
+            hint=Hint(
+                "Each batch must be a tensor, a tuple of positional arguments or a dict of keyword arguments that its "
+                "forward takes."
+            ),
         ) from error
 
 
@@ -224,7 +235,11 @@ class _Passes:
                 self.seen += 1
                 yield count
         if not self.seen:
-            raise ArgumentError("batches is empty: pass at least one batch, or None to calibrate without data.")
+            raise ArgumentError(
+                "{argument} is empty.",
+                argument="batches",
+                hint=Hint("Pass at least one batch, or {batches} to calibrate without data.", {"batches": "None"}),
+            )
 
 
 # The fits
@@ -262,8 +277,8 @@ class _Fit:
         solution = _ridge(sums.gram.cpu(), sums.moment.cpu(), site.bias is not None)
         if not solution.isfinite().all():
             raise CalibrationError(
-                f"{path}: the attention scores on the batches are not finite; check the batches for NaN, and the "
-                "model's dtype for overflow."
+                f"{path}: the attention scores on the batches are not finite.",
+                hint=Hint("Check the batches for NaN, and the model's dtype for overflow."),
             )
         self.best = _Bias.of(site)
         self.present = _Bias(
@@ -399,7 +414,9 @@ def _fit_norms(site: SiteState, sums: SiteSums, path: str) -> None:
     for norm, fit in ((site.query_norm, sums.query_fit), (site.key_norm, sums.key_fit)):
         if norm is not None and isinstance(fit, Tensor):
             if not fit.isfinite().all():
-                raise CalibrationError(f"{path}: its query or key on the batches is not finite; check them for NaN.")
+                raise CalibrationError(
+                    f"{path}: its query or key on the batches is not finite.", hint=Hint("Check the batches for NaN.")
+                )
             _set(norm.weight, fit[0] / fit[1].clamp(min=1e-300))
 
 
@@ -433,13 +450,17 @@ def _calibratable(model: nn.Module) -> dict[str, OwnerState]:
     states = owners_of(model)
     if not any(True for state in states.values() for _ in state.parameters()):
         raise ArgumentError(
-            "the conversion has no parameters to calibrate: convert with learn_bias=True, or query_bias=True."
+            "the conversion has no parameters to calibrate.",
+            hint=Hint("Convert with {learn_bias}, or {query_bias}.", {"learn_bias": "True", "query_bias": "True"}),
         )
     for path, state in states.items():
         if any(parameter.is_meta for parameter in state.parameters()):
             raise CalibrationError(
-                f"{path or 'the model'} is on the meta device: calibrate after its weights are loaded. (Where "
-                "accelerate offloads them, convert the model afterwards.)"
+                f"{path or 'the model'} is on the meta device.",
+                hint=Hint(
+                    "Calibrate after its weights are loaded. (Where accelerate offloads them, convert the model "
+                    "afterwards.)"
+                ),
             )
     return states
 
@@ -488,7 +509,7 @@ def _output(model: nn.Module, call: Inputs, index: int) -> Tensor:
         leaf = leaf[mask.to(leaf.device).bool()]
     leaf = leaf.double()
     if not bool(leaf.isfinite().all()):
-        raise CalibrationError(f"{type(model).__name__}'s output on batch {index} of batches is not finite.")
+        raise CalibrationError(f"{type(model).__name__}'s output on batch {index} is not finite.", argument="batches")
     return leaf
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigswap.errors import ArgumentError
-from sigswap.saving.sources import require
+from sigswap.optional import require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,7 +68,7 @@ class CalibrationReport:
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix not in (".png", ".svg", ".pdf", ".html"):
-            raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.")
+            raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.", argument="path")
         if suffix == ".html":
             path.write_text(self._page(), encoding="utf-8")
         else:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.api import is_converted, owners_of, softmax
 from sigswap.conversion.example_inputs import accepts
+from sigswap.conversion.record import is_converted, owners_of
 from sigswap.conversion.recording import Inputs
-from sigswap.errors import ArgumentError, CalibrationError
+from sigswap.conversion.softmax import softmax
+from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.calibrate import as_calls, call_model, main_output, progress_bar
 from sigswap.training.observe import first_tensor
 
@@ -83,7 +84,9 @@ def param_groups(
         if parameters
     ]
     if not made:
-        raise ArgumentError("model has no parameter with requires_grad=True: there is nothing to train.")
+        raise ArgumentError(
+            "{argument} has no parameter with requires_grad=True: there is nothing to train.", argument="model"
+        )
     return made
 
 
@@ -133,31 +136,36 @@ def distill(
     states = owners_of(model)
     for name, value in (("steps", steps), ("layerwise_steps", layerwise_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ArgumentError(f"{name} must be a number of steps, 0 or more, not {value!r}.")
+            raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {value!r}.", argument=name)
     if train not in ("all", "sigmoid"):
-        raise ArgumentError(f"train must be 'all' or 'sigmoid', not {train!r}.")
+        raise ArgumentError(f"{{argument}} must be 'all' or 'sigmoid', not {train!r}.", argument="train")
     if (teacher is None or teacher is model) and train == "all":
         given = "None" if teacher is None else "the model"
         raise ArgumentError(
-            f"teacher={given} takes the model's own weights as the teacher's, which train='all' would change: pass "
-            "train='sigmoid', or teacher=copy.deepcopy(model)."
+            f"{{argument}}={given} takes the model's own weights as the teacher's, which train='all' would change.",
+            argument="teacher",
+            hint=Hint("Pass {train}, or {teacher}.", {"train": "'sigmoid'", "teacher": "copy.deepcopy(model)"}),
         )
     for name, value in (("lr", lr), ("sigmoid_lr", sigmoid_lr), ("weight_decay", weight_decay)):
         optional = name == "sigmoid_lr" and value is None
         if not optional and (not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0):
-            raise ArgumentError(f"{name} must be a number, 0 or more, not {value!r}.")
+            raise ArgumentError(f"{{argument}} must be a number, 0 or more, not {value!r}.", argument=name)
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
     if missing:
-        raise CalibrationError(f"teacher has no module {missing[0]!r}: it must be the model before the conversion.")
+        raise CalibrationError(
+            f"{{argument}} has no module {missing[0]!r}: it must be the model before the conversion.",
+            argument="teacher",
+        )
     endless = _endless(as_calls(batches))
     ours = {parameter for state in states.values() for parameter in state.parameters()}
     base = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and p not in ours}
     offloaded = [name for name, parameter in base.items() if parameter.is_meta]
     if train == "all" and offloaded:
         raise ArgumentError(
-            f"{offloaded[0]} is on the meta device (accelerate offloads it, say), where it cannot be trained: pass "
-            "train='sigmoid', or switch its requires_grad off."
+            f"{offloaded[0]} is on the meta device (accelerate offloads it, say), where it cannot be trained.",
+            argument="model",
+            hint=Hint("Pass {train}, or switch its requires_grad off.", {"train": "'sigmoid'"}),
         )
     frozen = base if train == "sigmoid" else {}
     losses: tuple[list[float], list[float]] = ([], [])
@@ -176,7 +184,8 @@ def distill(
                 loss = loss_of(model, source, list(states), _without_cache(model, call), index)
                 if not math.isfinite(loss):
                     raise CalibrationError(
-                        f"the loss is {loss} at step {step}: lower lr, or check the batches for NaN."
+                        f"the loss is {loss} at step {step}.",
+                        hint=Hint("Lower {lr}, or check the batches for NaN.", {"lr": ""}),
                     )
                 losses[stage].append(loss)
                 torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
@@ -208,7 +217,7 @@ def _layerwise(model: nn.Module, teacher: nn.Module, paths: Sequence[str], call:
         for hook in hooks:
             hook.remove()
     if not calls:
-        raise CalibrationError(f"batch {index} of batches reaches none of the converted modules.")
+        raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
     total = 0.0
     for path, args, kwargs, output in calls:
         loss = _relative_error(first_tensor(model.get_submodule(path)(*args, **kwargs)), first_tensor(output))
@@ -300,7 +309,7 @@ def _endless(calls: Iterable[Inputs]) -> Iterator[tuple[int, Inputs]]:
             empty = False
             yield index, call
         if empty:
-            raise ArgumentError("batches is empty: pass at least one batch.")
+            raise ArgumentError("{argument} is empty.", argument="batches", hint=Hint("Pass at least one batch."))
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.mode import FAMILIES, SwapMode, factors_of
-from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.functional.multi_head import multi_head_attention_forward, native_multi_head_attention
+from sigswap.conversion.mode import SwapMode, factors_of
+from sigswap.conversion.state import AxisPlan, OwnerState, SiteState
+from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.kernels import MASKED_SCORE
 
 MAX_TILE_SCORES = 1 << 22
@@ -345,10 +345,7 @@ class _ObservingMode(SwapMode):
         return output
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
-        function = multi_head_attention_forward
-        if func is not F.multi_head_attention_forward:
-            function = native_multi_head_attention  # type: ignore[assignment]
-        return function(functools.partial(self._heads, site), *args, **kwargs)
+        return SWAPS[func].stand_in(functools.partial(self._heads, site), *args, **kwargs)
 
     def _heads(
         self,
@@ -482,12 +479,12 @@ class _Layout:
     """Brings what scaled_dot_product_attention got to [batch, heads, length, head_dim]."""
 
     def __init__(self, site: SiteState, query: Tensor) -> None:
-        plan = site.plan
+        head_axis = site.plan.sdpa_head_axis
         self.heads, self.axis, self.merged, self.outer = (
-            plan.heads,
-            plan.sdpa_head_axis,
-            plan.sdpa_merged,
-            plan.sdpa_outer,
+            site.plan.heads,
+            head_axis.axis,
+            head_axis.merged,
+            head_axis.outer,
         )
         self.packed = self.merged and self.axis == -2  # the query's heads are among its rows; the key has one for all
         self.others = query.shape[self.axis] // self.heads if self.merged and self.axis is not None else 0
@@ -524,7 +521,8 @@ class _Pending:
         self.site, self.probabilities, self.dim, self.bias = site, probabilities, dim, bias
         self.wide = scores if scores.dtype == torch.float64 else scores.float()
         self.visible = ~(scores <= MASKED_SCORE)  # NaN is not masked, but an error
-        self.head_axis = None if site.plan.head_axis is None else site.plan.head_axis % scores.dim()
+        axis = site.plan.head_axis.axis
+        self.head_axis = None if axis is None else axis % scores.dim()
         self.counted = self.visible.any(dim, keepdim=True) & self._own()
         self.query: Tensor | None = None  # [heads, rows, head_dim], where w_h needs it
 
@@ -538,10 +536,10 @@ class _Pending:
             return torch.ones((), dtype=torch.bool, device=x.device)
         rows %= x.dim()
         if rows == self.head_axis:
-            if not plan.merged:
+            if not plan.head_axis.merged:
                 return torch.ones((), dtype=torch.bool, device=x.device)
-            x = x.unflatten(rows, (plan.heads, -1) if plan.outer else (-1, plan.heads))
-            keys, rows = keys + (keys > rows), rows + plan.outer
+            x = x.unflatten(rows, (plan.heads, -1) if plan.head_axis.outer else (-1, plan.heads))
+            keys, rows = keys + (keys > rows), rows + plan.head_axis.outer
         if rows == keys or x.shape[rows] != x.shape[keys]:
             return torch.ones((), dtype=torch.bool, device=x.device)
         own = x.diagonal(dim1=rows, dim2=keys).movedim(-1, rows - (keys < rows))
@@ -565,7 +563,8 @@ class _Pending:
         if axis is None or heads == 1:
             return x.reshape(1, -1, x.shape[-1])
         axis = axis if axis < self.dim else axis - 1
-        x = _heads_out(x, axis, heads, self.site.plan.outer) if self.site.plan.merged else x.movedim(axis, 0)
+        layout = self.site.plan.head_axis
+        x = _heads_out(x, axis, heads, layout.outer) if layout.merged else x.movedim(axis, 0)
         return x.reshape(heads, -1, x.shape[-1])
 
     def counted_rows(self) -> Tensor:
@@ -597,15 +596,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _heads_first(x: Tensor, axes: Any, heads: int) -> Tensor:
+def _heads_first(x: Tensor, axes: AxisPlan, heads: int) -> Tensor:
     """A factor with head_dim last as [heads, rows, head_dim]; repeated key heads are taken once each."""
-    if axes.head_axis is None or heads == 1:
+    layout = axes.head_axis
+    if layout.axis is None or heads == 1:
         return x.reshape(1, -1, x.shape[-1])
-    # head_axis counts from the end of the factor as it was, in which head_dim was at dim_axis.
-    axis = axes.head_axis if axes.head_axis < axes.dim_axis else axes.head_axis - 1
-    if not axes.merged and x.shape[axis] != heads:
+    # The axis counts from the end of the factor as it was, in which head_dim was at dim_axis.
+    axis = layout.axis if layout.axis < axes.dim_axis else layout.axis - 1
+    if not layout.merged and x.shape[axis] != heads:
         x = x.unflatten(axis, (heads, -1)).select(axis, 0)
-    x = _heads_out(x, axis, heads, axes.outer) if axes.merged else x.movedim(axis, 0)
+    x = _heads_out(x, axis, heads, layout.outer) if layout.merged else x.movedim(axis, 0)
     return x.reshape(heads, -1, x.shape[-1])
 
 

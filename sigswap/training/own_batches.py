@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.api import softmax
 from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.conversion.recording import Inputs, device_of
-from sigswap.errors import ArgumentError, ExampleInputsError
+from sigswap.conversion.softmax import softmax
+from sigswap.errors import ArgumentError, ExampleInputsError, Hint
 
 BATCHES, SAMPLES = 4, 16
 LENGTH = 64
@@ -34,8 +34,9 @@ def own_batches(model: nn.Module, *, seed: int = 0) -> tuple[list[Inputs], str]:
         ((args, kwargs),) = resolve_inputs(model, None)
     except ExampleInputsError as error:
         raise ArgumentError(
-            f"{type(model).__name__} does not say what its inputs look like, so it cannot be calibrated without data: "
-            "pass batches."
+            f"{type(model).__name__} does not say what its inputs look like, so it cannot be calibrated without data.",
+            argument="batches",
+            hint=Hint("Pass {batches}.", {"batches": ""}),
         ) from error
     if args:
         kwargs = {"": args[0]}

@@ -177,7 +177,10 @@ def test_json_is_the_whole_of_stdout(tmp_path: Path) -> None:
     assert done["out"] == str(tmp_path / "out")
     assert sorted(site["status"] for site in done["sites"]) == ["left", "swapped", "swapped"]
     error = json.loads(run("inspect", tmp_path / "nothing", "--json").stdout)
-    assert error["error"]["type"] == "ArgumentError"
+    assert error["error"]["type"] == "ArgumentError" and "hint" not in error["error"]
+    error = json.loads(run("inspect", f"{HERE}:build", "--json").stdout)["error"]
+    assert error["message"] == "Attention does not say what its inputs look like."
+    assert error["hint"].startswith("Pass --example MODULE:FUNCTION, a function that returns inputs: a tensor, ")
 
 
 def test_timm(tmp_path: Path) -> None:
@@ -257,16 +260,22 @@ def test_mistakes(
         (("inspect", "build", "--example", f"{HERE}:no_inputs"), "no_inputs' returned None"),
         (("inspect", "build", "--example", f"{HERE}:HERE"), "HERE' is a str"),
         (("inspect", "build", "--example", f"{HERE}:inputs", "--include", "x"), "--include: 'x'"),
-        (("convert", "build", "--exclude", "*"), "--include and --exclude leave"),
+        (("convert", "build", "--exclude", "*"), "--include GLOB and --exclude GLOB leave none"),
         (("convert", "build_with_sink"), "Pass --no-strict to leave them as softmax, or --exclude GLOB"),
         (("convert", "build_summed", "--query-bias"), "--query-bias needs"),
-        (("convert", "build_summed", "--query-bias"), "leave the option out"),
-        (("convert", "build_another_each_time"), "builds another model each time"),
+        (
+            ("convert", "build_summed", "--query-bias"),
+            "Leave it out, or switch it off for this module with overrides, in Python",
+        ),
+        (
+            ("convert", "build_another_each_time"),
+            "build_another_each_time' builds another model than this one: built is of shape",
+        ),
         (("convert", "build", "--bias", "-3"), "--bias=-3"),
         (("convert", "build", "--layer-scale", "inf"), "--layer-scale must"),
         (("convert", "build", "--qk-norm", "other"), "--qk-norm must"),
-        (("convert", "build", "--no-learn-bias", "--calibrate", "none"), "without --no-learn-bias, or with --query-b"),
-        (("convert", "build", "--calibrate", "none"), "pass a file to --calibrate"),
+        (("convert", "build", "--no-learn-bias", "--calibrate", "none"), "Convert with --learn-bias, or --query-bias"),
+        (("convert", "build", "--calibrate", "none"), "Pass a file to --calibrate"),
     ],
 )
 def test_errors_name_options(tmp_path: Path, arguments: tuple[str, ...], option: str) -> None:

@@ -18,7 +18,7 @@ from zoo import BY_NAME, Inputs, call, hf, randomise
 
 import sigswap
 from sigswap import errors
-from sigswap.conversion.api import conversion_of
+from sigswap.conversion.record import conversion_of
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")

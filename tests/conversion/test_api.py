@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap import SigmoidConfig, errors
-from sigswap.conversion.api import Conversion, apply_conversion, conversion_of
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import Conversion, conversion_of
 
 B, H, HK, M, N, D = 2, 4, 2, 5, 7, 8
 

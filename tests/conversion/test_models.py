@@ -220,7 +220,7 @@ def test_compiled_inductor(case: Case) -> None:
 
 
 # Where Dynamo breaks the graph inside torch.nn's own code (torch_decoder looks at the values of its mask) it runs the
-# whole frame in eager, and no backend is ever called: README, "Limits". torch_transformer says that it is causal.
+# whole frame in eager, and no backend is ever called: docs/limits.md. torch_transformer says that it is causal.
 @pytest.mark.parametrize("case", [case for case in LAST if case[0].name != "torch_decoder"], ids=case_id)
 def test_backend_swaps_and_lowers_an_unconverted_model(case: Case) -> None:
     entry, variant = case

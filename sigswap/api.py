@@ -1,0 +1,160 @@
+"""``convert`` and ``inspect``: find the softmax attentions of a model, plan them, install the plan, calibrate it.
+
+They are above the rooms that they compose, so that conversion need not know training, which builds on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigswap.config import SigmoidConfig
+from sigswap.conversion.implementations import ReachableAttention
+from sigswap.conversion.install import apply_conversion, revert
+from sigswap.conversion.record import Conversion, is_converted
+from sigswap.conversion.search import search, selected
+from sigswap.conversion.state import decided_models
+from sigswap.errors import (
+    AlreadyConvertedError,
+    ArgumentError,
+    ConversionError,
+    Hint,
+    NoAttentionError,
+    UnswappableSiteError,
+)
+from sigswap.report import Report
+from sigswap.training.calibrate import calibrate
+
+
+def convert(
+    model: nn.Module,
+    config: SigmoidConfig | None = None,
+    *,
+    example_inputs: Any = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    strict: bool = True,
+    calibrate_with: Any = None,
+) -> nn.Module:
+    """Swaps the softmax attentions of ``model`` for sigmoid attention, in place, and returns the same object.
+
+    The sites are found by one run on fake tensors (no memory or compute of the model's size; a model on the meta
+    device works as well). Every module that owns a site gets a child ``sigswap`` with the new parameters
+    (``<owner>.sigswap.*`` in state_dict); the base parameters keep their names. From then on the model computes
+    ``sigmoid(score + b)`` there, in eager, under any compile backend and in export (:class:`SigmoidConfig`: what b is).
+
+    Args:
+        model: the model; it may be on any device, also meta, or on several by accelerate (``device_map``).
+        config: what becomes of each site; ``SigmoidConfig()`` by default.
+        example_inputs: what the model is run on to find its sites: a tensor, a tuple of positional arguments, a dict of
+            keyword arguments, or a list of those, one for each path through the code that is to be converted. By
+            default what the model knows of itself (transformers, timm).
+        include: glob patterns of module paths; only the attention modules that match one are swapped.
+        exclude: glob patterns of module paths that stay as they are.
+        strict: an attention that cannot be swapped is an error; otherwise it stays softmax and the report says why.
+        calibrate_with: batches for :func:`sigswap.calibrate`, which is then run on the converted model.
+
+    Raises:
+        NoAttentionError: there is nothing to swap.
+        UnswappableSiteError: ``strict``, and an attention cannot be swapped.
+        AlreadyConvertedError: the model is converted already.
+        ExampleInputsError: no inputs are known, or the model's forward fails on them.
+        ConfigError: the config cannot be applied to a site.
+        ConversionError: the model is compiled or scripted, or a module cannot be converted.
+        CalibrationError, ArgumentError: as sigswap.calibrate raises them.
+
+    Whatever is raised, the model is as it was.
+
+    Source: arXiv 2409.04431, with the bias ``-ln(n)`` per row (its section 3) over the visible keys.
+    """
+    config = SigmoidConfig() if config is None else config
+    if not isinstance(config, SigmoidConfig):
+        raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
+    _check_convertible(model)
+    with ReachableAttention(model) as attention:
+        sites, report = search(model, example_inputs, include, exclude)
+        stuck = [left for left in sites.left if left.attention and selected(left.path, include, exclude)]
+        if stuck and strict:
+            raise UnswappableSiteError(
+                f"{len(stuck)} softmax attention(s) of {type(model).__name__} cannot be swapped: "
+                + "; ".join(f"{left.path or '(the model)'}: {left.reason}" for left in stuck[:5])
+                + ("; ..." if len(stuck) > 5 else "")
+                + ".",
+                hint=Hint(
+                    "Pass {strict} to leave them as softmax, or {exclude} to say which.",
+                    {"strict": "False", "exclude": "[...]"},
+                ),
+            )
+        if not sites.owners:
+            raise _nothing_to_swap(model, report, include, exclude)
+        swapped = [dataclasses.replace(r, status="swapped") if r.status == "swappable" else r for r in report.sites]
+        conversion = Conversion(
+            config,
+            tuple(sites.owners.values()),
+            tuple(sorted(sites.guarded)),
+            Report(swapped, report.notes),
+            attention.before,
+        )
+        apply_conversion(model, conversion)
+        if calibrate_with is not None:
+            _calibrate_or_revert(model, calibrate_with)
+        attention.keep()
+    return model
+
+
+def inspect(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Report:
+    """The dry run of :func:`convert`: what would be swapped, what not, and why. The model is not changed.
+
+    Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
+    """
+    _check_convertible(model)
+    with ReachableAttention(model):
+        return search(model, example_inputs, include, exclude)[1]
+
+
+def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
+    try:
+        calibrate(model, batches)
+    except BaseException:
+        revert(model)
+        decided_models.discard(model)
+        raise
+
+
+def _check_convertible(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
+    if is_converted(model):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is converted already.",
+            hint=Hint("Call sigswap.revert first to convert it in another way."),
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise ConversionError(
+                f"{path or 'the model'} is compiled.",
+                hint=Hint("Convert the model first and compile it afterwards: torch.compile(sigswap.convert(model))."),
+            )
+
+
+def _nothing_to_swap(
+    model: nn.Module, report: Report, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> NoAttentionError:
+    name = type(model).__name__
+    if any(site.reason == "excluded" for site in report.sites):
+        return NoAttentionError(
+            f"no attention of {name} is to be swapped.",
+            hint=Hint("{include} and {exclude} leave none of it.", {"include": str(include), "exclude": str(exclude)}),
+        )
+    reasons = "; ".join(dict.fromkeys(f"{s.path or '(the model)'}: {s.reason}" for s in report.sites[:5]))
+    return NoAttentionError(f"no softmax attention was found in {name}" + (f" ({reasons})." if reasons else "."))

@@ -1,0 +1,165 @@
+"""Puts a conversion onto a model, and takes it off again.
+
+An owner becomes an instance of a subclass of its class (:mod:`sigswap.conversion.mode`) and gets the child ``sigswap``;
+a torch.nn encoder that holds owners loses its fused inference path, which would bypass them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.implementations import set_implementations
+from sigswap.conversion.mode import base_class, swapped_class
+from sigswap.conversion.record import RECORD, Conversion, conversion_of
+from sigswap.conversion.state import OwnerPlan, OwnerState, decided_models
+from sigswap.errors import ConfigError, ConversionError, Hint
+
+_FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
+# What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
+# never calls the attention module in them.
+_FAST_PATH = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}
+
+
+def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
+    """Installs ``conversion`` on an unconverted ``model`` of the architecture it was made for, in place.
+
+    New parameters take dtype and device from their owner (also meta, unless accelerate brings its weights for each
+    call). Raises ConversionError if a module is missing or cannot be converted, and leaves the model as it was.
+    """
+    states: dict[str, OwnerState] = {}
+    for plan in conversion.owners:
+        owner = _owner(model, plan.path)
+        _check_nesting(plan, conversion)
+        states[plan.path] = OwnerState(
+            plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
+        )
+    guarded = [_owner(model, path) for path in conversion.guarded]
+    unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
+    if unused:
+        raise ConversionError(f"config.overrides names {unused}, which match no converted module of {sorted(states)}.")
+    done: list[tuple[nn.Module, type]] = []
+    try:
+        for path, state in states.items():
+            owner = model.get_submodule(path)
+            done.append((owner, type(owner)))
+            owner.add_module("sigswap", state.train(owner.training))
+            accelerate_hooks.set_class(owner, swapped_class(type(owner)))
+    except Exception as error:
+        for module, cls in reversed(done):
+            accelerate_hooks.set_class(module, cls)
+            module._modules.pop("sigswap", None)
+        raise ConversionError(f"{type(done[-1][0]).__name__} cannot be converted: {error}") from error
+    for module in guarded:
+        _switch_off_fast_path(module)
+    model.__dict__[RECORD] = conversion
+    decided_models.add(model)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes :func:`convert`, in place: the original model, bit for bit. Raises NotConvertedError.
+
+    The parameters under ``*.sigswap.*`` are gone; base parameters keep whatever training made of them. What
+    :func:`sigswap.compile_attention` has compiled is eager again. What ``torch.compile(backend="sigswap")`` compiled
+    stays so, and swaps, as it does in any model that is not converted.
+    """
+    conversion = conversion_of(model)
+    modules = [module for module in model.modules() if base_class(module) is not None]
+    for path, module in model.named_modules():
+        if base_class(module) is not None and "_sigswap_base" not in vars(type(module)):
+            raise ConversionError(
+                f"{path or 'the model'}: its class was changed after the conversion (by FSDP or a parametrization).",
+                hint=Hint("Undo that first."),
+            )
+        replaced = accelerate_hooks.forward_is_replaced(module) and not accelerate_hooks.is_unhooked(module)
+        if base_class(module) is not None and replaced:
+            raise ConversionError(
+                f"{path or 'the model'}: its forward was replaced on the instance after the conversion.",
+                hint=Hint("Delete that attribute first."),
+            )
+    for module in modules:
+        if not isinstance(module.__dict__.get("_modules", {}).get("sigswap"), OwnerState | None):
+            raise ConversionError(
+                f"{type(module).__name__}: its child sigswap is not sigswap's; revert is not possible."
+            )
+    for module in modules:
+        if module.sigswap is not None and module.sigswap.compiled:
+            module._compiled_call_impl = None
+        accelerate_hooks.set_class(module, base_class(module))
+        module._modules.pop("sigswap", None)
+    for module in model.modules():
+        module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
+    del model.__dict__[RECORD]
+    decided_models.add(model)
+    set_implementations(model, conversion.attn_implementations)
+    return model
+
+
+def _switch_off_fast_path(module: nn.Module) -> None:
+    before = {name: vars(module)[name] for name in _FAST_PATH if name in vars(module)}
+    module.__dict__[_FAST_PATH_BEFORE] = before
+    module.__dict__.update({name: _FAST_PATH[name] for name in before})
+
+
+def _check_nesting(plan: OwnerPlan, conversion: Conversion) -> None:
+    """The products of an owner inside another one would count as the outer one's: refused where products count."""
+    config = conversion.config.for_path(plan.path)
+    prefix = f"{plan.path}." if plan.path else ""
+    inner = [other.path for other in conversion.owners if other is not plan and other.path.startswith(prefix)]
+    intercepts = (config.query_bias or config.qk_norm is not None) and any(site.product for site in plan.sites)
+    if inner and intercepts:
+        raise ConfigError(
+            f"{plan.path or 'the model'}: {{argument}} cannot act on a module that computes its own scores "
+            f"and holds another attention module ({inner[0]}).",
+            argument="query_bias" if config.query_bias else "qk_norm",
+            hint=Hint("Switch it off for this module with {overrides}.", {"overrides": f"{{{plan.path!r}: ...}}"}),
+        )
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError as error:
+        raise ConversionError(f"{type(model).__name__} has no module {path!r}, which was converted.") from error
+    where = path or "the model"
+    if accelerate_hooks.forward_is_replaced(owner):
+        raise ConversionError(
+            f"{where}: its forward is replaced on the instance, which would bypass the swap.",
+            hint=Hint("Convert the model first, or delete that attribute."),
+        )
+    if any(accelerate_hooks.offloads_inner_modules(module) for module in _inside_out(model, path)):
+        raise ConversionError(
+            f"{where}: accelerate offloads its weights together with those of the modules in it "
+            "(preload_module_classes), of which sigswap's parameters would be missing.",
+            hint=Hint("Convert the model before it is dispatched."),
+        )
+    if hasattr(owner, "sigswap"):
+        raise ConversionError(
+            f"{where} has an attribute named sigswap, which the conversion needs.", hint=Hint("Rename it.")
+        )
+    if isinstance(owner, torch.jit.ScriptModule):
+        raise ConversionError(f"{where} is scripted.", hint=Hint("Convert the model before torch.jit.script."))
+    return owner
+
+
+def _dtype_and_device(model: nn.Module, path: str) -> tuple[torch.dtype, torch.device]:
+    """Those of the owner's parameters, or of the nearest around it: the model may be spread over several devices."""
+    for module in _inside_out(model, path):
+        for tensor in module.parameters():
+            if tensor.is_floating_point():
+                offloaded = accelerate_hooks.execution_device(module) if tensor.is_meta else None
+                return tensor.dtype, offloaded or tensor.device
+    return torch.get_default_dtype(), torch.get_default_device()
+
+
+def _inside_out(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The module at ``path``, the one that holds it, and so on up to ``model``."""
+    while path:
+        yield model.get_submodule(path)
+        path = path.rpartition(".")[0]
+    yield model

@@ -1,0 +1,118 @@
+"""Looks for the softmax attentions of a model, on every path through its code that is known, and plans their swap."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sigswap.conversion.example_inputs import resolve_inputs
+from sigswap.conversion.implementations import other_implementations
+from sigswap.conversion.plan import Sites, merge, plan_run, without
+from sigswap.conversion.recording import Run, run
+from sigswap.errors import ArgumentError, ExampleInputsError, Hint
+from sigswap.report import Report, SiteRecord
+
+# Holders of modules, and of nn.MultiheadAttention's last weight and bias, which it passes to a function.
+_NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def search(
+    model: nn.Module, example_inputs: Any, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> tuple[Sites, Report]:
+    """The sites of ``model`` that are to be swapped, and the report of a dry run. The model is not changed.
+
+    Raises ExampleInputsError, or ArgumentError for a pattern in include or exclude that matches no attention module.
+    """
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ArgumentError(
+                "{argument} must be a list of patterns, not a string.",
+                argument=name,
+                hint=Hint(f"Pass {{{name}}}.", {name: f"[{patterns!r}]"}),
+            )
+    notes: list[str] = []
+    runs = []
+    inputs = resolve_inputs(model, example_inputs)
+    for call in inputs:
+        runs.append(run(model, call))
+    given = len(runs)
+    for name, prepare in other_implementations(model):
+        for call in inputs:
+            try:
+                runs.append(run(model, call, prepare))
+            except ExampleInputsError as error:
+                notes.append(f"not looked at with {name}: {error.__cause__ or error}")
+    if any(recorded.real for recorded in runs):
+        notes.append("The forward depends on values of its inputs: it was run on copies of the real parameters.")
+
+    everything = _merged(model, runs, given, None, notes)
+    notes += _note_of_idle_modules(model, runs)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not fnmatch.filter([*everything.owners, *(left.path for left in everything.left)], pattern):
+                raise ArgumentError(
+                    f"{{argument}}: {pattern!r} matches no attention module; they are {sorted(everything.owners)}.",
+                    argument=name,
+                )
+    chosen = [path for path in everything.owners if selected(path, include, exclude)]
+    sites = everything if len(chosen) == len(everything.owners) else _merged(model, runs, given, chosen, [])
+    return sites, Report(_records(everything, chosen), list(dict.fromkeys(notes)))
+
+
+def selected(path: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    """Whether the module at ``path`` is to be swapped by the user's patterns."""
+    wanted = include is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in include)
+    return wanted and not any(fnmatch.fnmatchcase(path, pattern) for pattern in exclude or ())
+
+
+def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[str] | None, notes: list[str]) -> Sites:
+    """One plan from all runs: the first ``given`` are the user's inputs, the others variants of them.
+
+    An owner whose calls two inputs number differently cannot be addressed, and is left.
+    """
+    known = dict.fromkeys(path for recorded in runs[:given] for path in plan_run(model, recorded, wanted).owners)
+    sites = plan_run(model, runs[0], wanted, known)
+    for index, recorded in enumerate(runs[1:], start=1):
+        sites, clashes = merge(sites, plan_run(model, recorded, wanted, known if index < given else ()))
+        for path in clashes:
+            if index < given:
+                sites = without(
+                    sites, path, "its inputs take paths through its code that number their calls differently"
+                )
+            else:
+                notes.append(f"{path}: only the calls of its present form (attention implementation) are known")
+    return sites
+
+
+def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
+    """A note that names the modules with parameters that no run has reached, the outermost ones, if there are any."""
+    executed = {path for recorded in runs for path in recorded.executed}
+    idle = [
+        f"{path} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if path not in executed
+        and path.rpartition(".")[0] in executed
+        and not isinstance(module, _NEVER_RUN)
+        and any(True for _ in module.parameters())
+    ]
+    if not idle:
+        return []
+    shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
+    return [
+        f"Not run by the example inputs, so not looked at: {shown}. Attention in there stays softmax; add an input "
+        "that reaches it."
+    ]
+
+
+def _records(sites: Sites, chosen: Sequence[str]) -> list[SiteRecord]:
+    records = []
+    for path, plan in sites.owners.items():
+        status, reason = ("swappable", "") if path in chosen else ("left", "excluded")
+        for site in plan.sites:
+            records.append(SiteRecord(path, site.kind, site.heads, site.head_dim, site.mask, status, reason))
+    for left in sites.left:
+        records.append(SiteRecord(left.path, left.kind, None, None, "", "left", left.reason))
+    return records

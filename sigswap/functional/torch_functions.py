@@ -1,0 +1,58 @@
+"""The torch functions that attention is written with, one row for each spelling: all else derives its tables from here.
+
+A function's *family* is the name by which a saved plan addresses its calls ("softmax:0" is the first softmax of one
+forward); all spellings of a family are counted together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sigswap.functional import multi_head, stand_ins
+
+
+class Swap(NamedTuple):
+    """What a torch function that holds a softmax becomes.
+
+    ``stand_in`` takes the function's own arguments. Where ``whole`` is set it takes an
+    :class:`sigswap.functional.multi_head.Attention` before them, else the row bias by keyword.
+    ``family`` None: no plan addresses it, because the conversion switches off what calls it.
+    """
+
+    family: str | None
+    stand_in: Callable[..., Any]
+    whole: bool = False
+
+
+SWAPS: dict[Callable[..., Any], Swap] = {
+    F.softmax: Swap("softmax", stand_ins.softmax),
+    torch.softmax: Swap("softmax", stand_ins.softmax),
+    torch.special.softmax: Swap("softmax", stand_ins.softmax),
+    torch.Tensor.softmax: Swap("softmax", stand_ins.softmax),
+    F.scaled_dot_product_attention: Swap("sdpa", stand_ins.scaled_dot_product_attention),
+    F.multi_head_attention_forward: Swap("mha", multi_head.multi_head_attention_forward, whole=True),
+    torch._native_multi_head_attention: Swap("mha", multi_head.native_multi_head_attention, whole=True),
+    torch._transformer_encoder_layer_fwd: Swap(None, multi_head.transformer_encoder_layer_fwd, whole=True),
+}
+PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    torch.matmul: ("input", "other"),
+    torch.Tensor.matmul: ("input", "other"),
+    torch.Tensor.__matmul__: ("input", "other"),
+    torch.bmm: ("input", "mat2"),
+    torch.Tensor.bmm: ("input", "mat2"),
+    torch.baddbmm: ("input", "batch1", "batch2"),
+    torch.Tensor.baddbmm: ("input", "batch1", "batch2"),
+    torch.Tensor.baddbmm_: ("input", "batch1", "batch2"),
+    torch.einsum: (),
+}
+"""By function that makes scores, the names of its arguments, of which the last two are the factors. Those of einsum
+have no names: it takes an equation and operands."""
+
+FAMILIES: dict[Callable[..., Any], str] = {
+    **{function: swap.family for function, swap in SWAPS.items() if swap.family is not None},
+    **dict.fromkeys(PRODUCTS, "product"),
+}

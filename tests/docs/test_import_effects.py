@@ -1,0 +1,67 @@
+"""What importing sigswap changes outside of itself is what docs/design.md says, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SNAPSHOT = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch, torch._dynamo, torch._inductor.config
+from torch.library import Library
+{before}
+
+def everything():
+    "Each attribute of each module that is not sigswap's, and of each class in it, by identity."
+    found = {{}}
+    for name, module in list(sys.modules.items()):
+        if module is None or name == "__main__" or name.split(".")[0] == "sigswap":
+            continue
+        for attribute, value in list(vars(module).items()):
+            found[f"{{name}}.{{attribute}}"] = value
+            if isinstance(value, type) and value.__module__ == name:
+                for method, function in list(vars(value).items()):
+                    found[f"{{name}}.{{attribute}}.{{method}}"] = function
+    return found
+
+before, modules, finders = everything(), set(sys.modules), list(sys.meta_path)
+import sigswap
+changed = sorted(name for name, value in everything().items() if name in before and value is not before[name])
+print(json.dumps({{
+    "changed": changed,
+    "packages": sorted({{name.partition(".")[0] for name in set(sys.modules) - modules}}),
+    "finders": [type(finder).__name__ for finder in sys.meta_path if finder not in finders],
+    "ops": sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sigswap::")),
+}}))
+"""
+
+OPS = [f"sigswap::sigmoid_{name}{suffix}" for name in ("attention", "attention_varlen") for suffix in ("", "_backward")]
+
+
+def snapshot(before: str) -> dict[str, list[str]]:
+    """What a fresh process finds that has run ``before`` first."""
+    program = SNAPSHOT.format(before=before)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_import_alone() -> None:
+    found = snapshot("import rich.console, rich.table, safetensors.torch, html")
+    assert found["changed"] == []
+    assert found["finders"] == ["_Finder"]
+    assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs"])
+    assert "transformers" not in found["packages"]
+
+
+def test_import_after_transformers() -> None:
+    pytest.importorskip("transformers")
+    found = snapshot("import rich.console, rich.table, transformers.modeling_utils, transformers.quantizers.auto")
+    model = "transformers.modeling_utils.PreTrainedModel"
+    assert found["changed"] == [f"{model}.from_pretrained", f"{model}.save_pretrained"]
+    assert found["finders"] == []
