@@ -1,4 +1,4 @@
-"""What ``sigswap bench`` measures: the suites, their peers, and the cells, each of which is one problem."""
+"""What ``sigswap bench`` measures: the suites and their cells, each of which is one problem."""
 
 from __future__ import annotations
 
@@ -6,36 +6,29 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
-SUITES: dict[str, tuple[str, ...]] = {
-    "train": ("fa2", "cudnn", "efficient", "flex", "triton-sigmoid"),
-    "short": ("fa2", "cudnn", "efficient", "flex", "triton-sigmoid"),
-    "decode": ("fa2", "cudnn", "efficient", "flex"),
-    "varlen": ("fa2", "flex", "padded", "nested", "triton-sigmoid"),
-    "host": ("sdpa",),
-    "models": ("fa2", "cudnn", "efficient", "sdpa", "unfused"),
-}
-"""Each suite's peers. fa2, cudnn, efficient: that backend of ``scaled_dot_product_attention`` (fa2 in varlen:
-``torch.nn.attention.varlen``); sdpa: the backend that PyTorch chooses; flex: FlexAttention, softmax, compiled (varlen:
-one long sequence, and a block mask of its documents); padded: sdpa on padded sequences; nested: sdpa on jagged nested
-tensors; triton-sigmoid: the package of that name, if it is installed; unfused: attention that the model computes by
-hand, with matrix products and a softmax (then sdpa: the same model, told to use ``scaled_dot_product_attention``)."""
-
+SUITES = ("train", "short", "decode", "varlen", "host", "models")
 DEFAULT_SUITES = tuple(suite for suite in SUITES if suite != "models")
 """Those that run unless others are named: models compiles each model up to ten times, which takes many minutes."""
 
-PEERS = tuple(dict.fromkeys(peer for peers in SUITES.values() for peer in peers))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Setup = Literal["none", "compile", "tune"]
+"""What a peer does on each new shape before it runs: nothing; seconds of compiling; a minute of trying kernels."""
+
+SETUPS: tuple[Setup, ...] = ("none", "compile", "tune")
+"""The shortest first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One problem. Causal ones have as many queries as keys.
+    """One problem. Causal ones have as many queries as keys. Query and key are head_dim wide, value is value_dim wide.
 
-    In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest.
-    ``without``: the peers that are left out unless they are asked for, as they compile or tune for each shape.
+    In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest. ``setup``: the
+    longest setup of a peer for which it runs here; those with a longer one are left out unless they are asked for.
     """
 
     suite: str
@@ -45,9 +38,10 @@ class Cell:
     q_len: int
     kv_len: int
     head_dim: int
+    value_dim: int
     causal: bool = False
     lengths: tuple[int, ...] = ()
-    without: tuple[str, ...] = ()
+    setup: Setup = "none"
 
     @property
     def trains(self) -> bool:
@@ -64,21 +58,29 @@ class Cell:
 
     @property
     def forward_flops(self) -> int:
-        """Of the two matrix products, over visible pairs. Backward's five products count 2.5 times as much."""
-        return 4 * self.pairs * self.heads * self.head_dim
+        """Of the two matrix products, over visible pairs: two per multiplication and addition."""
+        return 2 * self.pairs * self.heads * (self.head_dim + self.value_dim)
+
+    @property
+    def backward_flops(self) -> int:
+        """Of the five matrix products: the scores again, the gradients of query and key, all head_dim wide, and the
+        gradients of the probabilities and of value, value_dim wide."""
+        return 2 * self.pairs * self.heads * (3 * self.head_dim + 2 * self.value_dim)
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Of key and value."""
-        return 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim * dtype.itemsize
+        return self.batch * self.kv_heads * self.kv_len * (self.head_dim + self.value_dim) * dtype.itemsize
 
     @property
     def label(self) -> str:
-        mask = " causal" if self.causal else ""
-        if self.lengths:
-            return f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)} D={self.head_dim}{mask}"
         if not self.trains:
             return f"B={self.batch} keys={self.kv_len}"
-        return f"B={self.batch} N={self.kv_len} D={self.head_dim}{mask}"
+        shape = f"B={self.batch} N={self.kv_len}"
+        if self.lengths:
+            shape = f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)}"
+        dims = f"{self.head_dim}" if self.value_dim == self.head_dim else f"{self.head_dim}/{self.value_dim}"
+        heads = "" if self.kv_heads == self.heads else f" H={self.heads}/{self.kv_heads}"
+        return f"{shape} D={dims}{heads}{' causal' if self.causal else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,62 +125,76 @@ def cells(suite: str, quick: bool = False) -> list[Cell] | list[ModelCell]:
     return _QUICK[suite]() if quick else _FULL[suite]()
 
 
-def _train_cell(head_dim: int, length: int, causal: bool, without: tuple[str, ...]) -> Cell:
-    """16,384 tokens of width 2048."""
-    heads = 2048 // head_dim
-    return Cell("train", 16384 // length, heads, heads, length, length, head_dim, causal, without=without)
+def _train_cell(
+    head_dim: int, length: int, causal: bool, setup: Setup, *, value_dim: int | None = None, grouped: int = 1
+) -> Cell:
+    """16,384 tokens whose values are up to 2048 wide; ``grouped`` query heads share one head of key and value."""
+    value_dim = head_dim if value_dim is None else value_dim
+    heads = 2048 // value_dim
+    return Cell(
+        "train",
+        16384 // length,
+        heads,
+        heads // grouped,
+        length,
+        length,
+        head_dim,
+        value_dim,
+        causal,
+        setup=setup,
+    )
 
 
 def _train() -> list[Cell]:
     # FlexAttention in one length, and triton-sigmoid, which tries 49 kernels in each cell, in two cells.
-    without: dict[tuple[int, int, bool], tuple[str, ...]] = {
-        (64, 4096, False): (),
-        (64, 4096, True): ("triton-sigmoid",),
-        (128, 4096, False): ("triton-sigmoid",),
-        (128, 4096, True): (),
+    setups: dict[tuple[int, int, bool], Setup] = {
+        (64, 4096, False): "tune",
+        (64, 4096, True): "compile",
+        (128, 4096, False): "compile",
+        (128, 4096, True): "tune",
     }
     shapes = itertools.product((64, 128), (1024, 4096, 16384), (False, True))
-    return [_train_cell(*shape, without.get(shape, ("flex", "triton-sigmoid"))) for shape in shapes]
+    return [_train_cell(*shape, setups.get(shape, "none")) for shape in shapes]
 
 
-def _short_cell(length: int, batch: int, without: tuple[str, ...]) -> Cell:
+def _short_cell(length: int, batch: int, setup: Setup) -> Cell:
     """The attention of a ViT-B, for images of 50, 197 or 577 patches and class token."""
-    return Cell("short", batch, 12, 12, length, length, 64, without=without)
+    return Cell("short", batch, 12, 12, length, length, 64, 64, setup=setup)
 
 
 def _short() -> list[Cell]:
     return [
-        _short_cell(length, batch, ("triton-sigmoid",) if length == 197 else ("flex", "triton-sigmoid"))
+        _short_cell(length, batch, "compile" if length == 197 else "none")
         for length, batch in ((50, 1024), (197, 256), (577, 128))
     ]
 
 
-def _decode_cell(batch: int, keys: int, without: tuple[str, ...]) -> Cell:
-    return Cell("decode", batch, 32, 8, 1, keys, 128, without=without)
+def _decode_cell(batch: int, keys: int, setup: Setup) -> Cell:
+    return Cell("decode", batch, 32, 8, 1, keys, 128, 128, setup=setup)
 
 
 def _decode() -> list[Cell]:
     return [
-        _decode_cell(batch, keys, () if keys == 8192 and batch in (1, 64) else ("flex",))
+        _decode_cell(batch, keys, "compile" if keys == 8192 and batch in (1, 64) else "none")
         for batch in (1, 4, 16, 64)
         for keys in (1024, 8192, 32768, 131072)
         if batch * keys <= 2**21  # key and value take 8 GiB in bf16
     ]
 
 
-def _varlen_cell(sequences: int, longest: int, head_dim: int, causal: bool, without: tuple[str, ...]) -> Cell:
+def _varlen_cell(sequences: int, longest: int, head_dim: int, causal: bool, setup: Setup) -> Cell:
     """Some 35,000 tokens of width 2048. The lengths are random, and the same in each run."""
     draw = random.Random(longest)
     lengths = tuple(draw.randint(longest // 16, longest) for _ in range(sequences))
-    heads = 2048 // head_dim
+    heads, longest = 2048 // head_dim, max(lengths)
     return Cell(
-        "varlen", sequences, heads, heads, max(lengths), max(lengths), head_dim, causal, lengths, without=without
+        "varlen", sequences, heads, heads, longest, longest, head_dim, head_dim, causal, lengths=lengths, setup=setup
     )
 
 
 def _varlen() -> list[Cell]:
     return [
-        _varlen_cell(sequences, longest, head_dim, causal, ("triton-sigmoid",))
+        _varlen_cell(sequences, longest, head_dim, causal, "compile")
         for sequences, longest, head_dim in ((64, 1024, 64), (16, 4096, 128))
         for causal in (False, True)
     ]
@@ -186,7 +202,7 @@ def _varlen() -> list[Cell]:
 
 def _host() -> list[Cell]:
     """So small that the GPU waits for the host."""
-    return [Cell("host", 1, 12, 12, 64, 64, 64), Cell("host", 1, 32, 8, 1, 1024, 128)]
+    return [Cell("host", 1, 12, 12, 64, 64, 64, 64), Cell("host", 1, 32, 8, 1, 1024, 128, 128)]
 
 
 def _models() -> list[ModelCell]:
@@ -213,10 +229,10 @@ def _small_models() -> list[ModelCell]:
 
 _FULL = {"train": _train, "short": _short, "decode": _decode, "varlen": _varlen, "host": _host}
 _QUICK: dict[str, Callable[[], list[Cell]]] = {
-    "train": lambda: [_train_cell(128, 4096, True, ("triton-sigmoid",))],
-    "short": lambda: [_short_cell(197, 256, ("flex", "triton-sigmoid"))],
-    "decode": lambda: [_decode_cell(16, 8192, ("flex",))],
-    "varlen": lambda: [_varlen_cell(64, 1024, 64, True, ("flex", "triton-sigmoid"))],
+    "train": lambda: [_train_cell(128, 4096, True, "compile")],
+    "short": lambda: [_short_cell(197, 256, "none")],
+    "decode": lambda: [_decode_cell(16, 8192, "none")],
+    "varlen": lambda: [_varlen_cell(64, 1024, 64, True, "none")],
     "host": _host,
 }
 

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigswap.bench.cells import DTYPES, PEERS, SUITES, Cell, ModelCell
+from sigswap.bench.cells import DTYPES, Cell, ModelCell
+from sigswap.bench.peers import peer_names, peers_of
 from sigswap.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Row:
             return measured
         if self.unit == "GB/s":
             return self.cell.kv_bytes(DTYPES[self.dtype]) / measured / 1e6
-        return self.cell.forward_flops * (2.5 if self.phase == "backward" else 1.0) / measured / 1e9
+        flops = self.cell.backward_flops if self.phase == "backward" else self.cell.forward_flops
+        return flops / measured / 1e9
 
     def ratio(self, peer: str) -> float | None:
         """How many times as much time or memory as sigswap the peer takes: above 1, sigswap is better."""
@@ -136,7 +138,7 @@ class Benchmark:
         from rich.table import Table
 
         rows = [row for row in self.rows if row.cell.suite == suite]
-        peers = [peer for peer in SUITES[suite] if any(peer in row.measured for row in rows)]
+        peers = [peer.name for peer in peers_of(suite) if any(peer.name in row.measured for row in rows)]
         title = f"{suite}, {self.dtype}: {_described(self.machine)}"
         table = Table(title=title, title_justify="left", caption_justify="left")
         shares = suite == "decode" and self.copy_gb_per_s is not None
@@ -174,19 +176,27 @@ class Benchmark:
         for place, (suite, phase, unit) in enumerate(panels, start=1):
             rows = [row for row in self.rows if (row.cell.suite, row.phase, row.unit) == (suite, phase, unit)]
             axes = figure.add_subplot(len(panels), 1, place)
-            names = [name for name in ("sigswap", *SUITES[suite]) if any(name in row.measured for row in rows)]
+            suites_names = ("sigswap", *(peer.name for peer in peers_of(suite)))
+            names = [name for name in suites_names if any(name in row.measured for row in rows)]
             width = 0.8 / max(1, len(names))
             for index, name in enumerate(names):
                 values = {at: value for at, row in enumerate(rows) if (value := row.value(name)) is not None}
                 positions = [at + (index - (len(names) - 1) / 2) * width for at in values]
-                color = f"C{('sigswap', *PEERS).index(name)}"
-                axes.bar(positions, list(values.values()), width, label=name, color=color)
+                axes.bar(positions, list(values.values()), width, label=name, color=_color(name))
             axes.set_title(f"{suite}, {phase}", loc="left")
             axes.set_ylabel(unit)
             axes.set_xticks(range(len(rows)), [row.cell.label for row in rows], fontsize=7, rotation=15, ha="right")
             if names:
                 axes.legend(fontsize=7, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
         return figure
+
+
+def _color(name: str) -> tuple[float, ...]:
+    """The same for an implementation in all charts; matplotlib's ten colours first, then their lighter shades."""
+    from matplotlib import colormaps
+
+    index = ("sigswap", *peer_names()).index(name)
+    return tuple(colormaps["tab20"](2 * index % 20 + index // 10))
 
 
 def _described(machine: dict[str, str]) -> str:

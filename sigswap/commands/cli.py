@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from sigswap.bench.cells import SUITES
+from sigswap.bench.peers import described
 from sigswap.errors import ArgumentError, BenchmarkError, SigswapError
 
 if TYPE_CHECKING:
@@ -216,9 +218,7 @@ def convert(
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option(
-            "--suite", metavar="train|short|decode|varlen|host|models", help="Default: all but models. Can be repeated."
-        ),
+        typer.Option("--suite", metavar="|".join(SUITES), help="Default: all but models. Can be repeated."),
     ] = None,
     cell: Annotated[
         list[str] | None,
@@ -229,9 +229,8 @@ def bench(
         typer.Option(
             "--peers",
             metavar="NAME",
-            help="fa2, cudnn, efficient, sdpa, flex, padded, nested, triton-sigmoid or unfused. Can be repeated. "
-            "Default: all, but flex and triton-sigmoid, which compile or tune for each shape, in some cells only, and "
-            "sdpa in some large models.",
+            help=f"Can be repeated. Default: all that are installed, but those that compile or tune for each shape in "
+            f"some cells only, and sdpa in some large models. {described()}.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="bf16|fp16|fp32", help="Of all tensors.")] = "bf16",
@@ -262,12 +261,13 @@ def bench(
     """
     with _failures(False, debug):
         from sigswap.bench import run as benchmark
+        from sigswap.bench.results import check_plot
 
         for path in (json_file, plot):  # before the minutes of measuring
             if path is not None and not path.resolve().parent.is_dir():
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if plot is not None:
-            benchmark.check_plot(plot)
+            check_plot(plot)
         result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=_errors)
         Console().print(result)
         if json_file is not None:
