@@ -218,6 +218,16 @@ def test_measure_times_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_peer_without_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_build(monkeypatch, "fa3", SDPA.implementation)
+    for row in bench.measure(CAUSAL, "bf16", ["fa3"]):
+        assert ("fa3" in row.measured) == (row.phase == "forward")
+        assert row.reasons == ({} if row.phase == "forward" else {"fa3": "It has no backward pass."})
+    for row in bench.measure(CAUSAL, "fp32", ["fa3"]):
+        assert row.reasons == {"fa3": "BenchmarkError: The package fa3-fwd is built for bfloat16 alone."}
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_a_wrong_kernel_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own, "sigmoid_attention", lambda query, key, value, **_: query + key + value)
     replace_build(monkeypatch, "fa2", SDPA.implementation)
@@ -314,7 +324,7 @@ def test_without_a_gpu() -> None:
     ("arguments", "message"),
     [
         (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host, models."),
-        (("--peers", "fa4"), "peer 'fa4' is not one of fa2, cudnn,"),
+        (("--peers", "fa5"), "peer 'fa5' is not one of fa2, fa3, fa4, cudnn,"),
         (("--cell", "ViT*"), "no cell of train, short, decode, varlen, host has a label like ViT*."),
         (("--dtype", "int8"), "dtype 'int8' is not one of bf16, fp16, fp32."),
         (("--json", "nowhere/figures.json"), "there is no directory nowhere"),

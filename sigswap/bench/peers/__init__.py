@@ -6,11 +6,13 @@ columns, their order and colours, JSON, the versions of packages and the help of
 
 from __future__ import annotations
 
-from sigswap.bench.peers import flex, sdpa, triton_sigmoid
+from sigswap.bench.peers import flash_attention, flex, sdpa, triton_sigmoid
 from sigswap.bench.peers.peer import Peer
 
 PEERS: tuple[Peer, ...] = (
     sdpa.FA2,
+    flash_attention.FA3,
+    flash_attention.FA4,
     sdpa.CUDNN,
     sdpa.EFFICIENT,
     sdpa.SDPA,

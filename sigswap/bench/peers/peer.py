@@ -71,8 +71,8 @@ class Peer:
 
 
 def package_module(module: str, package: str) -> ModuleType:
-    """The module of an optional package; a BenchmarkError that names the package if it is not installed."""
+    """The module of an optional package; a BenchmarkError that names the package if something is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise BenchmarkError(f"It needs the package {package}, which is not installed: {error}") from error
+        raise BenchmarkError(f"It needs the package {package}: {error}") from error
