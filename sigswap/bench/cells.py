@@ -128,8 +128,8 @@ def cells(suite: str, quick: bool = False) -> list[Cell] | list[ModelCell]:
 def _train_cell(
     head_dim: int, length: int, causal: bool, setup: Setup, *, value_dim: int | None = None, grouped: int = 1
 ) -> Cell:
-    """16,384 tokens whose values are up to 2048 wide; ``grouped`` query heads share one head of key and value."""
-    value_dim = head_dim if value_dim is None else value_dim
+    """16,384 tokens, with values of width 2048; ``grouped`` query heads share one head of key and value."""
+    value_dim = value_dim or head_dim
     heads = 2048 // value_dim
     return Cell(
         "train",
@@ -154,7 +154,16 @@ def _train() -> list[Cell]:
         (128, 4096, True): "tune",
     }
     shapes = itertools.product((64, 128), (1024, 4096, 16384), (False, True))
-    return [_train_cell(*shape, setups.get(shape, "none")) for shape in shapes]
+    cells = [_train_cell(*shape, setups.get(shape, "none")) for shape in shapes]
+    for causal in (False, True):
+        cells += [
+            _train_cell(96, 4096, causal, "none"),
+            _train_cell(192, 4096, causal, "none", value_dim=128),  # DeepSeek's
+            _train_cell(256, 4096, causal, "none"),
+            _train_cell(64, 4096, causal, "none", grouped=4),
+            _train_cell(128, 4096, causal, "none", grouped=4),
+        ]
+    return cells
 
 
 def _short_cell(length: int, batch: int, setup: Setup) -> Cell:

@@ -19,24 +19,31 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 5e-3}
 def check(cell: Cell, inputs: Inputs, out: Tensor, grads: Sequence[Tensor]) -> None:
     """Raises BenchmarkError unless ``out`` and ``grads`` (of query, key, value; or none) are sigmoid attention's.
 
-    Compared in some rows and keys of up to three heads.
+    Compared in some rows and keys of up to three heads of key and value, and of all query heads that share them.
     """
     names = ("output", "gradient of query", "gradient of key", "gradient of value")[: 1 + len(grads)]
     squares = {name: [0.0, 0.0] for name in names}
-    last = cell.batch - 1, cell.heads - 1
-    for batch, head in {(0, 0), (last[0] // 2, last[1] // 2), last}:
-        kv_head = head * cell.kv_heads // cell.heads
-        heads = (head, kv_head, kv_head)
-        query, key, value = (_head(tensor, cell, batch, at) for tensor, at in zip(inputs.leaves, heads, strict=True))
-        grad_out = None if inputs.grad_out is None or not grads else _head(inputs.grad_out, cell, batch, head)
-        rows, keys = _some(query.shape[0], out.device), _some(key.shape[0], out.device)
-        truths = expected(query, key, value, grad_out, causal=cell.causal, rows=rows, keys=keys)
-        for name, tensor, at, chosen, truth in zip(
-            names, (out, *grads), (head, *heads), (rows, rows, keys, keys), truths, strict=False
-        ):
-            result = _head(tensor, cell, batch, at)[chosen].double()
-            squares[name][0] += (result - truth).square().sum().item()
-            squares[name][1] += truth.square().sum().item()
+
+    def compare(name: str, result: Tensor, truth: Tensor) -> None:
+        squares[name][0] += (result.double() - truth).square().sum().item()
+        squares[name][1] += truth.square().sum().item()
+
+    group = cell.heads // cell.kv_heads
+    last = cell.batch - 1, cell.kv_heads - 1
+    for batch, kv_head in {(0, 0), (last[0] // 2, last[1] // 2), last}:
+        key, value = (_head(tensor, cell, batch, kv_head) for tensor in inputs.leaves[1:])
+        keys = _some(key.shape[0], out.device)
+        of_key_and_value: list[list[Tensor]] = []  # their gradients, by query head
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            query = _head(inputs.query, cell, batch, head)
+            grad_out = None if inputs.grad_out is None or not grads else _head(inputs.grad_out, cell, batch, head)
+            rows = _some(query.shape[0], out.device)
+            truths = expected(query, key, value, grad_out, causal=cell.causal, rows=rows, keys=keys)
+            for name, result, truth in zip(names[:2], (out, *grads), truths, strict=False):
+                compare(name, _head(result, cell, batch, head)[rows], truth)
+            of_key_and_value.append(truths[2:])
+        for name, result, parts in zip(names[2:], grads[1:], zip(*of_key_and_value, strict=True), strict=True):
+            compare(name, _head(result, cell, batch, kv_head)[keys], torch.stack(parts).sum(dim=0))
     for name, (error, norm) in squares.items():
         relative = (error / norm) ** 0.5
         if not relative <= TOLERANCES[out.dtype]:

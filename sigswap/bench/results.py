@@ -61,6 +61,12 @@ class Row:
         return self.measured[peer] / self.measured["sigswap"]
 
     @property
+    def best_other(self) -> str | None:
+        """The peer with the least time, memory or kernels; None if no peer was measured."""
+        others = [name for name in self.measured if name != "sigswap"]
+        return min(others, key=self.measured.__getitem__, default=None)
+
+    @property
     def of_original(self) -> float | None:
         """sigswap's time, memory or kernels as a part of the original's: below 1, sigswap is better."""
         if self.original not in self.measured or "sigswap" not in self.measured:
@@ -110,6 +116,7 @@ class Benchmark:
                     "unit": row.unit,
                     **({"original": row.original} if isinstance(row.cell, ModelCell) else {}),
                     "cell": dataclasses.asdict(row.cell),
+                    "best_other": _best_other(row),
                     "results": {name: self._result(row, name) for name in (*row.measured, *row.reasons)},
                 }
                 for row in self.rows
@@ -143,18 +150,19 @@ class Benchmark:
         table = Table(title=title, title_justify="left", caption_justify="left")
         shares = suite == "decode" and self.copy_gb_per_s is not None
         models = suite == "models"
-        further = ("of copy",) if shares else ("of original", "original") if models else ()
+        further = ("of original", "original") if models else ("of copy", "best other") if shares else ("best other",)
         for heading in ("cell", "pass", "unit", "sigswap", *further, *peers):
-            left = heading in ("cell", "pass", "unit", "original")
+            left = heading in ("cell", "pass", "unit", "original", "best other")
             table.add_column(heading, justify="left" if left else "right")
         for row in rows:
+            best = (row.original or "-") if models else _named_ratio(row)
             share = _percent(row.of_original if models else self.share_of_copy(row, "sigswap"))
             table.add_row(
                 row.cell.label,
                 row.phase,
                 row.unit,
                 _figure(row, "sigswap"),
-                *((share,) if shares else (share, row.original or "-") if models else ()),
+                *((share, best) if shares or models else (best,)),
                 *(_figure(row, peer) for peer in peers),
             )
         table.caption = "2.00x: the peer takes twice sigswap's time, or memory. -: not measured; --json FILE says why."
@@ -162,12 +170,15 @@ class Benchmark:
             table.caption += (
                 " original: the peer that counts as the model without sigswap; of original: sigswap's part."
             )
+        else:
+            table.caption += " best other: the fastest peer, or that with the least memory."
         if shares:
             table.caption += f" A copy on this device runs at {self.copy_gb_per_s:.0f} GB/s."
         return table
 
     def figure(self) -> Figure:
-        """A bar chart per suite and phase, of the figures that the tables have."""
+        """A bar chart per suite and phase, of the figures that the tables have. Below each cell: the best peer in it,
+        and how many times as much time or memory as sigswap it takes."""
         from matplotlib.figure import Figure
 
         panels = list(dict.fromkeys((row.cell.suite, row.phase, row.unit) for row in self.rows))
@@ -185,7 +196,8 @@ class Benchmark:
                 axes.bar(positions, list(values.values()), width, label=name, color=_color(name))
             axes.set_title(f"{suite}, {phase}", loc="left")
             axes.set_ylabel(unit)
-            axes.set_xticks(range(len(rows)), [row.cell.label for row in rows], fontsize=7, rotation=15, ha="right")
+            labels = [f"{row.cell.label}\n{_named_ratio(row)}" for row in rows]
+            axes.set_xticks(range(len(rows)), labels, fontsize=7, rotation=15, ha="right")
             if names:
                 axes.legend(fontsize=7, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
         return figure
@@ -215,6 +227,18 @@ def _figure(row: Row, name: str) -> str:
         text = f"{value:.1f}" if row.unit == "us" or value < 10 else f"{value:.0f}"
     ratio = None if name == "sigswap" else row.ratio(name)
     return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def _best_other(row: Row) -> dict[str, Any] | None:
+    best = row.best_other
+    return None if best is None else {"name": best, "ratio": row.ratio(best)}
+
+
+def _named_ratio(row: Row) -> str:
+    """Such as "cudnn 1.12x"; "-" if no peer was measured."""
+    best = row.best_other
+    ratio = None if best is None else row.ratio(best)
+    return best or "-" if ratio is None else f"{best} {ratio:.2f}x"
 
 
 def _percent(share: float | None) -> str:

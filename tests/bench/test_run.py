@@ -31,6 +31,8 @@ from sigswap.errors import ArgumentError, BenchmarkError
 
 FULL = Cell("train", 2, 3, 3, 40, 40, 16, 16)
 CAUSAL = Cell("train", 2, 3, 3, 40, 40, 16, 16, causal=True)
+WIDER_KEYS = Cell("train", 2, 3, 3, 40, 40, 24, 16, causal=True)
+GROUPED = Cell("train", 2, 4, 2, 40, 40, 16, 16)
 DECODE = Cell("decode", 3, 4, 2, 1, 50, 16, 16)
 VARLEN = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, lengths=(7, 40, 13))
 VARLEN_CAUSAL = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, causal=True, lengths=(7, 40, 13))
@@ -41,14 +43,16 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 # Cells and counts.
 
 
-@pytest.mark.parametrize("cell", [FULL, CAUSAL, DECODE, VARLEN, VARLEN_CAUSAL])
+@pytest.mark.parametrize("cell", [FULL, CAUSAL, WIDER_KEYS, DECODE, VARLEN, VARLEN_CAUSAL])
 def test_flops_and_bytes_are_those_of_the_visible_pairs(cell: Cell) -> None:
     flops = 0
     for length in cell.lengths or [cell.kv_len] * cell.batch:
         for row in range(length if cell.trains else 1):
             keys = sum(key <= row or not cell.causal for key in range(length))
-            flops += cell.heads * keys * (2 * cell.head_dim + 2 * cell.head_dim)
+            flops += cell.heads * keys * (2 * cell.head_dim + 2 * cell.value_dim)
     assert cell.forward_flops == flops
+    if cell.value_dim == cell.head_dim:
+        assert cell.backward_flops == 2.5 * flops
     if not cell.lengths:
         inputs = make_inputs(cell, torch.bfloat16, "cpu")
         assert cell.kv_bytes(torch.bfloat16) == inputs.key.nbytes + inputs.value.nbytes
@@ -62,16 +66,32 @@ def test_cells(suite: str) -> None:
     assert len({cell.label for cell in full}) == len(full)
     for cell in full + quick:
         assert isinstance(cell, Cell) and cell.suite == suite and cell.setup in SETUPS
-        assert cell.heads % cell.kv_heads == 0 and (cell.kv_heads == cell.heads or not cell.trains)
+        assert cell.heads % cell.kv_heads == 0
         tokens = sum(cell.lengths) or cell.batch * cell.q_len
         if suite in ("train", "varlen"):
-            assert cell.heads * cell.head_dim == 2048
+            assert 0 <= 2048 - cell.heads * cell.value_dim < cell.value_dim
         if suite == "train":
             assert tokens == 16384
         if suite == "short":
             assert 50_000 <= tokens <= 130_000
         if suite == "decode":
             assert 2 * cell.batch * cell.kv_heads * cell.kv_len * cell.head_dim * 2 <= 8 * 2**30
+
+
+def test_train_has_wide_narrow_and_grouped_heads() -> None:
+    labels = [cell.label for cell in cells("train")]
+    shapes = {cell.label: (cell.heads, cell.kv_heads) for cell in cells("train") if isinstance(cell, Cell)}
+    for mask in ("", " causal"):
+        assert {f"B=4 N=4096 D={dims}{mask}" for dims in ("64", "96", "128", "192/128", "256")} <= set(labels)
+        assert shapes[f"B=4 N=4096 D=192/128{mask}"] == (16, 16)
+        assert shapes[f"B=4 N=4096 D=64 H=32/8{mask}"] == (32, 8)
+        assert shapes[f"B=4 N=4096 D=128 H=16/4{mask}"] == (16, 4)
+
+
+def test_backward_flops_of_values_narrower_than_keys() -> None:
+    """Three products are as wide as the keys (scores, gradients of query and key), two as wide as the values."""
+    pairs = 2 * 3 * sum(range(1, 41))
+    assert WIDER_KEYS.backward_flops == 2 * pairs * (3 * 24 + 2 * 16)
 
 
 def test_figures_of_a_row() -> None:
@@ -82,6 +102,10 @@ def test_figures_of_a_row() -> None:
     assert forward.value("sigswap") == pytest.approx(flops / 0.5e-3 / 1e12)
     assert forward.ratio("fa2") == 2.0
     assert forward.value("cudnn") is None and forward.ratio("cudnn") is None
+    assert forward.best_other == "fa2"
+    three = Row(train, "bf16", "forward", {"sigswap": 0.5, "fa2": 1.0, "cudnn": 0.4, "flex": 2.0}, {})
+    assert three.best_other == "cudnn" and three.ratio("cudnn") == pytest.approx(0.8)
+    assert Row(train, "bf16", "forward", {"sigswap": 0.5}, {}).best_other is None
     backward = Row(train, "bf16", "backward", {"sigswap": 1.0}, {})
     assert backward.value("sigswap") == pytest.approx(2.5 * flops / 1e-3 / 1e12)
     memory = Row(train, "bf16", "memory", {"sigswap": 100.0, "fa2": 150.0}, {})
@@ -112,6 +136,7 @@ def test_json(result: Benchmark) -> None:
     assert data["machine"]["gpu"] == "A GPU" and data["dtype"] == "bf16"
     first, _, decode, failed = data["rows"]
     assert first["cell"]["head_dim"] == 16 and first["unit"] == "TFLOP/s"
+    assert first["best_other"] == {"name": "fa2", "ratio": 2.0} and failed["best_other"]["ratio"] is None
     assert first["results"]["fa2"]["ratio"] == 2.0 and first["results"]["fa2"]["milliseconds"] == 4.0
     assert "No available kernel" in first["results"]["cudnn"]["reason"]
     gb_per_s = 2 * 3 * 2 * 50 * 16 * 2 / 1e-6 / 1e9
@@ -132,7 +157,8 @@ def test_tables(result: Benchmark) -> None:
     assert "efficient" not in text  # it ran nowhere
     assert "48%" in text  # 19.2 of 40 GB/s
     causal = next(line for line in text.splitlines() if "B=2 N=40 D=16 causal" in line)
-    assert [part.strip() for part in causal.split("│")][4:6] == ["0.0", "-"]
+    assert [part.strip() for part in causal.split("│")][4:7] == ["0.0", "cudnn 1.50x", "-"]
+    assert "best other: the fastest peer" in titles
 
 
 def test_failures(result: Benchmark) -> None:
@@ -147,6 +173,8 @@ def test_plot(result: Benchmark, tmp_path: Path) -> None:
     figure.savefig(file)
     assert file.read_bytes().startswith(b"\x89PNG")
     assert [axes.get_ylabel() for axes in figure.axes] == ["TFLOP/s", "GB/s", "TFLOP/s"]
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert ticks == ["B=2 N=40 D=16\nfa2 2.00x", "B=2 N=40 D=16 causal\ncudnn 1.50x"]
     heights = [bar.get_height() for bar in figure.axes[1].patches]
     assert heights == pytest.approx([19.2, 9.6])
     with pytest.raises(ArgumentError, match=r"must end in one of .*\.png"):
@@ -156,7 +184,7 @@ def test_plot(result: Benchmark, tmp_path: Path) -> None:
 # Correctness.
 
 
-@pytest.mark.parametrize("cell", [FULL, CAUSAL, DECODE, VARLEN, VARLEN_CAUSAL])
+@pytest.mark.parametrize("cell", [FULL, CAUSAL, WIDER_KEYS, GROUPED, DECODE, VARLEN, VARLEN_CAUSAL])
 def test_check_accepts_the_op_and_nothing_else(cell: Cell) -> None:
     inputs = make_inputs(cell, torch.float32, "cpu")
     out = own.build(cell, inputs).forward()
