@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-SUITES = ("train", "short", "decode", "varlen", "host", "models")
-DEFAULT_SUITES = tuple(suite for suite in SUITES if suite != "models")
-"""Those that run unless others are named: models compiles each model up to ten times, which takes many minutes."""
+SUITES = ("train", "short", "decode", "varlen", "host", "features", "models")
+DEFAULT_SUITES = tuple(suite for suite in SUITES if suite not in ("features", "models"))
+"""Those that run unless others are named: features compiles FlexAttention in each cell, and models compiles each model
+up to ten times, which takes many minutes."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -22,6 +23,13 @@ Setup = Literal["none", "compile", "tune"]
 SETUPS: tuple[Setup, ...] = ("none", "compile", "tune")
 """The shortest first."""
 
+Mask = Literal["documents=1,1,N,N", "padding=B,1,N,N", "padding=B,1,1,N", "bias=1,H,N,N"]
+"""A mask tensor and its shape: bool, where True is visible, but for bias, which is added to the scores and has a
+gradient."""
+
+Feature = Literal["softcap", "dropout", "window", "mask", "bias"]
+"""What a cell needs of an implementation beyond causal masks and grouped heads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -29,6 +37,9 @@ class Cell:
 
     In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest. ``setup``: the
     longest setup of a peer for which it runs here; those with a longer one are left out unless they are asked for.
+
+    The others are for the suite features. ``window``: row i sees the keys from i - window on. ``dtype``: of ``DTYPES``,
+    where it is not that of the run.
     """
 
     suite: str
@@ -42,6 +53,22 @@ class Cell:
     causal: bool = False
     lengths: tuple[int, ...] = ()
     setup: Setup = "none"
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    window: int | None = None
+    mask: Mask | None = None
+    dtype: str | None = None
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        needed: dict[Feature, bool] = {
+            "softcap": self.softcap is not None,
+            "dropout": self.dropout_p > 0,
+            "window": self.window is not None,
+            "mask": self.mask is not None and self.mask != "bias=1,H,N,N",
+            "bias": self.mask == "bias=1,H,N,N",
+        }
+        return tuple(feature for feature, is_needed in needed.items() if is_needed)
 
     @property
     def trains(self) -> bool:
@@ -50,7 +77,10 @@ class Cell:
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs that are visible, of one head, in the whole batch; padding is not counted."""
+        """(query, key) pairs that are visible, of one head, in the whole batch; padding is not counted.
+
+        A window and a mask tensor are not taken into account: what they leave is not told in flops.
+        """
         if self.lengths:
             return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
         one = self.q_len * (self.q_len + 1) // 2 if self.causal else self.q_len * self.kv_len
@@ -80,7 +110,15 @@ class Cell:
             shape = f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)}"
         dims = f"{self.head_dim}" if self.value_dim == self.head_dim else f"{self.head_dim}/{self.value_dim}"
         heads = "" if self.kv_heads == self.heads else f" H={self.heads}/{self.kv_heads}"
-        return f"{shape} D={dims}{heads}{' causal' if self.causal else ''}"
+        features = {
+            "causal": self.causal,
+            f"softcap={self.softcap}": self.softcap is not None,
+            f"dropout={self.dropout_p}": self.dropout_p > 0,
+            f"window={self.window}": self.window is not None,
+            f"{self.mask}": self.mask is not None,
+            f"{self.dtype}": self.dtype is not None,
+        }
+        return " ".join([f"{shape} D={dims}{heads}", *(text for text, has in features.items() if has)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,18 +169,8 @@ def _train_cell(
     """16,384 tokens, with values of width 2048; ``grouped`` query heads share one head of key and value."""
     value_dim = value_dim or head_dim
     heads = 2048 // value_dim
-    return Cell(
-        "train",
-        16384 // length,
-        heads,
-        heads // grouped,
-        length,
-        length,
-        head_dim,
-        value_dim,
-        causal,
-        setup=setup,
-    )
+    shape = (16384 // length, heads, heads // grouped, length, length, head_dim, value_dim)
+    return Cell("train", *shape, causal, setup=setup)
 
 
 def _train() -> list[Cell]:
@@ -214,6 +242,44 @@ def _host() -> list[Cell]:
     return [Cell("host", 1, 12, 12, 64, 64, 64, 64), Cell("host", 1, 32, 8, 1, 1024, 128, 128)]
 
 
+def _feature_cell(
+    batch: int, length: int, head_dim: int, *, heads: int | None = None, grouped: int = 1, **features: Any
+) -> Cell:
+    """Of width 2048, unless the number of heads is given. ``features``: fields of the cell, by name."""
+    heads = heads or 2048 // head_dim
+    shape = (batch, heads, heads // grouped, length, length, head_dim, head_dim)
+    return Cell("features", *shape, setup="compile", **features)
+
+
+def _features() -> list[Cell]:
+    """What real models add to the plain kernels."""
+    return [
+        _feature_cell(4, 4096, 128, grouped=2, causal=True, softcap=50.0),  # Gemma 2's
+        _feature_cell(4, 4096, 256, grouped=2, causal=True, softcap=50.0),
+        _feature_cell(16, 1024, 64, heads=16, dropout_p=0.1),
+        _feature_cell(4, 1024, 64, heads=16, dtype="fp32"),
+        _feature_cell(2, 8192, 128, mask="documents=1,1,N,N"),
+        _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,N,N"),  # as transformers passes it
+        _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,1,N"),
+        _packed_cell(64),
+        _packed_cell(128),
+        _feature_cell(1, 16384, 128, causal=True, window=1024),
+        _feature_cell(2, 8192, 64, causal=True, window=512),
+        _feature_cell(8, 1024, 64, heads=16, mask="bias=1,H,N,N"),
+        *(
+            Cell("features", batch, 32, 8, 1, keys, 128, 128, setup="compile")
+            for batch, keys in ((1, 32768), (8, 32768), (64, 8192))
+        ),
+    ]
+
+
+def _packed_cell(head_dim: int) -> Cell:
+    """24 causal sequences of 256 to 2048 tokens, the same in each run."""
+    draw = random.Random(24)
+    lengths = tuple(draw.randint(256, 2048) for _ in range(24))
+    return _feature_cell(24, max(lengths), head_dim, causal=True, lengths=lengths)
+
+
 def _models() -> list[ModelCell]:
     # PyTorch's own choice is one of the backends that run anyway: the large models are not compiled once more for it.
     return [
@@ -236,13 +302,14 @@ def _small_models() -> list[ModelCell]:
     ]
 
 
-_FULL = {"train": _train, "short": _short, "decode": _decode, "varlen": _varlen, "host": _host}
+_FULL = {"train": _train, "short": _short, "decode": _decode, "varlen": _varlen, "host": _host, "features": _features}
 _QUICK: dict[str, Callable[[], list[Cell]]] = {
     "train": lambda: [_train_cell(128, 4096, True, "compile")],
     "short": lambda: [_short_cell(197, 256, "none")],
     "decode": lambda: [_decode_cell(16, 8192, "none")],
     "varlen": lambda: [_varlen_cell(64, 1024, 64, True, "none")],
     "host": _host,
+    "features": lambda: [_feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,1,N")],
 }
 
 
@@ -250,6 +317,6 @@ def phases(cell: Cell) -> tuple[str, ...]:
     """What is measured in a cell: "forward", "backward", "forward+backward" (their time) or "memory" (their peak)."""
     if not cell.trains:
         return ("forward",)
-    if cell.suite == "host":
+    if cell.suite in ("host", "features"):
         return "forward", "forward+backward"
     return ("forward", "backward", "memory") if cell.suite == "train" else ("forward", "backward")

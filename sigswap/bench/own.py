@@ -16,7 +16,7 @@ def build(cell: Cell, inputs: Inputs) -> Implementation:
         ends = cu_seqlens(cell, inputs)
         forward = functools.partial(
             sigmoid_attention_varlen,
-            *inputs.leaves,
+            *inputs.qkv,
             ends,
             ends,
             cell.q_len,
@@ -25,5 +25,14 @@ def build(cell: Cell, inputs: Inputs) -> Implementation:
             enable_gqa=gqa,
         )
     else:
-        forward = functools.partial(sigmoid_attention, *inputs.leaves, is_causal=cell.causal, enable_gqa=gqa)
+        forward = functools.partial(
+            sigmoid_attention,
+            *inputs.qkv,
+            attn_mask=inputs.mask,
+            is_causal=cell.causal,
+            dropout_p=cell.dropout_p,
+            softcap=cell.softcap,
+            window=None if cell.window is None else (cell.window, None),
+            enable_gqa=gqa,
+        )
     return Implementation(forward, inputs.leaves, inputs.grad_out)

@@ -42,12 +42,12 @@ class Row:
             return {"time": "ms", "memory": "MiB", "kernels": "kernels"}[self.quantity]
         if self.phase == "memory":
             return "MiB"
-        return {"host": "us", "decode": "GB/s"}.get(self.cell.suite, "TFLOP/s")
+        return {"host": "us", "decode": "GB/s", "features": "ms"}.get(self.cell.suite, "TFLOP/s")
 
     def value(self, name: str) -> float | None:
         """The implementation's figure, in :attr:`unit`; None if it was not measured."""
         measured = self.measured.get(name)
-        if measured is None or isinstance(self.cell, ModelCell) or self.unit in ("MiB", "us"):
+        if measured is None or isinstance(self.cell, ModelCell) or self.unit in ("MiB", "us", "ms"):
             return measured
         if self.unit == "GB/s":
             return self.cell.kv_bytes(DTYPES[self.dtype]) / measured / 1e6

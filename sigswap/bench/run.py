@@ -48,7 +48,7 @@ def run(
     """Measures on the current CUDA device.
 
     Args:
-        suites: Of ``SUITES``; None: ``DEFAULT_SUITES``, which is all but models.
+        suites: Of ``SUITES``; None: ``DEFAULT_SUITES``, which is all but features and models.
         labels: Glob patterns of the cells' labels, such as "ViT*"; None: all cells of the suites.
         peers: Of ``sigswap.bench.peers.PEERS``, by name; None: all, but those that compile or tune for each shape (and
             in the suite models any) in some cells only. Named here, they run in all cells that they can.
@@ -161,6 +161,7 @@ def measure(cell: Cell, dtype: str, peers: Sequence[str], left_out: Sequence[str
 
     Each figure is the median of three medians, one from each of three rounds in which all had their turns.
     """
+    dtype = cell.dtype or dtype
     inputs = make_inputs(cell, DTYPES[dtype], "cuda")
     refused = {peer: "It compiles or tunes for each shape; --peers runs it." for peer in peers if peer in left_out}
     implementations: dict[str, Implementation] = {}
@@ -169,6 +170,7 @@ def measure(cell: Cell, dtype: str, peers: Sequence[str], left_out: Sequence[str
             continue
         with refusals(name, refused):
             if name == "sigswap":
+                torch.manual_seed(0)  # of dropout
                 implementation = own.build(cell, inputs)
             else:
                 implementation = find_peer(name).implementation(cell, inputs)

@@ -218,7 +218,7 @@ def convert(
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", metavar="|".join(SUITES), help="Default: all but models. Can be repeated."),
+        typer.Option("--suite", metavar="|".join(SUITES), help="Default: all but features, models. Can be repeated."),
     ] = None,
     cell: Annotated[
         list[str] | None,
@@ -254,6 +254,9 @@ def bench(
     train: 16,384 tokens of width 2048, forward, backward and memory. short: a ViT's sequences. decode: one query per
     sequence on a cache. varlen: packed sequences. host: microseconds per call that the CPU takes. Each cell's results
     are checked before they are timed. 2.00x beside a peer's figure: it takes twice sigswap's time, or memory.
+
+    features: soft cap, dropout, windows, masks, documents, packed sequences, float32 and decoding: milliseconds,
+    forward and with backward. FlexAttention compiles in each cell, so it runs only if it is named.
 
     models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
     beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it

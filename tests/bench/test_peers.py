@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sigswap.bench.cells import DTYPES, Cell
-from sigswap.bench.inputs import make_inputs
+from sigswap.bench.cells import DTYPES, Cell, Mask
+from sigswap.bench.inputs import Inputs, make_inputs
 from sigswap.bench.peers import find_peer
 from sigswap.errors import BenchmarkError
 
@@ -34,7 +35,7 @@ def test_padded_peer_is_softmax_attention_of_each_sequence(cell: Cell) -> None:
     padded = find_peer("padded").implementation(cell, inputs)
     out = padded.forward()
     for number, (length, *parts) in enumerate(
-        zip(cell.lengths, *(leaf.split(cell.lengths) for leaf in inputs.leaves), strict=True)
+        zip(cell.lengths, *(torch.split(leaf, list(cell.lengths)) for leaf in inputs.leaves), strict=True)
     ):
         query, key, value = (part.transpose(0, 1) for part in parts)
         expected = F.scaled_dot_product_attention(query, key, value, is_causal=cell.causal).transpose(0, 1)
@@ -42,18 +43,99 @@ def test_padded_peer_is_softmax_attention_of_each_sequence(cell: Cell) -> None:
     assert torch.autograd.grad(out, padded.leaves, padded.grad_out)[0].shape == out.shape
 
 
+FEATURES = [
+    Cell("features", 2, 4, 2, 40, 40, 16, 16, True, softcap=0.5),
+    Cell("features", 2, 2, 2, 40, 40, 16, 16, True, window=5),
+    *(Cell("features", 3, 2, 2, 40, 40, 16, 16, mask=mask) for mask in get_args(Mask)),
+]
+
+
+def softmax_attention(cell: Cell, inputs: Inputs) -> Tensor:
+    """Of a cell with features, but for dropout."""
+    query, key, value = inputs.qkv
+    group = cell.heads // cell.kv_heads
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(-1, -2) * cell.head_dim**-0.5
+    if cell.softcap is not None:
+        scores = cell.softcap * torch.tanh(scores / cell.softcap)
+    if inputs.mask is not None and inputs.mask.dtype == torch.bool:
+        scores = scores.masked_fill(~inputs.mask, -torch.inf)
+    elif inputs.mask is not None:
+        scores = scores + inputs.mask
+    row, at = torch.arange(cell.q_len)[:, None], torch.arange(cell.kv_len)
+    hidden = torch.zeros(cell.q_len, cell.kv_len, dtype=torch.bool)
+    if cell.causal:
+        hidden |= at > row
+    if cell.window is not None:
+        hidden |= at < row - cell.window
+    out: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+    return out
+
+
+@pytest.mark.parametrize("cell", FEATURES, ids=lambda cell: cell.label)
+@pytest.mark.parametrize("name", ["cudnn", "efficient", "flex", "fa3", "fa4"])
+def test_a_peer_has_a_feature_or_says_so(
+    name: str, cell: Cell, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU PyTorch's own attention stands for its backends, and FlexAttention is traced but not compiled."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    peer = find_peer(name)
+    dtype = torch.bfloat16 if name in ("fa3", "fa4") else torch.float32
+    # On a CPU FlexAttention takes nothing that needs a gradient.
+    made = make_inputs(cell, dtype, "cpu")
+    mask = None if made.mask is None else made.mask.detach()
+    inputs = Inputs(made.query.detach(), made.key.detach(), made.value.detach(), made.grad_out, mask)
+    if not set(cell.features) <= set(peer.features):
+        with pytest.raises(BenchmarkError, match="It does not take a "):
+            peer.implementation(cell, inputs)
+        return
+    implementation = peer.implementation(cell, inputs)
+    out = implementation.forward()
+    truth = softmax_attention(cell, inputs)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.float(), truth.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["fa2", "cudnn", "efficient"])
+def test_backends_of_sdpa_drop_probabilities(name: str) -> None:
+    cell = Cell("features", 2, 3, 3, 40, 40, 16, 16, dropout_p=0.5)
+    inputs = make_inputs(cell, torch.float32, "cpu")
+    forward = find_peer(name).implementation(cell, inputs).forward
+    assert not torch.equal(forward(), forward())
+
+
 # FlashAttention-3 and 4, whose packages need a GPU: modules in their place that have the packages' parameters.
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None) -> Tensor:
-    """Of [batch, length, heads, head_dim]."""
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2).float() for x in (query, key, value)),
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    softcap: float = 0.0,
+    window: tuple[int | None, int | None] = (None, None),
+) -> Tensor:
+    """Of [batch, length, heads, head_dim]. A window is (left, right), both inclusive."""
+    assert scale is None
+    (batch, rows, heads, head_dim), (keys, kv_heads) = query.shape, key.shape[1:3]
+    assert window[1] in (None, 0)
+    cell = Cell(
+        "features",
+        batch,
+        heads,
+        kv_heads,
+        rows,
+        keys,
+        head_dim,
+        value.shape[-1],
+        causal,
+        softcap=softcap or None,
+        window=window[0],
     )
-    return out.transpose(1, 2).to(query.dtype)
+    inputs = Inputs(*(x.transpose(1, 2).float() for x in (query, key, value)), grad_out=None)
+    return softmax_attention(cell, inputs).transpose(1, 2).to(query.dtype)
 
 
 def packed(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *, causal: bool, scale: float | None) -> Tensor:
@@ -84,10 +166,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         found.append(Call(function, [tuple(tensor.shape) for tensor in tensors], contiguous, options))
 
     def fa3_func(
-        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, num_splits: int = 1
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        softcap: float = 0.0,
+        num_splits: int = 1,
     ) -> Tensor:
         note("fa3", (q, k, v), causal=causal, scale=softmax_scale)
-        return attention(q, k, v, causal=causal, scale=softmax_scale)
+        return attention(q, k, v, causal=causal, scale=softmax_scale, softcap=softcap)
 
     def fa3_kvcache(
         q: Tensor,
@@ -126,11 +214,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         gather_kv_indices: Tensor | None = None,
         softmax_scale: float | None = None,
         causal: bool = False,
+        window_size: tuple[int | None, int | None] = (None, None),
+        softcap: float = 0.0,
         num_splits: int = 1,
     ) -> tuple[Tensor, None]:
         assert qv is None and gather_kv_indices is None
         note("fa4", (q, k, v), causal=causal, scale=softmax_scale, splits=num_splits)
-        return attention(q, k, v, causal=causal, scale=softmax_scale), None
+        return attention(q, k, v, causal=causal, scale=softmax_scale, softcap=softcap, window=window_size), None
 
     def fa4_varlen(
         q: Tensor,
@@ -175,9 +265,8 @@ def test_flash_attention_is_called_with_batch_length_heads_head_dim(name: str, c
     out = implementation.forward()
     assert implementation.leaves == inputs.leaves and implementation.grad_out is inputs.grad_out
     gqa = cell.heads != cell.kv_heads
-    truth = F.scaled_dot_product_attention(
-        *(leaf.detach().float() for leaf in inputs.leaves), is_causal=cell.causal, enable_gqa=gqa
-    )
+    query, key, value = (leaf.detach().float() for leaf in inputs.leaves)
+    truth = F.scaled_dot_product_attention(query, key, value, is_causal=cell.causal, enable_gqa=gqa)
     torch.testing.assert_close(out.detach().float(), truth, rtol=1e-2, atol=1e-2)
     (call,) = calls
     assert call.shapes == [

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import sigswap
 from sigswap.bench import own, peers, timing
 from sigswap.bench import run as bench
-from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, cells
+from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, Feature, Mask, cells
 from sigswap.bench.correctness import check
 from sigswap.bench.inputs import Inputs, make_inputs
 from sigswap.bench.peers.peer import Implementation, Peer
@@ -58,7 +58,7 @@ def test_flops_and_bytes_are_those_of_the_visible_pairs(cell: Cell) -> None:
         assert cell.kv_bytes(torch.bfloat16) == inputs.key.nbytes + inputs.value.nbytes
 
 
-@pytest.mark.parametrize("suite", DEFAULT_SUITES)
+@pytest.mark.parametrize("suite", [*DEFAULT_SUITES, "features"])
 def test_cells(suite: str) -> None:
     full, quick = cells(suite), cells(suite, quick=True)
     assert full == cells(suite)  # the random lengths, too
@@ -76,6 +76,19 @@ def test_cells(suite: str) -> None:
             assert 50_000 <= tokens <= 130_000
         if suite == "decode":
             assert 2 * cell.batch * cell.kv_heads * cell.kv_len * cell.head_dim * 2 <= 8 * 2**30
+
+
+def test_features_has_what_models_add_to_plain_attention() -> None:
+    found = [cell for cell in cells("features") if isinstance(cell, Cell)]
+    assert {feature for cell in found for feature in cell.features} == set(get_args(Feature))
+    assert {cell.mask for cell in found} == {None, *get_args(Mask)}
+    assert [cell.label for cell in found[:4]] == [
+        "B=4 N=4096 D=128 H=16/8 causal softcap=50.0",
+        "B=4 N=4096 D=256 H=8/4 causal softcap=50.0",
+        "B=16 N=1024 D=64 dropout=0.1",
+        "B=4 N=1024 D=64 fp32",
+    ]
+    assert sum(bool(cell.lengths) for cell in found) == 2 and sum(not cell.trains for cell in found) == 3
 
 
 def test_train_has_wide_narrow_and_grouped_heads() -> None:
@@ -201,6 +214,48 @@ def test_check_accepts_the_op_and_nothing_else(cell: Cell) -> None:
             check(cell, inputs, out, wrong)
 
 
+FEATURES = [
+    Cell("features", 2, 4, 2, 40, 40, 16, 16, True, softcap=0.5),
+    Cell("features", 2, 2, 2, 40, 40, 16, 16, True, window=5),
+    *(Cell("features", 3, 2, 2, 40, 40, 16, 16, mask=mask) for mask in get_args(Mask)),
+]
+
+
+@pytest.mark.parametrize("cell", FEATURES, ids=lambda cell: cell.label)
+def test_check_of_features(cell: Cell) -> None:
+    """It accepts the op, and neither the op without the feature nor one wrong gradient."""
+    inputs = make_inputs(cell, torch.float32, "cpu")
+    out = own.build(cell, inputs).forward()
+    grads = torch.autograd.grad(out, inputs.leaves, inputs.grad_out)
+    assert len(grads) == (4 if "bias" in cell.features else 3)
+    check(cell, inputs, out.detach(), grads)
+    for at in range(len(grads)):
+        wrong = [1.01 * grad if index == at else grad for index, grad in enumerate(grads)]
+        with pytest.raises(BenchmarkError, match="wrong result: the relative error of the gradient"):
+            check(cell, inputs, out.detach(), wrong)
+    plain = dataclasses.replace(cell, softcap=None, window=None, mask=None)
+    with pytest.raises(BenchmarkError, match="wrong result: the relative error of the output"):
+        check(cell, inputs, own.build(plain, inputs._replace(mask=None)).forward().detach(), grads)
+
+
+def test_check_of_dropout() -> None:
+    cell = Cell("features", 2, 3, 3, 256, 256, 32, 32, dropout_p=0.1)
+    inputs = make_inputs(cell, torch.float32, "cpu")
+    torch.manual_seed(0)
+    out = own.build(cell, inputs).forward()
+    grads = torch.autograd.grad(out, inputs.leaves, inputs.grad_out)
+    other = torch.autograd.grad(own.build(cell, inputs).forward(), inputs.leaves, inputs.grad_out)
+    none = own.build(dataclasses.replace(cell, dropout_p=0.0), inputs).forward().detach()
+    out = out.detach()
+    check(cell, inputs, out, grads)
+    with pytest.raises(BenchmarkError, match="dropout changes the output"):
+        check(cell, inputs, none, grads)
+    with pytest.raises(BenchmarkError, match="dropout changes the output"):
+        check(cell, inputs, 0.9 * out, grads)  # not divided by 1 - p
+    with pytest.raises(BenchmarkError, match="forward and backward do not drop the same"):
+        check(cell, inputs, out, other)
+
+
 def test_check_sees_a_wrong_mask() -> None:
     inputs = make_inputs(CAUSAL, torch.float32, "cpu")
     with pytest.raises(BenchmarkError, match="output"):
@@ -243,6 +298,19 @@ def test_measure_times_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.reasons["cudnn"] == "RuntimeError: No available kernel."
         assert "--peers" in row.reasons["flex"]
     assert [row.phase for row in bench.measure(DECODE, "fp32", [])] == ["forward"]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_measure_features() -> None:
+    cell = Cell("features", 2, 2, 2, 16, 16, 8, 8, mask="padding=B,1,1,N", dtype="fp32")
+    rows = bench.measure(cell, "bf16", ["fa2"])
+    assert [(row.phase, row.unit, row.dtype) for row in rows] == [
+        ("forward", "ms", "fp32"),
+        ("forward+backward", "ms", "fp32"),
+    ]
+    for row in rows:
+        assert row.value("sigswap") == 1.0
+        assert row.reasons == {"fa2": "BenchmarkError: It does not take a mask tensor."}
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -351,7 +419,7 @@ def test_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host, models."),
+        (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host, features, models."),
         (("--peers", "fa5"), "peer 'fa5' is not one of fa2, fa3, fa4, cudnn,"),
         (("--cell", "ViT*"), "no cell of train, short, decode, varlen, host has a label like ViT*."),
         (("--dtype", "int8"), "dtype 'int8' is not one of bf16, fp16, fp32."),

@@ -16,7 +16,7 @@ from sigswap.bench.cells import Cell
 from sigswap.bench.inputs import Inputs, cu_seqlens
 from sigswap.bench.peers.peer import Implementation, Peer, package_module
 
-_SUITES = ("train", "short", "decode", "varlen")
+_SUITES = ("train", "short", "decode", "varlen", "features")
 
 
 def _build_fa3(cell: Cell, inputs: Inputs) -> Implementation:
@@ -37,9 +37,14 @@ def _build_fa4(cell: Cell, inputs: Inputs) -> Implementation:
     return _dense(module.flash_attn_func, cell, inputs)
 
 
-def _dense(attention: Any, cell: Cell, inputs: Inputs, **options: int) -> Implementation:
+def _dense(attention: Any, cell: Cell, inputs: Inputs, **options: Any) -> Implementation:
+    if cell.softcap is not None:
+        options["softcap"] = cell.softcap
+    if cell.window is not None:
+        options["window_size"] = (cell.window, 0 if cell.causal else None)
+
     def forward() -> Tensor:
-        query, key, value = (leaf.transpose(1, 2) for leaf in inputs.leaves)
+        query, key, value = (leaf.transpose(1, 2) for leaf in inputs.qkv)
         return _output(attention(query, key, value, causal=cell.causal, **options)).transpose(1, 2)
 
     return Implementation(forward, inputs.leaves, inputs.grad_out)
@@ -55,7 +60,7 @@ def _packed(attention: Any, cell: Cell, inputs: Inputs) -> Implementation:
     }
 
     def forward() -> Tensor:
-        return _output(attention(*inputs.leaves, **lengths, causal=cell.causal))
+        return _output(attention(*inputs.qkv, **lengths, causal=cell.causal))
 
     return Implementation(forward, inputs.leaves, inputs.grad_out)
 
@@ -94,6 +99,15 @@ FA3 = Peer(
     _build_fa3,
     package="fa3-fwd",
     forward_only=True,
+    features=("softcap",),
     why_not=_why_not_fa3,
 )
-FA4 = Peer("fa4", "FlashAttention-4", _SUITES, _build_fa4, package="flash-attn-4", why_not=_why_not_fa4)
+FA4 = Peer(
+    "fa4",
+    "FlashAttention-4",
+    _SUITES,
+    _build_fa4,
+    package="flash-attn-4",
+    features=("softcap", "window"),
+    why_not=_why_not_fa4,
+)

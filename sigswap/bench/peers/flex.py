@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from sigswap.bench.cells import Cell
-from sigswap.bench.inputs import Inputs
+from sigswap.bench.inputs import Inputs, document_ids, padded_lengths
 from sigswap.bench.peers.peer import Implementation, Peer
 
 
@@ -22,17 +22,42 @@ def _build(cell: Cell, inputs: Inputs) -> Implementation:
 def _dense(cell: Cell, inputs: Inputs) -> Implementation:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    block_mask = None
-    if cell.causal:
-        block_mask = create_block_mask(_is_causal, None, None, cell.q_len, cell.kv_len, device=inputs.query.device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    gqa = cell.heads != cell.kv_heads
-    forward = functools.partial(compiled, *inputs.leaves, block_mask=block_mask, enable_gqa=gqa)
+    device, block_mask = inputs.query.device, None
+    visible = _mask_mod(cell, device)
+    if visible is not None:
+        batch = cell.batch if "padding" in (cell.mask or "") else None
+        block_mask = create_block_mask(visible, batch, None, cell.q_len, cell.kv_len, device=device)
+    forward = functools.partial(
+        torch.compile(flex_attention, dynamic=False),
+        *inputs.qkv,
+        score_mod=_score_mod(cell, inputs),
+        block_mask=block_mask,
+        enable_gqa=cell.heads != cell.kv_heads,
+    )
     return Implementation(forward, inputs.leaves, inputs.grad_out, _compiled_backward_can_repeat)
 
 
-def _is_causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-    return row >= key
+def _mask_mod(cell: Cell, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """Mask tensors as what they mean, which FlexAttention computes faster than it reads them."""
+    if cell.mask == "documents=1,1,N,N":
+        documents = document_ids(cell, device)
+        return lambda batch, head, row, key: documents[row] == documents[key]
+    if cell.mask in ("padding=B,1,N,N", "padding=B,1,1,N"):
+        lengths = padded_lengths(cell, device)
+        return lambda batch, head, row, key: key < lengths[batch]
+    window = cell.window
+    if window is not None:
+        return lambda batch, head, row, key: (row >= key) & (row - key <= window)
+    return (lambda batch, head, row, key: row >= key) if cell.causal else None
+
+
+def _score_mod(cell: Cell, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    softcap, bias = cell.softcap, inputs.mask
+    if softcap is not None:
+        return lambda score, batch, head, row, key: softcap * torch.tanh(score / softcap)
+    if bias is not None and "bias" in cell.features:
+        return lambda score, batch, head, row, key: score + bias[0, head, row, key]
+    return None
 
 
 def _packed(cell: Cell, inputs: Inputs) -> Implementation:
@@ -47,13 +72,12 @@ def _packed(cell: Cell, inputs: Inputs) -> Implementation:
 
     block_mask = create_block_mask(visible, None, None, total, total, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    leaves = inputs.leaves
 
     def forward() -> Tensor:
-        query, key, value = (leaf.transpose(0, 1).unsqueeze(0) for leaf in leaves)
+        query, key, value = (leaf.transpose(0, 1).unsqueeze(0) for leaf in inputs.qkv)
         return compiled(query, key, value, block_mask=block_mask).squeeze(0).transpose(0, 1)
 
-    return Implementation(forward, leaves, inputs.grad_out, _compiled_backward_can_repeat)
+    return Implementation(forward, inputs.leaves, inputs.grad_out, _compiled_backward_can_repeat)
 
 
 @contextmanager
@@ -67,5 +91,10 @@ def _compiled_backward_can_repeat() -> Iterator[None]:
 
 
 FLEX = Peer(
-    "flex", "FlexAttention with a softmax, compiled", ("train", "short", "decode", "varlen"), _build, setup="compile"
+    "flex",
+    "FlexAttention with a softmax, compiled",
+    ("train", "short", "decode", "varlen", "features"),
+    _build,
+    setup="compile",
+    features=("softcap", "window", "mask", "bias"),
 )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sigswap.bench.cells import Cell, Setup
+from sigswap.bench.cells import Cell, Feature, Setup
 from sigswap.bench.inputs import Inputs
 from sigswap.errors import BenchmarkError
 
@@ -21,9 +21,18 @@ class Implementation(NamedTuple):
     """``forward`` takes nothing: it holds its inputs. It, and its backward pass, run within ``context()``."""
 
     forward: Callable[[], Tensor]
-    leaves: tuple[Tensor, Tensor, Tensor]
+    leaves: tuple[Tensor, ...]
     grad_out: Tensor | None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+_IN_WORDS: dict[Feature, str] = {
+    "softcap": "a soft cap",
+    "dropout": "dropout",
+    "window": "a window",
+    "mask": "a mask tensor",
+    "bias": "a bias tensor",
+}
 
 
 def _takes_all(cell: Cell, dtype: torch.dtype) -> str | None:
@@ -44,6 +53,7 @@ class Peer:
         package: The optional package that it is from, whose version the results name.
         setup: What it does on each new shape. Peers with a setup run in some cells only, unless they are asked for.
         forward_only: It has no backward pass.
+        features: Those that it takes.
         why_not: Why it does not take a cell in this dtype; None: it does, or says so itself when it is built or run.
     """
 
@@ -54,6 +64,7 @@ class Peer:
     package: str | None = None
     setup: Setup = "none"
     forward_only: bool = False
+    features: tuple[Feature, ...] = ()
     why_not: Callable[[Cell, torch.dtype], str | None] = _takes_all
 
     def implementation(self, cell: Cell, inputs: Inputs) -> Implementation:
@@ -62,6 +73,9 @@ class Peer:
         Raises:
             BenchmarkError: The peer does not take the cell, or its package is not installed.
         """
+        for feature in cell.features:
+            if feature not in self.features:
+                raise BenchmarkError(f"It does not take {_IN_WORDS[feature]}.")
         reason = self.why_not(cell, inputs.query.dtype)
         if reason is not None:
             raise BenchmarkError(reason)

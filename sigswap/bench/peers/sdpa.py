@@ -31,7 +31,14 @@ BACKENDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 def _dense(name: str, cell: Cell, inputs: Inputs) -> Implementation:
     gqa = cell.heads != cell.kv_heads
-    forward = functools.partial(F.scaled_dot_product_attention, *inputs.leaves, is_causal=cell.causal, enable_gqa=gqa)
+    forward = functools.partial(
+        F.scaled_dot_product_attention,
+        *inputs.qkv,
+        attn_mask=inputs.mask,
+        dropout_p=cell.dropout_p,
+        is_causal=cell.causal,
+        enable_gqa=gqa,
+    )
     return Implementation(forward, inputs.leaves, inputs.grad_out, BACKENDS[name])
 
 
@@ -43,7 +50,7 @@ def _fa2(cell: Cell, inputs: Inputs) -> Implementation:
     ends = cu_seqlens(cell, inputs)
     window = (-1, 0) if cell.causal else (-1, -1)
     forward: Callable[[], Any] = functools.partial(
-        varlen_attn, *inputs.leaves, ends, ends, cell.q_len, cell.kv_len, window_size=window
+        varlen_attn, *inputs.qkv, ends, ends, cell.q_len, cell.kv_len, window_size=window
     )
     return Implementation(forward, inputs.leaves, inputs.grad_out)
 
@@ -51,7 +58,7 @@ def _fa2(cell: Cell, inputs: Inputs) -> Implementation:
 def _padded(cell: Cell, inputs: Inputs) -> Implementation:
     """Padding and removing it are not timed. Under a causal mask no token sees the padding after it."""
     copies = padded_inputs(cell, inputs)
-    query, key, value = (leaf.transpose(1, 2) for leaf in copies.leaves)
+    query, key, value = (leaf.transpose(1, 2) for leaf in copies.qkv)
     mask = None
     if not cell.causal:
         at = torch.arange(cell.kv_len, device=query.device)
@@ -70,7 +77,7 @@ def _nested(cell: Cell, inputs: Inputs) -> Implementation:
         torch.nested.nested_tensor_from_jagged(
             leaf, offsets, min_seqlen=min(cell.lengths), max_seqlen=max(cell.lengths)
         ).transpose(1, 2)
-        for leaf in inputs.leaves
+        for leaf in inputs.qkv
     )
 
     def forward() -> Tensor:
@@ -80,23 +87,32 @@ def _nested(cell: Cell, inputs: Inputs) -> Implementation:
     return Implementation(forward, inputs.leaves, inputs.grad_out)
 
 
+def _not_packed(cell: Cell, dtype: torch.dtype) -> str | None:
+    return "It does not take packed sequences." if cell.lengths else None
+
+
 FA2 = Peer(
     "fa2",
     "FlashAttention-2, a backend of SDPA; on packed sequences torch.nn.attention.varlen",
-    ("train", "short", "decode", "varlen", "models"),
+    ("train", "short", "decode", "varlen", "features", "models"),
     _fa2,
+    features=("dropout",),
 )
 CUDNN = Peer(
     "cudnn",
     "cuDNN, a backend of SDPA",
-    ("train", "short", "decode", "models"),
+    ("train", "short", "decode", "features", "models"),
     functools.partial(_dense, "cudnn"),
+    features=("dropout", "mask", "bias"),
+    why_not=_not_packed,
 )
 EFFICIENT = Peer(
     "efficient",
     "memory-efficient attention, a backend of SDPA",
-    ("train", "short", "decode", "models"),
+    ("train", "short", "decode", "features", "models"),
     functools.partial(_dense, "efficient"),
+    features=("dropout", "mask", "bias"),
+    why_not=_not_packed,
 )
 SDPA = Peer("sdpa", "SDPA with the backend that PyTorch chooses", ("host", "models"), functools.partial(_dense, "sdpa"))
 PADDED = Peer("padded", "SDPA on padded sequences", ("varlen",), _padded)

@@ -20,7 +20,7 @@ def _build(cell: Cell, inputs: Inputs) -> Implementation:
 
 def _dense(cell: Cell, inputs: Inputs) -> Implementation:
     sigmoid = package_module("triton_sigmoid", PACKAGE).sigmoid_attention
-    query, key, value = inputs.leaves
+    query, key, value = inputs.qkv
 
     def forward() -> Tensor:  # of [batch, length, heads, head_dim], as the tensors are stored
         out: Tensor = sigmoid(*(x.transpose(1, 2) for x in (query, key, value)), is_causal=cell.causal)
@@ -34,7 +34,7 @@ def _packed(cell: Cell, inputs: Inputs) -> Implementation:
     sigmoid = package_module("triton_sigmoid", PACKAGE).sigmoid_attention_padded
     copies = padded(cell, inputs)
     lengths = torch.tensor(cell.lengths, dtype=torch.int32, device=inputs.query.device)
-    forward = functools.partial(sigmoid, *copies.leaves, lengths, lengths, is_causal=cell.causal)
+    forward = functools.partial(sigmoid, *copies.qkv, lengths, lengths, is_causal=cell.causal)
     return Implementation(forward, copies.leaves, copies.grad_out)
 
 
