@@ -1,4 +1,4 @@
-"""What ``sigswap bench`` measures: the suites, their peers, and the cells, each of which is one problem."""
+"""What ``sigswap bench`` measures: the suites and their cells, each of which is one problem."""
 
 from __future__ import annotations
 
@@ -6,36 +6,40 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
-SUITES: dict[str, tuple[str, ...]] = {
-    "train": ("fa2", "cudnn", "efficient", "flex", "triton-sigmoid"),
-    "short": ("fa2", "cudnn", "efficient", "flex", "triton-sigmoid"),
-    "decode": ("fa2", "cudnn", "efficient", "flex"),
-    "varlen": ("fa2", "flex", "padded", "nested", "triton-sigmoid"),
-    "host": ("sdpa",),
-    "models": ("fa2", "cudnn", "efficient", "sdpa", "unfused"),
-}
-"""Each suite's peers. fa2, cudnn, efficient: that backend of ``scaled_dot_product_attention`` (fa2 in varlen:
-``torch.nn.attention.varlen``); sdpa: the backend that PyTorch chooses; flex: FlexAttention, softmax, compiled (varlen:
-one long sequence, and a block mask of its documents); padded: sdpa on padded sequences; nested: sdpa on jagged nested
-tensors; triton-sigmoid: the package of that name, if it is installed; unfused: attention that the model computes by
-hand, with matrix products and a softmax (then sdpa: the same model, told to use ``scaled_dot_product_attention``)."""
+SUITES = ("train", "short", "decode", "varlen", "host", "features", "models")
+DEFAULT_SUITES = tuple(suite for suite in SUITES if suite not in ("features", "models"))
+"""Those that run unless others are named: features compiles FlexAttention in each cell, and models compiles each model
+up to ten times, which takes many minutes."""
 
-DEFAULT_SUITES = tuple(suite for suite in SUITES if suite != "models")
-"""Those that run unless others are named: models compiles each model up to ten times, which takes many minutes."""
-
-PEERS = tuple(dict.fromkeys(peer for peers in SUITES.values() for peer in peers))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Setup = Literal["none", "compile", "tune"]
+"""What a peer does on each new shape before it runs: nothing; seconds of compiling; a minute of trying kernels."""
+
+SETUPS: tuple[Setup, ...] = ("none", "compile", "tune")
+"""The shortest first."""
+
+Mask = Literal["documents=1,1,N,N", "padding=B,1,N,N", "padding=B,1,1,N", "bias=1,H,N,N"]
+"""A mask tensor and its shape: bool, where True is visible, but for bias, which is added to the scores and has a
+gradient."""
+
+Feature = Literal["softcap", "dropout", "window", "mask", "bias"]
+"""What a cell needs of an implementation beyond causal masks and grouped heads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One problem. Causal ones have as many queries as keys.
+    """One problem. Causal ones have as many queries as keys. Query and key are head_dim wide, value is value_dim wide.
 
-    In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest.
-    ``without``: the peers that are left out unless they are asked for, as they compile or tune for each shape.
+    In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest. ``setup``: the
+    longest setup of a peer for which it runs here; those with a longer one are left out unless they are asked for.
+
+    The others are for the suite features. ``window``: row i sees the keys from i - window on. ``dtype``: of ``DTYPES``,
+    where it is not that of the run.
     """
 
     suite: str
@@ -45,9 +49,26 @@ class Cell:
     q_len: int
     kv_len: int
     head_dim: int
+    value_dim: int
     causal: bool = False
     lengths: tuple[int, ...] = ()
-    without: tuple[str, ...] = ()
+    setup: Setup = "none"
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    window: int | None = None
+    mask: Mask | None = None
+    dtype: str | None = None
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        needed: dict[Feature, bool] = {
+            "softcap": self.softcap is not None,
+            "dropout": self.dropout_p > 0,
+            "window": self.window is not None,
+            "mask": self.mask is not None and self.mask != "bias=1,H,N,N",
+            "bias": self.mask == "bias=1,H,N,N",
+        }
+        return tuple(feature for feature, is_needed in needed.items() if is_needed)
 
     @property
     def trains(self) -> bool:
@@ -56,7 +77,10 @@ class Cell:
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs that are visible, of one head, in the whole batch; padding is not counted."""
+        """(query, key) pairs that are visible, of one head, in the whole batch; padding is not counted.
+
+        A window and a mask tensor are not taken into account: what they leave is not told in flops.
+        """
         if self.lengths:
             return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
         one = self.q_len * (self.q_len + 1) // 2 if self.causal else self.q_len * self.kv_len
@@ -64,21 +88,37 @@ class Cell:
 
     @property
     def forward_flops(self) -> int:
-        """Of the two matrix products, over visible pairs. Backward's five products count 2.5 times as much."""
-        return 4 * self.pairs * self.heads * self.head_dim
+        """Of the two matrix products, over visible pairs: two per multiplication and addition."""
+        return 2 * self.pairs * self.heads * (self.head_dim + self.value_dim)
+
+    @property
+    def backward_flops(self) -> int:
+        """Of the five matrix products: the scores again, the gradients of query and key, all head_dim wide, and the
+        gradients of the probabilities and of value, value_dim wide."""
+        return 2 * self.pairs * self.heads * (3 * self.head_dim + 2 * self.value_dim)
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Of key and value."""
-        return 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim * dtype.itemsize
+        return self.batch * self.kv_heads * self.kv_len * (self.head_dim + self.value_dim) * dtype.itemsize
 
     @property
     def label(self) -> str:
-        mask = " causal" if self.causal else ""
-        if self.lengths:
-            return f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)} D={self.head_dim}{mask}"
         if not self.trains:
             return f"B={self.batch} keys={self.kv_len}"
-        return f"B={self.batch} N={self.kv_len} D={self.head_dim}{mask}"
+        shape = f"B={self.batch} N={self.kv_len}"
+        if self.lengths:
+            shape = f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)}"
+        dims = f"{self.head_dim}" if self.value_dim == self.head_dim else f"{self.head_dim}/{self.value_dim}"
+        heads = "" if self.kv_heads == self.heads else f" H={self.heads}/{self.kv_heads}"
+        features = {
+            "causal": self.causal,
+            f"softcap={self.softcap}": self.softcap is not None,
+            f"dropout={self.dropout_p}": self.dropout_p > 0,
+            f"window={self.window}": self.window is not None,
+            f"{self.mask}": self.mask is not None,
+            f"{self.dtype}": self.dtype is not None,
+        }
+        return " ".join([f"{shape} D={dims}{heads}", *(text for text, has in features.items() if has)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,62 +163,75 @@ def cells(suite: str, quick: bool = False) -> list[Cell] | list[ModelCell]:
     return _QUICK[suite]() if quick else _FULL[suite]()
 
 
-def _train_cell(head_dim: int, length: int, causal: bool, without: tuple[str, ...]) -> Cell:
-    """16,384 tokens of width 2048."""
-    heads = 2048 // head_dim
-    return Cell("train", 16384 // length, heads, heads, length, length, head_dim, causal, without=without)
+def _train_cell(
+    head_dim: int, length: int, causal: bool, setup: Setup, *, value_dim: int | None = None, grouped: int = 1
+) -> Cell:
+    """16,384 tokens, with values of width 2048; ``grouped`` query heads share one head of key and value."""
+    value_dim = value_dim or head_dim
+    heads = 2048 // value_dim
+    shape = (16384 // length, heads, heads // grouped, length, length, head_dim, value_dim)
+    return Cell("train", *shape, causal, setup=setup)
 
 
 def _train() -> list[Cell]:
     # FlexAttention in one length, and triton-sigmoid, which tries 49 kernels in each cell, in two cells.
-    without: dict[tuple[int, int, bool], tuple[str, ...]] = {
-        (64, 4096, False): (),
-        (64, 4096, True): ("triton-sigmoid",),
-        (128, 4096, False): ("triton-sigmoid",),
-        (128, 4096, True): (),
+    setups: dict[tuple[int, int, bool], Setup] = {
+        (64, 4096, False): "tune",
+        (64, 4096, True): "compile",
+        (128, 4096, False): "compile",
+        (128, 4096, True): "tune",
     }
     shapes = itertools.product((64, 128), (1024, 4096, 16384), (False, True))
-    return [_train_cell(*shape, without.get(shape, ("flex", "triton-sigmoid"))) for shape in shapes]
+    cells = [_train_cell(*shape, setups.get(shape, "none")) for shape in shapes]
+    for causal in (False, True):
+        cells += [
+            _train_cell(96, 4096, causal, "none"),
+            _train_cell(192, 4096, causal, "none", value_dim=128),  # DeepSeek's
+            _train_cell(256, 4096, causal, "none"),
+            _train_cell(64, 4096, causal, "none", grouped=4),
+            _train_cell(128, 4096, causal, "none", grouped=4),
+        ]
+    return cells
 
 
-def _short_cell(length: int, batch: int, without: tuple[str, ...]) -> Cell:
+def _short_cell(length: int, batch: int, setup: Setup) -> Cell:
     """The attention of a ViT-B, for images of 50, 197 or 577 patches and class token."""
-    return Cell("short", batch, 12, 12, length, length, 64, without=without)
+    return Cell("short", batch, 12, 12, length, length, 64, 64, setup=setup)
 
 
 def _short() -> list[Cell]:
     return [
-        _short_cell(length, batch, ("triton-sigmoid",) if length == 197 else ("flex", "triton-sigmoid"))
+        _short_cell(length, batch, "compile" if length == 197 else "none")
         for length, batch in ((50, 1024), (197, 256), (577, 128))
     ]
 
 
-def _decode_cell(batch: int, keys: int, without: tuple[str, ...]) -> Cell:
-    return Cell("decode", batch, 32, 8, 1, keys, 128, without=without)
+def _decode_cell(batch: int, keys: int, setup: Setup) -> Cell:
+    return Cell("decode", batch, 32, 8, 1, keys, 128, 128, setup=setup)
 
 
 def _decode() -> list[Cell]:
     return [
-        _decode_cell(batch, keys, () if keys == 8192 and batch in (1, 64) else ("flex",))
+        _decode_cell(batch, keys, "compile" if keys == 8192 and batch in (1, 64) else "none")
         for batch in (1, 4, 16, 64)
         for keys in (1024, 8192, 32768, 131072)
         if batch * keys <= 2**21  # key and value take 8 GiB in bf16
     ]
 
 
-def _varlen_cell(sequences: int, longest: int, head_dim: int, causal: bool, without: tuple[str, ...]) -> Cell:
+def _varlen_cell(sequences: int, longest: int, head_dim: int, causal: bool, setup: Setup) -> Cell:
     """Some 35,000 tokens of width 2048. The lengths are random, and the same in each run."""
     draw = random.Random(longest)
     lengths = tuple(draw.randint(longest // 16, longest) for _ in range(sequences))
-    heads = 2048 // head_dim
+    heads, longest = 2048 // head_dim, max(lengths)
     return Cell(
-        "varlen", sequences, heads, heads, max(lengths), max(lengths), head_dim, causal, lengths, without=without
+        "varlen", sequences, heads, heads, longest, longest, head_dim, head_dim, causal, lengths=lengths, setup=setup
     )
 
 
 def _varlen() -> list[Cell]:
     return [
-        _varlen_cell(sequences, longest, head_dim, causal, ("triton-sigmoid",))
+        _varlen_cell(sequences, longest, head_dim, causal, "compile")
         for sequences, longest, head_dim in ((64, 1024, 64), (16, 4096, 128))
         for causal in (False, True)
     ]
@@ -186,7 +239,45 @@ def _varlen() -> list[Cell]:
 
 def _host() -> list[Cell]:
     """So small that the GPU waits for the host."""
-    return [Cell("host", 1, 12, 12, 64, 64, 64), Cell("host", 1, 32, 8, 1, 1024, 128)]
+    return [Cell("host", 1, 12, 12, 64, 64, 64, 64), Cell("host", 1, 32, 8, 1, 1024, 128, 128)]
+
+
+def _feature_cell(
+    batch: int, length: int, head_dim: int, *, heads: int | None = None, grouped: int = 1, **features: Any
+) -> Cell:
+    """Of width 2048, unless the number of heads is given. ``features``: fields of the cell, by name."""
+    heads = heads or 2048 // head_dim
+    shape = (batch, heads, heads // grouped, length, length, head_dim, head_dim)
+    return Cell("features", *shape, setup="compile", **features)
+
+
+def _features() -> list[Cell]:
+    """What real models add to the plain kernels."""
+    return [
+        _feature_cell(4, 4096, 128, grouped=2, causal=True, softcap=50.0),  # Gemma 2's
+        _feature_cell(4, 4096, 256, grouped=2, causal=True, softcap=50.0),
+        _feature_cell(16, 1024, 64, heads=16, dropout_p=0.1),
+        _feature_cell(4, 1024, 64, heads=16, dtype="fp32"),
+        _feature_cell(2, 8192, 128, mask="documents=1,1,N,N"),
+        _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,N,N"),  # as transformers passes it
+        _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,1,N"),
+        _packed_cell(64),
+        _packed_cell(128),
+        _feature_cell(1, 16384, 128, causal=True, window=1024),
+        _feature_cell(2, 8192, 64, causal=True, window=512),
+        _feature_cell(8, 1024, 64, heads=16, mask="bias=1,H,N,N"),
+        *(
+            Cell("features", batch, 32, 8, 1, keys, 128, 128, setup="compile")
+            for batch, keys in ((1, 32768), (8, 32768), (64, 8192))
+        ),
+    ]
+
+
+def _packed_cell(head_dim: int) -> Cell:
+    """24 causal sequences of 256 to 2048 tokens, the same in each run."""
+    draw = random.Random(24)
+    lengths = tuple(draw.randint(256, 2048) for _ in range(24))
+    return _feature_cell(24, max(lengths), head_dim, causal=True, lengths=lengths)
 
 
 def _models() -> list[ModelCell]:
@@ -211,13 +302,14 @@ def _small_models() -> list[ModelCell]:
     ]
 
 
-_FULL = {"train": _train, "short": _short, "decode": _decode, "varlen": _varlen, "host": _host}
+_FULL = {"train": _train, "short": _short, "decode": _decode, "varlen": _varlen, "host": _host, "features": _features}
 _QUICK: dict[str, Callable[[], list[Cell]]] = {
-    "train": lambda: [_train_cell(128, 4096, True, ("triton-sigmoid",))],
-    "short": lambda: [_short_cell(197, 256, ("flex", "triton-sigmoid"))],
-    "decode": lambda: [_decode_cell(16, 8192, ("flex",))],
-    "varlen": lambda: [_varlen_cell(64, 1024, 64, True, ("flex", "triton-sigmoid"))],
+    "train": lambda: [_train_cell(128, 4096, True, "compile")],
+    "short": lambda: [_short_cell(197, 256, "none")],
+    "decode": lambda: [_decode_cell(16, 8192, "none")],
+    "varlen": lambda: [_varlen_cell(64, 1024, 64, True, "none")],
     "host": _host,
+    "features": lambda: [_feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,1,N")],
 }
 
 
@@ -225,6 +317,6 @@ def phases(cell: Cell) -> tuple[str, ...]:
     """What is measured in a cell: "forward", "backward", "forward+backward" (their time) or "memory" (their peak)."""
     if not cell.trains:
         return ("forward",)
-    if cell.suite == "host":
+    if cell.suite in ("host", "features"):
         return "forward", "forward+backward"
     return ("forward", "backward", "memory") if cell.suite == "train" else ("forward", "backward")

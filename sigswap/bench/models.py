@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sigswap.api import convert
 from sigswap.bench.cells import DTYPES, MODELS, ModelCell
+from sigswap.bench.peers.sdpa import BACKENDS
 from sigswap.bench.results import Row
 from sigswap.bench.timing import free, in_turns, launched_kernels, peak_mib, refusals, repeated_ms
 from sigswap.errors import BenchmarkError, SigswapError
@@ -38,7 +39,7 @@ ROUNDS = 16
 _Figures = dict[tuple[str, str], float]  # by phase and quantity
 
 
-class Peer(NamedTuple):
+class ModelPeer(NamedTuple):
     """A way in which a model computes its softmax attention.
 
     Attributes:
@@ -71,7 +72,7 @@ class Subject:
     training_inputs: dict[str, Any]
     output: Callable[[Any], Tensor]
     backward: Callable[[Any], object]
-    peers: Mapping[str, Peer]
+    peers: Mapping[str, ModelPeer]
     counting: tuple[str, ...]
     after_conversion: Callable[[Any], object] = lambda model: None
 
@@ -186,7 +187,7 @@ class _Version:
 
 def _version(name: str, subject: Subject, inner: str | Callable[..., Any], mode: str | None) -> _Version:
     """Nothing is compiled yet: that happens in the first calls."""
-    model, peer = subject.model, Peer(prepare=functools.partial(_convert, subject))
+    model, peer = subject.model, ModelPeer(prepare=functools.partial(_convert, subject))
     if name != "sigswap":
         peer = subject.peers[name]
     if peer.prepare is not None:
@@ -210,12 +211,13 @@ def _own_backend(name: str, inner: str | Callable[..., Any], mode: str | None) -
     ``scaled_dot_product_attention`` apart. But what is compiled for one Dynamo backend never runs for another one that
     is not equal to it, whereas those that torch.compile makes are equal if their options are.
     """
+    backend: Callable[..., Any] = torch._dynamo.lookup_backend("sigswap" if name == "sigswap" else inner)
     if name == "sigswap":
-        return functools.partial(torch._dynamo.lookup_backend("sigswap"), options={"inner": inner}, mode=mode)
+        return functools.partial(backend, options={"inner": inner}, mode=mode)
     if inner == "inductor":
         patches = {} if mode is None else torch._inductor.list_mode_options(mode)
-        return functools.partial(torch._dynamo.lookup_backend("inductor"), config_patches=patches)
-    return functools.partial(torch._dynamo.lookup_backend(inner))
+        return functools.partial(backend, config_patches=patches)
+    return functools.partial(backend)
 
 
 def _marking_steps(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,7 +227,7 @@ def _marking_steps(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(**inputs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return compiled(**inputs)
 
     return call
@@ -399,7 +401,8 @@ class Block(nn.Module):
         query, key = self._rotate(self.query_norm(query)), self._rotate(self.key_norm(key))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_scale * self.out(attended.transpose(1, 2).reshape(batch, length, dim))
-        return x + self.mlp_scale * self.down(F.gelu(self.up(self.mlp_norm(x))))
+        out: Tensor = x + self.mlp_scale * self.down(F.gelu(self.up(self.mlp_norm(x))))
+        return out
 
     def _rotate(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -436,21 +439,22 @@ def _swin(cell: ModelCell, dtype: torch.dtype) -> Subject:
     model = _timm("swin_tiny_patch4_window7_224", sizes)
     fused = next(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn"))
     peers = {
-        "unfused": Peer(prepare=functools.partial(_fuse, fused=False)),
-        "sdpa": Peer(prepare=functools.partial(_fuse, fused=True)),
+        "unfused": ModelPeer(prepare=functools.partial(_fuse, fused=False)),
+        "sdpa": ModelPeer(prepare=functools.partial(_fuse, fused=True)),
     }
     return _on_images(model.to(dtype), cell, dtype, peers, ("sdpa" if fused else "unfused",))
 
 
 def _timm(name: str, sizes: Mapping[str, Any]) -> nn.Module:
-    return require("timm", "vision").create_model(name, **sizes)
+    model: nn.Module = require("timm", "vision").create_model(name, **sizes)
+    return model
 
 
 def _on_images(
     model: nn.Module,
     cell: ModelCell,
     dtype: torch.dtype,
-    peers: Mapping[str, Peer],
+    peers: Mapping[str, ModelPeer],
     counting: tuple[str, ...],
 ) -> Subject:
     """A classifier of images."""
@@ -461,7 +465,7 @@ def _on_images(
         inputs=images,
         training_inputs=images,
         output=lambda returned: returned,
-        backward=lambda returned: F.cross_entropy(returned, labels).backward(),
+        backward=lambda returned: torch.autograd.backward(F.cross_entropy(returned, labels)),
         peers=peers,
         counting=counting,
     )
@@ -530,8 +534,8 @@ def _t5(cell: ModelCell, dtype: torch.dtype) -> Subject:
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
     source, target = torch.randint(1, config.vocab_size, (2, cell.batch, cell.length))
     peers = {
-        "unfused": Peer(prepare=functools.partial(_set_attention, implementation="eager")),
-        "sdpa": Peer(prepare=functools.partial(_set_attention, implementation="sdpa")),
+        "unfused": ModelPeer(prepare=functools.partial(_set_attention, implementation="eager")),
+        "sdpa": ModelPeer(prepare=functools.partial(_set_attention, implementation="sdpa")),
     }
     return Subject(
         model,
@@ -551,18 +555,7 @@ def _set_attention(model: Any, implementation: str) -> None:
             part.set_attn_implementation(implementation)
 
 
-def _sdpa_backend(name: str) -> AbstractContextManager[Any]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(getattr(SDPBackend, name))
-
-
-_SDPA = {
-    "fa2": Peer(functools.partial(_sdpa_backend, "FLASH_ATTENTION")),
-    "cudnn": Peer(functools.partial(_sdpa_backend, "CUDNN_ATTENTION")),
-    "efficient": Peer(functools.partial(_sdpa_backend, "EFFICIENT_ATTENTION")),
-    "sdpa": Peer(),
-}
+_SDPA = {name: ModelPeer(context) for name, context in BACKENDS.items()}
 _BUILDERS: dict[str, Callable[[ModelCell, torch.dtype], Subject]] = {
     "block": _block,
     "vit": _vit,

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigswap.bench.cells import DTYPES, PEERS, SUITES, Cell, ModelCell
+from sigswap.bench.cells import DTYPES, Cell, ModelCell
+from sigswap.bench.peers import peer_names, peers_of
 from sigswap.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -41,22 +42,29 @@ class Row:
             return {"time": "ms", "memory": "MiB", "kernels": "kernels"}[self.quantity]
         if self.phase == "memory":
             return "MiB"
-        return {"host": "us", "decode": "GB/s"}.get(self.cell.suite, "TFLOP/s")
+        return {"host": "us", "decode": "GB/s", "features": "ms"}.get(self.cell.suite, "TFLOP/s")
 
     def value(self, name: str) -> float | None:
         """The implementation's figure, in :attr:`unit`; None if it was not measured."""
         measured = self.measured.get(name)
-        if measured is None or isinstance(self.cell, ModelCell) or self.unit in ("MiB", "us"):
+        if measured is None or isinstance(self.cell, ModelCell) or self.unit in ("MiB", "us", "ms"):
             return measured
         if self.unit == "GB/s":
             return self.cell.kv_bytes(DTYPES[self.dtype]) / measured / 1e6
-        return self.cell.forward_flops * (2.5 if self.phase == "backward" else 1.0) / measured / 1e9
+        flops = self.cell.backward_flops if self.phase == "backward" else self.cell.forward_flops
+        return flops / measured / 1e9
 
     def ratio(self, peer: str) -> float | None:
         """How many times as much time or memory as sigswap the peer takes: above 1, sigswap is better."""
         if peer not in self.measured or "sigswap" not in self.measured:
             return None
         return self.measured[peer] / self.measured["sigswap"]
+
+    @property
+    def best_other(self) -> str | None:
+        """The peer with the least time, memory or kernels; None if no peer was measured."""
+        others = [name for name in self.measured if name != "sigswap"]
+        return min(others, key=self.measured.__getitem__, default=None)
 
     @property
     def of_original(self) -> float | None:
@@ -108,6 +116,7 @@ class Benchmark:
                     "unit": row.unit,
                     **({"original": row.original} if isinstance(row.cell, ModelCell) else {}),
                     "cell": dataclasses.asdict(row.cell),
+                    "best_other": _best_other(row),
                     "results": {name: self._result(row, name) for name in (*row.measured, *row.reasons)},
                 }
                 for row in self.rows
@@ -136,23 +145,24 @@ class Benchmark:
         from rich.table import Table
 
         rows = [row for row in self.rows if row.cell.suite == suite]
-        peers = [peer for peer in SUITES[suite] if any(peer in row.measured for row in rows)]
+        peers = [peer.name for peer in peers_of(suite) if any(peer.name in row.measured for row in rows)]
         title = f"{suite}, {self.dtype}: {_described(self.machine)}"
         table = Table(title=title, title_justify="left", caption_justify="left")
         shares = suite == "decode" and self.copy_gb_per_s is not None
         models = suite == "models"
-        further = ("of copy",) if shares else ("of original", "original") if models else ()
+        further = ("of original", "original") if models else ("of copy", "best other") if shares else ("best other",)
         for heading in ("cell", "pass", "unit", "sigswap", *further, *peers):
-            left = heading in ("cell", "pass", "unit", "original")
+            left = heading in ("cell", "pass", "unit", "original", "best other")
             table.add_column(heading, justify="left" if left else "right")
         for row in rows:
+            best = (row.original or "-") if models else _named_ratio(row)
             share = _percent(row.of_original if models else self.share_of_copy(row, "sigswap"))
             table.add_row(
                 row.cell.label,
                 row.phase,
                 row.unit,
                 _figure(row, "sigswap"),
-                *((share,) if shares else (share, row.original or "-") if models else ()),
+                *((share, best) if shares or models else (best,)),
                 *(_figure(row, peer) for peer in peers),
             )
         table.caption = "2.00x: the peer takes twice sigswap's time, or memory. -: not measured; --json FILE says why."
@@ -160,12 +170,15 @@ class Benchmark:
             table.caption += (
                 " original: the peer that counts as the model without sigswap; of original: sigswap's part."
             )
+        else:
+            table.caption += " best other: the fastest peer, or that with the least memory."
         if shares:
             table.caption += f" A copy on this device runs at {self.copy_gb_per_s:.0f} GB/s."
         return table
 
     def figure(self) -> Figure:
-        """A bar chart per suite and phase, of the figures that the tables have."""
+        """A bar chart per suite and phase, of the figures that the tables have. Below each cell: the best peer in it,
+        and how many times as much time or memory as sigswap it takes."""
         from matplotlib.figure import Figure
 
         panels = list(dict.fromkeys((row.cell.suite, row.phase, row.unit) for row in self.rows))
@@ -174,19 +187,28 @@ class Benchmark:
         for place, (suite, phase, unit) in enumerate(panels, start=1):
             rows = [row for row in self.rows if (row.cell.suite, row.phase, row.unit) == (suite, phase, unit)]
             axes = figure.add_subplot(len(panels), 1, place)
-            names = [name for name in ("sigswap", *SUITES[suite]) if any(name in row.measured for row in rows)]
+            suites_names = ("sigswap", *(peer.name for peer in peers_of(suite)))
+            names = [name for name in suites_names if any(name in row.measured for row in rows)]
             width = 0.8 / max(1, len(names))
             for index, name in enumerate(names):
                 values = {at: value for at, row in enumerate(rows) if (value := row.value(name)) is not None}
                 positions = [at + (index - (len(names) - 1) / 2) * width for at in values]
-                color = f"C{('sigswap', *PEERS).index(name)}"
-                axes.bar(positions, list(values.values()), width, label=name, color=color)
+                axes.bar(positions, list(values.values()), width, label=name, color=_color(name))
             axes.set_title(f"{suite}, {phase}", loc="left")
             axes.set_ylabel(unit)
-            axes.set_xticks(range(len(rows)), [row.cell.label for row in rows], fontsize=7, rotation=15, ha="right")
+            labels = [f"{row.cell.label}\n{_named_ratio(row)}" for row in rows]
+            axes.set_xticks(range(len(rows)), labels, fontsize=7, rotation=15, ha="right")
             if names:
                 axes.legend(fontsize=7, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
         return figure
+
+
+def _color(name: str) -> tuple[float, ...]:
+    """The same for an implementation in all charts; matplotlib's ten colours first, then their lighter shades."""
+    from matplotlib import colormaps
+
+    index = ("sigswap", *peer_names()).index(name)
+    return tuple(colormaps["tab20"](2 * index % 20 + index // 10))
 
 
 def _described(machine: dict[str, str]) -> str:
@@ -205,6 +227,18 @@ def _figure(row: Row, name: str) -> str:
         text = f"{value:.1f}" if row.unit == "us" or value < 10 else f"{value:.0f}"
     ratio = None if name == "sigswap" else row.ratio(name)
     return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def _best_other(row: Row) -> dict[str, Any] | None:
+    best = row.best_other
+    return None if best is None else {"name": best, "ratio": row.ratio(best)}
+
+
+def _named_ratio(row: Row) -> str:
+    """Such as "cudnn 1.12x"; "-" if no peer was measured."""
+    best = row.best_other
+    ratio = None if best is None else row.ratio(best)
+    return best or "-" if ratio is None else f"{best} {ratio:.2f}x"
 
 
 def _percent(share: float | None) -> str:

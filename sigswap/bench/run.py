@@ -17,41 +17,22 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from sigswap.bench import models as bench_models
-from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, PEERS, SUITES, Cell, ModelCell, cells, phases
-from sigswap.bench.peers import Implementation, Inputs, build, make_inputs
-from sigswap.bench.results import Benchmark, Row, check_plot
+from sigswap.bench import own
+from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, ModelCell, cells, phases
+from sigswap.bench.correctness import check
+from sigswap.bench.inputs import make_inputs
+from sigswap.bench.peers import find_peer, peer_names, peers_of
+from sigswap.bench.peers.peer import Implementation
+from sigswap.bench.results import Benchmark, Row
 from sigswap.bench.timing import copy_gb_per_s, free, gpu_ms, host_us, in_turns, peak_mib, refusals
 from sigswap.errors import ArgumentError, BenchmarkError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "DEFAULT_SUITES",
-    "DTYPES",
-    "MODES",
-    "PEERS",
-    "SUITES",
-    "Benchmark",
-    "Cell",
-    "ModelCell",
-    "Row",
-    "cells",
-    "check",
-    "check_plot",
-    "expected",
-    "make_inputs",
-    "measure",
-    "phases",
-    "run",
-]
-
 MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 5e-3}
-"""The relative error (Frobenius) above which a result is wrong: well above rounding, well below a misplaced mask."""
 
 
 def run(
@@ -67,10 +48,10 @@ def run(
     """Measures on the current CUDA device.
 
     Args:
-        suites: Of ``SUITES``; None: ``DEFAULT_SUITES``, which is all but models.
+        suites: Of ``SUITES``; None: ``DEFAULT_SUITES``, which is all but features and models.
         labels: Glob patterns of the cells' labels, such as "ViT*"; None: all cells of the suites.
-        peers: Of ``PEERS``; None: all, but those that compile or tune for each shape (``flex`` and
-            ``triton-sigmoid``, any in models) in some cells only. Named here, they run in all cells that they can.
+        peers: Of ``sigswap.bench.peers.PEERS``, by name; None: all, but those that compile or tune for each shape (and
+            in the suite models any) in some cells only. Named here, they run in all cells that they can.
         dtype: Of ``DTYPES``.
         quick: The fewest cells, to see that it works.
         mode: Of torch.compile, in the suite models: of ``MODES``. None: its default.
@@ -81,14 +62,15 @@ def run(
         BenchmarkError: There is no GPU that sigswap's kernels run on.
     """
     suites = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
-    wanted = _known("peer", peers, PEERS)
+    wanted = _known("peer", peers, peer_names())
     _known("dtype", [dtype], DTYPES)
     _known("mode", [] if mode is None else [mode], MODES)
     chosen = [cell for suite in suites for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
     if not chosen:
         raise ArgumentError(f"no cell of {', '.join(suites)} has a label like {', '.join(labels or ())}.")
     _require_gpu()
-    machine = _machine(["timm", "transformers"] if "models" in suites else [])
+    packages = [peer.package for suite in suites for peer in peers_of(suite) if peer.package and peer.name in wanted]
+    machine = _machine([*dict.fromkeys(packages), *(("timm", "transformers") if "models" in suites else ())])
     if mode is not None:
         machine["mode"] = mode
     rows: list[Row] = []
@@ -99,8 +81,8 @@ def run(
         for cell in chosen:
             if status is not None:
                 status.update(f"Measuring: {cell.suite} {cell.label}")
-            named = [peer for peer in SUITES[cell.suite] if peer in wanted]
-            left_out = cell.without if peers is None else ()
+            named = [peer.name for peer in peers_of(cell.suite) if peer.name in wanted]
+            left_out = _left_out(cell) if peers is None else ()
             try:
                 if isinstance(cell, ModelCell):
                     rows += bench_models.measure(cell, dtype, named, left_out, mode=mode)
@@ -111,6 +93,14 @@ def run(
                 stopped = f"The run ended in {cell.suite} {cell.label}: {error}"
                 break
     return Benchmark(machine, dtype, copy, rows, stopped)
+
+
+def _left_out(cell: Cell | ModelCell) -> Sequence[str]:
+    """The peers that are not measured in the cell unless they are asked for."""
+    if isinstance(cell, ModelCell):
+        return cell.without
+    longer = SETUPS[SETUPS.index(cell.setup) + 1 :]
+    return [peer.name for peer in peers_of(cell.suite) if peer.setup in longer]
 
 
 def _is_labelled(label: str, patterns: Sequence[str] | None) -> bool:
@@ -145,10 +135,10 @@ def _machine(packages: Sequence[str]) -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(),
         "driver": _driver_version(),
         "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         "torch": str(torch.__version__),
     }
-    for package in ("triton", "sigswap", "triton-sigmoid", *packages):
+    for package in ("triton", "sigswap", *packages):
         with suppress(PackageNotFoundError):  # sigswap, run from its source tree; the others are optional
             machine[package] = version(package)
     return machine
@@ -171,6 +161,7 @@ def measure(cell: Cell, dtype: str, peers: Sequence[str], left_out: Sequence[str
 
     Each figure is the median of three medians, one from each of three rounds in which all had their turns.
     """
+    dtype = cell.dtype or dtype
     inputs = make_inputs(cell, DTYPES[dtype], "cuda")
     refused = {peer: "It compiles or tunes for each shape; --peers runs it." for peer in peers if peer in left_out}
     implementations: dict[str, Implementation] = {}
@@ -178,7 +169,11 @@ def measure(cell: Cell, dtype: str, peers: Sequence[str], left_out: Sequence[str
         if name in refused:
             continue
         with refusals(name, refused):
-            implementation = build(name, cell, inputs)
+            if name == "sigswap":
+                torch.manual_seed(0)  # of dropout
+                implementation = own.build(cell, inputs)
+            else:
+                implementation = find_peer(name).implementation(cell, inputs)
             with implementation.context():
                 out = implementation.forward()
             if name == "sigswap":
@@ -198,6 +193,9 @@ def _measure_phase(
     reasons = dict(refused)
     calls: dict[str, Callable[[], object]] = {}
     for name, implementation in implementations.items():
+        if phase != "forward" and name != "sigswap" and find_peer(name).forward_only:
+            reasons[name] = "It has no backward pass."
+            continue
         with refusals(name, reasons), implementation.context():
             calls[name] = _call(implementation, phase)
             calls[name]()  # compiles and tunes
@@ -215,91 +213,3 @@ def _call(implementation: Implementation, phase: str) -> Callable[[], object]:
         out = forward()
         return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
     return lambda: torch.autograd.grad(forward(), leaves, grad_out)
-
-
-# Correctness.
-
-
-@torch.no_grad()
-def check(cell: Cell, inputs: Inputs, out: Tensor, grads: Sequence[Tensor]) -> None:
-    """Raises BenchmarkError unless ``out`` and ``grads`` (of query, key, value; or none) are sigmoid attention's.
-
-    Compared in some rows and keys of up to three heads.
-    """
-    names = ("output", "gradient of query", "gradient of key", "gradient of value")[: 1 + len(grads)]
-    squares = {name: [0.0, 0.0] for name in names}
-    last = cell.batch - 1, cell.heads - 1
-    for batch, head in {(0, 0), (last[0] // 2, last[1] // 2), last}:
-        kv_head = head * cell.kv_heads // cell.heads
-        heads = (head, kv_head, kv_head)
-        query, key, value = (_head(tensor, cell, batch, at) for tensor, at in zip(inputs.leaves, heads, strict=True))
-        grad_out = None if inputs.grad_out is None or not grads else _head(inputs.grad_out, cell, batch, head)
-        rows, keys = _some(query.shape[0], out.device), _some(key.shape[0], out.device)
-        truths = expected(query, key, value, grad_out, causal=cell.causal, rows=rows, keys=keys)
-        for name, tensor, at, chosen, truth in zip(
-            names, (out, *grads), (head, *heads), (rows, rows, keys, keys), truths, strict=False
-        ):
-            result = _head(tensor, cell, batch, at)[chosen].double()
-            squares[name][0] += (result - truth).square().sum().item()
-            squares[name][1] += truth.square().sum().item()
-    for name, (error, norm) in squares.items():
-        relative = (error / norm) ** 0.5
-        if not relative <= TOLERANCES[out.dtype]:
-            raise BenchmarkError(f"wrong result: the relative error of the {name} is {relative:.2g}")
-
-
-def expected(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor | None,
-    *,
-    causal: bool,
-    rows: Tensor,
-    keys: Tensor,
-) -> list[Tensor]:
-    """One head's sigmoid attention, with the default scale and bias, in float64, in some rows and keys.
-
-    Args:
-        query: [M, D].
-        key: [N, D].
-        value: [N, Dv].
-        grad_out: [M, Dv] or None.
-        causal: Row i sees the keys 0 ... i.
-        rows: Indices into query, int64.
-        keys: Indices into key and value, int64.
-
-    Returns:
-        The output in ``rows``; with grad_out also the gradients of query in ``rows``, of key and value in ``keys``.
-    """
-    query, key, value = (tensor.detach().double() for tensor in (query, key, value))
-    all_rows, all_keys = (torch.arange(tensor.shape[0], device=query.device) for tensor in (query, key))
-    scale = query.shape[1] ** -0.5
-
-    def probabilities(rows: Tensor, keys: Tensor) -> Tensor:
-        seen = (rows + 1).clamp(max=key.shape[0]) if causal else torch.full_like(rows, key.shape[0])
-        p = (scale * query[rows] @ key[keys].T - seen.double().log()[:, None]).sigmoid()
-        return p.masked_fill(keys > rows[:, None], 0.0) if causal else p
-
-    p = probabilities(rows, all_keys)
-    results = [p @ value]
-    if grad_out is not None:
-        grad = grad_out.double()
-        results.append(scale * (p * (1 - p) * (grad[rows] @ value.T)) @ key)
-        p = probabilities(all_rows, keys)
-        results.append(scale * (p * (1 - p) * (grad @ value[keys].T)).T @ query)
-        results.append(p.T @ grad)
-    return results
-
-
-def _head(tensor: Tensor, cell: Cell, batch: int, head: int) -> Tensor:
-    """[length, head_dim]: one head of one sequence."""
-    if cell.lengths:
-        start = sum(cell.lengths[:batch])
-        return tensor[start : start + cell.lengths[batch], head]
-    return tensor[batch, head]
-
-
-def _some(length: int, device: torch.device) -> Tensor:
-    """Up to 32 indices below length, the first and the last among them."""
-    return torch.linspace(0, length - 1, min(length, 32), device=device).round().long()

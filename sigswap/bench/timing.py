@@ -67,13 +67,16 @@ def repeated_ms(call: Callable[[], object]) -> float:
             call()
             times.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LONG_CALLS)]
+    events = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        for _ in range(LONG_CALLS)
+    ]
     for before, after in events:
         before.record()
         call()
         after.record()
     torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in events)
+    return float(statistics.median(before.elapsed_time(after) for before, after in events))
 
 
 def host_us(call: Callable[[], object]) -> float:

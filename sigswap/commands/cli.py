@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from sigswap.bench.cells import SUITES
+from sigswap.bench.peers import described
 from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint, SigswapError
 
 if TYPE_CHECKING:
@@ -219,9 +221,7 @@ def convert(
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option(
-            "--suite", metavar="train|short|decode|varlen|host|models", help="Default: all but models. Can be repeated."
-        ),
+        typer.Option("--suite", metavar="|".join(SUITES), help="Default: all but features, models. Can be repeated."),
     ] = None,
     cell: Annotated[
         list[str] | None,
@@ -232,9 +232,8 @@ def bench(
         typer.Option(
             "--peers",
             metavar="NAME",
-            help="fa2, cudnn, efficient, sdpa, flex, padded, nested, triton-sigmoid or unfused. Can be repeated. "
-            "Default: all, but flex and triton-sigmoid, which compile or tune for each shape, in some cells only, and "
-            "sdpa in some large models.",
+            help=f"Can be repeated. Default: all that are installed, but those that compile or tune for each shape in "
+            f"some cells only, and sdpa in some large models. {described()}.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="bf16|fp16|fp32", help="Of all tensors.")] = "bf16",
@@ -259,18 +258,22 @@ def bench(
     sequence on a cache. varlen: packed sequences. host: microseconds per call that the CPU takes. Each cell's results
     are checked before they are timed. 2.00x beside a peer's figure: it takes twice sigswap's time, or memory.
 
+    features: soft cap, dropout, windows, masks, documents, packed sequences, float32 and decoding: milliseconds,
+    forward and with backward. FlexAttention compiles in each cell, so it runs only if it is named.
+
     models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
     beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it
     runs only if it is named; a model whose package (timm, transformers) is not installed is left out.
     """
     with _failures(False, debug):
         from sigswap.bench import run as benchmark
+        from sigswap.bench.results import check_plot
 
         for path in (json_file, plot):  # before the minutes of measuring
             if path is not None and not path.resolve().parent.is_dir():
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if plot is not None:
-            benchmark.check_plot(plot)
+            check_plot(plot)
         result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=_errors)
         Console().print(result)
         if json_file is not None:
