@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import torch.fx
 
-from sigswap.passes.axes import op_name, rank_of
 from sigswap.passes.emit import OP, Emission
 from sigswap.passes.find import data_dependent, score_site
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Match, Refused, argument, match_call
+from sigswap.passes.match import Match, Refused, match_call
+from sigswap.passes.nodes import argument, rank_of
 from sigswap.passes.normalize import graph_modules, normalize, source_of
+from sigswap.passes.ops import op_name
 from sigswap.passes.site import LeftAlone, Lowered
 
 _PROBS = torch.ops.sigswap.sigmoid_probs.default

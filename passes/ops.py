@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.fx
@@ -187,7 +187,7 @@ _ROWS = (
     Op("repeat", tiles=True, copies=True),
     Op("repeat_interleave", copies=True),
     # Products, layers, norms.
-    Op("matmul", "mm bmm", product=True, matrix=True),
+    Op("matmul", "mm bmm", operands=(0, 1), product=True, matrix=True),
     Op("baddbmm", operands=(1, 2), product=True, matrix=True),
     Op("einsum", product=True),
     Op("cdist", "_cdist_forward", product=True),

@@ -13,13 +13,24 @@ class HeadLayout:
     """Where the heads are in a tensor: ``axis`` holds ``heads``, or, if ``merged``, those and the batch or the rows.
 
     Merged heads are the inner ones (batch*heads), or, if ``outer``, the outermost (heads*batch). ``axis`` counts from
-    0; None: one head and no axis for it.
+    0, or from the end (:meth:`from_end`); None: one head and no axis for it.
     """
 
     axis: int | None
     heads: int
     merged: bool = False
     outer: bool = False
+
+    def at(self, axis: int) -> HeadLayout:
+        """The same heads on another axis, of a tensor that the axis was followed to."""
+        return dataclasses.replace(self, axis=axis)
+
+    def from_end(self, rank: int) -> HeadLayout:
+        """With the axis of a tensor of ``rank`` axes counted from the end, as plans have it that meet other ranks."""
+        return self if self.axis is None else self.at(self.axis - rank)
+
+
+ONE_HEAD = HeadLayout(None, 1)
 
 
 @dataclasses.dataclass(frozen=True)
