@@ -147,6 +147,7 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
         mask="+".join(sorted(origin.masks)) or "none",
         softcap=origin.softcap,
         dropout=output.dropout,
+        weights_path=output.path,
     )
 
 
@@ -287,6 +288,7 @@ def _is_row_reduction(node: torch.fx.Node) -> bool:
 @dataclasses.dataclass
 class _WeightedSum:
     product: torch.fx.Node
+    path: tuple[torch.fx.Node, ...]  # from the softmax to the product, both left out
     dropout: bool
     remade: bool  # the probabilities are added to or divided before, by more than a number
 
@@ -302,7 +304,7 @@ def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
                 continue
             seen.add((user, weights.axis))
             if _contracts(user, weights.node, weights.axis) or (weights.multiplied and _sums(user, weights)):
-                return _WeightedSum(user, weights.dropout, weights.remade)
+                return _WeightedSum(user, weights.path, weights.dropout, weights.remade)
             axes = axis_map(user, weights.node) if weights.node in chain_inputs(user) else None
             axis = None if axes is None else axes[weights.axis]
             if axis is None:
@@ -312,6 +314,7 @@ def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
                 _Weights(
                     user,
                     axis,
+                    (*weights.path, user),
                     weights.dropout or "dropout" in name,
                     weights.multiplied or (name == "mul" and tensors == 2),
                     weights.remade or name in ("add", "sub") or (name == "div" and tensors == 2),
@@ -326,6 +329,7 @@ class _Weights:
 
     node: torch.fx.Node
     axis: int
+    path: tuple[torch.fx.Node, ...] = ()
     dropout: bool = False
     multiplied: bool = False  # by another tensor: a sum over the keys would then be the product with the value
     remade: bool = False

@@ -259,8 +259,10 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
     ordered = all(op_of(node).in_order or op_name(node) == "baddbmm" for node, _ in factors.path)
     return Product(
         node=factors.node,
+        path=tuple(node for node, _ in factors.path),
         query_arg=factors.query_arg,
         key_arg=1 - factors.query_arg,
+        key_axis=factors.key_axis,
         query_dim_axis=factors.query_dim_axis,
         key_dim_axis=factors.key_dim_axis,
         query_head=layout(factors.query, 0),

@@ -95,7 +95,7 @@ def _lower_scores(
         alone = [left for left in sites if isinstance(left, LeftAlone)]
         return next((left for left in alone if left.attention), alone[0])
     try:
-        call = Match(anchor, site.key_axis, site.products[0].node, site.output, masks).call()
+        call = Match(site, masks).call()
         if not replaced.isdisjoint(call.path):
             raise Refused("a part of it is a part of another attention, which was lowered")
         result = Emission(call, masks).emit()

@@ -14,12 +14,12 @@ from typing import Any
 import torch.fx
 
 from sigswap.masked import MASKED_SCORE
-from sigswap.passes.axes import axis_map, chain_inputs
 from sigswap.passes.labels import Axes, Label, Labels, contraction
 from sigswap.passes.masks import Masks, Term
 from sigswap.passes.nodes import argument, dtype_of, is_edit, is_floating, shape_of
 from sigswap.passes.normalize import has_symbol, source_of, tensor_of
 from sigswap.passes.ops import op_name, op_of, spelling_of
+from sigswap.passes.site import AttentionSite
 
 _VARYING = "with a number that depends on a size that varies"
 
@@ -96,15 +96,15 @@ class Call:
 
 
 class Match:
-    """One attention whose scores are in the graph: ``anchor`` makes them, over ``key_axis``, probabilities."""
+    """One attention whose scores are in the graph, with the paths that ``find`` has followed."""
 
-    def __init__(
-        self, anchor: torch.fx.Node, key_axis: int, product: torch.fx.Node, output: torch.fx.Node, masks: Masks
-    ) -> None:
-        self.anchor, self.key_axis, self.product, self.output, self.masks = anchor, key_axis, product, output, masks
+    def __init__(self, site: AttentionSite, masks: Masks) -> None:
+        found = site.products[0]
+        self.anchor, self.product, self.output, self.masks = site.anchor, found.node, site.output, masks
+        self.key_axis, self.product_key_axis = site.key_axis, found.key_axis
         self.labels = Labels()
-        self.up = _path_up(anchor, product)
-        self.down = _path_down(anchor, output)
+        self.up = [found.node, *found.path, site.anchor]  # from the product to the anchor
+        self.down = [*site.weights_path, site.output]  # after the anchor to the output
 
     def call(self) -> Call:
         """Raises Refused."""
@@ -159,7 +159,7 @@ class Match:
                 sizes[name] = max(sizes.get(name, 1), size)
         by_name = {name: () if size == 1 else (self.labels.new(size),) for name, size in sizes.items()}
         contracted = [name for name in names_left if name in names_right and name not in names_out]
-        key_name = names_out[_axis_above(self.up, self.key_axis)]
+        key_name = names_out[self.product_key_axis]
         if (key_name in names_left) == (key_name in names_right):
             raise Refused("its sigmoid is not over the keys of the product")
         query, key = (left, names_left), (right, names_right)
@@ -480,44 +480,3 @@ def visible_of(term: Term, axes: Axes) -> Visible:
     shape = shape_of(term.node) or ()
     own = tuple(() if axis is None or size == 1 else axes[axis] for axis, size in zip(term.axes, shape, strict=True))
     return Visible(term, axes, own)
-
-
-def _path_up(anchor: torch.fx.Node, product: torch.fx.Node) -> list[torch.fx.Node]:
-    """The nodes from the product to the anchor, through which the scores flow."""
-    pending: list[list[torch.fx.Node]] = [[anchor]]
-    seen: set[torch.fx.Node] = set()
-    while pending:
-        path = pending.pop()
-        if path[-1] is product:
-            return path[::-1]
-        inputs = [path[-1].args[0]] if path[-1] is anchor else chain_inputs(path[-1])
-        for node in inputs:
-            if node not in seen:
-                seen.add(node)
-                pending.append([*path, node])
-    raise Refused("its scores cannot be followed from the product of query and key")
-
-
-def _path_down(anchor: torch.fx.Node, output: torch.fx.Node) -> list[torch.fx.Node]:
-    """The nodes after the anchor down to the output, through which the probabilities flow."""
-    pending: list[list[torch.fx.Node]] = [[anchor]]
-    seen: set[torch.fx.Node] = set()
-    while pending:
-        path = pending.pop(0)
-        if path[-1] is output:
-            return path[1:]
-        for node in path[-1].users:
-            if node not in seen and (node is output or path[-1] in chain_inputs(node)):
-                seen.add(node)
-                pending.append([*path, node])
-    raise Refused("its probabilities cannot be followed to the product with the value")
-
-
-def _axis_above(path: Sequence[torch.fx.Node], axis: int) -> int:
-    """The axis of the first node of the path that is ``axis`` of the one before the last."""
-    for node, source in zip(path[-2:0:-1], path[-3::-1], strict=False):
-        axes = axis_map(node, source)
-        if axes is None or axis not in axes:
-            raise Refused(f"its keys cannot be followed through {spelling_of(node)}")
-        axis = axes.index(axis)
-    return axis

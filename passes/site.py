@@ -37,13 +37,16 @@ ONE_HEAD = HeadLayout(None, 1)
 class Product:
     """The product of query and key: which argument of ``node`` is which, and the axes that matter.
 
+    ``key_axis``: of the product. ``path``: the nodes through which it flows, from after it to the softmax's scores.
     ``query_arg`` and ``key_arg`` count the two factors (0 or 1). ``query_head`` and ``key_head`` say where
     the heads are in the factors, ``query_dim_axis`` and ``key_dim_axis`` which axis is head_dim.
     """
 
     node: torch.fx.Node
+    path: tuple[torch.fx.Node, ...]
     query_arg: int
     key_arg: int
+    key_axis: int
     query_dim_axis: int
     key_dim_axis: int
     query_head: HeadLayout
@@ -62,7 +65,7 @@ class AttentionSite:
     (None: not known) and ``head`` are axes of the scores (of a softmax) or of the query (of a
     scaled_dot_product_attention).
     ``products`` are the q.k products whose sum the scores are (empty for scaled_dot_product_attention).
-    ``output`` is the product with the value.
+    ``output`` is the product with the value, ``weights_path`` what the probabilities flow through on the way to it.
     """
 
     kind: Literal["softmax", "sdpa"]
@@ -78,6 +81,7 @@ class AttentionSite:
     scale: float | None = None
     softcap: bool = False
     dropout: bool = False
+    weights_path: tuple[torch.fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
