@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.fx
 
-from sigswap.passes.axes import op_name
-from sigswap.passes.labels import BROADCASTS, CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels
-from sigswap.passes.masks import MASKED_SCORE, Masks, edited_by, has_symbol, memory_of
+from sigswap.masked import MASKED_SCORE
+from sigswap.passes.labels import Axes, Label, Labels
+from sigswap.passes.masks import Masks
 from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, broadcast, visible_of
-from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
+from sigswap.passes.nodes import edited_by, memory_of
+from sigswap.passes.normalize import has_symbol, rename, same_in, source_of, tensor_of
+from sigswap.passes.ops import op_name, op_of, spelling_of
 from sigswap.passes.site import Lowered
 
 OP = torch.ops.sigswap.sigmoid_attention.default
@@ -94,10 +96,10 @@ class Emission:
         best = operand if same_in(operand.node, self.graph) is not None else None
         current, copied = operand, False
         while not self.regions:
-            node, name = current.node, op_name(current.node)
+            node, op = current.node, op_of(current.node)
             source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
-            repeats, casts = name in BROADCASTS or name == "repeat_interleave", _is_upcast(node)
-            if source is None or not (name in UNDONE or name in RESHAPES or name in COPIES or casts):
+            repeats, casts = op.broadcasts or op.name == "repeat_interleave", _is_upcast(node)
+            if source is None or not (op.undone or op.copies or casts):
                 break
             if (repeats and not repeated) or (casts and not upcast):
                 break
@@ -107,12 +109,12 @@ class Emission:
             axes = current.axes if casts else self.labels.above(node, source, current.axes)
             if axes is None:
                 break
-            copied |= repeats or casts or name in COPIES or _moves(node, source)
+            copied |= repeats or casts or op.copies or _moves(node, source)
             current = Operand(source, axes, operand.factor)
             if same_in(source, self.graph) is None:
                 continue
             # Above a copy: that much is gained. Above a transpose: the op has its axes in another order anyway.
-            if copied or best is None or (name in UNDONE and all(len(axis) <= 1 for axis in axes)):
+            if copied or best is None or (op.undone and not op.reshapes and all(len(axis) <= 1 for axis in axes)):
                 best = current
         if best is None:
             raise Refused("its operands are inside of a function that the graph holds as a whole")
@@ -150,7 +152,7 @@ class Emission:
         seen = [output]
         while len(seen[-1].node.users) == 1 and not self.regions:
             user = next(iter(seen[-1].node.users))
-            if op_name(user) not in (RESHAPES | UNDONE) - BROADCASTS:
+            if not op_of(user).undone or op_of(user).broadcasts:
                 break
             axes = self.labels.through(user, seen[-1].node, seen[-1].axes)
             if axes is None:
@@ -657,7 +659,7 @@ def _band(visible: Visible, labels: Labels, rows: tuple[Label, ...], keys: tuple
 
 def _is_upcast(node: torch.fx.Node) -> bool:
     """Whether ``node`` casts from half precision to a wider type: a product of such numbers is exact in both."""
-    if op_name(node) not in CASTS:
+    if not op_of(node).casts:
         return False
     source, result = node.args[0].meta["val"].dtype, node.meta["val"].dtype
     return source in (torch.float16, torch.bfloat16) and result in (torch.float32, torch.float64)
@@ -665,7 +667,7 @@ def _is_upcast(node: torch.fx.Node) -> bool:
 
 def _moves(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     """Whether a reshape has to copy its tensor."""
-    if op_name(node) not in RESHAPES:
+    if not op_of(node).reshapes:
         return False
     try:
         source.meta["val"].view(node.meta["val"].shape)
@@ -689,7 +691,7 @@ def _dtype(node: torch.fx.Node) -> torch.dtype:
 def _needs_strides(node: torch.fx.Node) -> bool:
     """Whether a tensor, or a transpose of it, is viewed or returned, so that its strides matter."""
     for user in node.users:
-        name = user.target if user.op == "call_method" else op_name(user)
+        name = str(user.target) if user.op == "call_method" else spelling_of(user)
         if user.op == "output" or name in ("view", "view_as", "as_strided", "_unsafe_view", "stride", "is_contiguous"):
             return True
         if name in ("transpose", "permute", "unsqueeze", "squeeze", "getitem") and _needs_strides(user):

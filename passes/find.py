@@ -13,35 +13,24 @@ import dataclasses
 import torch
 import torch.fx
 
-from sigswap.passes.axes import (
-    RESHAPES,
-    axis_map,
-    chain_inputs,
-    op_name,
+from sigswap.passes.axes import axis_map, chain_inputs
+from sigswap.passes.heads import factor_heads, key_heads, product_key_heads, score_heads, score_rows, with_heads
+from sigswap.passes.nodes import (
+    argument,
+    axes_argument,
+    dtype_of,
+    input_at,
+    input_list,
+    int_argument,
     rank_of,
     shape_of,
-    static_int,
+    tensor_input,
 )
-from sigswap.passes.heads import factor_heads, key_heads, product_key_heads, score_heads, score_rows, with_heads
-from sigswap.passes.products import LAYERS, PARAMETER, Factors, einsum_labels, follow, is_parameter, product_of
-from sigswap.passes.site import AttentionSite, FindResult, HeadLayout, LeftAlone
+from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
+from sigswap.passes.products import PARAMETER, Factors, einsum_labels, follow, is_parameter, matrix_factors, product_of
+from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout, LeftAlone
 
-_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
-_REDUCTIONS = frozenset({"amax", "max", "logsumexp", "mean", "amin", "min", "topk", "sort", "median", "kthvalue"})
-_SHIFT_STEPS = RESHAPES | frozenset(
-    "detach getitem to _to_copy alias clone unsqueeze squeeze neg expand select slice".split()
-)
-_OPAQUE = (  # attention that runs inside one op, of which sigswap cannot change the softmax
-    "flex_attention",
-    "flash_attn",
-    "flash_attention",
-    "efficient_attention",
-    "cudnn_attention",
-    "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-    "scaled_dot_product_fused",
-)
 
 
 def find(graph: torch.fx.Graph) -> FindResult:
@@ -54,33 +43,34 @@ def find(graph: torch.fx.Graph) -> FindResult:
     left: list[LeftAlone] = []
     data = data_dependent(graph)
     for node in graph.nodes:
-        name = op_name(node)
-        if name == "scaled_dot_product_attention":
+        op = op_of(node)
+        if op.name == "scaled_dot_product_attention":
             sites.append(_sdpa_site(node))
-        elif name in _SOFTMAX:
-            found = _softmax_site(node, data)
-            (sites if isinstance(found, AttentionSite) else left).append(found)  # type: ignore[arg-type]
-        elif any(part in name for part in _OPAQUE):
-            left.append(LeftAlone(node, f"it runs inside {name}, whose softmax cannot be reached", True))
+        elif op.softmax:
+            found = score_site(node, int_argument(node, 1), data)
+            if isinstance(found, AttentionSite):
+                sites.append(found)
+            else:
+                left.append(found)
+        elif any(part in op.name for part in OPAQUE):
+            left.append(LeftAlone(node, f"it runs inside {op.name}, whose softmax cannot be reached", True))
     return FindResult(tuple(sites), tuple(left))
 
 
 def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
-    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-    arguments.update(node.kwargs)
-    query, key = arguments["query"], arguments["key"]
+    query, key = tensor_input(node, 0), tensor_input(node, 1)
     rank, query_shape, key_shape = rank_of(query), shape_of(query), shape_of(key)
     head = factor_heads(query, rank - 1)
     if head is None:
-        head = HeadLayout(rank - 3, query_shape[-3]) if query_shape and rank >= 4 else HeadLayout(None, 1)
-    mask = arguments.get("attn_mask")
-    if arguments.get("is_causal"):
+        head = HeadLayout(rank - 3, query_shape[-3]) if query_shape and rank >= 4 else ONE_HEAD
+    mask = argument(node, 3, "attn_mask")
+    if argument(node, 5, "is_causal"):
         mask_kind = "causal"
     elif isinstance(mask, torch.fx.Node):
-        mask_kind = "boolean" if mask.meta["val"].dtype == torch.bool else "additive"
+        mask_kind = "boolean" if dtype_of(mask) == torch.bool else "additive"
     else:
         mask_kind = "none"
-    scale = arguments.get("scale")
+    scale = argument(node, 6, "scale")
     return AttentionSite(
         kind="sdpa",
         anchor=node,
@@ -93,7 +83,7 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
         key_heads=key_heads(key, head, key_shape),
         mask=mask_kind,
         scale=scale if isinstance(scale, float) else None,
-        dropout=bool(arguments.get("dropout_p")),
+        dropout=bool(argument(node, 4, "dropout_p")),
     )
 
 
@@ -109,17 +99,12 @@ def data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return data
 
 
-def _softmax_site(anchor: torch.fx.Node, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
-    axis = static_int(anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim"))
-    return score_site(anchor, axis, data)
-
-
 def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
     """The attention whose probabilities ``anchor`` makes from its first argument, the scores, over their axis ``axis``.
 
     ``data``: :func:`data_dependent` of the graph.
     """
-    scores = anchor.args[0]
+    scores = tensor_input(anchor)
     shape = shape_of(scores)
     if shape is None or axis is None or not shape:
         return LeftAlone(anchor, "the shape of its scores is not known", False)
@@ -162,6 +147,7 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
         mask="+".join(sorted(origin.masks)) or "none",
         softcap=origin.softcap,
         dropout=output.dropout,
+        weights_path=output.path,
     )
 
 
@@ -169,10 +155,10 @@ def _is_computed(node: torch.fx.Node, data: set[torch.fx.Node]) -> bool:
     """Whether ``node`` depends on the model's inputs, or is what a layer makes of parameters."""
     if node in data:
         return True
-    pending, seen = [node], set()
+    pending, seen = [node], {node}
     while pending:
         current = pending.pop()
-        if op_name(current) in LAYERS or op_name(current) in ("matmul", "mm", "bmm", "einsum"):
+        if op_of(current).layer or op_of(current).product:
             return True
         pending += [source for source in current.all_input_nodes if source not in seen]
         seen.update(current.all_input_nodes)
@@ -181,15 +167,15 @@ def _is_computed(node: torch.fx.Node, data: set[torch.fx.Node]) -> bool:
 
 def _has_product_above(node: torch.fx.Node) -> bool:
     """Whether a product of two activations goes into ``node``, with no layer in between."""
-    pending, seen = [node], set()
+    pending, seen = [node], {node}
     while pending and len(seen) < _LONGEST_WALK:
         current = pending.pop()
-        name = op_name(current)
-        if name in ("matmul", "mm", "bmm", "baddbmm", "einsum", "cdist", "_cdist_forward", "inner", "tensordot", "dot"):
+        op = op_of(current)
+        if op.product:
             factors = [source for source in current.all_input_nodes if rank_of(source) > 0]
             if not any(is_parameter(factor) for factor in factors):
                 return True
-        elif name not in LAYERS and name not in _SOFTMAX:
+        elif not op.layer and not op.softmax:
             pending += [source for source in current.all_input_nodes if source not in seen]
             seen.update(current.all_input_nodes)
     return False
@@ -210,7 +196,7 @@ class _Origin:
 
 
 def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.Node, int]]) -> _Origin:
-    name = op_name(node)
+    op = op_of(node)
     if (node, key_axis) in seen or len(seen) > _LONGEST_WALK:
         return _Origin(reason="its scores come from too many ops to follow")
     seen.add((node, key_axis))
@@ -220,32 +206,33 @@ def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.N
     origin = _Origin()
     if product is not None:
         origin.products.append(product)
-        if name == "baddbmm" and node.kwargs.get("beta", 1) != 0:
-            _merge_term(origin, node, node.args[0], key_axis, seen)
+        if op.name == "baddbmm" and node.kwargs.get("beta", 1) != 0:
+            _merge_term(origin, node, tensor_input(node), key_axis, seen)
         return origin
 
     inputs = chain_inputs(node)
     if not inputs:
-        origin.reason = f"its scores come from {name or node.op}, not from a product of query and key"
+        origin.reason = f"its scores come from {spelling_of(node) or node.op}, not from a product of query and key"
         return origin
-    if name in ("masked_fill", "where", "masked_scatter", "index_put", "tril", "triu"):
+    if op.masks:
         origin.masks.add("boolean")
-    origin.softcap = name == "tanh"
+    origin.softcap = op.name == "tanh"
     for source in inputs:
         _merge_term(origin, node, source, key_axis, seen)
     if not origin.products:
         return origin
-    if name in ("sub", "subtract", "add"):
+    if op.name in ("add", "sub"):
         for source in inputs:
             if _is_row_reduction(source):
                 origin.obstacle = (
                     "its scores are shifted by a reduction over their own row, which a softmax ignores and a sigmoid "
                     "does not; remove the shift"
                 )
-    if name in ("constant_pad_nd", "pad") and shape_of(node)[key_axis] != shape_of(inputs[0])[key_axis]:  # type: ignore[index]
+    before, after = shape_of(inputs[0]), shape_of(node)
+    if op.name == "pad" and before is not None and after is not None and after[key_axis] != before[key_axis]:
         origin.obstacle = "its softmax runs over the keys and padded logits"
-    if name in ("cat", "concat", "concatenate"):
-        axis = static_int(node.args[1]) if len(node.args) > 1 else 0
+    if op.name == "cat":
+        axis = int_argument(node, 1, default=0)
         if axis is not None and axis % rank_of(node) == key_axis and len(origin.products) < len(inputs):
             origin.obstacle = "its softmax runs over the keys and extra logits (attention sinks)"
     return origin
@@ -259,20 +246,17 @@ def _merge_term(
     seen: set[tuple[torch.fx.Node, int]],
 ) -> None:
     """Adds to ``origin`` what flows from ``source`` into ``node``."""
-    axes, after = axis_map(node, source), shape_of(node)
-    if op_name(node) == "baddbmm":
-        axes = [axis + rank_of(node) - rank_of(source) for axis in range(rank_of(source))]
-    before = shape_of(source)
-    additive = op_name(node) in ("add", "sub", "subtract", "baddbmm")
+    axes, before, after = axis_map(node, source), shape_of(source), shape_of(node)
+    additive = op_name(node) in ("add", "sub", "baddbmm")
     source_axis = axes.index(key_axis) if axes is not None and key_axis in axes else None
     if source_axis is None or before is None or after is None or (before[source_axis] == 1 != after[key_axis]):
         if additive:
             origin.masks.add("additive")
         elif origin.reason is None and source_axis is None:
-            origin.reason = f"the softmax's axis cannot be followed through {op_name(node)}"
+            origin.reason = f"the softmax's axis cannot be followed through {spelling_of(node)}"
         return
     term = _trace_scores(source, source_axis, seen)
-    if op_name(node) in ("linear", "conv2d", "convolution"):
+    if op_of(node).mixes:
         term.products = [product for product in term.products if _mixes_heads(product, node, source)]
     for product in term.products:
         product.path.append((node, source))
@@ -293,9 +277,9 @@ def _mixes_heads(product: Factors, node: torch.fx.Node, source: torch.fx.Node) -
 
 
 def _is_row_reduction(node: torch.fx.Node) -> bool:
-    while op_name(node) in _SHIFT_STEPS and isinstance(node.args[0], torch.fx.Node):
-        node = node.args[0]
-    return op_name(node) in _REDUCTIONS
+    while op_of(node).keeps_row_numbers and (source := input_at(node)) is not None:
+        node = source
+    return op_of(node).reduces
 
 
 # Down: from the softmax to the product with the value.
@@ -304,6 +288,7 @@ def _is_row_reduction(node: torch.fx.Node) -> bool:
 @dataclasses.dataclass
 class _WeightedSum:
     product: torch.fx.Node
+    path: tuple[torch.fx.Node, ...]  # from the softmax to the product, both left out
     dropout: bool
     remade: bool  # the probabilities are added to or divided before, by more than a number
 
@@ -311,7 +296,7 @@ class _WeightedSum:
 def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
     """The product that contracts the probabilities' keys with a value, and what happens to them before it."""
     pending = [_Weights(anchor, key_axis)]
-    seen = set()
+    seen: set[tuple[torch.fx.Node, int]] = set()
     while pending:
         weights = pending.pop(0)
         for user in weights.node.users:
@@ -319,15 +304,17 @@ def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
                 continue
             seen.add((user, weights.axis))
             if _contracts(user, weights.node, weights.axis) or (weights.multiplied and _sums(user, weights)):
-                return _WeightedSum(user, weights.dropout, weights.remade)
+                return _WeightedSum(user, weights.path, weights.dropout, weights.remade)
             axes = axis_map(user, weights.node) if weights.node in chain_inputs(user) else None
-            if axes is None or axes[weights.axis] is None:
+            axis = None if axes is None else axes[weights.axis]
+            if axis is None:
                 continue
             name, tensors = op_name(user), len(chain_inputs(user))
             pending.append(
                 _Weights(
                     user,
-                    axes[weights.axis],
+                    axis,
+                    (*weights.path, user),
                     weights.dropout or "dropout" in name,
                     weights.multiplied or (name == "mul" and tensors == 2),
                     weights.remade or name in ("add", "sub") or (name == "div" and tensors == 2),
@@ -341,35 +328,32 @@ class _Weights:
     """The probabilities at one node on their way down."""
 
     node: torch.fx.Node
-    axis: int | None
+    axis: int
+    path: tuple[torch.fx.Node, ...] = ()
     dropout: bool = False
     multiplied: bool = False  # by another tensor: a sum over the keys would then be the product with the value
     remade: bool = False
 
 
 def _sums(user: torch.fx.Node, weights: _Weights) -> bool:
-    if op_name(user) != "sum" or len(user.args) < 2:
-        return False
-    axes = [user.args[1]] if isinstance(user.args[1], int) else user.args[1]
-    return [axis % rank_of(weights.node) for axis in axes] == [weights.axis]
+    return op_name(user) == "sum" and axes_argument(user, 1, rank_of(weights.node)) == (weights.axis,)
 
 
 def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
-    name = op_name(user)
-    if name in ("matmul", "mm", "bmm", "baddbmm"):
-        first, second = user.args[1:3] if name == "baddbmm" else user.args[:2]
-        if rank_of(second) < 2 and first is weights:
-            return axis == rank_of(first) - 1
-        return (first is weights and axis == rank_of(first) - 1) or (
-            second is weights and axis == max(rank_of(second) - 2, 0)
-        )
-    if name == "linear":
-        return user.args[0] is weights and axis == rank_of(weights) - 1 and not is_parameter(user.args[1])
-    if name == "einsum":
-        labels = einsum_labels(user)
-        if labels is None or weights not in user.args[1]:
+    op = op_of(user)
+    if op.matrix:
+        first, second = matrix_factors(user)
+        if first is weights and axis == rank_of(first) - 1:
+            return True
+        return second is weights and axis == max(rank_of(second) - 2, 0)
+    if op.name == "linear":
+        first, second = matrix_factors(user)
+        return first is weights and axis == rank_of(weights) - 1 and not is_parameter(second)
+    if op.name == "einsum":
+        labels, operands = einsum_labels(user), input_list(user, 1)
+        if labels is None or weights not in operands:
             return False
-        position = list(user.args[1]).index(weights)
+        position = operands.index(weights)
         label = labels[0][position][axis]
         return label in labels[0][1 - position] and label not in labels[1]
     return False

@@ -10,22 +10,16 @@ groups.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 
 import torch.fx
 
-from sigswap.passes.axes import (
-    ELEMENTWISE,
-    RESHAPES,
-    axis_map,
-    op_name,
-    rank_of,
-    reshape_groups,
-    shape_of,
-    static_int,
-)
-from sigswap.passes.products import einsum_labels
+from sigswap.passes.axes import axis_map, reshape_groups
+from sigswap.passes.nodes import input_list, int_argument, rank_of, shape_of
+from sigswap.passes.ops import op_of
+from sigswap.passes.products import einsum_labels, matrix_factors
 
 Label = int
 Axes = tuple[tuple[Label, ...], ...]  # per axis of a tensor
@@ -58,12 +52,12 @@ class Labels:
 
         None: the op is none of these, or an axis cannot be followed.
         """
-        before, after = shape_of(source), shape_of(node)
+        before, after, op = shape_of(source), shape_of(node), op_of(node)
         if before is None or after is None:
             return None
-        if op_name(node) in RESHAPES:
+        if op.reshapes:
             return self._reshaped(axes, before, after)
-        mapped = axis_map(node, source) if op_name(node) in _FOLLOWED else None
+        mapped = axis_map(node, source) if op.labelled else None
         if mapped is None or any(
             (axis is None and before[i] != 1) or (axis is not None and before[i] not in (1, after[axis]))
             for i, axis in enumerate(mapped)
@@ -80,14 +74,14 @@ class Labels:
 
         A broadcast axis has no label in ``source``. None: the op is none of these, or an axis cannot be followed.
         """
-        before, after, name = shape_of(source), shape_of(node), op_name(node)
+        before, after, op = shape_of(source), shape_of(node), op_of(node)
         if before is None or after is None:
             return None
-        if name in RESHAPES:
+        if op.reshapes:
             return self._reshaped(axes, after, before)
-        if name == "repeat_interleave":
+        if op.name == "repeat_interleave":
             return self._unrepeated(node, before, axes)
-        mapped = axis_map(node, source) if name in UNDONE else None
+        mapped = axis_map(node, source) if op.undone else None
         if mapped is None:
             return None
         if any(axis is None and before[i] != 1 for i, axis in enumerate(mapped)):
@@ -105,8 +99,7 @@ class Labels:
         return self._parts[label]
 
     def _unrepeated(self, node: torch.fx.Node, before: tuple[int, ...], axes: Axes) -> Axes | None:
-        repeats = static_int(node.args[1])
-        axis = static_int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim"))
+        repeats, axis = int_argument(node, 1, "repeats"), int_argument(node, 2)
         if repeats is None or axis is None:
             return None
         axis %= len(before)
@@ -152,44 +145,40 @@ class Labels:
         return tuple(taken) if self.size(taken) == size else None
 
 
-_VIEWS = frozenset(
-    "permute transpose swapaxes swapdims t mT numpy_T movedim moveaxis unsqueeze squeeze contiguous clone alias".split()
-)
-COPIES = frozenset({"contiguous", "clone", "repeat_interleave"})
-CASTS = frozenset("to _to_copy type_as float half bfloat16 double".split())
-BROADCASTS = frozenset({"expand", "expand_as", "broadcast_to"})
-UNDONE = _VIEWS | BROADCASTS  # what can be left out above an operand
-_FOLLOWED = (_VIEWS | ELEMENTWISE) - frozenset(
-    "roll flip slice narrow index_select gather take_along_dim constant_pad_nd pad slice_scatter cat concat "
-    "concatenate tril triu index_put masked_scatter copy detach".split()
-)
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A product of two tensors, with a name for each axis of the factors and of the result."""
+
+    left: torch.fx.Node
+    right: torch.fx.Node
+    left_names: list[Hashable]
+    right_names: list[Hashable]
+    out_names: list[Hashable]
 
 
-def contraction(
-    node: torch.fx.Node,
-) -> tuple[torch.fx.Node, torch.fx.Node, list[Hashable], list[Hashable], list[Hashable]] | None:
-    """A product of two tensors: its factors, and a label per axis of each and of the result.
+def contraction(node: torch.fx.Node) -> Contraction | None:
+    """``node`` as a product of two tensors.
 
-    None: ``node`` is no product, or one with a bias (``linear`` with three arguments) or a repeated label.
+    None: it is no product, or one with a bias (``linear`` with three arguments) or a repeated name.
     """
-    name = op_name(node)
-    if name == "einsum":
-        spelled = einsum_labels(node)
+    op = op_of(node)
+    if op.name == "einsum":
+        spelled, factors = einsum_labels(node), input_list(node, 1)
         if spelled is None:
             return None
         (first, second), out = spelled
-        return node.args[1][0], node.args[1][1], list(first), list(second), list(out)
-    if name not in ("matmul", "mm", "bmm", "baddbmm", "linear") or (name == "linear" and len(node.args) > 2):
+        return Contraction(factors[0], factors[1], [*first], [*second], [*out])
+    if not (op.matrix or (op.name == "linear" and len(node.args) == 2)):
         return None
-    left, right = node.args[1:3] if name == "baddbmm" else node.args[:2]
+    left, right = matrix_factors(node)
     rank, rank_left, rank_right = rank_of(node), rank_of(left), rank_of(right)
     if rank_left < 2 or rank_right < 2:
         return None
     batch: list[Hashable] = list(range(rank - 2))
-    return (
+    return Contraction(
         left,
         right,
         [*batch[len(batch) - (rank_left - 2) :], "row", "inner"],
-        [*batch[len(batch) - (rank_right - 2) :], *(["column", "inner"] if name == "linear" else ["inner", "column"])],
+        [*batch[len(batch) - (rank_right - 2) :], *(["inner", "column"] if op.matrix else ["column", "inner"])],
         [*batch, "row", "column"],
     )

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import torch.fx
 
-from sigswap.passes.axes import op_name, rank_of
 from sigswap.passes.emit import OP, Emission
 from sigswap.passes.find import data_dependent, score_site
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Match, Refused, argument, match_call
+from sigswap.passes.match import Match, Refused, match_call
+from sigswap.passes.nodes import argument, rank_of
 from sigswap.passes.normalize import graph_modules, normalize, source_of
+from sigswap.passes.ops import op_name
 from sigswap.passes.site import LeftAlone, Lowered
 
 _PROBS = torch.ops.sigswap.sigmoid_probs.default
@@ -94,7 +95,7 @@ def _lower_scores(
         alone = [left for left in sites if isinstance(left, LeftAlone)]
         return next((left for left in alone if left.attention), alone[0])
     try:
-        call = Match(anchor, site.key_axis, site.products[0].node, site.output, masks).call()
+        call = Match(site, masks).call()
         if not replaced.isdisjoint(call.path):
             raise Refused("a part of it is a part of another attention, which was lowered")
         result = Emission(call, masks).emit()

@@ -12,17 +12,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import torch.fx
 
-from sigswap.passes.axes import axis_map, op_name, rank_of, shape_of
-from sigswap.passes.normalize import source_of
-
-MASKED_SCORE = -5000.0  # as in sigswap.kernels: a score at or below it is masked
+from sigswap.masked import MASKED_SCORE
+from sigswap.passes.axes import axis_map
+from sigswap.passes.nodes import (
+    argument,
+    dtype_of,
+    edited_by,
+    input_at,
+    int_argument,
+    is_floating,
+    memory_of,
+    rank_of,
+    shape_of,
+    tensor_input,
+)
+from sigswap.passes.normalize import has_symbol, is_symbolic, source_of
+from sigswap.passes.ops import AxisMap, Op, op_name, op_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,44 +118,44 @@ class Masks:
         return self._known[node]
 
     def _derive(self, node: torch.fx.Node) -> Known:
-        name, args = op_name(node), node.args
-        if shape_of(node) is None or memory_of(node) in self.edited or not _counts(node.meta["val"].dtype):
+        if shape_of(node) is None or memory_of(node) in self.edited or not _counts(dtype_of(node)):
             return None
         if node.op == "get_attr":
             return _stored_number(node)
-        if not args:
-            return None
-        if name in _FILLED:
-            return _fill(node, name)
-        if name == "arange":
+        op, args, source = op_of(node), node.args, input_at(node)
+        if op.fills:
+            return _fill(node, op)
+        if op.name == "arange":
             return _arange(node)
-        if name in _SAME:
-            return self._same(node, args[0])
-        if name in _VIEWS:
-            return self._viewed(node, args[0])
-        if name in ("slice", "narrow"):
-            return self._sliced(node, args[0])
-        if name in ("add", "sub", "subtract", "rsub", "mul", "multiply", "neg"):
-            return self._arithmetic(node, name)
-        if name in _COMPARISONS:
-            return self._comparison(node, name)
-        if name in ("logical_and", "bitwise_and", "__and__"):
-            return self._both(node, args[0], args[1])
-        if name in ("logical_not", "bitwise_not"):
-            return self._not(node, args[0])
-        if name == "where":
+        if op.name == "where":
             return self._where(node, *args[:3]) if len(args) > 2 else None
-        if name == "masked_fill":
-            return self._where(node, args[1], args[2], args[0])
-        if name in ("tril", "triu"):
-            return self._triangle(node, name)
-        if name == "diff":
+        if source is None:
+            return None
+        if op.same:
+            return self._same(node, source)
+        if op.views:
+            return self._viewed(node, source)
+        if op.part and op.elementwise:
+            return self._sliced(node, source)
+        if op.name in ("add", "sub", "rsub", "mul", "neg"):
+            return self._arithmetic(node, op.name)
+        if op.compares is not None:
+            return self._comparison(node, op.name, op.compares)
+        if op.name == "logical_and":
+            return self._both(node, *args[:2])
+        if op.name == "logical_not":
+            return self._not(node, source)
+        if op.name == "masked_fill":
+            return self._where(node, args[1], args[2], source)
+        if op.name in ("tril", "triu"):
+            return self._triangle(node, op.name)
+        if op.name == "diff":
             return self._difference(node)
-        if name == "cumsum":
-            known = self.known(args[0])
+        if op.name == "cumsum":
+            known = self.known(source)
             return known if _is_zero(known) else None
-        if name == "index":
-            return self._indexed(node, args[0], args[1])
+        if op.name == "index":
+            return self._indexed(node, source, args[1])
         return None
 
     # Each of these gives what is known of ``node``, from what is known of its arguments.
@@ -162,9 +173,7 @@ class Masks:
 
     def _condition(self, value: Any, node: torch.fx.Node) -> Mask | None:
         """Of a boolean argument of ``node``: what is known, or the tensor itself, unless that is edited."""
-        if not isinstance(value, torch.fx.Node) or value.meta["val"].dtype != torch.bool:
-            return None
-        if memory_of(value) in self.edited:
+        if not isinstance(value, torch.fx.Node) or dtype_of(value) != torch.bool or memory_of(value) in self.edited:
             return None
         known = self.known(value)
         if isinstance(known, Constant):
@@ -175,42 +184,35 @@ class Masks:
         moved = _moved(known if isinstance(known, Mask) else Mask((_itself(value),)), axes, rank_of(node))
         return moved if isinstance(moved, Mask) else None
 
-    def _same(self, node: torch.fx.Node, source: Any) -> Known:
-        known = self.known(source) if isinstance(source, torch.fx.Node) else None
-        dtype = node.meta["val"].dtype
-        if known is None and dtype.is_floating_point:  # a boolean tensor as numbers is one of two values
+    def _same(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
+        known, floating, boolean = self.known(source), is_floating(node), dtype_of(node) == torch.bool
+        if known is None and floating:  # a boolean tensor as numbers is one of two values
             known = self._condition(source, node)
         if isinstance(known, Constant):
-            value = float(known.value != 0) if dtype == torch.bool else known.value
-            whole = dtype.is_floating_point or (math.isfinite(value) and value == int(value))
-            return Constant(value) if whole else None
+            value = float(known.value != 0) if boolean else known.value
+            return Constant(value) if floating or _is_whole(value) else None
         if known is None:
             return None
         if isinstance(known, Affine):
-            return known if not dtype.is_floating_point and dtype != torch.bool else None
-        if dtype == torch.bool:
+            return known if not floating and not boolean else None
+        if boolean:
             return _checked(Mask(known.terms, float(known.true != 0), float(known.false != 0)))
-        whole = all(math.isfinite(value) and value == int(value) for value in (known.true, known.false))
-        return known if dtype.is_floating_point or whole else None
+        return known if floating or (_is_whole(known.true) and _is_whole(known.false)) else None
 
-    def _viewed(self, node: torch.fx.Node, source: Any) -> Known:
-        axes = axis_map(node, source) if isinstance(source, torch.fx.Node) else None
-        before = shape_of(source)
+    def _viewed(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
+        axes, before = axis_map(node, source), shape_of(source)
         if axes is None or before is None or any(axis is None and before[i] != 1 for i, axis in enumerate(axes)):
             return None
         return _moved(self.known(source), axes, rank_of(node))
 
-    def _sliced(self, node: torch.fx.Node, source: Any) -> Known:
+    def _sliced(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
         known = self.known(source)
         tensors = isinstance(known, Mask) and any(term.half is None for term in known.terms)
         if shape_of(node) == shape_of(source) and not (tensors and has_symbol(node)):
             return known
-        start = node.args[2] if len(node.args) > 2 else 0
-        step = node.args[4] if len(node.args) > 4 else 1
-        if op_name(node) != "slice" or start not in (0, None) or step != 1:
-            return None
+        from_start = argument(node, 2, "start", 0) in (0, None) and argument(node, 4, "step", 1) == 1
         # From 0 on, half-planes stay what they are; tensors would have to be sliced, too.
-        return None if tensors else known
+        return known if op_name(node) == "slice" and from_start and not tensors else None
 
     def _arithmetic(self, node: torch.fx.Node, name: str) -> Known:
         if has_symbol(node) or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
@@ -218,7 +220,7 @@ class Masks:
         left, right = (self._value(arg, node) for arg in (node.args[:2] if name != "neg" else (0, node.args[0])))
         if name == "rsub":
             left, right = right, left
-        if name in ("mul", "multiply"):
+        if name == "mul":
             return _combined(left, right, lambda a, b: a * b)
         sign = 1 if name == "add" else -1
         first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
@@ -227,13 +229,12 @@ class Masks:
         steps = tuple(a + sign * b for a, b in zip(first.steps, second.steps, strict=True))
         return Affine(steps, first.offset + sign * second.offset)
 
-    def _comparison(self, node: torch.fx.Node, name: str) -> Known:
+    def _comparison(self, node: torch.fx.Node, name: str, compare: Callable[[float, float], bool]) -> Known:
         if has_symbol(node):
             return None
         left, right = (self._value(arg, node) for arg in node.args[:2])
         constants = isinstance(left, Constant) and isinstance(right, Constant)
         if isinstance(left, Mask) or isinstance(right, Mask) or constants:
-            compare = _COMPARISONS[name]
             return _combined(left, right, lambda a, b: float(compare(a, b)))
         first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
         if first is None or second is None or name in ("eq", "ne"):
@@ -278,7 +279,7 @@ class Masks:
         return None
 
     def _triangle(self, node: torch.fx.Node, name: str) -> Known:
-        diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+        diagonal = argument(node, 1, "diagonal", 0)
         content, rank = self._value(node.args[0], node), rank_of(node)
         if not isinstance(diagonal, int) or has_symbol(node) or not isinstance(content, Constant) or rank < 2:
             return None
@@ -292,14 +293,15 @@ class Masks:
 
     def _difference(self, node: torch.fx.Node) -> Known:
         """Of ``torch.diff(x, 1, dim, prepend)``, where x goes up evenly, also from what is prepended."""
-        args = [*node.args, *[None] * 5][:5]
-        source, times, dim, before, after = args
-        known, first = (self.known(x) if isinstance(x, torch.fx.Node) else None for x in (source, before))
-        if not isinstance(known, Affine) or times not in (1, None) or after is not None or has_symbol(node):
+        if has_symbol(node):
             return None
-        axis = (-1 if dim is None else dim) % rank_of(node)
+        known, before, after = self.known(tensor_input(node)), input_at(node, 3), input_at(node, 4)
+        if not isinstance(known, Affine) or argument(node, 1, "n") not in (1, None) or after is not None:
+            return None
+        axis = (int_argument(node, 2, default=-1) or 0) % rank_of(node)
         if before is not None:
-            if not isinstance(first, Affine) or shape_of(before)[axis] != 1:  # type: ignore[index]
+            first = self.known(before)
+            if not isinstance(first, Affine) or (shape_of(before) or ())[axis] != 1:
                 return None
             steps = [(a, b) for i, (a, b) in enumerate(zip(known.steps, first.steps, strict=True)) if i != axis]
             if any(a != b for a, b in steps) or known.offset - first.offset != known.steps[axis]:
@@ -322,22 +324,6 @@ class Masks:
         return Affine(tuple(steps), offset)
 
 
-_FILLED = frozenset(
-    "full ones zeros full_like ones_like zeros_like new_full new_ones new_zeros scalar_tensor fill".split()
-)
-_SAME = frozenset(
-    "to _to_copy type_as float half bfloat16 double bool contiguous clone alias detach lift_fresh".split()
-)
-_SAME |= {"lift_fresh_copy"}
-_VIEWS = frozenset(
-    "view reshape _unsafe_view unsqueeze squeeze expand expand_as broadcast_to permute transpose mT t numpy_T flatten "
-    "unflatten".split()
-)
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")
-}
-
-
 def _itself(node: torch.fx.Node) -> Term:
     return Term(node, tuple(range(rank_of(node))))
 
@@ -358,7 +344,7 @@ def _terms_where(mask: Mask, holds: Callable[[float], bool]) -> tuple[Term, ...]
     return () if true and false else None
 
 
-def _moved(known: Known, axes: list[int | None], rank: int) -> Known:
+def _moved(known: Known, axes: AxisMap, rank: int) -> Known:
     """``known`` of a tensor whose axes are those ``axes`` of another, broadcast or viewed."""
     if isinstance(known, Affine):
         steps = [0] * rank
@@ -387,7 +373,7 @@ def _combined(left: Known, right: Known, function: Callable[[float, float], floa
     if isinstance(left, Affine) and isinstance(right, Constant) and function(1, 3) == 3:  # a product
         left, right = right, left
     if isinstance(left, Constant) and isinstance(right, Affine) and function(3, 1) == 3:
-        if not math.isfinite(left.value) or left.value != int(left.value):
+        if not _is_whole(left.value):
             return None
         factor = int(left.value)
         return Affine(tuple(step * factor for step in right.steps), right.offset * factor)
@@ -402,26 +388,28 @@ def _checked(known: Constant | Mask) -> Known:
 
 
 def _as_affine(known: Known, rank: int) -> Affine | None:
-    if isinstance(known, Constant) and math.isfinite(known.value) and known.value == int(known.value):
+    if isinstance(known, Constant) and _is_whole(known.value):
         return Affine((0,) * rank, int(known.value))
     return known if isinstance(known, Affine) else None
+
+
+def _is_whole(value: float) -> bool:
+    return math.isfinite(value) and value == int(value)
 
 
 def _is_zero(known: Known) -> bool:
     return isinstance(known, Constant) and known.value == 0
 
 
-def _fill(node: torch.fx.Node, name: str) -> Known:
-    if name.startswith(("ones", "new_ones")) or name in ("ones", "ones_like", "new_ones"):
-        return Constant(1.0)
-    if "zeros" in name:
-        return Constant(0.0)
-    value = node.args[0] if name == "scalar_tensor" else node.args[-1] if len(node.args) > 1 else None
+def _fill(node: torch.fx.Node, op: Op) -> Known:
+    if op.name in ("ones", "zeros"):
+        return Constant(float(op.name == "ones"))
+    if op.name == "scalar_tensor":
+        value, symbolic = argument(node, 0), has_symbol(node)
+    else:
+        value, symbolic = node.args[-1] if len(node.args) > 1 else None, _fills_symbol(node)
     value = node.kwargs.get("fill_value", value)
-    symbolic = has_symbol(node) if name == "scalar_tensor" else _fills_symbol(node)
-    if name == "fill" or not isinstance(value, int | float | bool) or symbolic:
-        return None
-    return Constant(float(value))
+    return Constant(float(value)) if isinstance(value, int | float | bool) and not symbolic else None
 
 
 def _fills_symbol(node: torch.fx.Node) -> bool:
@@ -429,38 +417,24 @@ def _fills_symbol(node: torch.fx.Node) -> bool:
     source = source_of(node)
     if source is None:
         return True
-    return any(_is_symbolic(arg) for arg in (*source.args[1:], *source.kwargs.values()))
+    return any(is_symbolic(arg) for arg in (*source.args[1:], *source.kwargs.values()))
 
 
 def _arange(node: torch.fx.Node) -> Known:
     numbers = [arg for arg in node.args if isinstance(arg, int | float)]
     if len(numbers) != len(node.args) or not all(isinstance(number, int) for number in numbers):
         return None
-    if node.meta["val"].dtype.is_floating_point:
+    if is_floating(node):
         return None
     start, step = (numbers[0] if len(numbers) > 1 else 0), (numbers[2] if len(numbers) > 2 else 1)
     source = source_of(node)
     if source is None or op_name(source) != "arange":
         return None if source is None or has_symbol(node) else Affine((int(step),), int(start))
-    if len(source.args) > 1 and any(_is_symbolic(arg) for arg in (source.args[0], *source.args[2:])):
+    if len(source.args) > 1 and any(is_symbolic(arg) for arg in (source.args[0], *source.args[2:])):
         return None
-    if any(_is_symbolic(source.kwargs.get(name)) for name in ("start", "step")):
+    if any(is_symbolic(source.kwargs.get(name)) for name in ("start", "step")):
         return None
     return Affine((int(step),), int(start))
-
-
-def has_symbol(node: torch.fx.Node) -> bool:
-    """Whether a number among the arguments of the node may depend on a symbolic size."""
-    source = source_of(node)
-    if source is None:
-        return True
-    return any(_is_symbolic(arg) for arg in source.all_input_nodes)
-
-
-def _is_symbolic(value: Any) -> bool:
-    if not isinstance(value, torch.fx.Node):
-        return False
-    return not isinstance(value.meta.get("example_value", value.meta.get("val")), torch.Tensor)
 
 
 def _stored_number(node: torch.fx.Node) -> Known:
@@ -478,34 +452,8 @@ def _stored_number(node: torch.fx.Node) -> Known:
     return Constant(float(module))
 
 
-def _counts(dtype: torch.dtype) -> bool:
+def _counts(dtype: torch.dtype | None) -> bool:
     """Whether numbers of the dtype behave as numbers: small integers wrap around."""
-    return dtype.is_floating_point or dtype in (torch.bool, torch.int32, torch.int64)
-
-
-def is_edit(node: torch.fx.Node) -> bool:
-    """Whether ``node`` writes to one of its arguments."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if dtype is None:
         return False
-    return op_name(node) != "detach"
-
-
-def edited_by(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The arguments that ``node`` writes to."""
-    if not is_edit(node):
-        return []
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    given = [*zip(arguments, node.args, strict=False)]
-    given += [(each, node.kwargs[each.name]) for each in arguments if each.name in node.kwargs]
-    return [
-        value
-        for each, value in given
-        if isinstance(value, torch.fx.Node) and each.alias_info is not None and each.alias_info.is_write
-    ]
-
-
-def memory_of(node: torch.fx.Node) -> int | None:
-    """What identifies the memory that a node's tensor is a view of."""
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    return dtype.is_floating_point or dtype in (torch.bool, torch.int32, torch.int64)

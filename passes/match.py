@@ -13,10 +13,15 @@ from typing import Any
 
 import torch.fx
 
-from sigswap.passes.axes import axis_map, chain_inputs, op_name, shape_of
-from sigswap.passes.labels import CASTS, COPIES, RESHAPES, UNDONE, Axes, Label, Labels, contraction
-from sigswap.passes.masks import MASKED_SCORE, Masks, Term, has_symbol, is_edit
-from sigswap.passes.normalize import source_of, tensor_of
+from sigswap.masked import MASKED_SCORE
+from sigswap.passes.labels import Axes, Label, Labels, contraction
+from sigswap.passes.masks import Masks, Term
+from sigswap.passes.nodes import argument, dtype_of, is_edit, is_floating, shape_of
+from sigswap.passes.normalize import has_symbol, source_of, tensor_of
+from sigswap.passes.ops import op_name, op_of, spelling_of
+from sigswap.passes.site import AttentionSite
+
+_VARYING = "with a number that depends on a size that varies"
 
 
 class Refused(Exception):
@@ -91,15 +96,15 @@ class Call:
 
 
 class Match:
-    """One attention whose scores are in the graph: ``anchor`` makes them, over ``key_axis``, probabilities."""
+    """One attention whose scores are in the graph, with the paths that ``find`` has followed."""
 
-    def __init__(
-        self, anchor: torch.fx.Node, key_axis: int, product: torch.fx.Node, output: torch.fx.Node, masks: Masks
-    ) -> None:
-        self.anchor, self.key_axis, self.product, self.output, self.masks = anchor, key_axis, product, output, masks
+    def __init__(self, site: AttentionSite, masks: Masks) -> None:
+        found = site.products[0]
+        self.anchor, self.product, self.output, self.masks = site.anchor, found.node, site.output, masks
+        self.key_axis, self.product_key_axis = site.key_axis, found.key_axis
         self.labels = Labels()
-        self.up = _path_up(anchor, product)
-        self.down = _path_down(anchor, output)
+        self.up = [found.node, *found.path, site.anchor]  # from the product to the anchor
+        self.down = [*site.weights_path, site.output]  # after the anchor to the output
 
     def call(self) -> Call:
         """Raises Refused."""
@@ -146,14 +151,15 @@ class Match:
         product = contraction(self.product)
         if product is None:
             raise Refused("its scores are a product of a form that is not lowered (a sum, or a layer with a bias)")
-        left, right, names_left, names_right, names_out = product
+        left, right = product.left, product.right
+        names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
         sizes: dict[Any, int] = {}
         for node, names in ((left, names_left), (right, names_right)):
             for name, size in zip(names, shape_of(node) or (), strict=True):
                 sizes[name] = max(sizes.get(name, 1), size)
         by_name = {name: () if size == 1 else (self.labels.new(size),) for name, size in sizes.items()}
         contracted = [name for name in names_left if name in names_right and name not in names_out]
-        key_name = names_out[_axis_above(self.up, self.key_axis)]
+        key_name = names_out[self.product_key_axis]
         if (key_name in names_left) == (key_name in names_right):
             raise Refused("its sigmoid is not over the keys of the product")
         query, key = (left, names_left), (right, names_right)
@@ -184,7 +190,7 @@ class Match:
                 break
             followed = self.labels.through(node, source, axes)
             if followed is None:
-                raise Refused(f"its scores pass through {op_name(node)}")
+                raise Refused(f"its scores pass through {spelling_of(node)}")
             axes = followed
             shape = shape_of(node) or ()
             if any(self.labels.size(axis) != size for axis, size in zip(axes, shape, strict=True)):
@@ -195,17 +201,17 @@ class Match:
         return found, axes
 
     def _modify(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
-        name, args = op_name(node), node.args
-        if name in UNDONE or name in RESHAPES or name in COPIES:
+        op, name, args = op_of(node), op_name(node), node.args
+        if op.undone or op.copies:
             return
-        if name in CASTS:
-            if not node.meta["val"].dtype.is_floating_point:
+        if op.casts:
+            if not is_floating(node):
                 raise Refused("its scores are cast to integers")
             return
         if has_symbol(node):
-            raise Refused(f"its scores pass through {name} with a number that depends on a size that varies")
-        if name in ("mul", "multiply", "div", "divide", "true_divide"):
-            divides = name.startswith(("div", "true"))
+            raise Refused(f"its scores pass through {spelling_of(node)} {_VARYING}")
+        if name in ("mul", "div"):
+            divides = name == "div"
             other = args[1] if args[0] is source else args[0]
             if (
                 (divides and args[0] is not source)
@@ -213,9 +219,9 @@ class Match:
                 or node.kwargs.get("rounding_mode")
                 or other is source
             ):
-                raise Refused(f"its scores pass through {name} in a form that is not lowered")
+                raise Refused(f"its scores pass through {spelling_of(node)} in a form that is not lowered")
             self._scale(found, other, axes, divides)
-        elif name in ("add", "sub", "subtract", "rsub"):
+        elif name in ("add", "sub", "rsub"):
             self._add(found, node, source, axes)
         elif name == "tanh":
             if not found.is_bare or found.clamped:
@@ -230,7 +236,7 @@ class Match:
             self._clamp(node, source)
             found.clamped = True
         else:
-            raise Refused(f"its scores pass through {name}")
+            raise Refused(f"its scores pass through {spelling_of(node)}")
 
     def _scale(self, found: Modifiers, other: Any, axes: Axes, divides: bool) -> None:
         if found.clamped:
@@ -267,7 +273,7 @@ class Match:
         name, (left, right) = op_name(node), node.args[:2]
         alpha = self.masks.constant(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1))
         if alpha is None or left is right:
-            raise Refused(f"its scores pass through {name} in a form that is not lowered")
+            raise Refused(f"its scores pass through {spelling_of(node)} in a form that is not lowered")
         first = right is source if name == "rsub" else left is source
         other = (left if name == "rsub" else right) if first else (right if name == "rsub" else left)
         if not first and (name != "add" or alpha != 1):
@@ -292,7 +298,7 @@ class Match:
         self._conditions(found, condition, axes, inverted)
 
     def _conditions(self, found: Modifiers, condition: torch.fx.Node, axes: Axes, inverted: bool) -> None:
-        if condition.meta["val"].dtype != torch.bool:
+        if dtype_of(condition) != torch.bool:
             raise Refused("its mask is not boolean")
         whole = broadcast(condition, axes).axes
         found.masks += [visible_of(term, whole) for term in self.masks.visible(condition, not inverted)]
@@ -335,33 +341,31 @@ class Match:
         for source, node in zip([self.anchor, *self.down], self.down[:-1], strict=False):
             followed = self.labels.through(node, source, axes)
             if followed is None:
-                raise Refused(f"its probabilities pass through {op_name(node)}")
-            axes, name, args = followed, op_name(node), node.args
+                raise Refused(f"its probabilities pass through {spelling_of(node)}")
+            axes, op, args = followed, op_of(node), node.args
             if any(self.labels.size(axis) != size for axis, size in zip(axes, shape_of(node) or (), strict=True)):
                 raise Refused("its probabilities are broadcast over axes that query and key do not have")
-            if name in UNDONE or name in RESHAPES or name in COPIES:
-                continue
-            if name in CASTS and node.meta["val"].dtype.is_floating_point:
+            if op.undone or op.copies or (op.casts and is_floating(node)):
                 continue
             if has_symbol(node):
-                raise Refused(f"its probabilities pass through {name} with a number that depends on a size that varies")
-            if name == "dropout":
+                raise Refused(f"its probabilities pass through {spelling_of(node)} {_VARYING}")
+            if op.name == "dropout":
                 if args[2] and args[1] > 0:
                     if dropout_p:
                         raise Refused("its probabilities pass through two dropouts")
                     dropout_p = float(args[1])
                 continue
-            hides = name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
+            hides = op.name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
             fill = (
-                self.masks.constant(args[2] if name == "masked_fill" or args[1] is source else args[1])
+                self.masks.constant(args[2] if op.name == "masked_fill" or args[1] is source else args[1])
                 if hides
                 else None
             )
             if fill == 0:  # after the sigmoid: a mask, too, if the bias does not count it
-                condition, inverted = (args[1], True) if name == "masked_fill" else (args[0], args[2] is source)
+                condition, inverted = (args[1], True) if op.name == "masked_fill" else (args[0], args[2] is source)
                 self._conditions(found, condition, axes, inverted)
                 continue
-            raise Refused(f"its probabilities pass through {name}")
+            raise Refused(f"its probabilities pass through {spelling_of(node)}")
         return axes, dropout_p
 
     def _weighted(self, axes: Axes) -> tuple[Operand, Operand, tuple[Label, ...]]:
@@ -369,7 +373,8 @@ class Match:
         product = contraction(self.output)
         if product is None or op_name(self.output) == "baddbmm":
             raise Refused("its product with the value is of a form that is not lowered")
-        left, right, names_left, names_right, names_out = product
+        left, right = product.left, product.right
+        names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
         weights = self.down[-2] if len(self.down) > 1 else self.anchor
         if left is right:
             raise Refused("its probabilities weight themselves")
@@ -434,7 +439,7 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     bias, attn_mask = tensors[3:5]
     if bias is not None:
         found.terms.append(broadcast(bias, axes))
-    if attn_mask is not None and attn_mask.meta["val"].dtype == torch.bool:
+    if attn_mask is not None and dtype_of(attn_mask) == torch.bool:
         operand = broadcast(attn_mask, axes)
         found.masks += [visible_of(term, operand.axes) for term in masks.visible(attn_mask)]
     elif attn_mask is not None:
@@ -461,10 +466,6 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
 # Small questions about nodes.
 
 
-def argument(node: torch.fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
     """``node``, broadcast against a tensor with the axes given."""
     shape = shape_of(node)
@@ -479,46 +480,3 @@ def visible_of(term: Term, axes: Axes) -> Visible:
     shape = shape_of(term.node) or ()
     own = tuple(() if axis is None or size == 1 else axes[axis] for axis, size in zip(term.axes, shape, strict=True))
     return Visible(term, axes, own)
-
-
-def _path_up(anchor: torch.fx.Node, product: torch.fx.Node) -> list[torch.fx.Node]:
-    """The nodes from the product to the anchor, through which the scores flow."""
-    pending: list[list[torch.fx.Node]] = [[anchor]]
-    seen: set[torch.fx.Node] = set()
-    while pending:
-        path = pending.pop()
-        if path[-1] is product:
-            return path[::-1]
-        inputs = [path[-1].args[0]] if path[-1] is anchor else chain_inputs(path[-1])
-        for node in inputs:
-            if node not in seen:
-                seen.add(node)
-                pending.append([*path, node])
-    raise Refused("its scores cannot be followed from the product of query and key")
-
-
-def _path_down(anchor: torch.fx.Node, output: torch.fx.Node) -> list[torch.fx.Node]:
-    """The nodes after the anchor down to the output, through which the probabilities flow."""
-    pending: list[list[torch.fx.Node]] = [[anchor]]
-    seen: set[torch.fx.Node] = set()
-    while pending:
-        path = pending.pop(0)
-        if path[-1] is output:
-            return path[1:]
-        for node in path[-1].users:
-            if node not in seen and (node is output or path[-1] in chain_inputs(node)):
-                seen.add(node)
-                pending.append([*path, node])
-    raise Refused("its probabilities cannot be followed to the product with the value")
-
-
-def _axis_above(path: Sequence[torch.fx.Node], axis: int) -> int:
-    """The axis of the first node of the path that is ``axis`` of the one before the last."""
-    for node, source in zip(path[-2:0:-1], path[-3::-1], strict=False):
-        if op_name(node) == "baddbmm":
-            continue
-        axes = axis_map(node, source)
-        if axes is None or axis not in axes:
-            raise Refused(f"its keys cannot be followed through {op_name(node)}")
-        axis = axes.index(axis)
-    return axis

@@ -123,6 +123,20 @@ def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
     return node.meta.get(_SOURCE)
 
 
+def has_symbol(node: torch.fx.Node) -> bool:
+    """Whether a number among the arguments of the node may depend on a symbolic size."""
+    source = source_of(node)
+    if source is None:
+        return True
+    return any(is_symbolic(arg) for arg in source.all_input_nodes)
+
+
+def is_symbolic(value: Any) -> bool:
+    if not isinstance(value, torch.fx.Node):
+        return False
+    return not isinstance(value.meta.get("example_value", value.meta.get("val")), torch.Tensor)
+
+
 def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
     """The first node of ``graph``, the Dynamo graph or one of its submodules', whose value a shadow node is."""
     return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph and not same._erased), None)

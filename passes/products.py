@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-import torch
 import torch.fx
 
-from sigswap.passes.axes import ORDERED, RESHAPES, axis_map, op_name, rank_of, shape_of
+from sigswap.passes.axes import Step, axis_map
+from sigswap.passes.nodes import argument, axes_argument, input_at, input_list, rank_of, shape_of, tensor_input
+from sigswap.passes.ops import op_name, op_of
 
 PARAMETER = "sigswap_parameter"  # node.meta key: set on the placeholders that are parameters
-
-LAYERS = frozenset({"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"})
-_PARAMETER_VIEWS = frozenset("permute transpose t mT numpy_T expand repeat slice select".split())
 
 
 @dataclasses.dataclass
@@ -29,7 +28,7 @@ class Factors:
     query_axis: int | None
     batch_axes: dict[int, tuple[int, int]]  # axis of the output -> (axis of the query, axis of the key)
     row_axes: dict[int, int]  # axis of the output -> axis of the query alone
-    path: list[tuple[torch.fx.Node, torch.fx.Node]] = dataclasses.field(default_factory=list)  # (op, its input)
+    path: list[Step] = dataclasses.field(default_factory=list)  # from the product down to the softmax's scores
     query_in_order: bool = True
 
     @property
@@ -40,13 +39,13 @@ class Factors:
 
 def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
     """``node`` as a product whose ``key_axis`` comes from the key; a reason if it is a product but not that one."""
-    name = op_name(node)
-    if name in ("matmul", "mm", "bmm", "baddbmm", "linear"):
-        first, second = node.args[1:3] if name == "baddbmm" else node.args[:2]
-        found = _matrix_product(node, first, second, key_axis, transposed=name == "linear")
-    elif name == "einsum":
+    op = op_of(node)
+    found: Factors | str | None
+    if op.matrix or op.name == "linear":
+        found = _matrix_product(node, key_axis)
+    elif op.name == "einsum":
         found = _einsum_product(node, key_axis)
-    elif name == "sum":
+    elif op.name == "sum":
         found = _summed_product(node, key_axis)
     else:
         return None
@@ -55,9 +54,15 @@ def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
     return found
 
 
-def _matrix_product(
-    node: torch.fx.Node, first: torch.fx.Node, second: torch.fx.Node, key_axis: int, transposed: bool
-) -> Factors | str | None:
+def matrix_factors(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
+    """The factors of a matrix product, or of ``linear``, which transposes the second one."""
+    first, second = op_of(node).operands if op_of(node).matrix else (0, 1)
+    return tensor_input(node, first), tensor_input(node, second)
+
+
+def _matrix_product(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
+    first, second = matrix_factors(node)
+    transposed = op_name(node) == "linear"
     rank, rank1, rank2 = rank_of(node), rank_of(first), rank_of(second)
     if rank1 < 2 or rank2 < 2:
         # A linear layer follows an axis (talking heads), a matrix-vector product scores keys by one vector.
@@ -85,7 +90,7 @@ def _einsum_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
     if labels is None:
         return "its scores are an einsum that is not a product of two tensors"
     (first, second), out = labels
-    operands = node.args[1]
+    operands = input_list(node, 1)
     label = out[key_axis]
     if (label in first) == (label in second):
         return "its softmax runs over a batch axis of the product, not over keys"
@@ -114,10 +119,10 @@ def _einsum_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
 
 def einsum_labels(node: torch.fx.Node) -> tuple[tuple[list[str], list[str]], list[str]] | None:
     """The labels of a two-operand einsum's factors and output, an ellipsis spelled out as "0", "1", ..."""
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    operands = input_list(node, 1)
     if len(operands) != 2:
         return None
-    inputs, arrow, output = equation.partition("->")
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
     terms = inputs.split(",")
 
     def spelled(term: str, rank: int) -> list[str]:
@@ -138,24 +143,17 @@ def einsum_labels(node: torch.fx.Node) -> tuple[tuple[list[str], list[str]], lis
 def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
     """``(query * key).sum(head_dim)``, with queries and keys spread over axes of their own."""
     reason = "its scores are a sum that is not a product of query and key"
-    source = node.args[0]
-    if op_name(source) != "mul" or len(node.args) < 2:
+    source, (contracted, *others) = tensor_input(node), axes_argument(node, 1, rank_of(tensor_input(node))) or (-1,)
+    if op_name(source) != "mul" or contracted < 0 or others:
         return reason
-    axes = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])
-    if len(axes) != 1:
-        return reason
-    rank, contracted = rank_of(source), axes[0] % rank_of(source)
-    keepdim = len(node.args) > 2 and node.args[2]
-    spread = [axis for axis in range(rank) if axis != contracted or keepdim]
-    factors = list(source.args[:2])
-    if not all(isinstance(x, torch.fx.Node) and rank_of(x) == rank for x in factors):
-        return reason
+    rank, whole = rank_of(source), shape_of(source)
+    spread = [axis for axis in range(rank) if axis != contracted or argument(node, 2, "keepdim")]
+    factors = [x for x in (input_at(source, 0), input_at(source, 1)) if x is not None and rank_of(x) == rank]
+    shapes = [shape for x in factors if (shape := shape_of(x)) is not None]
     key_source = spread[key_axis]
-    shapes = [shape_of(x) for x in factors]
-    whole = shape_of(source)
-    if None in shapes or whole is None or key_source == contracted:
+    if len(shapes) != 2 or whole is None or key_source == contracted:
         return reason
-    broad = [shape[key_source] == 1 != whole[key_source] for shape in shapes]  # type: ignore[index]
+    broad = [shape[key_source] == 1 != whole[key_source] for shape in shapes]
     if broad[0] == broad[1]:
         return reason
     query_arg = broad.index(True)
@@ -164,7 +162,7 @@ def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
     for out_axis, axis in enumerate(spread):
         if axis in (key_source, contracted):
             continue
-        if shapes[1 - query_arg][axis] == 1 != whole[axis]:  # type: ignore[index]
+        if shapes[1 - query_arg][axis] == 1 != whole[axis]:
             rows[out_axis] = axis
         else:
             batch[out_axis] = (axis, axis)
@@ -176,21 +174,19 @@ def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
 
 def is_parameter(node: torch.fx.Node) -> bool:
     """Whether ``node`` is a parameter, as it is or through views, casts and scaling by a number."""
-    while op_name(node) in ORDERED | RESHAPES | _PARAMETER_VIEWS:
+    while op_of(node).keeps_parameter:
         if any(isinstance(arg, torch.fx.Node) and rank_of(arg) > 0 for arg in node.args[1:]):
             return False
-        if not isinstance(node.args[0], torch.fx.Node):
+        source = input_at(node)
+        if source is None:
             return False
-        node = node.args[0]
+        node = source
     return node.op == "get_attr" or bool(node.meta.get(PARAMETER))
 
 
-def follow(path: list[tuple[torch.fx.Node, torch.fx.Node]], axis: int | None) -> int | None:
+def follow(path: Sequence[Step], axis: int | None) -> int | None:
+    """The axis at the end of ``path`` that holds ``axis`` of its first input; None: it ends on the way."""
     for node, source in path:
-        if axis is None:
-            return None
-        if op_name(node) == "baddbmm":
-            continue
-        axes = axis_map(node, source)
-        axis = axes[axis] if axes is not None else None
+        axes = axis_map(node, source) if axis is not None else None
+        axis = axes[axis] if axes is not None and axis is not None else None
     return axis

@@ -13,7 +13,7 @@ class HeadLayout:
     """Where the heads are in a tensor: ``axis`` holds ``heads``, or, if ``merged``, those and the batch or the rows.
 
     Merged heads are the inner ones (batch*heads), or, if ``outer``, the outermost (heads*batch). ``axis`` counts from
-    0; None: one head and no axis for it.
+    0, or from the end (:meth:`from_end`); None: one head and no axis for it.
     """
 
     axis: int | None
@@ -21,18 +21,32 @@ class HeadLayout:
     merged: bool = False
     outer: bool = False
 
+    def at(self, axis: int) -> HeadLayout:
+        """The same heads on another axis, of a tensor that the axis was followed to."""
+        return dataclasses.replace(self, axis=axis)
+
+    def from_end(self, rank: int) -> HeadLayout:
+        """With the axis of a tensor of ``rank`` axes counted from the end, as plans have it that meet other ranks."""
+        return self if self.axis is None else self.at(self.axis - rank)
+
+
+ONE_HEAD = HeadLayout(None, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
     """The product of query and key: which argument of ``node`` is which, and the axes that matter.
 
+    ``key_axis``: of the product. ``path``: the nodes through which it flows, from after it to the softmax's scores.
     ``query_arg`` and ``key_arg`` count the two factors (0 or 1). ``query_head`` and ``key_head`` say where
     the heads are in the factors, ``query_dim_axis`` and ``key_dim_axis`` which axis is head_dim.
     """
 
     node: torch.fx.Node
+    path: tuple[torch.fx.Node, ...]
     query_arg: int
     key_arg: int
+    key_axis: int
     query_dim_axis: int
     key_dim_axis: int
     query_head: HeadLayout
@@ -51,7 +65,7 @@ class AttentionSite:
     (None: not known) and ``head`` are axes of the scores (of a softmax) or of the query (of a
     scaled_dot_product_attention).
     ``products`` are the q.k products whose sum the scores are (empty for scaled_dot_product_attention).
-    ``output`` is the product with the value.
+    ``output`` is the product with the value, ``weights_path`` what the probabilities flow through on the way to it.
     """
 
     kind: Literal["softmax", "sdpa"]
@@ -67,6 +81,7 @@ class AttentionSite:
     scale: float | None = None
     softcap: bool = False
     dropout: bool = False
+    weights_path: tuple[torch.fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
