@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import reference
-from sigswap.kernels.reference import Options
+from sigswap.kernels.host.problem import Options, Packed
+from sigswap.kernels.host.results import empty_gradients, empty_varlen_output
 
 MAX_HEAD_DIM = 256
 
@@ -29,7 +30,6 @@ class _Kernels(NamedTuple):
     flash_fwd: ModuleType
     flash_bwd: ModuleType
     decode: ModuleType
-    launch: ModuleType
     short_masked: ModuleType
     hopper_fwd: ModuleType | None
     """Only for the GPUs that it is written for; as is the next one."""
@@ -100,9 +100,9 @@ def varlen_forward(
         return reference.varlen_forward(
             query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, options
         )
-    packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     views = _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
-    out = reference.empty_varlen_output(query, value)
+    out = empty_varlen_output(query, value)
     with _on(query.device):
         kernels.flash_fwd.forward(*views, None, seed, options, packed=packed, out=_heads_first(out))
     return out
@@ -126,9 +126,9 @@ def varlen_backward(
     if kernels is None:
         inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
         return reference.varlen_backward(grad_out, *inputs, output_mask, options)
-    packed = kernels.launch.Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     views = _heads_first(grad_out), _heads_first(query), _heads_first(key), _heads_first(value), _row_bias_view(bias)
-    grads = reference.empty_gradients((query, key, value, bias), output_mask)
+    grads = empty_gradients((query, key, value, bias), output_mask)
     targets = [None if grad is None else _heads_first(grad) for grad in grads[:3]]
     targets += [_row_bias_view(grads[3]), None]
     with _on(query.device):
@@ -170,7 +170,6 @@ def _device_kernels(device: int) -> _Kernels | None:
     if capability < (8, 0):
         return _unable(f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0")
     try:
-        from sigswap.kernels.host import launch
         from sigswap.kernels.triton import backward as flash_bwd
         from sigswap.kernels.triton import decode, short_masked
         from sigswap.kernels.triton import forward as flash_fwd
@@ -183,7 +182,7 @@ def _device_kernels(device: int) -> _Kernels | None:
             from sigswap.kernels.hopper import forward as hopper_fwd
         except (ImportError, AttributeError) as error:  # Gluon is experimental: names change
             _log.warning("Long sequences are slower than they could be: this Triton's Gluon differs (%s).", error)
-    return _Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, hopper_fwd, hopper_bwd)
+    return _Kernels(flash_fwd, flash_bwd, decode, short_masked, hopper_fwd, hopper_bwd)
 
 
 @functools.cache

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.host.problem import Options
+from sigswap.kernels.host.results import empty_gradients, empty_output, empty_varlen_output
 
 MAX_TILE_SCORES = 1 << 20
 """Scores per tile, at most (a single query row may hold more). 4 MiB in float32: about a core's cache."""
@@ -37,29 +39,6 @@ MAX_TILE_SCORES = 1 << 20
 
 MAX_BAND_ROWS = 256
 """Query rows per tile, at most, under a causal mask or a window."""
-
-
-class Options(NamedTuple):
-    """The arguments of ``sigswap::sigmoid_attention`` that are not tensors, with the schema's defaults."""
-
-    scale: float
-    const_bias: float = 0.0
-    visible_bias: bool = True
-    is_causal: bool = False
-    bottom_right: bool = False
-    window_left: int = -1
-    window_right: int = -1
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-
-    def band(self, q_len: int, kv_len: int) -> tuple[int, int | None, int | None]:
-        """Row i sees the keys i + shift - left ... i + shift + right; None: no limit on that side."""
-        shift = kv_len - q_len if self.bottom_right else 0
-        # Longer than everything is all; sums with it stay within their type.
-        longest = q_len + kv_len
-        left = min(self.window_left, longest) if self.window_left >= 0 else None
-        right = min(self.window_right, longest) if self.window_right >= 0 else None
-        return shift, left, 0 if self.is_causal else right
 
 
 class _Heads(NamedTuple):
@@ -217,33 +196,6 @@ def varlen_backward(
     if grad_bias is not None and row_sums is not None:
         grad_bias.copy_(row_sums.squeeze(-1).sum_to_size(grad_bias.shape))
     return grads
-
-
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """The output, uninitialised: [B, H, M, Dv], stored as [B, M, H, Dv].
-
-    Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
-    Fused softmax attention returns it, too. It is no view, so that it may be changed in place.
-    """
-    return query.new_empty_strided(*output_layout(query.shape, value.shape))
-
-
-def output_layout(query: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The output's shape and strides, for shapes of query and value."""
-    batch, heads, q_len, _ = query
-    dim = value[3]
-    return (batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1)
-
-
-def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
-    """The output for packed sequences, uninitialised: [total_q, H, Dv], contiguous."""
-    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
-
-
-def empty_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs, uninitialised, in their memory order; None: not needed."""
-    pairs = zip(inputs, output_mask, strict=True)
-    return tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor, needed in pairs])
 
 
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:

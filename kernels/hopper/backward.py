@@ -39,34 +39,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigswap.kernels import reference
 from sigswap.kernels.hopper.common import Numbers, Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Described,
-    Launch,
-    Layout,
-    RowBiases,
-    Signature,
-    contiguous_layout,
-    describable,
-    gradients_for,
-    hand_over,
-    layout_of,
-    limits_of,
-    row_biases_for,
-    signature_of,
-    unit_stride,
-)
-from sigswap.kernels.triton.common import (
-    _AUTO,
-    _FAST,
-    _FAST_BIAS,
-    _LOG2E,
-    _ROW_BIAS_BLOCK,
-    elements,
-    store_rows,
-)
+from sigswap.kernels.host.launch import Described, Launch, describable
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, unit_stride
+from sigswap.kernels.host.problem import MAX_PLANS, Options, Signature, signature_of
+from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.tiles import limits_of
+from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, _ROW_BIAS_BLOCK, elements, store_rows
+from sigswap.kernels.triton.row_biases import RowBiases, row_biases_for
 from sigswap.kernels.triton.sums import Sum
 
 LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
@@ -103,7 +83,7 @@ def suits(
     bias: Tensor | None,
     attn_mask: Tensor | None,
     output_mask: list[bool],
-    options: reference.Options,
+    options: Options,
 ) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
     dropout and soft cap, where all of query, key and value want gradients."""
@@ -158,7 +138,7 @@ def backward(
     value: Tensor,
     bias: Tensor | None,
     output_mask: list[bool],
-    options: reference.Options,
+    options: Options,
 ) -> tuple[Tensor | None, ...]:
     """``sigswap::sigmoid_attention_backward``, where it suits(), with None for what is not needed; the arguments are
     documented there."""

@@ -32,9 +32,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigswap.kernels import reference
 from sigswap.kernels.hopper.common import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.host.launch import MAX_PLANS, Launch, Layout, Signature, describable, limits_of, signature_of
+from sigswap.kernels.host.launch import Launch, describable
+from sigswap.kernels.host.layout import Layout
+from sigswap.kernels.host.problem import MAX_PLANS, Options, Signature, signature_of
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
 WIDTH = 128
@@ -53,7 +55,7 @@ def suits(
     value: Tensor,
     bias: Tensor | None,
     attn_mask: Tensor | None,
-    options: reference.Options,
+    options: Options,
 ) -> bool:
     """Whether this kernel takes the forward: of long sequences in half precision, head_dim 65 to 128, without mask,
     dropout and soft cap."""
@@ -88,7 +90,7 @@ def _sees_in_every_item(signature: Signature) -> bool:
     return first_sees and (left is None or last_item + shift - left < signature.kv_len)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, options: reference.Options) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, options: Options) -> Tensor:
     """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there. Deterministic."""
     plan = _plan(signature_of(query, key, value, bias, None, options))
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)

@@ -20,10 +20,10 @@ from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sigswap.kernels import dispatch
-from sigswap.kernels.host.launch import recorded_by
+from sigswap.kernels.host.problem import Options
+from sigswap.kernels.host.recording import recorded_by
 from sigswap.kernels.op.registration import as_results
-from sigswap.kernels.reference import Options
-from sigswap.kernels.triton.common import count_kernel
+from sigswap.kernels.triton.row_biases import count_kernel
 
 FEW_SCORES = 1 << 26
 """An op on fewer scores takes the GPU less time than its call takes the host. So its launches are made visible even

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels import MASKED_SCORE, reference
+from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.op import checks, vmap
 from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
@@ -128,7 +129,7 @@ _attention = AttentionOp(
     differentiable=5,
     check=checks.check_attention,
     functions=("forward", "backward"),
-    empty=lambda query, key, value, *others: reference.empty_output(query, value),
+    empty=lambda query, key, value, *others: empty_output(query, value),
 )
 vmap.register_folding(_attention)
 

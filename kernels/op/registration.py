@@ -5,7 +5,7 @@ An attention op is a pair of pure functions in ``torch.ops.sigswap``::
     name(*inputs, *, options) -> Tensor
     name_backward(grad_out, *inputs, output_mask, *, options) -> a gradient of each of the first inputs
 
-The inputs are tensors, and then numbers; the options are :class:`sigswap.kernels.reference.Options`.
+The inputs are tensors, and then numbers; the options are :class:`sigswap.kernels.host.problem.Options`.
 :class:`AttentionOp` registers both functions with PyTorch's dispatcher: implementation, fake, autograd, autocast.
 Every device runs :mod:`sigswap.kernels.reference`, but for CUDA, which runs :mod:`sigswap.kernels.dispatch`: Triton
 kernels, imported at the first call.
@@ -29,7 +29,8 @@ from torch.autograd.function import _SingleLevelFunction
 
 from sigswap.errors import SigswapError
 from sigswap.kernels import reference
-from sigswap.kernels.reference import Options
+from sigswap.kernels.host.problem import Options
+from sigswap.kernels.host.results import empty_gradients
 
 OPTIONS = (
     "float scale, float const_bias=0.0, bool visible_bias=True, bool is_causal=False, bool bottom_right=False, "
@@ -119,7 +120,7 @@ class AttentionOp:
             return self._empty(*inputs)
 
         def backward_fake(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
-            grads = reference.empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
+            grads = empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
             return as_results(inputs[1], grads)
 
         def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:

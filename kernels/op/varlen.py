@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sigswap.kernels import reference
+from sigswap.kernels.host.results import empty_varlen_output
 from sigswap.kernels.op import checks, vmap
 from sigswap.kernels.op.registration import AttentionOp, is_plain, options_of
 
@@ -99,6 +99,6 @@ _varlen = AttentionOp(
     differentiable=4,
     check=checks.check_varlen,
     functions=("varlen_forward", "varlen_backward"),
-    empty=lambda query, key, value, *others: reference.empty_varlen_output(query, value),
+    empty=lambda query, key, value, *others: empty_varlen_output(query, value),
 )
 vmap.register_looping(_varlen)

@@ -18,41 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Counts,
-    Described,
-    Launch,
-    Layout,
-    Packed,
-    RowBiases,
-    Signature,
-    Tile,
-    by_rows,
-    contiguous_layout,
-    counts_for,
-    cu_layouts,
-    cu_tensors,
-    describable,
-    fit,
-    gradients_for,
-    hand_over,
-    layout_of,
-    limits_of,
-    output_arguments,
-    readable_mask,
-    row_biases_for,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.forms import FAST
+from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, readable_mask, unit_stride
+from sigswap.kernels.host.problem import MAX_PLANS, Options, Packed, Signature, output_arguments, signature_of
+from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
     _ACCURATE,
     _AUTO,
     _FAST,
     _FAST_BIAS,
     _ROW_BIAS_BLOCK,
-    FAST,
     UNSPECIALIZED,
     elements,
     first_draw,
@@ -68,6 +45,7 @@ from sigswap.kernels.triton.common import (
     store_rows,
     unit_of,
 )
+from sigswap.kernels.triton.row_biases import Counts, RowBiases, counts_for, cu_layouts, cu_tensors, row_biases_for
 from sigswap.kernels.triton.sums import Sum
 
 
@@ -80,7 +58,7 @@ def backward(
     attn_mask: Tensor | None,
     seed: Tensor | None,
     output_mask: list[bool],
-    options: reference.Options,
+    options: Options,
     *,
     packed: Packed | None = None,
     grads: tuple[Tensor | None, ...] | None = None,

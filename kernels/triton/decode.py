@@ -17,20 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Counts,
-    Launch,
-    Layout,
-    Signature,
-    contiguous_layout,
-    counts_for,
-    limits_of,
-    new_tensor,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor, unit_stride
+from sigswap.kernels.host.problem import MAX_PLANS, Options, Signature, signature_of
+from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import (
     _ACCURATE,
     UNSPECIALIZED,
@@ -42,6 +33,7 @@ from sigswap.kernels.triton.common import (
     single,
     unit_of,
 )
+from sigswap.kernels.triton.row_biases import Counts, counts_for
 
 MAX_ROWS = 64
 """Query rows times query heads per key head, at most. With more, the forward kernel fills the GPU as well."""
@@ -50,7 +42,7 @@ MIN_KEYS = 256
 """Keys per program, at least: fewer don't pay for a partial output."""
 
 
-def suits(query: Tensor, key: Tensor, options: reference.Options) -> bool:
+def suits(query: Tensor, key: Tensor, options: Options) -> bool:
     """Whether decoding is expected to be faster than the forward kernel."""
     kv_len = key.shape[2]
     if kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
@@ -65,14 +57,14 @@ def forward(
     value: Tensor,
     bias: Tensor | None,
     attn_mask: Tensor | None,
-    options: reference.Options,
+    options: Options,
     *,
     splits: int | None = None,
 ) -> Tensor:
     """``sigswap::sigmoid_attention`` without dropout. splits: over how many programs the keys are split."""
     signature = signature_of(query, key, value, bias, attn_mask, options)
     if signature.is_empty:
-        return reference.empty_output(query, value).zero_()
+        return empty_output(query, value).zero_()
     if not signature.is_readable:  # masks are read as they are
         query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
         signature = signature_of(query, key, value, bias, attn_mask, options)

@@ -14,34 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Counts,
-    Described,
-    Launch,
-    Layout,
-    Packed,
-    Signature,
-    Tile,
-    by_rows,
-    counts_for,
-    cu_layouts,
-    cu_tensors,
-    describable,
-    fit,
-    layout_of,
-    limits_of,
-    readable_mask,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.forms import AUTO, FAST
+from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
+from sigswap.kernels.host.layout import Layout, layout_of, readable_mask, unit_stride
+from sigswap.kernels.host.problem import MAX_PLANS, Options, Packed, Signature, signature_of
+from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    AUTO,
-    FAST,
     UNSPECIALIZED,
     elements,
     first_draw,
@@ -55,6 +37,7 @@ from sigswap.kernels.triton.common import (
     single,
     unit_of,
 )
+from sigswap.kernels.triton.row_biases import Counts, counts_for, cu_layouts, cu_tensors
 
 
 def forward(
@@ -64,7 +47,7 @@ def forward(
     bias: Tensor | None,
     attn_mask: Tensor | None,
     seed: Tensor | None,
-    options: reference.Options,
+    options: Options,
     *,
     packed: Packed | None = None,
     out: Tensor | None = None,
@@ -79,7 +62,7 @@ def forward(
     """
     signature = signature_of(query, key, value, bias, attn_mask, options, packed)
     if signature.is_empty:
-        out = reference.empty_output(query, value) if out is None else out
+        out = empty_output(query, value) if out is None else out
         return out.zero_()
     if not signature.is_readable:
         query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)

@@ -19,22 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Launch,
-    Layout,
-    Signature,
-    contiguous_layout,
-    gradients_for,
-    hand_over,
-    layout_of,
-    limits_of,
-    output_arguments,
-    readable_mask,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, readable_mask, unit_stride
+from sigswap.kernels.host.problem import MAX_PLANS, Options, Signature, output_arguments, signature_of
+from sigswap.kernels.host.results import empty_output, gradients_for, hand_over
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import (
     _MASKED_SCORE,
     UNSPECIALIZED,
@@ -57,7 +46,7 @@ BACKWARD_PROGRAMS = 6
 
 
 def suits(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, attn_mask: Tensor | None, options: reference.Options
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, attn_mask: Tensor | None, options: Options
 ) -> bool:
     """Whether these kernels take the attention: others have no mask with rows, are longer, or have dropout, a soft cap,
     GQA, a row bias of the batch, or scores of float32, whose products run on the ordinary units."""
@@ -80,14 +69,14 @@ def forward(
     value: Tensor,
     bias: Tensor | None,
     attn_mask: Tensor,
-    options: reference.Options,
+    options: Options,
     programs: int = FORWARD_PROGRAMS,
 ) -> Tensor:
     """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there, and valid here.
 
     programs: overrides their number, for tests and tuning.
     """
-    out = reference.empty_output(query, value)
+    out = empty_output(query, value)
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     attn_mask = readable_mask(attn_mask)
     signature = signature_of(query, key, value, bias, attn_mask, options)
@@ -103,7 +92,7 @@ def backward(
     bias: Tensor | None,
     attn_mask: Tensor,
     output_mask: list[bool],
-    options: reference.Options,
+    options: Options,
     programs: int = BACKWARD_PROGRAMS,
 ) -> tuple[Tensor | None, ...]:
     """``sigswap::sigmoid_attention_backward``, where forward suits(), with None for what is not needed; the

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sigswap.kernels import reference
+from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense
 
 
@@ -206,7 +207,7 @@ def test_memory_is_linear_in_the_length(features: str, monkeypatch: pytest.Monke
     length, heads = 1536, 2
     query = torch.randn(1, heads, length, 8)
     mask = (torch.rand(1, 1, 1, length) > 0.2) if features == "mask" else None
-    options = reference.Options(0.3, is_causal=features == "causal", dropout_p=0.5 if features == "dropout" else 0.0)
+    options = Options(0.3, is_causal=features == "causal", dropout_p=0.5 if features == "dropout" else 0.0)
     seed = torch.tensor([3])
     with LargestTensor() as largest:
         out = reference.forward(query, query, query, None, mask, seed, options)
@@ -276,7 +277,7 @@ def test_empty_sizes(shape: tuple[int, int, int, int]) -> None:
 def test_only_the_gradients_asked_for_are_computed() -> None:
     query = torch.randn(1, 1, 5, 4)
     mask, bias = torch.randn(1, 1, 5, 5), torch.randn(1, 1, 1, 1)
-    options = reference.Options(0.5)
+    options = Options(0.5)
     full = reference.backward(query, query, query, query, bias, mask, None, [True] * 5, options)
     for index in range(5):
         needed = [i == index for i in range(5)]

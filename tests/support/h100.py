@@ -44,7 +44,6 @@ def pretended() -> Iterator[None]:
     from sigswap.kernels import dispatch
     from sigswap.kernels.hopper import backward as hopper_bwd
     from sigswap.kernels.hopper import forward as hopper_fwd
-    from sigswap.kernels.host import launch
     from sigswap.kernels.triton import backward as flash_bwd
     from sigswap.kernels.triton import decode, short_masked
     from sigswap.kernels.triton import forward as flash_fwd
@@ -53,7 +52,7 @@ def pretended() -> Iterator[None]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
 
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, hopper_fwd, hopper_bwd)
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, short_masked, hopper_fwd, hopper_bwd)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Driver()))
         stack.enter_context(mock.patch.object(dispatch, "kernels_for", lambda query, value: kernels))

@@ -24,9 +24,8 @@ except ImportError as error:
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.host import launch
-from sigswap.kernels.reference import Options
-from sigswap.kernels.triton.common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.problem import Options, signature_of
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -158,7 +157,7 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
         window_right=draw.choice((-1, 0, 50)),
     )
     query, key = torch.empty(1, 1, q_len, 64), torch.empty(1, 1, kv_len, 64)
-    signature = launch.signature_of(query, key, key, None, None, options)
+    signature = signature_of(query, key, key, None, None, options)
     shift, left, right = options.band(q_len, kv_len)
     row, column = torch.arange(q_len)[:, None] + shift, torch.arange(kv_len)
     visible = torch.ones(q_len, kv_len, dtype=torch.bool)

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import MASKED_SCORE, reference
+from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense, registration
 from sigswap.kernels.op.registration import is_plain, options_of
-from sigswap.kernels.reference import Options
 
 ATTENTION = torch.ops.sigswap.sigmoid_attention.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default

@@ -25,7 +25,8 @@ pytest.importorskip("triton")
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.host import launch
+from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
+from sigswap.kernels.host.problem import Options, Packed
 from sigswap.kernels.triton import backward as flash_bwd
 from sigswap.kernels.triton import decode, short_masked, sums
 from sigswap.kernels.triton import forward as flash_fwd
@@ -46,7 +47,7 @@ class Problem(NamedTuple):
     attn_mask: Tensor | None
     seed: Tensor | None
     grad_out: Tensor
-    options: reference.Options
+    options: Options
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -105,7 +106,7 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False, 
             masked = draw.choice((-torch.inf, torch.finfo(dtype).min, -1e4))
             attn_mask = torch.where(attn_mask, torch.randn(shape, device=device), masked).to(dtype)
     dropout_p = draw.choice((0.0, 0.0, 0.0, 0.2)) if not decoding else 0.0
-    options = reference.Options(
+    options = Options(
         scale=draw.choice((head_dim**-0.5, 0.3)) if head_dim <= 40 else head_dim**-0.5,
         const_bias=draw.choice((0.0, 0.0, -1.5, -6.0)),
         visible_bias=draw.random() < 0.8,
@@ -144,7 +145,7 @@ def window_problem(index: int, device: str = DEVICE) -> Problem:
     if draw.random() < 0.7:
         bias_shape = 1, draw.choice((1, heads)), draw.choice((1, q_len)), 1
         bias = (torch.randn(bias_shape, device=device) - 1).to(dtype)
-    options = reference.Options(
+    options = Options(
         scale=head_dim**-0.5,
         const_bias=draw.choice((0.0, -1.5)),
         visible_bias=draw.random() < 0.8,
@@ -277,7 +278,7 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
         bias = (torch.randn(shape, device=DEVICE) - draw.choice((1, 9))).to(dtype)
         if draw.random() < 0.3:  # as w_h . q_i, of a query cut from a projection
             bias = bias.transpose(1, 2).contiguous().transpose(1, 2)
-    options = reference.Options(
+    options = Options(
         scale=draw.choice((head_dim**-0.5, -0.2)),
         const_bias=draw.choice((0.0, 0.0, -1.5, -6.0, -12.0)),
         visible_bias=draw.random() < 0.8,
@@ -302,7 +303,7 @@ def assert_sums(index: int) -> None:
     out = torch.empty(kept, dtype=draw.choice((torch.float32, torch.float16)), device=DEVICE)
     if draw.random() < 0.3:
         out = torch.empty([*kept, 2], dtype=out.dtype, device=DEVICE)[..., 0]  # not contiguous
-    sums.Sum(launch.layout_of(out), tuple(shape), parts.device)(parts, out)
+    sums.Sum(layout_of(out), tuple(shape), parts.device)(parts, out)
     exact = parts.double().sum_to_size(kept)
     bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * parts.numel() ** 0.5
     assert ((out.double() - exact).abs() <= bound).all()
@@ -312,7 +313,7 @@ class PackedProblem(NamedTuple):
     """Sequences one behind the other: query [1, H, total, D] and so on, and the sequences on their own."""
 
     whole: Problem
-    packed: launch.Packed
+    packed: Packed
     each: list[Problem]
     draws: list[Tensor]
 
@@ -343,7 +344,7 @@ def random_packed_problem(index: int, device: str = DEVICE) -> PackedProblem:
         for lens in (q_lens, k_lens)
     )
     # The longest may be given too long.
-    packed = launch.Packed(cu_q, cu_k, max(q_lens) + draw.choice((0, 9)), max(k_lens) + draw.choice((0, 7)))
+    packed = Packed(cu_q, cu_k, max(q_lens) + draw.choice((0, 9)), max(k_lens) + draw.choice((0, 7)))
     each, draws = [], []
     for i, (m, n) in enumerate(zip(q_lens, k_lens, strict=True)):
         q, k = slice(sum(q_lens[:i]), sum(q_lens[: i + 1])), slice(sum(k_lens[:i]), sum(k_lens[: i + 1]))
@@ -422,7 +423,7 @@ def test_interpreted_windows(index: int) -> None:
 @in_interpreter
 def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2() -> None:
     query, key, value, grad_out = (torch.randn(4, 2, 8, 16).half() for _ in range(4))
-    attn_mask, options = torch.randn(2, 1, 8, 8).half(), reference.Options(0.25)
+    attn_mask, options = torch.randn(2, 1, 8, 8).half(), Options(0.25)
     grads = short_masked.backward(grad_out, query, key, value, None, attn_mask, [True] * 5, options)
     assert grads[3] is None
     problem = Problem(query, key, value, None, attn_mask, None, grad_out, options)
@@ -432,7 +433,7 @@ def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2()
 
 @in_interpreter
 def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, None, None)
+    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, short_masked, None, None)
     monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     for index, rest in ((0, {}), (0, {"dropout_p": 0.5}), (0, {"softcap": 2.0})):
@@ -453,7 +454,7 @@ def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPat
 def test_interpreted_masks_are_copied_no_larger_than_they_are_shard3() -> None:
     heads_last = torch.randn(1, 6, 7, 3).permute(0, 3, 1, 2)
     for mask, numbers in ((heads_last, 126), (heads_last.expand(5, -1, -1, -1), 126), (heads_last.contiguous(), 126)):
-        readable = launch.readable_mask(mask)
+        readable = readable_mask(mask)
         assert readable is not None and torch.equal(readable, mask) and readable.stride(3) == 1
         assert readable.untyped_storage().nbytes() == 4 * numbers
 
@@ -474,7 +475,7 @@ def test_interpreted_decoding_with_a_repeated_mask(index: int) -> None:
 
 @in_interpreter
 def test_interpreted_plans_serve_other_tensors_and_keep_none_alive_shard0() -> None:
-    options = reference.Options(0.25, is_causal=True)
+    options = Options(0.25, is_causal=True)
     for _ in range(2):
         query, key, value, grad_out = (torch.randn(2, 3, 40, 16).half() for _ in range(4))
         problem = Problem(query, key, value, None, None, None, grad_out, options)
@@ -494,7 +495,7 @@ def test_interpreted_softcap_keeps_nan_and_precision_settings_do_not_raise_shard
     monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")  # after which reading allow_tf32 may raise
     query, key, value = (torch.randn(1, 1, 8, 16).half() for _ in range(3))
     query[0, 0, 3, 0] = torch.nan
-    options = reference.Options(1.0, softcap=5.0)
+    options = Options(1.0, softcap=5.0)
     for out in (
         flash_fwd.forward(query, key, value, None, None, None, options),
         decode.forward(query, key, value, None, None, options),
@@ -570,7 +571,7 @@ def test_random_problems_on_hopper_forward(index: int) -> None:
     problem = hopper_problem(index, forward=True)
     query, key, value, bias, *_ = problem.inputs
     assert query is not None and key is not None and value is not None
-    shape, strides = reference.output_layout(query.shape, value.shape)
+    shape, strides = output_layout(query.shape, value.shape)
     torch.full(shape, torch.nan, dtype=query.dtype, device=DEVICE)  # what is not written is not what it should be
     out = hopper_fwd.forward(query, key, value, bias, problem.options)
     assert out.stride() == strides
@@ -587,7 +588,7 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
     """Programs divide the rows of all heads among them: more of them than there are programs, and not all causal."""
     query, key = (torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16() for _ in range(2))
     value = torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16()
-    given = reference.Options(128**-0.5, **options)
+    given = Options(128**-0.5, **options)
     torch.full_like(query, torch.nan)
     out = hopper_fwd.forward(query, key, value, None, given)
     other = flash_fwd.forward(query, key, value, None, None, None, given)
@@ -600,7 +601,7 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("const_bias", [0.0, -12.0])
 def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
-    options = reference.Options(128**-0.5, const_bias, is_causal=True)
+    options = Options(128**-0.5, const_bias, is_causal=True)
     query, key, value = (torch.randn(2, 4, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
     out = hopper_fwd.forward(query, key, value, None, options)
     for row in (63, 64, 127, 128, 1000):
@@ -616,9 +617,9 @@ def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_hopper_takes_the_forward_of_long_sequences() -> None:
     query, key, value = (torch.randn(2, 8, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
-    options = reference.Options(128**-0.5)
+    options = Options(128**-0.5)
 
-    def suits(options: reference.Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
+    def suits(options: Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
         tensors = (tensor[:, :, :rows, :dim] for tensor in (query, key, value))
         return hopper_fwd.suits(*tensors, more.get("bias"), more.get("mask"), options)
 
@@ -638,9 +639,9 @@ def test_hopper_takes_the_forward_of_long_sequences() -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None:
     query, key, value, grad_out = (torch.randn(2, 8, 4096, 64, device="cuda").bfloat16() for _ in range(4))
-    needed, options = [True, True, True, False, False], reference.Options(0.125)
+    needed, options = [True, True, True, False, False], Options(0.125)
 
-    def suits(needed: list[bool] = needed, options: reference.Options = options, rows: int = 4096, **more: Any) -> bool:
+    def suits(needed: list[bool] = needed, options: Options = options, rows: int = 4096, **more: Any) -> bool:
         tensors = (grad_out[:, :, :rows], query[:, :, :rows], key[:, :, :rows], value[:, :, :rows])
         return hopper_bwd.suits(*tensors, more.get("bias"), more.get("mask"), needed, options)
 
@@ -674,7 +675,7 @@ def test_hopper_gives_exactly_0_to_future_keys(length: int, const_bias: float, d
     query, key, value = (torch.randn(1, 2, length, 64, device="cuda").to(dtype) for _ in range(3))
     grad_out = torch.zeros_like(query)
     grad_out[:, :, 0] = 1
-    options = reference.Options(0.125, const_bias, is_causal=True)
+    options = Options(0.125, const_bias, is_causal=True)
     needed = [True, True, True, False, False]
     _, grad_key, grad_value, *_ = hopper_bwd.backward(grad_out, query, key, value, None, needed, options)
     assert grad_key is not None and grad_value is not None
