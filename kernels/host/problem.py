@@ -1,8 +1,8 @@
-"""The problem that a kernel solves: its options, and what the plans of its launches depend on.
+"""The problem that a kernel solves, as one record, and its signature, which the plans of launches depend on.
 
 What a launch needs (tile, band, strides, grid, the compiled kernel) depends on the tensors' layouts, not on their
 values. So it is worked out once per :class:`Signature`, and kept: ``functools.lru_cache`` holds the signatures and the
-plans of each kernel's module.
+plans of each kernel's module. Nothing here needs Triton.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from sigswap.kernels.host.layout import (
     is_aligned,
     layout_of,
     output_layout,
+    readable_mask,
+    unit_stride,
     width,
 )
 from sigswap.kernels.host.recording import recording
@@ -34,6 +36,11 @@ from sigswap.kernels.host.tiles import limits_of
 FEW_SCORES = 1 << 24
 """Fewer take the GPU less time than a call takes the host, to which tensor descriptors add: two of them more than a
 launch. So there are none, though the GPU would be faster with them."""
+
+MAX_HEAD_DIM = 256
+"""Of the Triton kernels."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 MAX_PLANS = 4096
 """Signatures whose plans are kept, per kernel. A generated token makes a new one: its cache is longer by one."""
@@ -71,6 +78,71 @@ class Packed(NamedTuple):
     longest_k: int
 
 
+Gradients = tuple[Tensor | None, ...]
+"""Of query, key, value, bias and attn_mask; None: not needed."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Problem:
+    """One call of an attention op, or of its backward, which has ``grad_out``.
+
+    The ops document the tensors (:func:`sigswap.kernels.op.dense.sigmoid_attention`), and have checked them. Packed
+    sequences are seen with the heads first, as if they were one: [1, H, total, D], and [1, 1|H, 1|total, 1] of bias.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    attn_mask: Tensor | None
+    seed: Tensor | None
+    options: Options
+    packed: Packed | None = None
+    out: Tensor | None = None
+    """Where the output is written, if that exists already."""
+    grad_out: Tensor | None = None
+    output_mask: tuple[bool, ...] = ()
+    """Which of query, key, value, bias and attn_mask need a gradient."""
+    grads: Gradients | None = None
+    """Where the gradients are written, if they exist already."""
+    _signature: Signature | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What has gradients."""
+        return self.query, self.key, self.value, self.bias, self.attn_mask
+
+    @property
+    def signature(self) -> Signature:
+        known = self._signature
+        if known is None:
+            known = self._signature = _signature_of(self)
+        return known
+
+    @property
+    def gradients_asked_for(self) -> tuple[Any, ...]:
+        """What, besides its signature, the choice of a kernel for a backward depends on."""
+        if self.grad_out is None:
+            return ()
+        return layout_of(self.grad_out), self.output_mask, torch.are_deterministic_algorithms_enabled()
+
+    @property
+    def cu_seqlens(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.packed is None else (self.packed.cu_q, self.packed.cu_k)
+
+    def readable(self, *, masks: bool = True) -> Problem:
+        """The same, with copies of what kernels cannot read as it lies; masks: of masks, too."""
+        if self.signature.is_readable:
+            return self
+        query, key, value = unit_stride(self.query), unit_stride(self.key), unit_stride(self.value)
+        attn_mask = readable_mask(self.attn_mask) if masks and self.attn_mask is not None else self.attn_mask
+        return dataclasses.replace(self, query=query, key=key, value=value, attn_mask=attn_mask)
+
+    def readable_grad_out(self) -> Tensor:
+        assert self.grad_out is not None, "this is no backward"
+        return unit_stride(self.grad_out)
+
+
 class Band(NamedTuple):
     """Row i sees the keys i + shift - left ... i + shift + right, where has_left, has_right."""
 
@@ -84,7 +156,7 @@ class Band(NamedTuple):
 class Signature:
     """What plans depend on. query, key and value are [B, H, N, D]; of packed sequences [1, H, total, D].
 
-    :func:`signature_of` gives the same object for what is equal, so that plans are looked up by its identity.
+    :attr:`Problem.signature` is the same object for what is equal, so that plans are looked up by its identity.
     """
 
     query: Layout
@@ -140,9 +212,27 @@ class Signature:
         )
 
     @functools.cached_property
+    def kernels(self) -> dict[Any, Any]:
+        """Those that were chosen for it, by what they were chosen from and for (:mod:`sigswap.kernels.dispatch`)."""
+        return {}
+
+    @functools.cached_property
     def gradient_layouts(self) -> dict[tuple[bool, ...] | None, tuple[Layout | None, ...]]:
         """The layouts of new gradients by output_mask, where gradients_for() found all to be written in themselves."""
         return {}
+
+    def too_much(self) -> str | None:
+        """Why no Triton kernel takes such tensors; None: some do."""
+        if self.query.dtype not in _DTYPES:
+            return f"they compute in float32, which is not enough for {self.query.dtype}"
+        if max(self.query.shape[3], self.value.shape[3]) > MAX_HEAD_DIM:
+            return f"they hold head_dim up to {MAX_HEAD_DIM}"
+        return None
+
+    def cu_layouts(self) -> tuple[Layout | None, Layout | None]:
+        """cu_seqlens are contiguous. Whether they are aligned does not matter to loads of single numbers."""
+        layout = contiguous_layout((2,)) if self.packed is not None else None
+        return layout, layout
 
     def output(self) -> Layout:
         """Of a new output."""
@@ -295,17 +385,9 @@ class Signature:
         return batch, heads, self.q_len if band.has_left or band.has_right else rows
 
 
-def signature_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    options: Options,
-    packed: Packed | None = None,
-) -> Signature:
-    """query, key and value are of one dtype, on one device."""
-    dtype, recorder = query.dtype, recording.by
+def _signature_of(problem: Problem) -> Signature:
+    query, key, value, bias, attn_mask = problem.inputs
+    dtype, packed, recorder = query.dtype, problem.packed, recording.by
     return _signature(
         query.shape,
         query.stride(),
@@ -318,7 +400,7 @@ def signature_of(
         query.device,
         None if bias is None else layout_of(bias),
         None if attn_mask is None else layout_of(attn_mask),
-        options,
+        problem.options,
         settings.sigmoid_form,
         # allow_tf32 would raise, once this is used.
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",

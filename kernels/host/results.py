@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels.host.layout import Layout, has_unit_stride, layout_of, output_layout
-from sigswap.kernels.host.problem import Signature
-
-Gradients = tuple[Tensor | None, ...]
-"""Of query, key, value, bias and attn_mask; None: not needed."""
+from sigswap.kernels.host.problem import Gradients, Problem
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -28,24 +25,25 @@ def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
 
 
-def empty_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor | None, ...]:
+def empty_gradients(inputs: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Gradients:
     """The gradients of the inputs, uninitialised, in their memory order; None: not needed."""
     pairs = zip(inputs, output_mask, strict=True)
     return tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor, needed in pairs])
 
 
-def gradients_for(
-    signature: Signature, inputs: Gradients, output_mask: Sequence[bool], grads: Gradients | None = None
-) -> tuple[Gradients, Gradients, tuple[Layout | None, ...]]:
-    """The gradients of the inputs, uninitialised; where they are written; and the layouts of that.
+def gradients_for(problem: Problem) -> tuple[Gradients, Gradients, tuple[Layout | None, ...]]:
+    """The gradients that the problem asks for, uninitialised, unless they exist already; where they are written; and
+    the layouts of that.
 
     They are written in themselves, but for the first three, which kernels write: in new tensors, where the last
-    dimension is strided. signature: of these inputs. grads: the gradients, if they exist already.
+    dimension is strided.
     """
-    needed = tuple(output_mask) if grads is None else None
-    grads = grads or empty_gradients(inputs, output_mask)
-    if needed in signature.gradient_layouts:
-        return grads, grads, signature.gradient_layouts[needed]
+    signature = problem.signature
+    needed = problem.output_mask if problem.grads is None else None
+    grads = problem.grads or empty_gradients(problem.inputs, problem.output_mask)
+    known = signature.gradient_layouts.get(needed)
+    if known is not None:
+        return grads, grads, known
     written = list(grads)
     for index, grad in enumerate(grads[:3]):
         if grad is not None and not has_unit_stride(grad.shape, grad.stride()):

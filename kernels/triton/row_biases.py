@@ -12,7 +12,7 @@ from torch import Tensor
 from sigswap.kernels.host.forms import AUTO
 from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
-from sigswap.kernels.host.problem import Packed, Signature
+from sigswap.kernels.host.problem import Problem, Signature
 from sigswap.kernels.triton.common import _MASKED_SCORE, ROW_BIAS_BLOCK, UNSPECIALIZED, keys_of_rows, row_biases, single
 
 
@@ -53,12 +53,10 @@ class RowBiases(NamedTuple):
     """Of the least of each block of rows, float32 [B|1, H|1, blocks], or [sequences, ...] if packed; None if no
     kernel asks for it."""
 
-    def __call__(
-        self, bias: Tensor | None, count: Tensor | None, packed: Packed | None, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        out = new_tensor(self.layout, device)
-        floor = None if self.floor is None else new_tensor(self.floor, device)
-        self.launch(out, floor, bias, count, *cu_tensors(packed))
+    def __call__(self, problem: Problem, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out = new_tensor(self.layout, problem.query.device)
+        floor = None if self.floor is None else new_tensor(self.floor, problem.query.device)
+        self.launch(out, floor, problem.bias, count, *problem.cu_seqlens)
         return out, floor
 
 
@@ -76,18 +74,8 @@ def row_biases_for(signature: Signature) -> RowBiases | None:
     blocks = triton.cdiv(signature.q_len, ROW_BIAS_BLOCK)
     floor = contiguous_layout((sequences, heads, blocks), torch.float32) if signature.form() == AUTO else None
     arguments = signature.arguments() | {"heads": heads, "BLOCK_M": ROW_BIAS_BLOCK, "stride_out_h": rows}
-    tensors = (out, floor, *signature.side_layouts()[:2], *cu_layouts(signature))
+    tensors = (out, floor, *signature.side_layouts()[:2], *signature.cu_layouts())
     return RowBiases(Launch(bias_kernel, blocks * heads * sequences, signature.device, tensors, arguments), out, floor)
-
-
-def cu_tensors(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if packed is None else (packed.cu_q, packed.cu_k)
-
-
-def cu_layouts(signature: Signature) -> tuple[Layout | None, Layout | None]:
-    """cu_seqlens are contiguous. Whether they are aligned does not matter to loads of single numbers."""
-    layout = contiguous_layout((2,)) if signature.packed is not None else None
-    return layout, layout
 
 
 # Kernels.

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from sigswap.kernels.host import launch
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 from sigswap.kernels.host.layout import layout_of
-from sigswap.kernels.host.problem import FEW_SCORES, Packed, Signature, _signature, signature_of
+from sigswap.kernels.host.problem import FEW_SCORES, Packed, Problem, Signature, _signature
 from sigswap.kernels.host.recording import recorded_by
 from sigswap.kernels.host.results import gradients_for, hand_over
 
@@ -45,6 +45,7 @@ def base() -> dict[str, Any]:
         "value": heads_tensor(),
         "bias": torch.zeros(1, 2, 1, 1),
         "attn_mask": torch.zeros(2, 1, 8, 8),
+        "seed": None,
         "options": OPTIONS,
         "packed": None,
     }
@@ -80,7 +81,7 @@ ONE_CHANGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def signature(arguments: dict[str, Any]) -> Signature:
-    return signature_of(**arguments)
+    return Problem(**arguments).signature
 
 
 @pytest.mark.parametrize("what", ONE_CHANGE)
@@ -137,7 +138,7 @@ def test_forgotten_signatures_come_back_equal(monkeypatch: pytest.MonkeyPatch) -
 
 
 def gradients(inputs: tuple[Tensor | None, ...], mask: list[bool]) -> tuple[Any, Any, Any]:
-    return gradients_for(signature_of(*inputs, OPTIONS), inputs, mask)
+    return gradients_for(Problem(*inputs, None, OPTIONS, output_mask=tuple(mask)))
 
 
 def test_gradients_are_new_and_laid_out_as_their_inputs() -> None:
@@ -168,8 +169,7 @@ def test_gradients_with_a_strided_last_dimension_are_written_elsewhere() -> None
 
 def test_gradients_that_exist_are_taken_as_they_are() -> None:
     inputs = tuple(base()[name] for name in TENSORS)
-    of_inputs = signature_of(*inputs, OPTIONS)
-    gradients_for(of_inputs, inputs, [True] * 5)
+    gradients(inputs, [True] * 5)
     given = (
         misaligned(torch.empty_like(inputs[0])),
         None,
@@ -177,7 +177,8 @@ def test_gradients_that_exist_are_taken_as_they_are() -> None:
         None,
         None,
     )
-    grads, written, layouts = gradients_for(of_inputs, inputs, [True, False, True, False, False], given)
+    needed = True, False, True, False, False
+    grads, written, layouts = gradients_for(Problem(*inputs, None, OPTIONS, output_mask=needed, grads=given))
     assert grads is given and list(written) == list(given)
     assert layouts == tuple(None if grad is None else layout_of(grad) for grad in given)
 
@@ -328,7 +329,7 @@ def test_forms_of_the_sigmoid_by_dtype_and_bias(
     query, key = torch.empty(1, 1, 64, 16, dtype=dtype), torch.empty(1, 1, keys, 16, dtype=dtype)
     bias = torch.empty(1, 1, 1, 1) if biased else None
     options = Options(0.25, const_bias)
-    arguments = signature_of(query, key, key, bias, None, options).arguments()
+    arguments = Problem(query, key, key, bias, None, None, options).signature.arguments()
     assert (arguments["FORM"], arguments["SLOW"]) == forms
-    softcapped = signature_of(query, key, key, bias, None, options._replace(softcap=1.0)).arguments()
+    softcapped = Problem(query, key, key, bias, None, None, options._replace(softcap=1.0)).signature.arguments()
     assert (softcapped["FORM"], softcapped["SLOW"]) == (ACCURATE, ACCURATE)
