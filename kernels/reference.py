@@ -7,7 +7,7 @@ For query row i of one head, over the keys j that it sees (:func:`forward` has t
     p_ij = sigmoid(s_ij + b_i), exactly 0 where not visible; then dropout
     o_i  = sum_j p_ij v_j
 
-Packed sequences (:func:`varlen_forward`) are computed one after the other.
+Packed sequences are computed one after the other.
 
 The backward recomputes p, and needs neither o nor a row statistic (with dP = dO V^T, undone dropout in it)::
 
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.results import empty_gradients, empty_output
 
 MAX_TILE_SCORES = 1 << 20
 """Scores per tile, at most (a single query row may hold more). 4 MiB in float32: about a core's cache."""
@@ -37,29 +39,6 @@ MAX_TILE_SCORES = 1 << 20
 
 MAX_BAND_ROWS = 256
 """Query rows per tile, at most, under a causal mask or a window."""
-
-
-class Options(NamedTuple):
-    """The arguments of ``sigswap::sigmoid_attention`` that are not tensors, with the schema's defaults."""
-
-    scale: float
-    const_bias: float = 0.0
-    visible_bias: bool = True
-    is_causal: bool = False
-    bottom_right: bool = False
-    window_left: int = -1
-    window_right: int = -1
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-
-    def band(self, q_len: int, kv_len: int) -> tuple[int, int | None, int | None]:
-        """Row i sees the keys i + shift - left ... i + shift + right; None: no limit on that side."""
-        shift = kv_len - q_len if self.bottom_right else 0
-        # Longer than everything is all; sums with it stay within their type.
-        longest = q_len + kv_len
-        left = min(self.window_left, longest) if self.window_left >= 0 else None
-        right = min(self.window_right, longest) if self.window_right >= 0 else None
-        return shift, left, 0 if self.is_causal else right
 
 
 class _Heads(NamedTuple):
@@ -100,150 +79,42 @@ class _Targets(NamedTuple):
     """Of the mask's shape: dS summed over what has the same mask, in the compute dtype; added to."""
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """``sigswap::sigmoid_attention``; the arguments are documented there, and valid here."""
-    out = empty_output(query, value)
-    dropout = _dropout(seed, 0, (*query.shape[1:3], key.shape[2]), options)
-    _forward_into(out, query, key, value, bias, attn_mask, dropout, options)
+def supports(problem: Problem) -> bool:
+    return True
+
+
+def forward(problem: Problem) -> Tensor:
+    out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
+    if problem.packed is None:
+        _forward_into(out, problem, _dropout(problem, 0))
+        return out
+    for number, (rows, keys) in enumerate(_sequences(problem)):
+        _forward_into(out[:, :, rows], _one_sequence(problem, rows, keys), _dropout(problem, number))
     return out
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    output_mask: list[bool],
-    options: Options,
-) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, with None for what is not needed; the arguments are documented
-    there, and valid here."""
-    grads = empty_gradients((query, key, value, bias, attn_mask), output_mask)
+def backward(problem: Problem) -> Gradients:
+    """None: not needed."""
+    query = problem.query
+    grads = empty_gradients(problem.inputs, problem.output_mask) if problem.grads is None else problem.grads
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
     dtype = _compute_dtype(query)
     row_sums = None if grad_bias is None else query.new_zeros((*query.shape[:3], 1), dtype=dtype)
     mask_sums = None if grad_mask is None else query.new_zeros(grad_mask.shape, dtype=dtype)
     targets = _Targets(grad_query, grad_key, grad_value, row_sums, mask_sums)
-    dropout = _dropout(seed, 0, (*query.shape[1:3], key.shape[2]), options)
-    _backward_into(targets, grad_out, query, key, value, bias, attn_mask, dropout, options)
+    if problem.packed is None:
+        _backward_into(targets, problem, _dropout(problem, 0))
+    else:
+        for number, (rows, keys) in enumerate(_sequences(problem)):
+            own = _Targets(
+                _part(grad_query, rows), _part(grad_key, keys), _part(grad_value, keys), _part(row_sums, rows), None
+            )
+            _backward_into(own, _one_sequence(problem, rows, keys), _dropout(problem, number))
     if grad_bias is not None and row_sums is not None:
         grad_bias.copy_(row_sums.sum_to_size(grad_bias.shape))
     if grad_mask is not None and mask_sums is not None:
         grad_mask.copy_(mask_sums)
     return grads
-
-
-def varlen_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seed: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    options: Options,
-) -> Tensor:
-    """``sigswap::sigmoid_attention_varlen``; the arguments are documented there, and valid here."""
-    out = empty_varlen_output(query, value)
-    padded = query.shape[1], max_seqlen_q, max_seqlen_k
-    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, len(query), len(key), max_seqlen_q, max_seqlen_k)
-    for number, (rows, keys) in enumerate(sequences):
-        _forward_into(
-            _one_sequence(out, rows),
-            _one_sequence(query, rows),
-            _one_sequence(key, keys),
-            _one_sequence(value, keys),
-            _bias_of_sequence(bias, rows),
-            None,
-            _dropout(seed, number, padded, options),
-            options,
-        )
-    return out
-
-
-def varlen_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seed: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    output_mask: list[bool],
-    options: Options,
-) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_varlen_backward``, with None for what is not needed; the arguments are documented
-    there, and valid here."""
-    grads = empty_gradients((query, key, value, bias), output_mask)
-    grad_query, grad_key, grad_value, grad_bias = grads
-    row_sums = None if grad_bias is None else query.new_zeros((*query.shape[:2], 1), dtype=_compute_dtype(query))
-    padded = query.shape[1], max_seqlen_q, max_seqlen_k
-    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, len(query), len(key), max_seqlen_q, max_seqlen_k)
-    for number, (rows, keys) in enumerate(sequences):
-        targets = _Targets(
-            None if grad_query is None else _one_sequence(grad_query, rows),
-            None if grad_key is None else _one_sequence(grad_key, keys),
-            None if grad_value is None else _one_sequence(grad_value, keys),
-            None if row_sums is None else _one_sequence(row_sums, rows),
-            None,
-        )
-        _backward_into(
-            targets,
-            _one_sequence(grad_out, rows),
-            _one_sequence(query, rows),
-            _one_sequence(key, keys),
-            _one_sequence(value, keys),
-            _bias_of_sequence(bias, rows),
-            None,
-            _dropout(seed, number, padded, options),
-            options,
-        )
-    if grad_bias is not None and row_sums is not None:
-        grad_bias.copy_(row_sums.squeeze(-1).sum_to_size(grad_bias.shape))
-    return grads
-
-
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """The output, uninitialised: [B, H, M, Dv], stored as [B, M, H, Dv].
-
-    Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
-    Fused softmax attention returns it, too. It is no view, so that it may be changed in place.
-    """
-    return query.new_empty_strided(*output_layout(query.shape, value.shape))
-
-
-def output_layout(query: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The output's shape and strides, for shapes of query and value."""
-    batch, heads, q_len, _ = query
-    dim = value[3]
-    return (batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1)
-
-
-def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
-    """The output for packed sequences, uninitialised: [total_q, H, Dv], contiguous."""
-    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
-
-
-def empty_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs, uninitialised, in their memory order; None: not needed."""
-    pairs = zip(inputs, output_mask, strict=True)
-    return tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor, needed in pairs])
 
 
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
@@ -276,51 +147,35 @@ def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
     return torch.where(c0 > 0x7FFFFFFF, low - c0, c0).to(torch.float32) * 4.6566127342e-10
 
 
-def _forward_into(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout: _Dropout | None,
-    options: Options,
-) -> None:
+def _forward_into(out: Tensor, problem: Problem, dropout: _Dropout | None) -> None:
     """Writes the output, [B, H, M, Dv] in any strides, to out."""
+    query, key, value, options = problem.query, problem.key, problem.value, problem.options
     if out.numel() == 0 or key.shape[2] == 0:
         out.zero_()
         return
-    for heads in _head_groups(query, key, attn_mask, options):
+    for heads in _head_groups(problem):
         k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
         v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
         for tile in _tiles(heads, query.shape[2], key.shape[2], options):
             q = _rows(query, tile, k) * options.scale
-            p, _ = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
+            p, _ = _probabilities(q, _keys(k, tile), problem, tile)
             if dropout is not None:
                 p = p * _dropout_factor(dropout, tile, options.dropout_p, p)
             o = torch.bmm(p.view(k.shape[0], q.shape[1], p.shape[-1]), _keys(v, tile))
             _cut(out, *tile[:3]).copy_(o.view(*p.shape[:3], -1))
 
 
-def _backward_into(
-    targets: _Targets,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout: _Dropout | None,
-    options: Options,
-) -> None:
+def _backward_into(targets: _Targets, problem: Problem, dropout: _Dropout | None) -> None:
     """Writes the gradients to targets."""
+    query, key, value, grad_out, options = problem.query, problem.key, problem.value, problem.grad_out, problem.options
+    assert grad_out is not None, "this is no backward"
     if grad_out.numel() == 0 or key.shape[2] == 0:
         for target in targets:
             if target is not None:
                 target.zero_()
         return
     needs_scores = any(target is not None for target in targets._replace(value=None))
-    for heads in _head_groups(query, key, attn_mask, options):
+    for heads in _head_groups(problem):
         k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
         v = _compute_copy(_cut(value, heads.batch, heads.kv_head))
         grad_k = torch.zeros_like(k) if targets.key is not None else None
@@ -328,7 +183,7 @@ def _backward_into(
         for tile in _tiles(heads, query.shape[2], key.shape[2], options):
             q = _rows(query, tile, k) * options.scale
             grad_o = _rows(grad_out, tile, k)
-            p, tanh = _probabilities(q, _keys(k, tile), query, key, bias, attn_mask, tile, options)
+            p, tanh = _probabilities(q, _keys(k, tile), problem, tile)
             factor = None if dropout is None else _dropout_factor(dropout, tile, options.dropout_p, p)
             if grad_v is not None:
                 dropped = p if factor is None else p * factor
@@ -403,21 +258,21 @@ def _by_mask(scores: Tensor, mask: Tensor) -> Tensor:
     return scores if period in (1, scores.shape[0]) else scores.view(-1, period, *scores.shape[1:])
 
 
-def _head_groups(query: Tensor, key: Tensor, attn_mask: Tensor | None, options: Options) -> Iterator[_Heads]:
+def _head_groups(problem: Problem) -> Iterator[_Heads]:
     """Cuts the problem into groups of heads whose tiles hold about MAX_TILE_SCORES scores.
 
     Their ranges of the batch are some of the mask's batch, or all of it, once or several times.
     """
-    batch, n_heads, q_len, _ = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
+    batch, n_heads, q_len, _ = problem.query.shape
+    kv_heads, kv_len = problem.key.shape[1], problem.key.shape[2]
     group = n_heads // kv_heads
-    _, left, right = options.band(q_len, kv_len)
+    _, left, right = problem.options.band(q_len, kv_len)
     # Under a band, low tiles skip more keys.
     rows = q_len if left is None and right is None else min(q_len, MAX_BAND_ROWS)
     rows = min(rows, max(1, MAX_TILE_SCORES // (group * kv_len)))
     kv_heads_at_once = min(kv_heads, max(1, MAX_TILE_SCORES // (group * rows * kv_len)))
     batches = min(batch, max(1, MAX_TILE_SCORES // (n_heads * rows * kv_len)))
-    period = 1 if attn_mask is None else attn_mask.shape[0]
+    period = 1 if problem.attn_mask is None else problem.attn_mask.shape[0]
     whole = max(period, batches // period * period)
     ranges = [
         slice(b, min(b + batches, first + whole, batch))
@@ -439,17 +294,9 @@ def _tiles(heads: _Heads, q_len: int, kv_len: int, options: Options) -> Iterator
         yield _Tile(heads.batch, heads.head, slice(start, stop), slice(first, max(first, last)))
 
 
-def _probabilities(
-    q: Tensor,
-    k: Tensor,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    tile: _Tile,
-    options: Options,
-) -> tuple[Tensor, Tensor | None]:
+def _probabilities(q: Tensor, k: Tensor, problem: Problem, tile: _Tile) -> tuple[Tensor, Tensor | None]:
     """p before dropout [b, h, m, n] of one tile, and the soft cap's tanh (None without one)."""
+    bias, attn_mask, options = problem.bias, problem.attn_mask, problem.options
     shape = [where.stop - where.start for where in tile]
     scores = torch.bmm(q, k.mT).view(shape)
     tanh = None
@@ -467,7 +314,7 @@ def _probabilities(
             by_mask += mask
             # In float32: -5000 is no bfloat16.
             hidden = mask.float() <= MASKED_SCORE
-    q_len, kv_len = query.shape[2], key.shape[2]
+    q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
     shift, left, right = options.band(q_len, kv_len)
     if left is not None or right is not None:
         row = torch.arange(tile.row.start + shift, tile.row.stop + shift, device=q.device)[:, None]
@@ -502,11 +349,14 @@ def _probabilities(
     return p, tanh
 
 
-def _dropout(seed: Tensor | None, first_batch: int, sizes: tuple[int, int, int], options: Options) -> _Dropout | None:
-    if options.dropout_p == 0.0:
+def _dropout(problem: Problem, first_batch: int) -> _Dropout | None:
+    if problem.options.dropout_p == 0.0:
         return None
-    assert seed is not None  # checked by the op
-    return _Dropout(seed, first_batch, sizes)
+    assert problem.seed is not None  # checked by the op
+    q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
+    if problem.packed is not None:  # which draw as if they were padded to the longest
+        q_len, kv_len = problem.packed.longest_q, problem.packed.longest_k
+    return _Dropout(problem.seed, first_batch, (problem.query.shape[1], q_len, kv_len))
 
 
 def _dropout_factor(dropout: _Dropout, tile: _Tile, dropout_p: float, p: Tensor) -> Tensor:
@@ -520,12 +370,12 @@ def _dropout_factor(dropout: _Dropout, tile: _Tile, dropout_p: float, p: Tensor)
     return keep.to(p.dtype) * scale
 
 
-def _sequences(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, max_seqlen_q: int, max_seqlen_k: int
-) -> Iterator[tuple[slice, slice]]:
+def _sequences(problem: Problem) -> Iterator[tuple[slice, slice]]:
     """The rows and the keys of each packed sequence. The one place that reads the lengths, and so checks them."""
-    rows = _ranges("q", cu_seqlens_q, total_q, max_seqlen_q)
-    keys = _ranges("k", cu_seqlens_k, total_k, max_seqlen_k)
+    assert problem.packed is not None
+    cu_q, cu_k, longest_q, longest_k = problem.packed
+    rows = _ranges("q", cu_q, problem.query.shape[2], longest_q)
+    keys = _ranges("k", cu_k, problem.key.shape[2], longest_k)
     return zip(rows, keys, strict=True)
 
 
@@ -542,14 +392,20 @@ def _ranges(side: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[
     return ranges
 
 
-def _one_sequence(packed: Tensor, where: slice) -> Tensor:
-    """A sequence of a packed [total, H, d] tensor as [1, H, length, d], a view."""
-    return packed[where].transpose(0, 1).unsqueeze(0)
+def _one_sequence(problem: Problem, rows: slice, keys: slice) -> Problem:
+    """One of packed sequences, of views."""
+    return Problem(
+        problem.query[:, :, rows],
+        problem.key[:, :, keys],
+        problem.value[:, :, keys],
+        problem.bias if problem.bias is None or problem.bias.shape[2] == 1 else problem.bias[:, :, rows],
+        None,
+        problem.seed,
+        problem.options,
+        grad_out=_part(problem.grad_out, rows),
+    )
 
 
-def _bias_of_sequence(bias: Tensor | None, rows: slice) -> Tensor | None:
-    """A sequence of a packed [1|total_q, 1|H] tensor as [1, 1|H, 1|length, 1], a view."""
-    if bias is None:
-        return None
-    part = bias if bias.shape[0] == 1 else bias[rows]
-    return part.transpose(0, 1).unsqueeze(-1).unsqueeze(0)
+def _part(packed: Tensor | None, where: slice) -> Tensor | None:
+    """One sequence of a packed [1, H, total, d] tensor, a view."""
+    return None if packed is None else packed[:, :, where]

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,34 +38,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigswap.kernels import reference
 from sigswap.kernels.hopper.common import Numbers, Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Described,
-    Launch,
-    Layout,
-    RowBiases,
-    Signature,
-    contiguous_layout,
-    describable,
-    gradients_for,
-    hand_over,
-    layout_of,
-    limits_of,
-    row_biases_for,
-    signature_of,
-    unit_stride,
-)
-from sigswap.kernels.triton.common import (
-    _AUTO,
-    _FAST,
-    _FAST_BIAS,
-    _LOG2E,
-    _ROW_BIAS_BLOCK,
-    elements,
-    store_rows,
-)
+from sigswap.kernels.host.launch import Described, Launch, describable
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
+from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
+from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.tiles import limits_of
+from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, _ROW_BIAS_BLOCK, elements, store_rows
+from sigswap.kernels.triton.row_biases import RowBiases, row_biases_for
 from sigswap.kernels.triton.sums import Sum
 
 LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
@@ -95,36 +74,21 @@ _BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 """One number, or several, of each thread of a warpgroup."""
 
 
-def suits(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    output_mask: list[bool],
-    options: reference.Options,
-) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
     dropout and soft cap, where all of query, key and value want gradients."""
-    if key.shape[2] <= min(LONG[64]) or attn_mask is not None or options.dropout_p > 0.0 or options.softcap > 0.0:
+    signature, grad_out = problem.signature, problem.grad_out
+    if grad_out is None or not all(problem.output_mask[:3]) or signature.attn_mask is not None:
         return False
-    if not all(output_mask[:3]) or query.element_size() != 2 or abs(options.scale) < 1e-6:
+    if torch.are_deterministic_algorithms_enabled() or abs(problem.options.scale) < 1e-6:
         return False
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    signature = signature_of(query, key, value, bias, attn_mask, options)
-    if grad_out.stride(-1) == 1:
-        return _suits(signature, layout_of(grad_out))
-    return _suits(signature, contiguous_layout(grad_out.shape, grad_out.dtype))  # of unit_stride(grad_out)
-
-
-@functools.lru_cache(MAX_PLANS)
-def _suits(signature: Signature, grad_out: Layout) -> bool:
-    width, value_width = signature.widths
-    operands = signature.query, signature.key, signature.value, grad_out
     if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:
         return False
+    # A strided one is copied.
+    strided = grad_out.stride(-1) != 1
+    of_grad = contiguous_layout(grad_out.shape, grad_out.dtype) if strided else layout_of(grad_out)
+    operands = signature.query, signature.key, signature.value, of_grad
+    width, value_width = signature.widths
     if width != value_width or width not in LONG or not all(describable(each) for each in operands):
         return False
     if any(each.shape[3] % 8 != 0 for each in operands):  # new gradients would not be describable
@@ -151,32 +115,20 @@ def _visible_keys(signature: Signature) -> int:
     return int(np.maximum(last - first + 1, np.zeros_like(row)).sum())
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    output_mask: list[bool],
-    options: reference.Options,
-) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, where it suits(), with None for what is not needed; the arguments are
-    documented there."""
-    inputs = query, key, value, bias, None
-    signature = signature_of(*inputs, options)
-    grads, written, layouts = gradients_for(signature, inputs, output_mask)
-    grad_out = unit_stride(grad_out)
-    plan = _plan(signature, layout_of(grad_out), layouts)
+def backward(problem: Problem) -> Gradients:
+    grads, written, layouts = gradients_for(problem)
+    grad_out = problem.readable_grad_out()
+    plan = _plan(problem.signature, layout_of(grad_out), layouts)
     new_query, new_key, new_value, new_bias, _ = written
-    sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=query.device)
+    sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
-    tensors = query, key, value, grad_out, new_key, new_value
+    tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
     if plan.rows is None:
-        plan.launch(*described, sums, parts, bias, None)
+        plan.launch(*described, sums, parts, problem.bias, None)
         plan.finish(sums, new_query, None)
     else:
-        biases, floor = plan.rows.biases(bias, None, None, query.device)
+        biases, floor = plan.rows.biases(problem, None)
         plan.launch(*described, sums, None, plan.rows.described(biases), floor)
         plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:

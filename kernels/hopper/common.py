@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sigswap.kernels.host.launch import Described, Layout, by_rows
+from sigswap.kernels.host.launch import Described, by_rows
+from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
 
 _PACK = tl.constexpr(8)

@@ -32,9 +32,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigswap.kernels import reference
 from sigswap.kernels.hopper.common import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.host.launch import MAX_PLANS, Launch, Layout, Signature, describable, limits_of, signature_of
+from sigswap.kernels.host.launch import Launch, describable
+from sigswap.kernels.host.layout import Layout
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
 WIDTH = 128
@@ -47,29 +49,16 @@ _WIDTH, _ROWS, _KEYS, _STAGES = (tl.constexpr(number) for number in (WIDTH, ROWS
 _HALF = tl.constexpr(ROWS // 2)
 
 
-def suits(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    options: reference.Options,
-) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether this kernel takes the forward: of long sequences in half precision, head_dim 65 to 128, without mask,
     dropout and soft cap."""
-    if query.shape[3] <= WIDTH // 2 or query.element_size() != 2 or attn_mask is not None:
-        return False
-    if options.dropout_p > 0.0 or options.softcap > 0.0:
-        return False
-    return _suits(signature_of(query, key, value, bias, attn_mask, options))
-
-
-@functools.lru_cache(MAX_PLANS)
-def _suits(signature: Signature) -> bool:
+    signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or not signature.tma(min(signature.q_len, signature.kv_len)):
+    if signature.is_empty or signature.attn_mask is not None:
         return False
-    if limits_of(signature.device).capability >= 100 or signature.widths != (WIDTH, WIDTH):
+    if signature.widths != (WIDTH, WIDTH) or not signature.tma(min(signature.q_len, signature.kv_len)):
+        return False
+    if limits_of(signature.device).capability >= 100:
         return False
     if not all(describable(each) and each.shape[3] % 8 == 0 for each in operands):
         return False
@@ -88,12 +77,12 @@ def _sees_in_every_item(signature: Signature) -> bool:
     return first_sees and (left is None or last_item + shift - left < signature.kv_len)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, options: reference.Options) -> Tensor:
-    """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there. Deterministic."""
-    plan = _plan(signature_of(query, key, value, bias, None, options))
-    out = query.new_empty_strided(plan.out.shape, plan.out.strides)
-    tensors = query, key, value, out
-    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), bias)
+def forward(problem: Problem) -> Tensor:
+    """Deterministic."""
+    plan = _plan(problem.signature)
+    out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides)
+    tensors = problem.query, problem.key, problem.value, out
+    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), problem.bias)
     return out
 
 

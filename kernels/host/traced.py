@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sigswap.kernels import dispatch
-from sigswap.kernels.host.launch import recorded_by
+from sigswap.kernels import dispatch, reference
+from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.host.recording import recorded_by
 from sigswap.kernels.op.registration import as_results
-from sigswap.kernels.reference import Options
-from sigswap.kernels.triton.common import count_kernel
+from sigswap.kernels.triton.row_biases import count_kernel
 
 FEW_SCORES = 1 << 26
 """An op on fewer scores takes the GPU less time than its call takes the host. So its launches are made visible even
@@ -46,23 +46,31 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
             on registers, Gluon) and the op has many scores, or it does not run Triton kernels.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
-    query, key, value = inputs[1:4] if backward else inputs[:3]
-    if dispatch.kernels_for(query, value) is None:
-        raise NotVisible("it runs in plain PyTorch")
+    query, key = inputs[1:3] if backward else inputs[:2]
     if not isinstance(count_kernel, triton.JITFunction):
         raise NotVisible("Triton's interpreter runs it")
     few = math.prod(query.shape[:3]) * key.shape[2] < FEW_SCORES
-    implementation: Callable[..., Any] = dispatch.backward if backward else dispatch.forward
 
     def run(*given: Tensor) -> Any:
         remaining = iter(given)
         arguments = [next(remaining) if isinstance(each, Tensor) else each for each in inputs]
-        result = implementation(*arguments, options)
-        return as_results(arguments[1], result) if backward else result
+        if not backward:
+            problem = Problem(*arguments, options)
+            _expect_kernels(dispatch.FORWARD, problem)
+            return dispatch.forward(problem)
+        grad_out, *tensors, output_mask = arguments
+        problem = Problem(*tensors, options, grad_out=grad_out, output_mask=tuple(output_mask))
+        _expect_kernels(dispatch.BACKWARD, problem)
+        return as_results(problem.query, dispatch.backward(problem))
 
     _remember_what_is_written()
     with recorded_by(functools.partial(_launch, few), descriptors=not few):
         return make_fx(torch.func.functionalize(run))(*tensors)
+
+
+def _expect_kernels(names: tuple[str, ...], problem: Problem) -> None:
+    if dispatch.chosen(names, problem) is reference:
+        raise NotVisible("it runs in plain PyTorch")
 
 
 def _launch(

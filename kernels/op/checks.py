@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels.reference import Options
+from sigswap.kernels.host.problem import Options
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

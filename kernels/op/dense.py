@@ -12,13 +12,16 @@ Three ops, all of them pure functions (``torch.ops.sigswap`` holds them):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels import MASKED_SCORE, reference
+from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.op import checks, vmap
 from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
@@ -121,14 +124,24 @@ def sigmoid_probs(
     return torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias)
 
 
+def _forward(run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options) -> Tensor:
+    return run(Problem(*inputs, options))
+
+
+def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], options: Options) -> Gradients:
+    grad_out, *tensors, output_mask = inputs
+    return run(Problem(*tensors, options, grad_out=grad_out, output_mask=tuple(output_mask)))
+
+
 _attention = AttentionOp(
     "sigmoid_attention",
     "Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? attn_mask=None, Tensor? seed=None",
     tensors=6,
     differentiable=5,
     check=checks.check_attention,
-    functions=("forward", "backward"),
-    empty=lambda query, key, value, *others: reference.empty_output(query, value),
+    forward=_forward,
+    backward=_backward,
+    empty=lambda query, key, value, *others: empty_output(query, value),
 )
 vmap.register_folding(_attention)
 

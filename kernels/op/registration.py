@@ -5,7 +5,7 @@ An attention op is a pair of pure functions in ``torch.ops.sigswap``::
     name(*inputs, *, options) -> Tensor
     name_backward(grad_out, *inputs, output_mask, *, options) -> a gradient of each of the first inputs
 
-The inputs are tensors, and then numbers; the options are :class:`sigswap.kernels.reference.Options`.
+The inputs are tensors, and then numbers; the options are :class:`sigswap.kernels.host.problem.Options`.
 :class:`AttentionOp` registers both functions with PyTorch's dispatcher: implementation, fake, autograd, autocast.
 Every device runs :mod:`sigswap.kernels.reference`, but for CUDA, which runs :mod:`sigswap.kernels.dispatch`: Triton
 kernels, imported at the first call.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from torch.autograd.function import _SingleLevelFunction
 
 from sigswap.errors import SigswapError
 from sigswap.kernels import reference
-from sigswap.kernels.reference import Options
+from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.results import empty_gradients
 
 OPTIONS = (
     "float scale, float const_bias=0.0, bool visible_bias=True, bool is_causal=False, bool bottom_right=False, "
@@ -50,8 +52,10 @@ class AttentionOp:
         differentiable: How many of the tensors, from the first on, have a gradient.
         check: ``check(*inputs, options)`` raises ArgumentError unless the arguments are valid. It reads no values
             of tensors.
-        functions: The names, in the modules reference and dispatch, of ``forward(*inputs, options)`` and of
-            ``backward(grad_out, *inputs, output_mask, options)``, in whose result None is what is not needed.
+        forward: ``forward(run, inputs, options)`` makes a problem of the inputs, has it ``run(problem)``, and returns
+            the output.
+        backward: ``backward(run, inputs, options)``, likewise, of the backward op's inputs; returns the gradients, None
+            for what is not needed.
         empty: ``empty(*inputs)`` is the output, uninitialised.
     """
 
@@ -63,14 +67,15 @@ class AttentionOp:
         tensors: int,
         differentiable: int,
         check: Callable[..., None],
-        functions: tuple[str, str],
+        forward: Callable[[Callable[[Problem], Tensor], tuple[Any, ...], Options], Tensor],
+        backward: Callable[[Callable[[Problem], Gradients], tuple[Any, ...], Options], Gradients],
         empty: Callable[..., Tensor],
     ) -> None:
         self.name = name
         self.tensors, self.differentiable = tensors, differentiable
         self._inputs = inputs.count(",") + 1
         self._check = check
-        self._forward_name, self._backward_name = functions
+        self._forward, self._backward = forward, backward
         self._empty = empty
 
         tags = (torch.Tag.pt2_compliant_tag,)
@@ -93,11 +98,11 @@ class AttentionOp:
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         self._check(*inputs, options)
-        return _implementation(inputs[0].is_cuda, self._forward_name)(*inputs, options)
+        return self._forward(_implementation(inputs[0].is_cuda).forward, inputs, options)
 
-    def backward(self, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor | None, ...]:
+    def backward(self, inputs: tuple[Any, ...], options: Options) -> Gradients:
         """inputs: of the backward op. None: not needed."""
-        return _implementation(inputs[1].is_cuda, self._backward_name)(*inputs, options)
+        return self._backward(_implementation(inputs[1].is_cuda).backward, inputs, options)
 
     def _register(self) -> None:
         # The dispatcher leaves out trailing inputs, and options, that have their default value.
@@ -119,7 +124,7 @@ class AttentionOp:
             return self._empty(*inputs)
 
         def backward_fake(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
-            grads = reference.empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
+            grads = empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
             return as_results(inputs[1], grads)
 
         def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:
@@ -258,12 +263,12 @@ def _options(
 
 
 @functools.cache
-def _implementation(cuda: bool, name: str) -> Callable[..., Any]:
+def _implementation(cuda: bool) -> ModuleType:
     if not cuda:
-        return getattr(reference, name)
+        return reference
     from sigswap.kernels import dispatch
 
-    return getattr(dispatch, name)
+    return dispatch
 
 
 # Autograd. Written out rather than by torch.library.register_autograd, which takes longer per call.

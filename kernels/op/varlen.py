@@ -6,10 +6,14 @@ them). :mod:`sigswap.kernels.op.registration` says what runs them. This module i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sigswap.kernels import reference
+from sigswap.kernels.host.problem import Gradients, Options, Packed, Problem
+from sigswap.kernels.host.results import empty_gradients, empty_varlen_output
 from sigswap.kernels.op import checks, vmap
 from sigswap.kernels.op.registration import AttentionOp, is_plain, options_of
 
@@ -91,6 +95,41 @@ def sigmoid_attention_varlen(
     )
 
 
+def _forward(run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options) -> Tensor:
+    out = empty_varlen_output(inputs[0], inputs[2])
+    problem = _problem(inputs, options)
+    problem.out = _heads_first(out)
+    run(problem)
+    return out
+
+
+def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], options: Options) -> Gradients:
+    grad_out, *own, output_mask = inputs
+    grads = empty_gradients(own[:4], output_mask)
+    problem = _problem(own, options)
+    problem.grad_out, problem.output_mask = _heads_first(grad_out), (*output_mask, False)
+    problem.grads = *(None if grad is None else _heads_first(grad) for grad in grads[:3]), _by_rows(grads[3]), None
+    run(problem)
+    return grads
+
+
+def _problem(inputs: Sequence[Any], options: Options) -> Problem:
+    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k = inputs
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    views = _heads_first(query), _heads_first(key), _heads_first(value), _by_rows(bias)
+    return Problem(*views, None, seed, options, packed)
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """[total, H, D] as [1, H, total, D]."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _by_rows(bias: Tensor | None) -> Tensor | None:
+    """[1|total, 1|H] as [1, 1|H, 1|total, 1]."""
+    return None if bias is None else bias.t()[None, :, :, None]
+
+
 _varlen = AttentionOp(
     "sigmoid_attention_varlen",
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, "
@@ -98,7 +137,8 @@ _varlen = AttentionOp(
     tensors=7,
     differentiable=4,
     check=checks.check_varlen,
-    functions=("varlen_forward", "varlen_backward"),
-    empty=lambda query, key, value, *others: reference.empty_varlen_output(query, value),
+    forward=_forward,
+    backward=_backward,
+    empty=lambda query, key, value, *others: empty_varlen_output(query, value),
 )
 vmap.register_looping(_varlen)

@@ -18,41 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Counts,
-    Described,
-    Launch,
-    Layout,
-    Packed,
-    RowBiases,
-    Signature,
-    Tile,
-    by_rows,
-    contiguous_layout,
-    counts_for,
-    cu_layouts,
-    cu_tensors,
-    describable,
-    fit,
-    gradients_for,
-    hand_over,
-    layout_of,
-    limits_of,
-    output_arguments,
-    readable_mask,
-    row_biases_for,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.forms import FAST
+from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
+from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
+from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
     _ACCURATE,
     _AUTO,
     _FAST,
     _FAST_BIAS,
     _ROW_BIAS_BLOCK,
-    FAST,
     UNSPECIALIZED,
     elements,
     first_draw,
@@ -68,67 +45,47 @@ from sigswap.kernels.triton.common import (
     store_rows,
     unit_of,
 )
+from sigswap.kernels.triton.row_biases import Counts, RowBiases, counts_for, row_biases_for
 from sigswap.kernels.triton.sums import Sum
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    output_mask: list[bool],
-    options: reference.Options,
-    *,
-    packed: Packed | None = None,
-    grads: tuple[Tensor | None, ...] | None = None,
-    key_tile: Tile | None = None,
-    row_tile: Tile | None = None,
-    tma: bool | None = None,
-) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, with None for what is not needed; the arguments are documented
-    there, and valid here.
+def supports(problem: Problem) -> bool:
+    return problem.signature.too_much() is None
 
-    packed: query, key, value and bias are [1, H, total, ...] of these sequences.
-    grads: where the gradients are written, if they exist already.
-    key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning.
-    """
-    inputs = query, key, value, bias, attn_mask
-    signature = signature_of(*inputs, options, packed)
-    grads, written, layouts = gradients_for(signature, inputs, output_mask, grads)
-    if signature.is_empty:
+
+def backward(
+    problem: Problem, *, key_tile: Tile | None = None, row_tile: Tile | None = None, tma: bool | None = None
+) -> Gradients:
+    """Deterministic. key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning."""
+    grads, written, layouts = gradients_for(problem)
+    if problem.signature.is_empty:
         for grad in grads:
             if grad is not None:
                 grad.zero_()
         return grads
-    grad_out = unit_stride(grad_out)
-    if not signature.is_readable:
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        attn_mask = None if attn_mask is None else readable_mask(attn_mask)
-        signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    seed = seed if options.dropout_p > 0.0 else None
+    grad_out, problem = problem.readable_grad_out(), problem.readable()
+    query, key, value, bias, attn_mask = problem.inputs
+    seed = problem.seed if problem.options.dropout_p > 0.0 else None
     new_query, new_key, new_value, new_bias, new_mask = written
-    plan = _plan(signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
+    plan = _plan(problem.signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
 
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     row_sums = None if plan.sum_rows is None else plan.sum_rows.empty_parts()
     if plan.keys is not None:
         row_bias, floor = bias, None
         if plan.row_biases is not None:
-            row_bias, floor = plan.row_biases(bias, count, packed, query.device)
+            row_bias, floor = plan.row_biases(problem, count)
         walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         operands = walked_query, key, value, walked_grad, new_key, new_value
         operands += (new_query, row_sums) if plan.rows is None else (None, None)
-        plan.keys.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *cu_tensors(packed))
+        plan.keys.launch(*operands, rest[0] if rest else row_bias, floor, attn_mask, seed, *problem.cu_seqlens)
     if plan.rows is not None:
         keys = plan.rows.describe(key, value)
         sides = bias, count, attn_mask, seed
-        plan.rows.launch(query, *keys, grad_out, new_query, row_sums, *sides, *cu_tensors(packed))
+        plan.rows.launch(query, *keys, grad_out, new_query, row_sums, *sides, *problem.cu_seqlens)
     if plan.sum_rows is not None:
         plan.sum_rows(row_sums, new_bias)
-    if plan.mask is not None:
+    if plan.mask is not None and plan.sum_mask is not None:
         partial = plan.sum_mask.empty_parts()
         plan.mask(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
         plan.sum_mask(partial, new_mask)
@@ -246,7 +203,7 @@ def _walk_rows_of_keys(
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
     walked = described or (query, grad_out)
     operands = walked[0], key, value, walked[1], grad_key, grad_value, grad_query, row_sums
-    tensors = (*operands, bias, floor, attn_mask, seed, *cu_layouts(signature))
+    tensors = (*operands, bias, floor, attn_mask, seed, *signature.cu_layouts())
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(_keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Walk(launch, described)
@@ -268,7 +225,7 @@ def _walk_keys_of_rows(
     arguments |= _loop_arguments(tile, described)
     outputs = grad_query, row_sums
     keys = described or (key, value)
-    tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *cu_layouts(signature))
+    tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Walk(launch, described)

@@ -8,8 +8,9 @@ Four forms of the sigmoid. The special-function unit is the bottleneck beside th
 
 - fast: ``0.5 + 0.5 tanh.approx(x / 2)``, one special instruction per element. Its absolute error is about that of
   float32 near 1, so p is good to 1e-4 down to x = -8 and to 1% at -10: below bfloat16's rounding as long as the
-  row bias, near which most scores lie, is above :data:`FAST_BIAS`. (A row of which all scores are lower still is
-  small beside others, and has a larger error in itself: 1% at -12, 17% at -15, and 0 from -17 on.)
+  row bias, near which most scores lie, is above :data:`~sigswap.kernels.host.forms.FAST_BIAS`. (A row of which all
+  scores are lower still is small beside others, and has a larger error in itself: 1% at -12, 17% at -15, and 0 from -17
+  on.)
 - accurate: ``1 / (1 + 2^(-x log2 e))``, 1e-6 everywhere. Two elements share one
   reciprocal (``1/a = b/(ab)``), so that it takes one and a half special instructions.
 - tail, for long sequences, where nearly all probabilities are small: with ``t = 2^(x log2 e)``, ``t / (1 + t)`` is
@@ -29,20 +30,7 @@ import triton
 import triton.language as tl
 
 from sigswap.kernels import MASKED_SCORE
-
-FAST_BIAS = -8.5
-"""The fast form is used where the row bias is at least this (with the visible-keys bias: up to 4,900 keys).
-
-Measured on an H100 in bfloat16 with n keys, error of the fast over that of the accurate form, in the output and each
-gradient: 1.00 at n = 1024, 1.01 at 2048, 1.05 at 4096, 1.16 at 8192, 1.39 at 16,384, 2.2 at 131,072."""
-
-CUBIC_TAIL_BIAS = -8.0
-"""The cubic tail form is used where the row bias is at most this (3,000 keys): above, many warps have a t that is too
-large for it. Measured on an H100: with 1,024 keys a forward takes up to 1.2 times as long with it, with 4,096 0.87."""
-
-ACCURATE, TAIL, FAST, AUTO, CUBIC_TAIL = 0, 1, 2, 3, 4
-"""Values of the kernels' FORM and SLOW. FORM is FAST; or ACCURATE, which stands for SLOW; or AUTO: FAST in blocks whose
-rows all have a bias of at least FAST_BIAS, else SLOW."""
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, FAST_BIAS, TAIL
 
 _ACCURATE = tl.constexpr(ACCURATE)
 _TAIL = tl.constexpr(TAIL)
@@ -378,81 +366,3 @@ def is_edge(
         return first_key < last_row + shift - left
     else:
         return False
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def bias_kernel(
-    out, floor, bias, count, cu_q, cu_k, stride_out_h,
-    stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    mask_batches, heads, q_len, kv_len, left, right, const_bias,
-    VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """out[b, h, i] = b_i; rows are stride_out_h apart. Of packed sequences out[0, h, i], of all rows.
-
-    floor[b, h, k]: the least of block k's, also of packed sequences.
-    """
-    const_bias = single(const_bias)
-    blocks = tl.cdiv(q_len, BLOCK_M)
-    head = (tl.program_id(0) // blocks) % heads
-    batch = tl.program_id(0) // blocks // heads
-    batch64, head64 = batch.to(tl.int64), head.to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    if bias is not None:
-        bias += batch64 * stride_bias_b + head64 * stride_bias_h
-    if count is not None:
-        count += (batch % mask_batches).to(tl.int64) * stride_count_b + head64 * stride_count_h
-    if cu_q is not None:
-        q_start = tl.load(cu_q + batch).to(tl.int64)
-        q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        kv_len = tl.load(cu_k + batch + 1) - tl.load(cu_k + batch)
-        out += head64 * stride_out_h + q_start
-        if bias is not None:
-            bias += q_start * stride_bias_m
-    else:
-        out += (batch64 * heads + head) * stride_out_h
-    shift = kv_len - q_len if BOTTOM_RIGHT else 0
-    result = row_biases(
-        row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
-        bias is not None, VISIBLE, HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
-    # Up to the stride: descriptors read it. Rows beyond the last have finite biases, too.
-    tl.store(out + row, result, mask=row < (q_len if cu_q is not None else stride_out_h))
-    if floor is not None:
-        tl.store(floor + tl.program_id(0), tl.min(tl.where(row < q_len, result, float("inf"))))
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def count_kernel(
-    mask, count, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-    heads, q_len, kv_len, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """count[b, h, i] = the keys that row i sees: in its band, and not masked. b and h: of the mask."""
-    blocks = tl.cdiv(q_len, BLOCK_M)
-    start = tl.program_id(0) % blocks * BLOCK_M
-    head = (tl.program_id(0) // blocks) % heads
-    batch = tl.program_id(0) // blocks // heads
-    shift = kv_len - q_len if BOTTOM_RIGHT else 0
-    row = start + tl.arange(0, BLOCK_M)
-    mask += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
-    total = tl.zeros((BLOCK_M,), tl.int32)
-    last_row = tl.minimum(start + BLOCK_M, q_len) - 1
-    begin, end = keys_of_rows(start, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-    for key in range(begin, end, BLOCK_N):
-        col = key + tl.arange(0, BLOCK_N)
-        pointers = mask + (row.to(tl.int64) * stride_mask_m)[:, None] + (col.to(tl.int64) * stride_mask_n)[None, :]
-        inside = (row < q_len)[:, None] & (col < kv_len)[None, :]
-        if HAS_LEFT:
-            inside &= col[None, :] >= (row + (shift - left))[:, None]
-        if HAS_RIGHT:
-            inside &= col[None, :] <= (row + (shift + right))[:, None]
-        if mask.dtype.element_ty.is_int():
-            visible = tl.load(pointers, mask=inside, other=0) != 0
-        else:
-            tile = tl.load(pointers, mask=inside, other=float("-inf"))
-            visible = (tile.to(tl.float32) <= _MASKED_SCORE) == 0  # NaN is visible
-        total += tl.sum((visible & inside).to(tl.int32), 1)
-    offset = (batch.to(tl.int64) * heads + head) * q_len
-    tl.store(count + offset + row, total, mask=row < q_len)

@@ -17,20 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Counts,
-    Launch,
-    Layout,
-    Signature,
-    contiguous_layout,
-    counts_for,
-    limits_of,
-    new_tensor,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import (
     _ACCURATE,
     UNSPECIALIZED,
@@ -42,6 +33,7 @@ from sigswap.kernels.triton.common import (
     single,
     unit_of,
 )
+from sigswap.kernels.triton.row_biases import Counts, counts_for
 
 MAX_ROWS = 64
 """Query rows times query heads per key head, at most. With more, the forward kernel fills the GPU as well."""
@@ -50,33 +42,22 @@ MIN_KEYS = 256
 """Keys per program, at least: fewer don't pay for a partial output."""
 
 
-def suits(query: Tensor, key: Tensor, options: reference.Options) -> bool:
-    """Whether decoding is expected to be faster than the forward kernel."""
-    kv_len = key.shape[2]
-    if kv_len < 2 * MIN_KEYS or options.dropout_p > 0.0:
+def supports(problem: Problem) -> bool:
+    """Whether decoding is expected to be faster than the forward kernel; it has no dropout."""
+    signature = problem.signature
+    if signature.packed is not None or signature.kv_len < 2 * MIN_KEYS or problem.options.dropout_p > 0.0:
         return False
-    _, heads, q_len, _ = query.shape
-    return q_len * (heads // max(1, key.shape[1])) <= MAX_ROWS
+    rows = signature.q_len * (signature.heads // max(1, signature.kv_heads))
+    return rows <= MAX_ROWS and signature.too_much() is None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    options: reference.Options,
-    *,
-    splits: int | None = None,
-) -> Tensor:
-    """``sigswap::sigmoid_attention`` without dropout. splits: over how many programs the keys are split."""
-    signature = signature_of(query, key, value, bias, attn_mask, options)
-    if signature.is_empty:
-        return reference.empty_output(query, value).zero_()
-    if not signature.is_readable:  # masks are read as they are
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        signature = signature_of(query, key, value, bias, attn_mask, options)
-    plan = _plan(signature, splits)
+def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
+    """Deterministic. splits: over how many programs the keys are split."""
+    if problem.signature.is_empty:
+        return empty_output(problem.query, problem.value).zero_()
+    problem = problem.readable(masks=False)
+    query, key, value, bias, attn_mask = problem.inputs
+    plan = _plan(problem.signature, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     partial = out

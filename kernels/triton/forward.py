@@ -14,34 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Counts,
-    Described,
-    Launch,
-    Layout,
-    Packed,
-    Signature,
-    Tile,
-    by_rows,
-    counts_for,
-    cu_layouts,
-    cu_tensors,
-    describable,
-    fit,
-    layout_of,
-    limits_of,
-    readable_mask,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.forms import AUTO, FAST
+from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
+from sigswap.kernels.host.layout import Layout, layout_of
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
     _AUTO,
     _FAST,
     _FAST_BIAS,
-    AUTO,
-    FAST,
     UNSPECIALIZED,
     elements,
     first_draw,
@@ -55,47 +37,32 @@ from sigswap.kernels.triton.common import (
     single,
     unit_of,
 )
+from sigswap.kernels.triton.row_biases import Counts, counts_for
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    options: reference.Options,
-    *,
-    packed: Packed | None = None,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
-    tma: bool | None = None,
-) -> Tensor:
-    """``sigswap::sigmoid_attention``; the arguments are documented there, and valid here. Deterministic.
+def supports(problem: Problem) -> bool:
+    return problem.signature.too_much() is None
 
-    packed: query, key, value and bias are [1, H, total, ...] of these sequences.
-    out: where the output is written, if it exists already.
-    tile and tma override the tile configuration and the use of tensor descriptors, for tests and tuning.
-    """
-    signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    if signature.is_empty:
-        out = reference.empty_output(query, value) if out is None else out
+
+def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = None) -> Tensor:
+    """Deterministic. tile and tma override the tile configuration and the use of tensor descriptors, for tests and
+    tuning."""
+    if problem.signature.is_empty:
+        out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
         return out.zero_()
-    if not signature.is_readable:
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        attn_mask = None if attn_mask is None else readable_mask(attn_mask)
-        signature = signature_of(query, key, value, bias, attn_mask, options, packed)
-    plan = _plan(signature, None if out is None else layout_of(out), tile, tma)
+    problem = problem.readable()
+    query, key, value, out = problem.query, problem.key, problem.value, problem.out
+    plan = _plan(problem.signature, None if out is None else layout_of(out), tile, tma)
     if out is None:
         out = query.new_empty_strided(plan.out.shape, plan.out.strides)
-    count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
+    count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     if plan.described:
         by_key, by_value = plan.described
         operands = query, by_key(key), by_value(value), out
     else:
         operands = query, key, value, out
-    seed = seed if options.dropout_p > 0.0 else None
-    plan.launch(*operands, bias, count, attn_mask, seed, *cu_tensors(packed))
+    seed = problem.seed if problem.options.dropout_p > 0.0 else None
+    plan.launch(*operands, problem.bias, count, problem.attn_mask, seed, *problem.cu_seqlens)
     return out
 
 
@@ -124,7 +91,7 @@ def _plan(signature: Signature, out: Layout | None, tile: Tile | None, tma: bool
         "BLOCK_N": tile.keys,
     }
     operands = query, *(described or (key, value)), out
-    tensors = (*operands, *signature.side_layouts(), *cu_layouts(signature))
+    tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Plan(launch, out, described, counts_for(signature))

@@ -19,22 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels import reference
-from sigswap.kernels.host.launch import (
-    MAX_PLANS,
-    Launch,
-    Layout,
-    Signature,
-    contiguous_layout,
-    gradients_for,
-    hand_over,
-    layout_of,
-    limits_of,
-    output_arguments,
-    readable_mask,
-    signature_of,
-    unit_stride,
-)
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
+from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
+from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import (
     _MASKED_SCORE,
     UNSPECIALIZED,
@@ -56,71 +45,48 @@ BACKWARD_PROGRAMS = 6
 """Per multiprocessor, if there is work for so many; each takes as many sequences as then remain for it."""
 
 
-def suits(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, attn_mask: Tensor | None, options: reference.Options
-) -> bool:
-    """Whether these kernels take the attention: others have no mask with rows, are longer, or have dropout, a soft cap,
-    GQA, a row bias of the batch, or scores of float32, whose products run on the ordinary units."""
+def supports(problem: Problem) -> bool:
+    """Whether these kernels take the attention, forward and backward: others have no mask with rows, are longer, or
+    have dropout, a soft cap, GQA, a row bias of the batch, or scores of float32, whose products run on the ordinary
+    units."""
+    signature = problem.signature
+    query, key, value, bias, attn_mask = (
+        signature.query,
+        signature.key,
+        signature.value,
+        signature.bias,
+        signature.attn_mask,
+    )
     return (
         attn_mask is not None
         and attn_mask.shape[2] > 1
-        and max(query.shape[2:] + key.shape[2:] + value.shape[3:]) <= LONGEST
-        and query.shape[1] == key.shape[1]
-        and query.dtype != torch.float32
-        and options.dropout_p == 0.0
-        and options.softcap == 0.0
+        and max(*query.shape[2:], *key.shape[2:], value.shape[3]) <= LONGEST
+        and signature.heads == signature.kv_heads
+        and signature.element_size == 2
+        and problem.options.dropout_p == 0.0
+        and problem.options.softcap == 0.0
         and (bias is None or bias.shape[0] == 1)
-        and min(query.numel(), key.numel(), value.numel()) > 0
+        and not signature.is_empty
     )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor,
-    options: reference.Options,
-    programs: int = FORWARD_PROGRAMS,
-) -> Tensor:
-    """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there, and valid here.
-
-    programs: overrides their number, for tests and tuning.
-    """
-    out = reference.empty_output(query, value)
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    attn_mask = readable_mask(attn_mask)
-    signature = signature_of(query, key, value, bias, attn_mask, options)
-    _plan_forward(signature, layout_of(out), programs)(query, key, value, out, bias, attn_mask)
+def forward(problem: Problem, programs: int = FORWARD_PROGRAMS) -> Tensor:
+    """Deterministic. programs: overrides their number, for tests and tuning."""
+    problem = problem.readable()
+    query, key, value, bias, attn_mask = problem.inputs
+    plan = _plan_forward(problem.signature, programs)
+    out = query.new_empty_strided(plan.out.shape, plan.out.strides)
+    plan.launch(query, key, value, out, bias, attn_mask)
     return out
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    attn_mask: Tensor,
-    output_mask: list[bool],
-    options: reference.Options,
-    programs: int = BACKWARD_PROGRAMS,
-) -> tuple[Tensor | None, ...]:
-    """``sigswap::sigmoid_attention_backward``, where forward suits(), with None for what is not needed; the
-    arguments are documented there.
-
-    programs: overrides their number, for tests and tuning.
-    """
-    inputs = query, key, value, bias, attn_mask
-    signature = signature_of(*inputs, options)
-    grads, written, layouts = gradients_for(signature, inputs, output_mask)
-    grad_out = unit_stride(grad_out)
-    if not signature.is_readable:
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        attn_mask = readable_mask(attn_mask)
-        signature = signature_of(query, key, value, bias, attn_mask, options)
+def backward(problem: Problem, programs: int = BACKWARD_PROGRAMS) -> Gradients:
+    """Deterministic. programs: overrides their number, for tests and tuning."""
+    grads, written, layouts = gradients_for(problem)
+    grad_out, problem = problem.readable_grad_out(), problem.readable()
+    query, key, value, bias, attn_mask = problem.inputs
     *outputs, new_bias, new_mask = written
-    plan = _plan_backward(signature, layout_of(grad_out), layouts, programs)
+    plan = _plan_backward(problem.signature, layout_of(grad_out), layouts, programs)
     sums = None if plan.sum_bias is None else plan.sum_bias.empty_parts()
     parts = None if plan.sum_mask is None else plan.sum_mask.empty_parts()
     plan.launch(query, key, value, grad_out, *outputs, sums, parts, bias, attn_mask)
@@ -132,16 +98,23 @@ def backward(
     return grads
 
 
+class _ForwardPlan(NamedTuple):
+    launch: Launch
+    out: Layout
+
+
 @functools.lru_cache(MAX_PLANS)
-def _plan_forward(signature: Signature, out: Layout, programs: int) -> Launch:
+def _plan_forward(signature: Signature, programs: int) -> _ForwardPlan:
+    out = signature.output()
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=out)
     splits, divided = _division(signature, programs)
     tensors = signature.query, signature.key, signature.value, out, signature.bias, signature.attn_mask
     options = {"num_warps": 4, "num_stages": 3}
-    return Launch(_forward_kernel, splits * divided["tiles"], signature.device, tensors, arguments | divided, **options)
+    blocks = splits * divided["tiles"]
+    return _ForwardPlan(Launch(_forward_kernel, blocks, signature.device, tensors, arguments | divided, **options), out)
 
 
-class _Plan(NamedTuple):
+class _BackwardPlan(NamedTuple):
     launch: Launch
     sum_bias: Sum | None
     """Of the sums of dS over keys, [splits * mask's batch, H, M, 1]."""
@@ -150,7 +123,9 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan_backward(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], programs: int) -> _Plan:
+def _plan_backward(
+    signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], programs: int
+) -> _BackwardPlan:
     """grads: of query, key, value, bias and attn_mask; None: not needed."""
     query, key, value, device = signature.query, signature.key, signature.value, signature.device
     *written, grad_bias, grad_mask = grads
@@ -167,7 +142,7 @@ def _plan_backward(signature: Signature, grad_out: Layout, grads: tuple[Layout |
     tensors = (query, key, value, grad_out, *written, *partial, signature.bias, signature.attn_mask)
     blocks, options = splits * divided["tiles"], {"num_warps": 4, "num_stages": 3}
     launch = Launch(_backward_kernel, blocks, device, tensors, arguments | divided, **options)
-    return _Plan(launch, sum_bias, sum_mask)
+    return _BackwardPlan(launch, sum_bias, sum_mask)
 
 
 def _division(signature: Signature, programs: int) -> tuple[int, dict[str, int]]:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigswap.kernels.host.launch import Launch, Layout, contiguous_layout, new_tensor
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
 
 TILE = 4096
 """Numbers that a program adds up at a time."""

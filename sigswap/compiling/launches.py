@@ -17,8 +17,8 @@ from torch._guards import detect_fake_mode
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch.fx import Node
 
+from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense  # noqa: F401  # registers the ops
-from sigswap.kernels.reference import Options
 
 logger = logging.getLogger("sigswap")
 

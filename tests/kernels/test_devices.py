@@ -415,8 +415,10 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch_and_is_logged(
     dtype: torch.dtype, dim: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sigswap.kernels import dispatch
+    from sigswap.kernels.host import problem
 
-    dispatch._unable.cache_clear()  # it logs each reason once
+    dispatch._say_once.cache_clear()  # it logs each reason once,
+    problem._signature.cache_clear()  # when it chooses
     inputs = [torch.randn(1, 2, 40, dim, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
     with caplog.at_level(logging.WARNING, "sigswap"):
         out = attention(*inputs)

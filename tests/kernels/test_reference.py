@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sigswap.kernels import reference
+from sigswap.kernels.host.problem import Options, Problem
 from sigswap.kernels.op import dense
 
 
@@ -206,11 +208,13 @@ def test_memory_is_linear_in_the_length(features: str, monkeypatch: pytest.Monke
     length, heads = 1536, 2
     query = torch.randn(1, heads, length, 8)
     mask = (torch.rand(1, 1, 1, length) > 0.2) if features == "mask" else None
-    options = reference.Options(0.3, is_causal=features == "causal", dropout_p=0.5 if features == "dropout" else 0.0)
+    options = Options(0.3, is_causal=features == "causal", dropout_p=0.5 if features == "dropout" else 0.0)
     seed = torch.tensor([3])
     with LargestTensor() as largest:
-        out = reference.forward(query, query, query, None, mask, seed, options)
-        reference.backward(out, query, query, query, None, mask, seed, [True, True, True, False, False], options)
+        problem = Problem(query, query, query, None, mask, seed, options)
+        out = reference.forward(problem)
+        needed = True, True, True, False, False
+        reference.backward(dataclasses.replace(problem, grad_out=out, output_mask=needed))
     assert query.numel() <= largest.elements <= max(1 << 16, query.numel())
 
 
@@ -276,11 +280,12 @@ def test_empty_sizes(shape: tuple[int, int, int, int]) -> None:
 def test_only_the_gradients_asked_for_are_computed() -> None:
     query = torch.randn(1, 1, 5, 4)
     mask, bias = torch.randn(1, 1, 5, 5), torch.randn(1, 1, 1, 1)
-    options = reference.Options(0.5)
-    full = reference.backward(query, query, query, query, bias, mask, None, [True] * 5, options)
+    options = Options(0.5)
+    problem = Problem(query, query, query, bias, mask, None, options, grad_out=query, output_mask=(True,) * 5)
+    full = reference.backward(problem)
     for index in range(5):
-        needed = [i == index for i in range(5)]
-        grads = reference.backward(query, query, query, query, bias, mask, None, needed, options)
+        needed = tuple(i == index for i in range(5))
+        grads = reference.backward(dataclasses.replace(problem, output_mask=needed))
         for i, grad in enumerate(grads):
             if i == index:
                 torch.testing.assert_close(grad, full[i])

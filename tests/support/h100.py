@@ -42,21 +42,17 @@ def pretended() -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
 
     from sigswap.kernels import dispatch
-    from sigswap.kernels.hopper import backward as hopper_bwd
-    from sigswap.kernels.hopper import forward as hopper_fwd
-    from sigswap.kernels.host import launch
-    from sigswap.kernels.triton import backward as flash_bwd
-    from sigswap.kernels.triton import decode, short_masked
-    from sigswap.kernels.triton import forward as flash_fwd
 
     class Driver:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
 
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, hopper_fwd, hopper_bwd)
+    def usable(names: tuple[str, ...], device: int) -> list[tuple[str, Any]]:
+        return [(name, dispatch._module(name)) for name in names]
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Driver()))
-        stack.enter_context(mock.patch.object(dispatch, "kernels_for", lambda query, value: kernels))
+        stack.enter_context(mock.patch.object(dispatch, "_usable", usable))
         stack.enter_context(mock.patch.object(dispatch, "_on", lambda device: contextlib.nullcontext()))
         yield
 

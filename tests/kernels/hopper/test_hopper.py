@@ -24,9 +24,8 @@ except ImportError as error:
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.host import launch
-from sigswap.kernels.reference import Options
-from sigswap.kernels.triton.common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.problem import Options, Problem
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -158,7 +157,7 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
         window_right=draw.choice((-1, 0, 50)),
     )
     query, key = torch.empty(1, 1, q_len, 64), torch.empty(1, 1, kv_len, 64)
-    signature = launch.signature_of(query, key, key, None, None, options)
+    signature = Problem(query, key, key, None, None, None, options).signature
     shift, left, right = options.band(q_len, kv_len)
     row, column = torch.arange(q_len)[:, None] + shift, torch.arange(kv_len)
     visible = torch.ones(q_len, kv_len, dtype=torch.bool)
@@ -178,12 +177,19 @@ def test_another_gluon_leaves_the_other_kernels(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setitem(sys.modules, "sigswap.kernels.hopper.backward", None)
-    monkeypatch.delattr("sigswap.kernels.hopper.backward")
-    dispatch._device_kernels.cache_clear()
+    caches = dispatch._usable, dispatch._obstacle, dispatch._say_once
+    for cache in caches:
+        cache.cache_clear()
     try:
-        kernels = dispatch._device_kernels(0)
+        assert [name for name, _ in dispatch._usable(dispatch.BACKWARD, 0)] == list(dispatch.BACKWARD)
+        for name in ("forward", "backward"):
+            monkeypatch.setitem(sys.modules, f"sigswap.kernels.hopper.{name}", None)
+            monkeypatch.delattr(f"sigswap.kernels.hopper.{name}")
+        dispatch._usable.cache_clear()
+        for names in (dispatch.FORWARD, dispatch.BACKWARD):
+            others = [name for name in names if not name.startswith("hopper.")]
+            assert [name for name, _ in dispatch._usable(names, 0)] == others
     finally:
-        dispatch._device_kernels.cache_clear()
-    assert kernels is not None and kernels.hopper_fwd is None and kernels.hopper_bwd is None
+        for cache in caches:
+            cache.cache_clear()
     assert "this Triton's Gluon differs" in caplog.text

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import settings
-from sigswap.kernels.reference import Options
+from sigswap.kernels.host.problem import Options
 
 pytest.importorskip("triton")
 
 from sigswap.kernels.host import launch
-from sigswap.kernels.triton.common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.layout import layout_of
+from sigswap.kernels.host.problem import FEW_SCORES, Packed, Problem, Signature, _signature
+from sigswap.kernels.host.recording import recorded_by
+from sigswap.kernels.host.results import gradients_for, hand_over
 
 OPTIONS = Options(0.25)
 OTHER_OPTIONS = Options(0.5, -1.0, False, True, True, 3, 4, 2.0, 0.5)
@@ -41,6 +45,7 @@ def base() -> dict[str, Any]:
         "value": heads_tensor(),
         "bias": torch.zeros(1, 2, 1, 1),
         "attn_mask": torch.zeros(2, 1, 8, 8),
+        "seed": None,
         "options": OPTIONS,
         "packed": None,
     }
@@ -64,7 +69,7 @@ ONE_CHANGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "fewer heads": lambda b: {name: heads_tensor(heads=1) for name in ("key", "value")},
     "more keys": lambda b: {name: heads_tensor(length=9) for name in ("key", "value")},
     "another value dim": lambda b: {"value": heads_tensor(dim=8)},
-    "packed": lambda b: {"packed": launch.Packed(ENDS, ENDS, 8, 8)},
+    "packed": lambda b: {"packed": Packed(ENDS, ENDS, 8, 8)},
 } | {
     f"{field}": lambda b, field=field: {"options": OPTIONS._replace(**{field: getattr(OTHER_OPTIONS, field)})}
     for field in Options._fields
@@ -75,8 +80,8 @@ ONE_CHANGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def signature(arguments: dict[str, Any]) -> launch.Signature:
-    return launch.signature_of(**arguments)
+def signature(arguments: dict[str, Any]) -> Signature:
+    return Problem(**arguments).signature
 
 
 @pytest.mark.parametrize("what", ONE_CHANGE)
@@ -89,8 +94,8 @@ def test_what_differs_in_one_thing_shares_no_signature(what: str) -> None:
 
 
 def test_packed_lengths_differ() -> None:
-    packed = [launch.Packed(ENDS, ENDS, *longest) for longest in ((8, 8), (9, 8), (8, 9))]
-    packed.append(launch.Packed(torch.tensor([0, 4, 8]), torch.tensor([0, 4, 8]), 8, 8))
+    packed = [Packed(ENDS, ENDS, *longest) for longest in ((8, 8), (9, 8), (8, 9))]
+    packed.append(Packed(torch.tensor([0, 4, 8]), torch.tensor([0, 4, 8]), 8, 8))
     assert len({signature(base() | {"packed": each}) for each in packed}) == 4
 
 
@@ -124,7 +129,7 @@ def test_the_precision_of_products_counts_in_float32(
 
 def test_forgotten_signatures_come_back_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     first = signature(base())
-    launch._signature.cache_clear()
+    _signature.cache_clear()
     again = signature(base())
     assert again is not first and vars(again).items() >= {"options": OPTIONS, "query": first.query}.items()
 
@@ -133,7 +138,7 @@ def test_forgotten_signatures_come_back_equal(monkeypatch: pytest.MonkeyPatch) -
 
 
 def gradients(inputs: tuple[Tensor | None, ...], mask: list[bool]) -> tuple[Any, Any, Any]:
-    return launch.gradients_for(launch.signature_of(*inputs, OPTIONS), inputs, mask)
+    return gradients_for(Problem(*inputs, None, OPTIONS, output_mask=tuple(mask)))
 
 
 def test_gradients_are_new_and_laid_out_as_their_inputs() -> None:
@@ -145,7 +150,7 @@ def test_gradients_are_new_and_laid_out_as_their_inputs() -> None:
             for each, grad, new, layout in zip(inputs, grads, written, layouts, strict=True):
                 assert new is grad
                 if grad is not None:
-                    assert layout == launch.layout_of(grad) and grad.dtype == each.dtype
+                    assert layout == layout_of(grad) and grad.dtype == each.dtype
                     assert grad.stride() == torch.empty_like(each).stride() and grad.data_ptr() != each.data_ptr()
 
 
@@ -156,16 +161,15 @@ def test_gradients_with_a_strided_last_dimension_are_written_elsewhere() -> None
         grads, written, layouts = gradients(inputs, [True] * 5)
         assert written[0] is not grads[0] and written[1:] == grads[1:]
         assert grads[0].stride() == inputs[0].stride() and written[0].stride(3) == 1
-        assert layouts == tuple(launch.layout_of(new) for new in written)
+        assert layouts == tuple(layout_of(new) for new in written)
         written[0].fill_(3.0)
-        launch.hand_over(grads, written)
+        hand_over(grads, written)
         assert (grads[0] == 3.0).all()
 
 
 def test_gradients_that_exist_are_taken_as_they_are() -> None:
     inputs = tuple(base()[name] for name in TENSORS)
-    of_inputs = launch.signature_of(*inputs, OPTIONS)
-    launch.gradients_for(of_inputs, inputs, [True] * 5)
+    gradients(inputs, [True] * 5)
     given = (
         misaligned(torch.empty_like(inputs[0])),
         None,
@@ -173,9 +177,10 @@ def test_gradients_that_exist_are_taken_as_they_are() -> None:
         None,
         None,
     )
-    grads, written, layouts = launch.gradients_for(of_inputs, inputs, [True, False, True, False, False], given)
+    needed = True, False, True, False, False
+    grads, written, layouts = gradients_for(Problem(*inputs, None, OPTIONS, output_mask=needed, grads=given))
     assert grads is given and list(written) == list(given)
-    assert layouts == tuple(None if grad is None else launch.layout_of(grad) for grad in given)
+    assert layouts == tuple(None if grad is None else layout_of(grad) for grad in given)
 
 
 # Launches.
@@ -214,7 +219,7 @@ class Kernel:
 
 def launch_of(kernel: Kernel, tensor: Tensor, block: int = 16, device: str = "cuda:1", warps: int = 4) -> launch.Launch:
     arguments = {"length": 7, "BLOCK": block, "unknown": 0}
-    return launch.Launch(kernel, 3, torch.device(device), (launch.layout_of(tensor),), arguments, num_warps=warps)
+    return launch.Launch(kernel, 3, torch.device(device), (layout_of(tensor),), arguments, num_warps=warps)
 
 
 @pytest.fixture
@@ -286,7 +291,7 @@ def test_what_triton_compiles_anew_shares_no_compiled_kernel(streams: dict[int, 
 def test_recorded_launches_do_not_run(streams: dict[int, int]) -> None:
     kernel, tensor = Kernel(), torch.zeros(4)
     run, records = launch_of(kernel, tensor), []
-    with launch.recorded_by(lambda *record: records.append(record), descriptors=True):
+    with recorded_by(lambda *record: records.append(record), descriptors=True):
         run(tensor)
     assert records == [(kernel, (3, 1, 1), (tensor, 7, 16), {"num_warps": 4})]
     assert not kernel.calls
@@ -298,10 +303,10 @@ def test_recorded_launches_do_not_run(streams: dict[int, int]) -> None:
 @pytest.mark.parametrize(("batch", "pays"), [(1, False), (8, True)])
 def test_descriptors_are_for_many_scores(batch: int, pays: bool) -> None:
     query = torch.empty(batch, 8, 512, 64, device="meta", dtype=torch.float16)
-    assert (query.shape[0] * 8 * 512 * 512 >= launch.FEW_SCORES) == pays
+    assert (query.shape[0] * 8 * 512 * 512 >= FEW_SCORES) == pays
     arguments = base() | {"query": query, "key": query, "value": query, "bias": None, "attn_mask": None}
     assert signature(arguments).tma(512) == pays
-    with launch.recorded_by(lambda *record: None, descriptors=False):
+    with recorded_by(lambda *record: None, descriptors=False):
         assert not signature(arguments).tma(512)
     assert signature(arguments).tma(512) == pays
 
@@ -324,7 +329,7 @@ def test_forms_of_the_sigmoid_by_dtype_and_bias(
     query, key = torch.empty(1, 1, 64, 16, dtype=dtype), torch.empty(1, 1, keys, 16, dtype=dtype)
     bias = torch.empty(1, 1, 1, 1) if biased else None
     options = Options(0.25, const_bias)
-    arguments = launch.signature_of(query, key, key, bias, None, options).arguments()
+    arguments = Problem(query, key, key, bias, None, None, options).signature.arguments()
     assert (arguments["FORM"], arguments["SLOW"]) == forms
-    softcapped = launch.signature_of(query, key, key, bias, None, options._replace(softcap=1.0)).arguments()
+    softcapped = Problem(query, key, key, bias, None, None, options._replace(softcap=1.0)).signature.arguments()
     assert (softcapped["FORM"], softcapped["SLOW"]) == (ACCURATE, ACCURATE)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import MASKED_SCORE, reference
+from sigswap.kernels.host.problem import Options, Problem
 from sigswap.kernels.op import dense, registration
 from sigswap.kernels.op.registration import is_plain, options_of
-from sigswap.kernels.reference import Options
 
 ATTENTION = torch.ops.sigswap.sigmoid_attention.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
@@ -248,14 +250,16 @@ def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(
     expected = torch.autograd.grad(dense.sigmoid_attention(*inputs, scale=0.5).sum(), inputs)
     negated: list[bool] = []
 
-    def implementation(cuda: bool, name: str) -> Any:
-        def run(*arguments: Any) -> Any:
-            negated.extend(each.is_neg() for each in arguments if isinstance(each, Tensor))
-            return getattr(reference, name)(*arguments)
+    def noting(run: Callable[[Problem], Any]) -> Callable[[Problem], Any]:
+        def noted(problem: Problem) -> Any:
+            tensors = *problem.inputs, problem.grad_out
+            negated.extend(each.is_neg() for each in tensors if each is not None)
+            return run(problem)
 
-        return run
+        return noted
 
-    monkeypatch.setattr(registration, "_implementation", implementation)
+    implementation = SimpleNamespace(forward=noting(reference.forward), backward=noting(reference.backward))
+    monkeypatch.setattr(registration, "_implementation", lambda cuda: implementation)
     hooks = torch.neg, torch._neg_view  # equal tensors, lazily negated
     with nullcontext() if later else torch.autograd.graph.saved_tensors_hooks(*hooks):
         out = dense.sigmoid_attention(*inputs, scale=0.5)

@@ -16,8 +16,8 @@ from torch import Tensor
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import reference
+from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import varlen
-from sigswap.kernels.reference import Options
 
 OP = torch.ops.sigswap.sigmoid_attention_varlen.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_varlen_backward.default

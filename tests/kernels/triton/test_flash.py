@@ -5,6 +5,7 @@ The bound is the error of the straightforward PyTorch computation in the same dt
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -25,7 +26,8 @@ pytest.importorskip("triton")
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.host import launch
+from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
+from sigswap.kernels.host.problem import Options, Packed, Problem
 from sigswap.kernels.triton import backward as flash_bwd
 from sigswap.kernels.triton import decode, short_masked, sums
 from sigswap.kernels.triton import forward as flash_fwd
@@ -38,19 +40,19 @@ DEVICE = "cuda" if CUDA else "cpu"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
 
 
-class Problem(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-    attn_mask: Tensor | None
-    seed: Tensor | None
-    grad_out: Tensor
-    options: reference.Options
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self.query, self.key, self.value, self.bias, self.attn_mask, self.seed
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    grad_out: Tensor,
+    options: Options,
+) -> Problem:
+    """With a gradient of everything that may have one."""
+    needed = tuple(t is not None and t.is_floating_point() for t in (query, key, value, bias, attn_mask))
+    return Problem(query, key, value, bias, attn_mask, seed, options, grad_out=grad_out, output_mask=needed)
 
 
 def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False, repeats: int = 1) -> Problem:
@@ -105,7 +107,7 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False, 
             masked = draw.choice((-torch.inf, torch.finfo(dtype).min, -1e4))
             attn_mask = torch.where(attn_mask, torch.randn(shape, device=device), masked).to(dtype)
     dropout_p = draw.choice((0.0, 0.0, 0.0, 0.2)) if not decoding else 0.0
-    options = reference.Options(
+    options = Options(
         scale=draw.choice((head_dim**-0.5, 0.3)) if head_dim <= 40 else head_dim**-0.5,
         const_bias=draw.choice((0.0, 0.0, -1.5, -6.0)),
         visible_bias=draw.random() < 0.8,
@@ -119,7 +121,7 @@ def random_problem(index: int, device: str = DEVICE, *, decoding: bool = False, 
     seed = torch.tensor([draw.randrange(2**62)], device=device) if dropout_p else None
     query = heads_tensor(heads, q_len, head_dim)
     key, value = heads_tensor(kv_heads, kv_len, head_dim), heads_tensor(kv_heads, kv_len, value_dim)
-    return Problem(query, key, value, bias, attn_mask, seed, heads_tensor(heads, q_len, value_dim), options)
+    return problem_of(query, key, value, bias, attn_mask, seed, heads_tensor(heads, q_len, value_dim), options)
 
 
 def window_problem(index: int, device: str = DEVICE) -> Problem:
@@ -144,7 +146,7 @@ def window_problem(index: int, device: str = DEVICE) -> Problem:
     if draw.random() < 0.7:
         bias_shape = 1, draw.choice((1, heads)), draw.choice((1, q_len)), 1
         bias = (torch.randn(bias_shape, device=device) - 1).to(dtype)
-    options = reference.Options(
+    options = Options(
         scale=head_dim**-0.5,
         const_bias=draw.choice((0.0, -1.5)),
         visible_bias=draw.random() < 0.8,
@@ -154,7 +156,7 @@ def window_problem(index: int, device: str = DEVICE) -> Problem:
         window_right=draw.choice((-1, -1, 20)),
     )
     query, key, value = rows(q_len, head_dim), rows(kv_len, head_dim), rows(kv_len, value_dim)
-    return Problem(query, key, value, bias, attn_mask, None, rows(q_len, value_dim), options)
+    return problem_of(query, key, value, bias, attn_mask, None, rows(q_len, value_dim), options)
 
 
 def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None = None) -> list[Tensor]:
@@ -164,8 +166,7 @@ def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None =
     """
     options = problem.options
     leaves = [
-        t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_()
-        for t in problem.inputs[:5]
+        t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_() for t in problem.inputs
     ]
     query, key, value, bias, mask = leaves
     assert query is not None and key is not None and value is not None
@@ -208,10 +209,16 @@ def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None =
 
 
 def ours(problem: Problem, **tuning: Any) -> list[Tensor]:
-    needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
-    out = flash_fwd.forward(*problem.inputs, problem.options, **tuning)
-    grads = flash_bwd.backward(problem.grad_out, *problem.inputs, needed, problem.options, **tuning)
-    return [out, *(grad for grad, need in zip(grads, needed, strict=True) if need)]
+    return results_of(flash_fwd, flash_bwd, problem, **tuning)
+
+
+def results_of(forward: Any, backward: Any, problem: Problem, **tuning: Any) -> list[Tensor]:
+    """Of the forward of one module and the backward of another: the output, and the gradients that are needed."""
+    out, grads = forward.forward(problem, **tuning), backward.backward(problem, **tuning)
+    given = [tensor is not None for tensor in problem.inputs]
+    expected = [need and tensor for need, tensor in zip(problem.output_mask, given, strict=True)]
+    assert [grad is not None for grad in grads] == expected
+    return [out, *(grad for grad in grads if grad is not None)]
 
 
 def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
@@ -235,14 +242,9 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
 
 def assert_windows_no_worse(index: int) -> None:
     problem = window_problem(index)
-    query, key, value, bias, attn_mask, _ = problem.inputs
-    assert attn_mask is not None and short_masked.suits(query, key, value, bias, attn_mask, problem.options)
-    needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
+    assert problem.attn_mask is not None and short_masked.supports(problem)
     for tuning in ({}, {"programs": 0}):  # 0: each program takes all sequences with its mask
-        out = short_masked.forward(query, key, value, bias, attn_mask, problem.options, **tuning)
-        inputs = problem.grad_out, query, key, value, bias, attn_mask
-        grads = short_masked.backward(*inputs, needed, problem.options, **tuning)
-        assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
+        assert_no_worse(results_of(short_masked, short_masked, problem, **tuning), problem)
 
 
 def hopper_problem(index: int, *, forward: bool = False) -> Problem:
@@ -277,7 +279,7 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
         bias = (torch.randn(shape, device=DEVICE) - draw.choice((1, 9))).to(dtype)
         if draw.random() < 0.3:  # as w_h . q_i, of a query cut from a projection
             bias = bias.transpose(1, 2).contiguous().transpose(1, 2)
-    options = reference.Options(
+    options = Options(
         scale=draw.choice((head_dim**-0.5, -0.2)),
         const_bias=draw.choice((0.0, 0.0, -1.5, -6.0, -12.0)),
         visible_bias=draw.random() < 0.8,
@@ -291,7 +293,7 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
         rows(kv_heads, kv_len, head_dim),
         rows(kv_heads, kv_len, value_dim),
     )
-    return Problem(query, key, value, bias, None, None, rows(heads, q_len, value_dim), options)
+    return problem_of(query, key, value, bias, None, None, rows(heads, q_len, value_dim), options)
 
 
 def assert_sums(index: int) -> None:
@@ -302,7 +304,7 @@ def assert_sums(index: int) -> None:
     out = torch.empty(kept, dtype=draw.choice((torch.float32, torch.float16)), device=DEVICE)
     if draw.random() < 0.3:
         out = torch.empty([*kept, 2], dtype=out.dtype, device=DEVICE)[..., 0]  # not contiguous
-    sums.Sum(launch.layout_of(out), tuple(shape), parts.device)(parts, out)
+    sums.Sum(layout_of(out), tuple(shape), parts.device)(parts, out)
     exact = parts.double().sum_to_size(kept)
     bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * parts.numel() ** 0.5
     assert ((out.double() - exact).abs() <= bound).all()
@@ -312,7 +314,7 @@ class PackedProblem(NamedTuple):
     """Sequences one behind the other: query [1, H, total, D] and so on, and the sequences on their own."""
 
     whole: Problem
-    packed: launch.Packed
+    packed: Packed
     each: list[Problem]
     draws: list[Tensor]
 
@@ -337,19 +339,19 @@ def random_packed_problem(index: int, device: str = DEVICE) -> PackedProblem:
     if draw.random() < 0.5:
         shape = 1, draw.choice((1, heads)), draw.choice((1, sum(q_lens))), 1
         bias = (torch.randn(shape, device=device) - 1).to(dtype)
-    whole = Problem(query, key, value, bias, None, base.seed, grad_out, base.options)
+    whole = problem_of(query, key, value, bias, None, base.seed, grad_out, base.options)
     cu_q, cu_k = (
         torch.tensor([sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32, device=device)
         for lens in (q_lens, k_lens)
     )
     # The longest may be given too long.
-    packed = launch.Packed(cu_q, cu_k, max(q_lens) + draw.choice((0, 9)), max(k_lens) + draw.choice((0, 7)))
+    packed = Packed(cu_q, cu_k, max(q_lens) + draw.choice((0, 9)), max(k_lens) + draw.choice((0, 7)))
     each, draws = [], []
     for i, (m, n) in enumerate(zip(q_lens, k_lens, strict=True)):
         q, k = slice(sum(q_lens[:i]), sum(q_lens[: i + 1])), slice(sum(k_lens[:i]), sum(k_lens[: i + 1]))
         own_bias = bias if bias is None or bias.shape[2] == 1 else bias[:, :, q]
         tensors = query[:, :, q], key[:, :, k], value[:, :, k], own_bias, None, base.seed, grad_out[:, :, q]
-        each.append(Problem(*tensors, base.options))
+        each.append(problem_of(*tensors, base.options))
         head, row = torch.arange(heads, device=device)[:, None, None], torch.arange(m, device=device)[:, None]
         number = ((i * heads + head) * packed.longest_q + row) * packed.longest_k + torch.arange(n, device=device)
         draws.append(number[None])
@@ -357,11 +359,8 @@ def random_packed_problem(index: int, device: str = DEVICE) -> PackedProblem:
 
 
 def assert_packed_no_worse(problem: PackedProblem) -> None:
-    whole, packed = problem.whole, problem.packed
-    needed = [t is not None for t in whole.inputs[:4]] + [False]
-    out = flash_fwd.forward(*whole.inputs, whole.options, packed=packed)
-    grads = flash_bwd.backward(whole.grad_out, *whole.inputs, needed, whole.options, packed=packed)
-    results = [out, *(grad for grad, need in zip(grads, needed, strict=True) if need)]
+    whole = dataclasses.replace(problem.whole, packed=problem.packed)
+    results = ours(whole)
 
     def joined(dtype: torch.dtype) -> list[Tensor]:
         parts = [straightforward(one, dtype, draw) for one, draw in zip(problem.each, problem.draws, strict=True)]
@@ -402,7 +401,7 @@ def test_interpreted(index: int) -> None:
 @shards(8)
 def test_interpreted_decoding(index: int) -> None:
     problem = random_problem(index, decoding=True)
-    out = decode.forward(*problem.inputs[:5], problem.options, splits=1 + index % 3)
+    out = decode.forward(problem, splits=1 + index % 3)
     assert_no_worse([out], problem)
 
 
@@ -422,38 +421,34 @@ def test_interpreted_windows(index: int) -> None:
 @in_interpreter
 def test_interpreted_windows_without_a_bias_whose_gradient_is_asked_for_shard2() -> None:
     query, key, value, grad_out = (torch.randn(4, 2, 8, 16).half() for _ in range(4))
-    attn_mask, options = torch.randn(2, 1, 8, 8).half(), reference.Options(0.25)
-    grads = short_masked.backward(grad_out, query, key, value, None, attn_mask, [True] * 5, options)
-    assert grads[3] is None
-    problem = Problem(query, key, value, None, attn_mask, None, grad_out, options)
-    out = short_masked.forward(query, key, value, None, attn_mask, options)
-    assert_no_worse([out, *grads[:3], grads[4]], problem)
+    attn_mask, options = torch.randn(2, 1, 8, 8).half(), Options(0.25)
+    problem = problem_of(query, key, value, None, attn_mask, None, grad_out, options)
+    problem.output_mask = (True,) * 5
+    assert_no_worse(results_of(short_masked, short_masked, problem), problem)
 
 
 @in_interpreter
 def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = dispatch._Kernels(flash_fwd, flash_bwd, decode, launch, short_masked, None, None)
-    monkeypatch.setattr(dispatch, "kernels_for", lambda query, value: kernels)
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     for index, rest in ((0, {}), (0, {"dropout_p": 0.5}), (0, {"softcap": 2.0})):
         problem = window_problem(index)
         seed = torch.tensor([5]) if "dropout_p" in rest else None
-        problem = problem._replace(seed=seed, options=problem.options._replace(**rest))
+        problem = dataclasses.replace(problem, seed=seed, options=problem.options._replace(**rest))
         before = short_masked._plan_forward.cache_info(), short_masked._plan_backward.cache_info()
-        needed = [t is not None and t.is_floating_point() for t in problem.inputs[:5]]
-        out = dispatch.forward(*problem.inputs, problem.options)
-        grads = dispatch.backward(problem.grad_out, *problem.inputs, needed, problem.options)
+        results = results_of(dispatch, dispatch, problem)
         after = short_masked._plan_forward.cache_info(), short_masked._plan_backward.cache_info()
         calls = [new.hits + new.misses - old.hits - old.misses for new, old in zip(after, before, strict=True)]
         assert calls == ([0, 0] if rest else [1, 1])
-        assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
+        assert_no_worse(results, problem)
 
 
 @in_interpreter
 def test_interpreted_masks_are_copied_no_larger_than_they_are_shard3() -> None:
     heads_last = torch.randn(1, 6, 7, 3).permute(0, 3, 1, 2)
     for mask, numbers in ((heads_last, 126), (heads_last.expand(5, -1, -1, -1), 126), (heads_last.contiguous(), 126)):
-        readable = launch.readable_mask(mask)
+        readable = readable_mask(mask)
         assert readable is not None and torch.equal(readable, mask) and readable.stride(3) == 1
         assert readable.untyped_storage().nbytes() == 4 * numbers
 
@@ -468,16 +463,16 @@ def test_interpreted_sums(index: int) -> None:
 @shards(4)
 def test_interpreted_decoding_with_a_repeated_mask(index: int) -> None:
     problem = random_problem(index, decoding=True, repeats=2)
-    out = decode.forward(*problem.inputs[:5], problem.options, splits=1 + index % 3)
+    out = decode.forward(problem, splits=1 + index % 3)
     assert_no_worse([out], problem)
 
 
 @in_interpreter
 def test_interpreted_plans_serve_other_tensors_and_keep_none_alive_shard0() -> None:
-    options = reference.Options(0.25, is_causal=True)
+    options = Options(0.25, is_causal=True)
     for _ in range(2):
         query, key, value, grad_out = (torch.randn(2, 3, 40, 16).half() for _ in range(4))
-        problem = Problem(query, key, value, None, None, None, grad_out, options)
+        problem = problem_of(query, key, value, None, None, None, grad_out, options)
         misses = flash_fwd._plan.cache_info().misses, flash_bwd._plan.cache_info().misses
         results = ours(problem, tma=True)
         assert_no_worse(results, problem)
@@ -494,11 +489,9 @@ def test_interpreted_softcap_keeps_nan_and_precision_settings_do_not_raise_shard
     monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")  # after which reading allow_tf32 may raise
     query, key, value = (torch.randn(1, 1, 8, 16).half() for _ in range(3))
     query[0, 0, 3, 0] = torch.nan
-    options = reference.Options(1.0, softcap=5.0)
-    for out in (
-        flash_fwd.forward(query, key, value, None, None, None, options),
-        decode.forward(query, key, value, None, None, options),
-    ):
+    options = Options(1.0, softcap=5.0)
+    problem = Problem(query, key, value, None, None, None, options)
+    for out in (flash_fwd.forward(problem), decode.forward(problem)):
         assert out[0, 0, 3].isnan().all() and not out[0, 0, [0, 1, 2, 4, 5, 6, 7]].isnan().any()
 
 
@@ -528,7 +521,7 @@ def test_random_features(index: int) -> None:
 @pytest.mark.parametrize("index", range(40))
 def test_random_features_decoding(index: int) -> None:
     problem = random_problem(index, decoding=True)
-    assert_no_worse([decode.forward(*problem.inputs[:5], problem.options)], problem)
+    assert_no_worse([decode.forward(problem)], problem)
 
 
 @pytest.mark.gpu
@@ -538,7 +531,7 @@ def test_random_features_with_a_repeated_mask(index: int) -> None:
     problem = random_problem(index, repeats=2 + index % 3)
     assert_no_worse(ours(problem), problem)
     problem = random_problem(index, decoding=True, repeats=2 + index % 3)
-    assert_no_worse([decode.forward(*problem.inputs[:5], problem.options)], problem)
+    assert_no_worse([decode.forward(problem)], problem)
 
 
 @pytest.mark.gpu
@@ -555,11 +548,7 @@ def test_random_windows(index: int) -> None:
 @pytest.mark.parametrize("index", range(120))
 def test_random_problems_on_hopper(index: int) -> None:
     problem = hopper_problem(index)
-    query, key, value, bias, *_ = problem.inputs
-    needed = [True, True, True, bias is not None, False]
-    out = flash_fwd.forward(*problem.inputs, problem.options)
-    grads = hopper_bwd.backward(problem.grad_out, query, key, value, bias, needed, problem.options)
-    assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
+    assert_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
 
 
 @pytest.mark.gpu
@@ -568,14 +557,13 @@ def test_random_problems_on_hopper(index: int) -> None:
 @pytest.mark.parametrize("index", range(120))
 def test_random_problems_on_hopper_forward(index: int) -> None:
     problem = hopper_problem(index, forward=True)
-    query, key, value, bias, *_ = problem.inputs
-    assert query is not None and key is not None and value is not None
-    shape, strides = reference.output_layout(query.shape, value.shape)
-    torch.full(shape, torch.nan, dtype=query.dtype, device=DEVICE)  # what is not written is not what it should be
-    out = hopper_fwd.forward(query, key, value, bias, problem.options)
+    shape, strides = output_layout(problem.query.shape, problem.value.shape)
+    # What is not written is not what it should be.
+    torch.full(shape, torch.nan, dtype=problem.query.dtype, device=DEVICE)
+    out = hopper_fwd.forward(problem)
     assert out.stride() == strides
     assert_no_worse([out], problem)
-    assert torch.equal(out, hopper_fwd.forward(query, key, value, bias, problem.options))
+    assert torch.equal(out, hopper_fwd.forward(problem))
 
 
 @pytest.mark.gpu
@@ -587,10 +575,10 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
     """Programs divide the rows of all heads among them: more of them than there are programs, and not all causal."""
     query, key = (torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16() for _ in range(2))
     value = torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16()
-    given = reference.Options(128**-0.5, **options)
+    given = Options(128**-0.5, **options)
     torch.full_like(query, torch.nan)
-    out = hopper_fwd.forward(query, key, value, None, given)
-    other = flash_fwd.forward(query, key, value, None, None, None, given)
+    problem = Problem(query, key, value, None, None, None, given)
+    out, other = hopper_fwd.forward(problem), flash_fwd.forward(problem)
     error = (out.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
     assert error.max().item() < 0.05  # of each row; both round probabilities to bfloat16
 
@@ -600,14 +588,14 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("const_bias", [0.0, -12.0])
 def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
-    options = reference.Options(128**-0.5, const_bias, is_causal=True)
+    options = Options(128**-0.5, const_bias, is_causal=True)
     query, key, value = (torch.randn(2, 4, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
-    out = hopper_fwd.forward(query, key, value, None, options)
+    out = hopper_fwd.forward(Problem(query, key, value, None, None, None, options))
     for row in (63, 64, 127, 128, 1000):
         other_key, other_value = key.clone(), value.clone()
         other_key[:, :, row + 1 :] = 30.0
         other_value[:, :, row + 1 :] = 1e4
-        other = hopper_fwd.forward(query, other_key, other_value, None, options)
+        other = hopper_fwd.forward(Problem(query, other_key, other_value, None, None, None, options))
         assert torch.equal(out[:, :, : row + 1], other[:, :, : row + 1])
 
 
@@ -616,21 +604,21 @@ def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_hopper_takes_the_forward_of_long_sequences() -> None:
     query, key, value = (torch.randn(2, 8, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
-    options = reference.Options(128**-0.5)
+    options = Options(128**-0.5)
 
-    def suits(options: reference.Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
+    def supports(options: Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
         tensors = (tensor[:, :, :rows, :dim] for tensor in (query, key, value))
-        return hopper_fwd.suits(*tensors, more.get("bias"), more.get("mask"), options)
+        return hopper_fwd.supports(Problem(*tensors, more.get("bias"), more.get("mask"), None, options))
 
-    assert suits() and suits(options=options._replace(is_causal=True)) and suits(dim=96)
-    assert suits(bias=torch.zeros(1, 8, 2048, 1, device=DEVICE))
-    assert not suits(rows=256) and not suits(dim=64) and not suits(dim=100)
-    assert suits(options=options._replace(is_causal=True, window_left=200))
-    assert not suits(options=options._replace(is_causal=True, window_left=100))
-    assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
-    assert not suits(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
-    taken = dispatch.forward(query, key, value, None, None, None, options)
-    assert torch.equal(taken, hopper_fwd.forward(query, key, value, None, options))
+    assert supports() and supports(options=options._replace(is_causal=True)) and supports(dim=96)
+    assert supports(bias=torch.zeros(1, 8, 2048, 1, device=DEVICE))
+    assert not supports(rows=256) and not supports(dim=64) and not supports(dim=100)
+    assert supports(options=options._replace(is_causal=True, window_left=200))
+    assert not supports(options=options._replace(is_causal=True, window_left=100))
+    assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
+    assert not supports(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
+    problem = Problem(query, key, value, None, None, None, options)
+    assert torch.equal(dispatch.forward(problem), hopper_fwd.forward(problem))
 
 
 @pytest.mark.gpu
@@ -638,25 +626,27 @@ def test_hopper_takes_the_forward_of_long_sequences() -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None:
     query, key, value, grad_out = (torch.randn(2, 8, 4096, 64, device="cuda").bfloat16() for _ in range(4))
-    needed, options = [True, True, True, False, False], reference.Options(0.125)
+    needed, options = (True, True, True, False, False), Options(0.125)
 
-    def suits(needed: list[bool] = needed, options: reference.Options = options, rows: int = 4096, **more: Any) -> bool:
-        tensors = (grad_out[:, :, :rows], query[:, :, :rows], key[:, :, :rows], value[:, :, :rows])
-        return hopper_bwd.suits(*tensors, more.get("bias"), more.get("mask"), needed, options)
+    def supports(needed: tuple[bool, ...] = needed, options: Options = options, rows: int = 4096, **more: Any) -> bool:
+        tensors = (query[:, :, :rows], key[:, :, :rows], value[:, :, :rows], more.get("bias"), more.get("mask"))
+        asked_for = {"grad_out": grad_out[:, :, :rows], "output_mask": needed}
+        return hopper_bwd.supports(Problem(*tensors, None, options, **asked_for))
 
-    assert suits() and suits(options=options._replace(is_causal=True))
-    assert not suits(rows=512) and not suits(needed=[True, True, False, False, False])
-    assert not suits(rows=1024) and suits(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
-    assert not suits(options=options._replace(is_causal=True, window_left=300))
-    assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
-    assert suits(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
-    assert not suits(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool, device="cuda"))
-    arguments = grad_out, query, key, value, None, None, None, needed, options._replace(is_causal=True)
-    fast = dispatch.backward(*arguments)
+    assert supports() and supports(options=options._replace(is_causal=True))
+    assert not supports(rows=512) and not supports(needed=(True, True, False, False, False))
+    assert not supports(rows=1024) and supports(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
+    assert not supports(options=options._replace(is_causal=True, window_left=300))
+    assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
+    assert supports(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
+    assert not supports(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool, device="cuda"))
+    causal = options._replace(is_causal=True)
+    problem = Problem(query, key, value, None, None, None, causal, grad_out=grad_out, output_mask=needed)
+    fast = dispatch.backward(problem)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not suits()
-        first, second = dispatch.backward(*arguments), dispatch.backward(*arguments)
+        assert not supports()
+        first, second = dispatch.backward(problem), dispatch.backward(problem)
     finally:
         torch.use_deterministic_algorithms(False)
     for one, two, three in zip(first[:3], second[:3], fast[:3], strict=True):
@@ -674,9 +664,9 @@ def test_hopper_gives_exactly_0_to_future_keys(length: int, const_bias: float, d
     query, key, value = (torch.randn(1, 2, length, 64, device="cuda").to(dtype) for _ in range(3))
     grad_out = torch.zeros_like(query)
     grad_out[:, :, 0] = 1
-    options = reference.Options(0.125, const_bias, is_causal=True)
-    needed = [True, True, True, False, False]
-    _, grad_key, grad_value, *_ = hopper_bwd.backward(grad_out, query, key, value, None, needed, options)
+    options = Options(0.125, const_bias, is_causal=True)
+    problem = problem_of(query, key, value, None, None, None, grad_out, options)
+    _, grad_key, grad_value, *_ = hopper_bwd.backward(problem)
     assert grad_key is not None and grad_value is not None
     assert (grad_key[:, :, 1:] == 0).all() and (grad_value[:, :, 1:] == 0).all()
     assert (grad_value[:, :, 0] != 0).all()

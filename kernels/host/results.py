@@ -1,0 +1,63 @@
+"""The tensors that results are written to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sigswap.kernels.host.layout import Layout, has_unit_stride, layout_of, output_layout
+from sigswap.kernels.host.problem import Gradients, Problem
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output, uninitialised: [B, H, M, Dv], stored as [B, M, H, Dv].
+
+    Models merge the heads next (``out.transpose(1, 2).reshape(B, M, H * Dv)``), which is free in this layout.
+    Fused softmax attention returns it, too. It is no view, so that it may be changed in place.
+    """
+    return query.new_empty_strided(*output_layout(query.shape, value.shape))
+
+
+def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output for packed sequences, uninitialised: [total_q, H, Dv], contiguous."""
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
+
+
+def empty_gradients(inputs: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Gradients:
+    """The gradients of the inputs, uninitialised, in their memory order; None: not needed."""
+    pairs = zip(inputs, output_mask, strict=True)
+    return tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor, needed in pairs])
+
+
+def gradients_for(problem: Problem) -> tuple[Gradients, Gradients, tuple[Layout | None, ...]]:
+    """The gradients that the problem asks for, uninitialised, unless they exist already; where they are written; and
+    the layouts of that.
+
+    They are written in themselves, but for the first three, which kernels write: in new tensors, where the last
+    dimension is strided.
+    """
+    signature = problem.signature
+    needed = problem.output_mask if problem.grads is None else None
+    grads = problem.grads or empty_gradients(problem.inputs, problem.output_mask)
+    known = signature.gradient_layouts.get(needed)
+    if known is not None:
+        return grads, grads, known
+    written = list(grads)
+    for index, grad in enumerate(grads[:3]):
+        if grad is not None and not has_unit_stride(grad.shape, grad.stride()):
+            written[index] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    layouts = tuple([None if new is None else layout_of(new) for new in written])
+    if needed is not None and all(new is grad for new, grad in zip(written, grads, strict=True)):
+        signature.gradient_layouts[needed] = layouts
+    return grads, tuple(written), layouts
+
+
+def hand_over(grads: Gradients, written: Gradients) -> None:
+    """Copies to the gradients what was written in new tensors."""
+    if written is grads:
+        return
+    for grad, new in zip(grads, written, strict=True):
+        if grad is not None and grad is not new:
+            grad.copy_(new)
