@@ -1,4 +1,4 @@
-"""The forward of sigmoid attention over long sequences on Hopper GPUs, in Gluon, for a head_dim above 64.
+"""The forward of sigmoid attention over long sequences on Hopper GPUs, in Gluon, for a head_dim from 65 to 256.
 
 :mod:`flash_fwd` leaves the order of things to Triton's compiler. Here:
 
@@ -9,6 +9,7 @@
   multiplies.
 - There are as many programs as multiprocessors. Each goes from item to item, an item being 128 rows of a head; what
   the next one needs is loaded before the one before has ended.
+- A width that is no power of two, which a tensor's has to be, is held in parts: 192 columns cost no more than that.
 
 At head_dim 64 there are twice as many probabilities for as many matrix products, and :mod:`flash_fwd` is faster.
 """
@@ -36,13 +37,13 @@ from sigswap.kernels.hopper import Tiles, load_tile, log_of_visible, sigmoid, st
 from sigswap.kernels.launch import MAX_PLANS, Launch, Layout, Signature, describable, limits_of, signature_of
 from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
-WIDTH = 128
-"""Of a head as the tiles hold it: head_dim 65 to 128."""
+NARROWEST, WIDEST = 65, 256
+"""Of head_dim, and of value's."""
 
-ROWS, KEYS, STAGES = 128, 128, 2
-"""The rows of an item; the keys of a block; blocks of keys in flight."""
+ROWS = 128
+"""Of an item."""
 
-_WIDTH, _ROWS, _KEYS, _STAGES = (tl.constexpr(number) for number in (WIDTH, ROWS, KEYS, STAGES))
+_ROWS = tl.constexpr(ROWS)
 _HALF = tl.constexpr(ROWS // 2)
 
 
@@ -54,9 +55,9 @@ def suits(
     attn_mask: Tensor | None,
     options: reference.Options,
 ) -> bool:
-    """Whether this kernel takes the forward: of long sequences in half precision, head_dim 65 to 128, without mask,
+    """Whether this kernel takes the forward: of long sequences in half precision, head_dim 65 to 256, without mask,
     dropout and soft cap."""
-    if query.shape[3] <= WIDTH // 2 or query.element_size() != 2 or attn_mask is not None:
+    if query.shape[3] < NARROWEST or query.element_size() != 2 or attn_mask is not None:
         return False
     if options.dropout_p > 0.0 or options.softcap > 0.0:
         return False
@@ -68,12 +69,14 @@ def _suits(signature: Signature) -> bool:
     operands = signature.query, signature.key, signature.value
     if signature.is_empty or not signature.tma(min(signature.q_len, signature.kv_len)):
         return False
-    if limits_of(signature.device).capability >= 100 or signature.widths != (WIDTH, WIDTH):
+    if limits_of(signature.device).capability >= 100:
+        return False
+    if not all(NARROWEST <= each.shape[3] <= WIDEST for each in operands):
         return False
     if not all(describable(each) and each.shape[3] % 8 == 0 for each in operands):
         return False
     band = signature.band()
-    if band.has_left and band.has_right and band.left + band.right < KEYS:
+    if band.has_left and band.has_right and band.left + band.right < ROWS:
         return False  # most of each block of keys is outside
     return _sees_in_every_item(signature)
 
@@ -87,13 +90,59 @@ def _sees_in_every_item(signature: Signature) -> bool:
     return first_sees and (left is None or last_item + shift - left < signature.kv_len)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, options: reference.Options) -> Tensor:
-    """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there. Deterministic."""
-    plan = _plan(signature_of(query, key, value, bias, None, options))
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    options: reference.Options,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """``sigswap::sigmoid_attention``, where it suits(); the arguments are documented there. Deterministic.
+
+    tile overrides the tile configuration, for tests and tuning.
+    """
+    plan = _plan(signature_of(query, key, value, bias, None, options), tile)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     tensors = query, key, value, out
     plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), bias)
     return out
+
+
+class Tile(NamedTuple):
+    """A tile configuration."""
+
+    keys: int
+    """Of a block."""
+    stages: int
+    """Blocks of keys in flight."""
+    part: int
+    """Columns of a part of queries and keys."""
+    v_part: int
+    """Columns of a part of values, each of which is multiplied on its own."""
+    stored: int
+    """Columns of the output that are stored at a time: those of a part of values, or half of them."""
+
+
+TILES = {
+    (2, 2): Tile(128, 2, 128, 128, 128),
+    (2, 3): Tile(64, 4, 128, 64, 64),
+    (2, 4): Tile(64, 3, 128, 256, 128),
+    (3, 2): Tile(128, 2, 64, 128, 64),
+    (3, 3): Tile(64, 3, 64, 64, 64),
+    (3, 4): Tile(64, 2, 64, 256, 128),
+    (4, 2): Tile(64, 3, 256, 128, 64),
+    (4, 3): Tile(64, 2, 256, 64, 64),
+    (4, 4): Tile(64, 2, 256, 256, 128),
+}
+"""By how many times 64 columns hold head_dim, and value's. They fill shared memory or the registers, of which a thread
+needs half as many as the output has columns, half as many as a block has keys, for scores, and half of that again, for
+probabilities."""
+
+
+def tile_for(signature: Signature) -> Tile:
+    return TILES[triton.cdiv(signature.query.shape[3], 64), triton.cdiv(signature.value.shape[3], 64)]
 
 
 class _Plan(NamedTuple):
@@ -104,18 +153,25 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature) -> _Plan:
+def _plan(signature: Signature, tile: Tile | None) -> _Plan:
+    tile = tile or tile_for(signature)
     out = signature.output()
     described = (
-        Tiles(signature.query, ROWS // 2),
-        Tiles(signature.key, KEYS),
-        Tiles(signature.value, KEYS),
-        Tiles(out, ROWS // 2),
+        Tiles(signature.query, ROWS // 2, tile.part),
+        Tiles(signature.key, tile.keys, tile.part),
+        Tiles(signature.value, tile.keys, tile.v_part),
+        Tiles(out, ROWS // 2, tile.stored),
     )
     multiprocessors = limits_of(signature.device).multiprocessors
     units = signature.batch * signature.heads
     items = triton.cdiv(signature.q_len, ROWS) * units
-    arguments = signature.arguments() | {"units": units, "at_once": _at_once(signature, items, multiprocessors)}
+    arguments = signature.arguments() | {
+        "units": units,
+        "at_once": _at_once(signature, items, multiprocessors),
+        "STAGES": tile.stages,
+        "PARTS": triton.cdiv(signature.query.shape[3], tile.part),
+        "V_PARTS": triton.cdiv(signature.value.shape[3], tile.v_part),
+    }
     tensors = (*described, signature.bias)
     launch = Launch(_kernel, min(items, multiprocessors), signature.device, tensors, arguments, num_warps=4)
     return _Plan(described, launch, out)
@@ -153,7 +209,7 @@ def _item(turn):
 @gluon.jit
 def _place(
     item, units, at_once, heads, q_len, kv_len, shift, left, right,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    KEYS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Of an item the batch, the head, the first row, the first key that some row sees, and how many blocks of keys."""
     # The last rows first: under a causal mask they take longest.
@@ -166,10 +222,10 @@ def _place(
     begin = 0
     end = kv_len
     if HAS_LEFT:
-        begin = gl.minimum(gl.maximum(row0 + shift - left, 0), kv_len - 1) // _KEYS * _KEYS
+        begin = gl.minimum(gl.maximum(row0 + shift - left, 0), kv_len - 1) // KEYS * KEYS
     if HAS_RIGHT:
         end = gl.minimum(end, gl.minimum(row0 + _ROWS, q_len) + shift + right)
-    return unit // heads, unit % heads, row0, begin, gl.maximum(gl.cdiv(end - begin, _KEYS), 1)
+    return unit // heads, unit % heads, row0, begin, gl.maximum(gl.cdiv(end - begin, KEYS), 1)
 
 
 @gluon.jit
@@ -198,7 +254,7 @@ def _probabilities(
         if HAS_RIGHT:
             edge = last_key > last_row - _HALF + 1 + shift + right
         if HAS_LEFT:
-            edge = edge | (last_key - _KEYS + 1 < last_row + shift - left)
+            edge = edge | (last_key - key.shape[0] + 1 < last_row + shift - left)
         if edge:
             if HAS_RIGHT:
                 x = gl.where(key[None, :] <= (row + shift + right)[:, None], x, float("-inf"))
@@ -208,9 +264,9 @@ def _probabilities(
 
 
 @gluon.jit
-def _next_stage(stage, phase):
+def _next_stage(stage, phase, STAGES: gl.constexpr):
     stage += 1
-    if stage == _STAGES:
+    if stage == STAGES:
         stage = 0
         phase ^= 1
     return stage, phase
@@ -220,30 +276,82 @@ def _next_stage(stage, phase):
 def _load(
     q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     units, at_once, heads, group, q_len, kv_len, shift, left, right, total,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: all that the others compute with."""
+    of_part: gl.constexpr = q.block_type.shape[3]
+    of_v_part: gl.constexpr = v.block_type.shape[3]
     stage = 0
     phase = 1
     q_phase = 1
     for turn in range(_own_items(total)):
         batch, head, row0, start, count = _place(
-            _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT
+            _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, KEYS, HAS_LEFT, HAS_RIGHT
         )
         mbarrier.wait(q_empty, q_phase)
         q_phase ^= 1
-        mbarrier.expect(q_full, 2 * q.block_type.nbytes)
-        load_tile(q, [batch, head, row0, 0], q_full, q_tiles.index(0))
-        load_tile(q, [batch, head, row0 + _HALF, 0], q_full, q_tiles.index(1))
+        mbarrier.expect(q_full, 2 * PARTS * q.block_type.nbytes)
+        for j in gl.static_range(PARTS):
+            load_tile(q, [batch, head, row0, j * of_part], q_full, q_tiles.index(j))
+            load_tile(q, [batch, head, row0 + _HALF, j * of_part], q_full, q_tiles.index(PARTS + j))
         for _ in range(count):
             mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-            load_tile(k, [batch, head // group, start, 0], k_full.index(stage), k_tiles.index(stage))
+            mbarrier.expect(k_full.index(stage), PARTS * k.block_type.nbytes)
+            for j in gl.static_range(PARTS):
+                tile = k_tiles.index(stage * PARTS + j)
+                load_tile(k, [batch, head // group, start, j * of_part], k_full.index(stage), tile)
             mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-            load_tile(v, [batch, head // group, start, 0], v_full.index(stage), v_tiles.index(stage))
-            start += _KEYS
-            stage, phase = _next_stage(stage, phase)
+            mbarrier.expect(v_full.index(stage), V_PARTS * v.block_type.nbytes)
+            for j in gl.static_range(V_PARTS):
+                tile = v_tiles.index(stage * V_PARTS + j)
+                load_tile(v, [batch, head // group, start, j * of_v_part], v_full.index(stage), tile)
+            start += KEYS
+            stage, phase = _next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _start_scores(q_tiles, k_tiles, no_scores, stage, PART: gl.constexpr, PARTS: gl.constexpr):
+    """Starts the product of this warpgroup's queries with a block of keys, part by part of the head dimension."""
+    KEYS: gl.constexpr = k_tiles.shape[3]
+    of_part: gl.constexpr = k_tiles.shape[4]
+    s = no_scores
+    for j in gl.static_range(PARTS):
+        queries = q_tiles.index(PART * PARTS + j).reshape([_HALF, of_part])
+        keys = k_tiles.index(stage * PARTS + j).reshape([KEYS, of_part])
+        s = warpgroup_mma(queries, keys.permute((1, 0)), s, use_acc=j > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _add_values(p_operand, v_tiles, sums, stage, V_PARTS: gl.constexpr):
+    """Starts the products of probabilities with a block of values, which are added to sums."""
+    KEYS: gl.constexpr = v_tiles.shape[3]
+    of_v_part: gl.constexpr = v_tiles.shape[4]
+    tokens = ()
+    for j in gl.static_range(V_PARTS):
+        values = v_tiles.index(stage * V_PARTS + j).reshape([KEYS, of_v_part])
+        tokens += (warpgroup_mma(p_operand, values, sums[j], is_async=True),)
+    return tokens
+
+
+@gluon.jit
+def _added(tokens, p_operand):
+    """The sums, once the products have been added; until then the probabilities stay in their registers."""
+    awaited = tokens
+    awaited += (p_operand,)
+    results = warpgroup_mma_wait(0, deps=awaited)
+    return results[: len(tokens)]
+
+
+@gluon.jit
+def _in_pieces(tile, COLUMNS: gl.constexpr):
+    """The tile, cut into pieces of so many columns, at most two."""
+    if tile.shape[1] == COLUMNS:
+        return (tile,)
+    else:
+        first, second = gl.split(tile.reshape([tile.shape[0], 2, COLUMNS]).permute((0, 2, 1)))
+        return first, second
 
 
 @gluon.jit
@@ -251,18 +359,22 @@ def _attend(
     out, bias, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     units, at_once, heads, q_len, kv_len, shift, left, right, total,
     stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
-    PART: gl.constexpr, VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
+   
+    VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: its half of the rows of each item."""
-    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
-    of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _WIDTH, 16])
+    KEYS: gl.constexpr = k_tiles.shape[3]
+    of_v_part: gl.constexpr = v_tiles.shape[4]
+    of_store: gl.constexpr = out_tiles.shape[4]
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, of_v_part, 16])
     as_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     dtype: gl.constexpr = k_tiles.dtype
     row_of_part = PART * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, of_scores))
-    key_of_block = gl.arange(0, _KEYS, gl.SliceLayout(0, of_scores))
-    no_scores = gl.zeros([_HALF, _KEYS], gl.float32, of_scores)
-    queries = q_tiles.index(PART).reshape([_HALF, _WIDTH])
+    key_of_block = gl.arange(0, KEYS, gl.SliceLayout(0, of_scores))
+    no_scores = gl.zeros([_HALF, KEYS], gl.float32, of_scores)
     out_tile = out_tiles.index(PART)
 
     stage = 0
@@ -271,7 +383,7 @@ def _attend(
     turn_phase = 0
     for turn in range(_own_items(total)):
         batch, head, row0, start, count = _place(
-            _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT
+            _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, KEYS, HAS_LEFT, HAS_RIGHT
         )
         own_bias = bias
         head_bias = const_bias + 0.0
@@ -292,24 +404,25 @@ def _attend(
             else:  # without looking for the least of the rows
                 lowest = head_bias
                 if VISIBLE:
-                    lowest -= gl.log(gl.minimum(count * _KEYS, kv_len).to(gl.float32))
+                    lowest -= gl.log(gl.minimum(count * KEYS, kv_len).to(gl.float32))
             fast = lowest >= _FAST_BIAS
         unit = gl.where(fast, 0.5, _LOG2E)
         row_bias *= unit
         own_scale = scale * unit
-        out_acc = gl.zeros([_HALF, _WIDTH], gl.float32, of_out)
+        sums = ()
+        for _ in gl.static_range(V_PARTS):
+            sums += (gl.zeros([_HALF, of_v_part], gl.float32, of_out),)
 
         # Scores of the first block of keys.
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
         mbarrier.wait(k_full.index(stage), phase)
-        keys = k_tiles.index(stage).reshape([_KEYS, _WIDTH])
-        s_token = warpgroup_mma(queries, keys.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        s_token = _start_scores(q_tiles, k_tiles, no_scores, stage, PART, PARTS)
         s = warpgroup_mma_wait(0, deps=[s_token])
         sync()
         mbarrier.arrive(k_empty.index(stage))
         p = _probabilities(
-            s, own_scale, row_bias, row, start + key_of_block, last_row, start + _KEYS - 1, shift, left, right, fast,
+            s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
             HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
         p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
@@ -318,26 +431,24 @@ def _attend(
         for _ in range(1, count):
             stage_before = stage
             phase_before = phase
-            start += _KEYS
-            stage, phase = _next_stage(stage, phase)
+            start += KEYS
+            stage, phase = _next_stage(stage, phase, STAGES)
             mbarrier.wait(turns.index(PART), turn_phase)
             turn_phase ^= 1
             mbarrier.wait(k_full.index(stage), phase)
-            keys = k_tiles.index(stage).reshape([_KEYS, _WIDTH])
-            s_token = warpgroup_mma(queries, keys.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            s_token = _start_scores(q_tiles, k_tiles, no_scores, stage, PART, PARTS)
             mbarrier.wait(v_full.index(stage_before), phase_before)
-            values = v_tiles.index(stage_before).reshape([_KEYS, _WIDTH])
-            out_token = warpgroup_mma(p_operand, values, out_acc, is_async=True)
+            sum_tokens = _add_values(p_operand, v_tiles, sums, stage_before, V_PARTS)
             sync()  # all four warps have had their turn
             mbarrier.arrive(turns.index(1 - PART))
-            s = warpgroup_mma_wait(1, deps=[s_token])
+            s = warpgroup_mma_wait(V_PARTS, deps=[s_token])
             sync()
             mbarrier.arrive(k_empty.index(stage))
             p = _probabilities(
-                s, own_scale, row_bias, row, start + key_of_block, last_row, start + _KEYS - 1, shift, left, right,
+                s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
                 fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
             )  # fmt: skip
-            out_acc, p_operand = warpgroup_mma_wait(0, deps=[out_token, p_operand])
+            sums = _added(sum_tokens, p_operand)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
             p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
@@ -345,17 +456,22 @@ def _attend(
         # The last block's part.
         mbarrier.arrive(q_empty)
         mbarrier.wait(v_full.index(stage), phase)
-        values = v_tiles.index(stage).reshape([_KEYS, _WIDTH])
-        out_token = warpgroup_mma(p_operand, values, out_acc, is_async=True)
-        out_acc, p_operand = warpgroup_mma_wait(0, deps=[out_token, p_operand])
+        sum_tokens = _add_values(p_operand, v_tiles, sums, stage, V_PARTS)
+        sums = _added(sum_tokens, p_operand)
         tma.store_wait(0)  # The item before has left the tile.
         sync()
         mbarrier.arrive(v_empty.index(stage))
-        stage, phase = _next_stage(stage, phase)
-        out_tile.reshape([_HALF, _WIDTH]).store((out_acc * (1.0 / P_SCALE)).to(dtype))
-        fence_async_shared()
-        sync()
-        store_tile(out, [batch, head, row0 + PART * _HALF, 0], out_tile)
+        stage, phase = _next_stage(stage, phase, STAGES)
+        for j in gl.static_range(V_PARTS):
+            pieces = _in_pieces(sums[j], of_store)
+            for i in gl.static_range(of_v_part // of_store):
+                if j + i > 0:
+                    tma.store_wait(0)
+                    sync()
+                out_tile.reshape([_HALF, of_store]).store((pieces[i] * (1.0 / P_SCALE)).to(dtype))
+                fence_async_shared()
+                sync()
+                store_tile(out, [batch, head, row0 + PART * _HALF, j * of_v_part + i * of_store], out_tile)
     tma.store_wait(0)
 
 
@@ -366,28 +482,30 @@ def _attend(
 def _kernel(
     q, k, v, out, bias, stride_bias_b, stride_bias_h, stride_bias_m,
     heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One program: some of the items."""
+    KEYS: gl.constexpr = k.block_type.shape[2]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     total = gl.cdiv(q_len, _ROWS) * units
     dtype: gl.constexpr = k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF, _WIDTH], q.layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _KEYS, _WIDTH], k.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _KEYS, _WIDTH], v.layout)
-    out_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF, _WIDTH], out.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [2 * PARTS, 1, 1, _HALF, q.block_type.shape[3]], q.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES * PARTS, 1, 1, KEYS, k.block_type.shape[3]], k.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES * V_PARTS, 1, 1, KEYS, v.block_type.shape[3]], v.layout)
+    out_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF, out.block_type.shape[3]], out.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     mbarrier.init(q_full, 1)
     mbarrier.init(q_empty, 2)
-    for i in gl.static_range(_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), 1)
         mbarrier.init(k_empty.index(i), 2)
         mbarrier.init(v_full.index(i), 1)
@@ -404,18 +522,19 @@ def _kernel(
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 units, at_once, heads, q_len, kv_len, shift, left, right, total,
                 stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
-                0, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                0, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
             )),
             (_attend, (
                 out, bias, q_tiles, k_tiles, v_tiles, out_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 units, at_once, heads, q_len, kv_len, shift, left, right, total,
                 stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
-                1, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                1, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
             )),
             (_load, (
                 q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                units, at_once, heads, group, q_len, kv_len, shift, left, right, total, HAS_LEFT, HAS_RIGHT,
+                units, at_once, heads, group, q_len, kv_len, shift, left, right, total,
+                KEYS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT,
             )),
         ],
         [4, 1],

@@ -239,10 +239,11 @@ def assert_windows_no_worse(index: int) -> None:
         assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
 
 
-def hopper_problem(index: int, *, forward: bool = False) -> Problem:
+def hopper_problem(index: int, *, forward: bool = False, widths: tuple[int, int] | None = None) -> Problem:
     """A problem for the kernels of long sequences on Hopper GPUs; short ones, too, which have few tiles.
 
     forward: for that of the forward, which takes no narrow heads.
+    widths: head_dim and value's.
     """
     draw = random.Random(3000 + index)
     torch.manual_seed(3000 + index)
@@ -255,7 +256,7 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
     dims = draw.choice(((40, 48, 64, 64), (72, 80, 96, 128, 128)))
     if forward:
         dims = (72, 80, 96, 128, 128)
-    head_dim, value_dim = draw.choice(dims), draw.choice(dims)
+    head_dim, value_dim = widths or (draw.choice(dims), draw.choice(dims))
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
         layout = draw.choice(("plain", "transposed", "sliced"))
@@ -559,9 +560,16 @@ def test_random_problems_on_hopper(index: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("index", range(120))
-def test_random_problems_on_hopper_forward(index: int) -> None:
-    problem = hopper_problem(index, forward=True)
+@pytest.mark.parametrize(
+    ("widths", "index"),
+    [
+        *((None, index) for index in range(120)),
+        *((widths, 120 + index) for widths in ((192, 128), (192, 192), (256, 256)) for index in range(25)),
+        *(((draw, value), 145 + index) for draw in (80, 136, 248) for value in (72, 160, 200) for index in range(5)),
+    ],
+)
+def test_random_problems_on_hopper_forward(widths: tuple[int, int] | None, index: int) -> None:
+    problem = hopper_problem(index, forward=True, widths=widths)
     query, key, value, bias, *_ = problem.inputs
     assert query is not None and key is not None and value is not None
     shape, strides = reference.output_layout(query.shape, value.shape)
@@ -577,12 +585,15 @@ def test_random_problems_on_hopper_forward(index: int) -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window_left": 700}])
 @pytest.mark.parametrize(("batch", "heads", "length"), [(9, 7, 1100), (16, 16, 1024), (3, 5, 4100), (1, 2, 16384)])
-def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("widths", [(128, 128), (192, 128), (256, 256)])
+def test_hopper_forward_computes_every_row(
+    widths: tuple[int, int], batch: int, heads: int, length: int, options: dict[str, Any]
+) -> None:
     """Programs divide the rows of all heads among them: more of them than there are programs, and not all causal."""
-    query, key = (torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16() for _ in range(2))
-    value = torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16()
+    query, key = (torch.randn(batch, heads, length, widths[0], device=DEVICE).bfloat16() for _ in range(2))
+    value = torch.randn(batch, heads, length, widths[1], device=DEVICE).bfloat16()
     given = reference.Options(128**-0.5, **options)
-    torch.full_like(query, torch.nan)
+    torch.full_like(query[..., :1].expand(-1, -1, -1, widths[1]), torch.nan)
     out = hopper_fwd.forward(query, key, value, None, given)
     other = flash_fwd.forward(query, key, value, None, None, None, given)
     error = (out.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
@@ -593,9 +604,10 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("const_bias", [0.0, -12.0])
-def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
-    options = reference.Options(128**-0.5, const_bias, is_causal=True)
-    query, key, value = (torch.randn(2, 4, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+@pytest.mark.parametrize("dim", [128, 192, 256])
+def test_hopper_forward_sees_no_future_keys(dim: int, const_bias: float) -> None:
+    options = reference.Options(dim**-0.5, const_bias, is_causal=True)
+    query, key, value = (torch.randn(2, 4, 2048, dim, device=DEVICE).bfloat16() for _ in range(3))
     out = hopper_fwd.forward(query, key, value, None, options)
     for row in (63, 64, 127, 128, 1000):
         other_key, other_value = key.clone(), value.clone()
@@ -609,11 +621,12 @@ def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_hopper_takes_the_forward_of_long_sequences() -> None:
-    query, key, value = (torch.randn(2, 8, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+    query, key, value = (torch.randn(2, 8, 2048, 264, device=DEVICE).bfloat16() for _ in range(3))
     options = reference.Options(128**-0.5)
 
     def suits(options: reference.Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
-        tensors = (tensor[:, :, :rows, :dim] for tensor in (query, key, value))
+        dims = dim, dim, more.get("value_dim", dim)
+        tensors = (tensor[:, :, :rows, :d] for tensor, d in zip((query, key, value), dims, strict=True))
         return hopper_fwd.suits(*tensors, more.get("bias"), more.get("mask"), options)
 
     assert suits() and suits(options=options._replace(is_causal=True)) and suits(dim=96)
@@ -623,6 +636,9 @@ def test_hopper_takes_the_forward_of_long_sequences() -> None:
     assert not suits(options=options._replace(is_causal=True, window_left=100))
     assert not suits(options=options._replace(dropout_p=0.1)) and not suits(options=options._replace(softcap=1.0))
     assert not suits(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
+    assert suits(dim=192, value_dim=128) and suits(dim=136) and suits(dim=256) and suits(value_dim=256)
+    assert not suits(dim=264) and not suits(dim=256, value_dim=64) and not suits(dim=192, value_dim=100)
+    query, key, value = (tensor[..., :192] for tensor in (query, key, value))
     taken = dispatch.forward(query, key, value, None, None, None, options)
     assert torch.equal(taken, hopper_fwd.forward(query, key, value, None, options))
 
