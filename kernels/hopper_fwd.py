@@ -372,6 +372,8 @@ def _attend(
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, of_v_part, 16])
     as_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     dtype: gl.constexpr = k_tiles.dtype
+    # The first half of the rows may see no key of the last block.
+    SKIPS: gl.constexpr = HAS_RIGHT and PART == 0 and KEYS <= _HALF
     row_of_part = PART * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, of_scores))
     key_of_block = gl.arange(0, KEYS, gl.SliceLayout(0, of_scores))
     no_scores = gl.zeros([_HALF, KEYS], gl.float32, of_scores)
@@ -406,6 +408,9 @@ def _attend(
                 if VISIBLE:
                     lowest -= gl.log(gl.minimum(count * KEYS, kv_len).to(gl.float32))
             fast = lowest >= _FAST_BIAS
+        own_count = count
+        if SKIPS:
+            own_count -= ((count > 1) & (start + (count - 1) * KEYS > last_row + shift + right)).to(gl.int32)
         unit = gl.where(fast, 0.5, _LOG2E)
         row_bias *= unit
         own_scale = scale * unit
@@ -421,6 +426,7 @@ def _attend(
         s = warpgroup_mma_wait(0, deps=[s_token])
         sync()
         mbarrier.arrive(k_empty.index(stage))
+        mbarrier.arrive(q_empty, pred=own_count == 1)
         p = _probabilities(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
             HAS_LEFT, HAS_RIGHT, FORM, SLOW,
@@ -428,7 +434,7 @@ def _attend(
         p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
 
         # In each turn the scores of this block, and the part of the block before in the output.
-        for _ in range(1, count):
+        for i in range(1, own_count):
             stage_before = stage
             phase_before = phase
             start += KEYS
@@ -444,6 +450,7 @@ def _attend(
             s = warpgroup_mma_wait(V_PARTS, deps=[s_token])
             sync()
             mbarrier.arrive(k_empty.index(stage))
+            mbarrier.arrive(q_empty, pred=i == own_count - 1)  # for the next item's
             p = _probabilities(
                 s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
                 fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
@@ -454,7 +461,12 @@ def _attend(
             p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
 
         # The last block's part.
-        mbarrier.arrive(q_empty)
+        if SKIPS:  # noqa: SIM102
+            if own_count < count:  # known when it runs only
+                mbarrier.wait(turns.index(PART), turn_phase)
+                turn_phase ^= 1
+                sync()
+                mbarrier.arrive(turns.index(1 - PART))
         mbarrier.wait(v_full.index(stage), phase)
         sum_tokens = _add_values(p_operand, v_tiles, sums, stage, V_PARTS)
         sums = _added(sum_tokens, p_operand)
@@ -472,6 +484,13 @@ def _attend(
                 fence_async_shared()
                 sync()
                 store_tile(out, [batch, head, row0 + PART * _HALF, j * of_v_part + i * of_store], out_tile)
+        if SKIPS:  # noqa: SIM102
+            if own_count < count:
+                mbarrier.wait(k_full.index(stage), phase)
+                mbarrier.arrive(k_empty.index(stage))
+                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.arrive(v_empty.index(stage))
+                stage, phase = _next_stage(stage, phase, STAGES)
     tma.store_wait(0)
 
 
