@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -162,62 +163,102 @@ def _plan(signature: Signature, tile: Tile | None) -> _Plan:
         Tiles(signature.value, tile.keys, tile.v_part),
         Tiles(out, ROWS // 2, tile.stored),
     )
-    multiprocessors = limits_of(signature.device).multiprocessors
     units = signature.batch * signature.heads
-    items = triton.cdiv(signature.q_len, ROWS) * units
+    programs = min(triton.cdiv(signature.q_len, ROWS) * units, limits_of(signature.device).multiprocessors)
+    order = _order(signature, tile.keys, programs)
     arguments = signature.arguments() | {
         "units": units,
-        "at_once": _at_once(signature, items, multiprocessors),
+        "order": -order.at_once if order.to_and_fro else order.at_once,
         "STAGES": tile.stages,
         "PARTS": triton.cdiv(signature.query.shape[3], tile.part),
         "V_PARTS": triton.cdiv(signature.value.shape[3], tile.v_part),
     }
     tensors = (*described, signature.bias)
-    launch = Launch(_kernel, min(items, multiprocessors), signature.device, tensors, arguments, num_warps=4)
-    return _Plan(described, launch, out)
+    return _Plan(described, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
 
 
-def _at_once(signature: Signature, items: int, multiprocessors: int) -> int:
-    """Of how many heads the items are mixed. One where all items take equally long: then programs that run at the same
-    time read the same keys. Under a causal mask items of many heads, the longest first, fill all programs equally; the
-    number is one for which they still find most keys in the cache."""
-    band, units = signature.band(), signature.batch * signature.heads
+class _Order(NamedTuple):
+    """Of the items. Those of so many heads are mixed, group by group: the last rows first, or, in every other group,
+    last. The programs get them in turn."""
+
+    at_once: int
+    """Heads of a group."""
+    to_and_fro: bool
+    """Whether in every other turn the last program gets the first item."""
+
+
+def _order(signature: Signature, keys: int, programs: int) -> _Order:
+    """Programs that run at the same time should read the same keys, but under a causal mask items differ in length, and
+    all programs should end at the same time."""
+    band, units, blocks = signature.band(), signature.batch * signature.heads, triton.cdiv(signature.q_len, ROWS)
     if band.has_left == band.has_right:
-        return 1
-    return units if items <= 4 * multiprocessors else min(units, multiprocessors // 4)
+        return _Order(1, True)  # all items take equally long
+    counts = _key_blocks(signature, keys)
+    # A group for each turn, or for two: then a program gets items of all lengths. The fewer heads, the fewer keys.
+    orders = [_Order(programs // blocks, False), _Order(2 * programs // blocks, True), _Order(programs // 4, True)]
+    orders = [order._replace(at_once=min(max(1, order.at_once), units)) for order in (*orders, _Order(units, True))]
+    times = [_longest(order, counts + 1, units, programs) for order in orders]
+    return next(order for order, time in zip(orders, times, strict=True) if time <= 1.02 * min(times))
+
+
+def _key_blocks(signature: Signature, keys: int) -> np.ndarray:
+    """How many blocks of keys an item takes, by its rows; as _place() has it."""
+    shift, left, right = signature.options.band(signature.q_len, signature.kv_len)
+    row = np.arange(0, signature.q_len, ROWS)
+    end = np.minimum(row + ROWS, signature.q_len) + shift
+    last = signature.kv_len if right is None else np.minimum(end + right, signature.kv_len)
+    first = 0 if left is None else np.clip(row + shift - left, 0, signature.kv_len - 1) // keys * keys
+    return np.maximum(-((first - last) // keys), np.ones_like(row))
+
+
+def _longest(order: _Order, times: np.ndarray, units: int, programs: int) -> int:
+    """How long the programs take, from the times of a head's items."""
+    firsts = range(0, units, order.at_once)
+    groups = [np.repeat(times, min(order.at_once, units - first)) for first in firsts]
+    groups[-1::-2] = [group[::-1] for group in groups[-1::-2]]
+    items = np.concatenate(groups)
+    turns = np.zeros((triton.cdiv(len(items), programs), programs), dtype=np.int64)
+    turns.flat[: len(items)] = items
+    if order.to_and_fro:
+        turns[1::2] = turns[1::2, ::-1].copy()
+    return int(turns.sum(0).max())
 
 
 # Device functions.
 
 
 @gluon.jit
-def _own_items(total):
+def _own_items(total, order):
     """How many of all items are this program's."""
     programs = gl.num_programs(0)
     rounds = total // programs
-    return rounds + (_item(rounds) < total).to(gl.int32)
+    return rounds + (_item(rounds, order) < total).to(gl.int32)
 
 
 @gluon.jit
-def _item(turn):
-    """The item of this program in its turn: to and fro, so that the first program does not always get the longest."""
+def _item(turn, order):
+    """The item of this program in its turn."""
     programs = gl.num_programs(0)
     slot = gl.program_id(0)
-    return turn * programs + gl.where(turn % 2 == 1, programs - 1 - slot, slot)
+    return turn * programs + gl.where((order < 0) & (turn % 2 == 1), programs - 1 - slot, slot)
 
 
 @gluon.jit
 def _place(
-    item, units, at_once, heads, q_len, kv_len, shift, left, right,
+    item, units, order, heads, q_len, kv_len, shift, left, right,
     KEYS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Of an item the batch, the head, the first row, the first key that some row sees, and how many blocks of keys."""
-    # The last rows first: under a causal mask they take longest.
     blocks = gl.cdiv(q_len, _ROWS)
-    first = item // (at_once * blocks) * at_once
+    at_once = gl.abs(order)
+    group = item // (at_once * blocks)
+    first = group * at_once
     among = gl.minimum(at_once, units - first)
     rest = item - first * blocks
-    row0 = (blocks - 1 - rest // among) * _ROWS
+    # Under a causal mask the last rows take longest. They come first, and last in every other group of heads before.
+    block = rest // among
+    block = gl.where((gl.cdiv(units, at_once) - group) % 2 == 1, blocks - 1 - block, block)
+    row0 = block * _ROWS
     unit = first + rest % among
     begin = 0
     end = kv_len
@@ -275,7 +316,7 @@ def _next_stage(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def _load(
     q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    units, at_once, heads, group, q_len, kv_len, shift, left, right, total,
+    units, order, heads, group, q_len, kv_len, shift, left, right, total,
     KEYS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -285,9 +326,9 @@ def _load(
     stage = 0
     phase = 1
     q_phase = 1
-    for turn in range(_own_items(total)):
+    for turn in range(_own_items(total, order)):
         batch, head, row0, start, count = _place(
-            _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, KEYS, HAS_LEFT, HAS_RIGHT
+            _item(turn, order), units, order, heads, q_len, kv_len, shift, left, right, KEYS, HAS_LEFT, HAS_RIGHT
         )
         mbarrier.wait(q_empty, q_phase)
         q_phase ^= 1
@@ -357,7 +398,7 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 @gluon.jit
 def _attend(
     out, bias, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-    units, at_once, heads, q_len, kv_len, shift, left, right, total,
+    units, order, heads, q_len, kv_len, shift, left, right, total,
     stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
     PART: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
    
@@ -383,9 +424,9 @@ def _attend(
     phase = 0
     q_phase = 0
     turn_phase = 0
-    for turn in range(_own_items(total)):
+    for turn in range(_own_items(total, order)):
         batch, head, row0, start, count = _place(
-            _item(turn), units, at_once, heads, q_len, kv_len, shift, left, right, KEYS, HAS_LEFT, HAS_RIGHT
+            _item(turn, order), units, order, heads, q_len, kv_len, shift, left, right, KEYS, HAS_LEFT, HAS_RIGHT
         )
         own_bias = bias
         head_bias = const_bias + 0.0
@@ -496,11 +537,11 @@ def _attend(
 
 @gluon.jit(do_not_specialize=[
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "heads", "group", "q_len", "kv_len", "left", "right", "scale",
-    "const_bias", "units", "at_once",
+    "const_bias", "units", "order",
 ])  # fmt: skip
 def _kernel(
     q, k, v, out, bias, stride_bias_b, stride_bias_h, stride_bias_m,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, units, order,
     STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
@@ -539,20 +580,20 @@ def _kernel(
             (_attend, (
                 out, bias, q_tiles, k_tiles, v_tiles, out_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                units, at_once, heads, q_len, kv_len, shift, left, right, total,
+                units, order, heads, q_len, kv_len, shift, left, right, total,
                 stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
                 0, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
             )),
             (_attend, (
                 out, bias, q_tiles, k_tiles, v_tiles, out_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                units, at_once, heads, q_len, kv_len, shift, left, right, total,
+                units, order, heads, q_len, kv_len, shift, left, right, total,
                 stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
                 1, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
             )),
             (_load, (
                 q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                units, at_once, heads, group, q_len, kv_len, shift, left, right, total,
+                units, order, heads, group, q_len, kv_len, shift, left, right, total,
                 KEYS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT,
             )),
         ],

@@ -177,8 +177,8 @@ def features(dtype: str, band: str, form: int, *, bottom_right: bool) -> dict[st
 
 @pytest.mark.parametrize("index", range(40))
 def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
-    """How many keys all rows see together, whether each program of the backward has a key that some row sees, and each
-    item of the forward a row that sees some: by counting."""
+    """How many keys all rows see together, whether each program of the backward has a key that some row sees, each item
+    of the forward a row that sees some, and how many blocks of keys that takes: by counting."""
     draw = random.Random(index)
     q_len, kv_len = draw.choice((1, 60, 128, 300, 700)), draw.choice((1, 60, 128, 129, 300, 700))
     options = Options(
@@ -202,6 +202,25 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     assert hopper_bwd._sees_every_block(signature) == all(seen)
     seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
     assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
+    for keys in (64, 128):
+        seen_by_item = [item.any(0).nonzero().flatten() // keys for item in visible.split(hopper_fwd.ROWS, 0)]
+        counts = [int(blocks[-1] - blocks[0]) + 1 if len(blocks) else 1 for blocks in seen_by_item]
+        assert hopper_fwd._key_blocks(signature, keys).tolist() == counts
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"),
+    [(4, 8, 4096), (4, 16, 4096), (16, 8, 1024), (8, 16, 2048), (1, 8, 16384), (1, 40, 3000), (8, 12, 1500)],
+)
+def test_programs_end_at_the_same_time_under_a_causal_mask(batch: int, heads: int, length: int) -> None:
+    query = torch.empty(1, dtype=torch.bfloat16).expand(batch, heads, length, 256)
+    signature = launch.signature_of(query, query, query, None, None, Options(scale=1.0, is_causal=True))
+    order = hopper_fwd._order(signature, 64, 132)
+    times = hopper_fwd._key_blocks(signature, 64) + 1
+    mean = int(times.sum()) * batch * heads / 132
+    assert hopper_fwd._longest(order, times, batch * heads, 132) <= 1.03 * mean
+    if length >= 4096:
+        assert order.at_once * length <= 132 * hopper_fwd.ROWS  # and read the keys of few heads
 
 
 def test_another_gluon_leaves_the_other_kernels(
