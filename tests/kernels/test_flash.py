@@ -22,7 +22,18 @@ from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
-from sigswap.kernels import decode, dispatch, flash_bwd, flash_fwd, hopper_bwd, hopper_fwd, launch, sums, windows
+from sigswap.kernels import (
+    decode,
+    dispatch,
+    flash_bwd,
+    flash_fwd,
+    hopper_bwd,
+    hopper_bwd_wide,
+    hopper_fwd,
+    launch,
+    sums,
+    windows,
+)
 
 CUDA = torch.cuda.is_available()
 ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -239,10 +250,11 @@ def assert_windows_no_worse(index: int) -> None:
         assert_no_worse([out, *(grad for grad, need in zip(grads, needed, strict=True) if need)], problem)
 
 
-def hopper_problem(index: int, *, forward: bool = False) -> Problem:
+def hopper_problem(index: int, *, forward: bool = False, wide: bool = False) -> Problem:
     """A problem for the kernels of long sequences on Hopper GPUs; short ones, too, which have few tiles.
 
     forward: for that of the forward, which takes no narrow heads.
+    wide: for that of the backward of wide heads.
     """
     draw = random.Random(3000 + index)
     torch.manual_seed(3000 + index)
@@ -256,6 +268,9 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
     if forward:
         dims = (72, 80, 96, 128, 128)
     head_dim, value_dim = draw.choice(dims), draw.choice(dims)
+    if wide:
+        widths = (192, 128), (192, 192), (256, 256), (136, 72), (128, 200), (160, 160), (256, 128), (248, 184)
+        head_dim, value_dim = draw.choice(widths)
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
         layout = draw.choice(("plain", "transposed", "sliced"))
@@ -553,6 +568,27 @@ def test_random_problems_on_hopper(index: int) -> None:
     needed = [True, True, True, bias is not None, False]
     out = flash_fwd.forward(*problem.inputs, problem.options)
     grads = hopper_bwd.backward(problem.grad_out, query, key, value, bias, needed, problem.options)
+    assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(160))
+def test_random_problems_on_hopper_with_wide_heads(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dS goes through memory at once, by parts, or not."""
+    problem = hopper_problem(index, wide=True)
+    query, key, value, bias, *_ = problem.inputs
+    assert query is not None and key is not None and value is not None
+    units = key.shape[0] * key.shape[1]
+    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    hopper_bwd_wide._plan.cache_clear()
+    needed = [True, True, True, bias is not None, False]
+    for tensor in (query, key, value):  # what is not written is not what it should be
+        torch.full_like(tensor, torch.nan)
+    grads = hopper_bwd_wide.backward(problem.grad_out, query, key, value, bias, needed, problem.options)
+    hopper_bwd_wide._plan.cache_clear()
+    out = flash_fwd.forward(*problem.inputs, problem.options)
     assert_no_worse([out, *(grad for grad in grads if grad is not None)], problem)
 
 

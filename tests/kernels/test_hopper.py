@@ -16,12 +16,13 @@ import triton
 
 try:
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
-from sigswap.kernels import dispatch, hopper_bwd, hopper_fwd, launch
+from sigswap.kernels import dispatch, hopper_bwd, hopper_bwd_wide, hopper_fwd, launch
 from sigswap.kernels.reference import Options
 from sigswap.kernels.triton_common import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 
@@ -30,7 +31,7 @@ PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 def assert_products_in_flight(
     kernel: Any,
-    rows: dict[str, int],
+    rows: dict[str, int | tuple[int, int]],
     width: int,
     dtype: str,
     spilled: int,
@@ -41,13 +42,18 @@ def assert_products_in_flight(
 ) -> None:
     """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
 
-    rows: of a tile of each described tensor. Of the other tensors those are given that are not among the constants.
+    rows: of a tile of each described tensor, [1, 1, rows, width]; or its rows and columns; dS has no other dimensions.
+        Of the other tensors those are given that are not among the constants.
     described_bias: whether the bias comes by tiles of 64 rows, too.
     spilled: bytes of registers that may be.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     of_rows = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    types = {name: f"tensordesc<{dtype}[1,1,{n},{width}],{shared!r}>" for name, n in rows.items()}
+    tiles = {name: n if isinstance(n, tuple) else (n, width) for name, n in rows.items()}
+    types = {name: f"tensordesc<{dtype}[1,1,{n},{columns}],{shared!r}>" for name, (n, columns) in tiles.items()}
+    if "ds" in tiles:
+        of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
     types |= dict.fromkeys(("sums", "parts", "bias", "floor"), "*fp32") | {"scale": "fp32", "const_bias": "fp32"}
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
@@ -59,7 +65,11 @@ def assert_products_in_flight(
         constexprs={(at,): constants[name] for at, name in zip(count(), names) if name in constants},
         attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types.get(name, "")[:1] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert_compiles(source, {"num_warps": 4}, spilled, folder)
+
+
+def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: Path) -> None:
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= 232448
     # ptxas says where it waits for each product before the next (C7510 to C7514), for one reason or another.
     (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
@@ -107,6 +117,83 @@ def test_the_backward_compiles_with_its_products_in_flight(
     assert_products_in_flight(
         hopper_bwd._kernel, rows, dim, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
     )
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (192, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "grouped", "bias", "stored"),
+    [
+        ("bf16", "none", FAST, False, None, True),
+        ("bf16", "causal", TAIL, False, None, True),
+        ("bf16", "causal", AUTO, True, "heads", True),
+        ("fp16", "window", ACCURATE, False, "heads", True),
+        ("bf16", "causal", AUTO, True, "rows", True),
+        ("fp16", "none", CUBIC_TAIL, True, "rows", True),
+        ("bf16", "none", FAST, False, None, False),
+        ("bf16", "causal", AUTO, True, "heads", False),
+        ("bf16", "causal", AUTO, True, "rows", False),
+    ],
+)
+def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
+    dim: int,
+    value_dim: int,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    stored: bool,
+    tmp_path: Path,
+) -> None:
+    """stored: whether dS goes through memory, or dQ is added up."""
+    by_row = bias == "rows"
+    constants = features(dtype, band, form, bottom_right=grouped) | {
+        "BANDED": band != "none",
+        "BIAS_ROWS": by_row,
+        "SUMS": bias == "heads",
+        "ROW_SUMS": by_row and not stored,
+        "GROUPED": grouped,
+    }
+    constants |= {"VISIBLE": False} if by_row else {}
+    absent: dict[str, Any] = {} if bias else {"bias": None}
+    absent |= {} if bias == "heads" else {"parts": None}
+    absent |= {} if by_row and form == AUTO else {"floor": None}
+    absent |= {"sums": None} if stored else {"ds": None}
+    tiles: dict[str, int | tuple[int, int]] = {"ds": (64, 64)} if stored else {}
+    for name in ("q", "k", "v", "do", "dk", "dv"):
+        wide, rest = hopper_bwd_wide._columns(dim if name in ("q", "k", "dk") else value_dim)
+        tiles[name] = 64, wide
+        if rest:
+            tiles[f"{name}_rest"] = 64, rest
+        else:
+            absent[f"{name}_rest"] = None
+    spilled = 0 if stored or dim < 256 else 64
+    assert_products_in_flight(
+        hopper_bwd_wide._kernel, tiles, 0, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+    )
+
+
+@pytest.mark.parametrize("dim", [192, 256])
+@pytest.mark.parametrize("banded", [False, True])
+def test_the_product_of_ds_and_keys_is_in_flight(dim: int, banded: bool, tmp_path: Path) -> None:
+    kernel = hopper_bwd_wide._queries_kernel
+    constants: dict[str, Any] = {"HEAD_DIM": dim, "DIM": dim, "HAS_LEFT": banded, "HAS_RIGHT": banded}
+    constants |= {"BOTTOM_RIGHT": False, "ROW_SUMS": False, "UNIT": 8, "WIDE": False, "db": None}
+    wide, rest = hopper_bwd_wide._columns(dim)
+    types = {"ds": "tensordesc<bf16[64,128]>", "k": f"tensordesc<bf16[1,1,64,{wide}]>", "dq": "*bf16", "scale": "fp32"}
+    if rest:
+        types["k_rest"] = f"tensordesc<bf16[1,1,64,{rest}]>"
+    else:
+        constants["k_rest"] = None
+    types |= dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(at,): constants[name] for at, name in enumerate(names) if name in constants},
+        attrs={(names.index("dq"),): [["tt.divisibility", 16]]},
+    )
+    assert_compiles(source, hopper_bwd_wide.MULTIPLY_OPTIONS, 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +253,8 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     assert hopper_bwd._visible_keys(signature) == int(visible.sum())
     seen = [bool(block.any()) for block in visible.split(hopper_bwd.KEYS, 1)]
     assert hopper_bwd._sees_every_block(signature) == all(seen)
+    seen = [bool(block.any()) for block in visible.split(hopper_bwd_wide.KEYS, 1)]
+    assert hopper_bwd_wide._sees_every_block(signature) == all(seen)
     seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
     assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
 
