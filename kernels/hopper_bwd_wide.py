@@ -82,21 +82,23 @@ from sigswap.kernels.triton_common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, elem
 
 MAX_DIM = 256
 
-LONG = 256
-"""With more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`."""
+LONG = 255
+"""With more visible keys per row, on average, this kernel is faster than :mod:`flash_bwd`: with 256 to 1,024 it took
+0.28 to 0.41 of its time. Fewer have not been measured."""
 
-ROWS, KEYS, STAGES = 64, 64, 2
-"""A tile's rows; the keys of a program; tiles of rows in flight."""
+ROWS, KEYS = 64, 64
+"""A tile's rows; the keys of a program."""
 
 BLOCK = 128
-"""Rows of dQ that a program multiplies, if dS goes through memory."""
+"""Rows of dQ that a program of _queries_kernel() computes."""
 
 MULTIPLY_OPTIONS = {"num_warps": 8, "num_stages": 4}
 
-STORED_BYTES = 256 << 20
-"""dS goes through memory where that takes no more than this, or than the float32 sums would."""
+STORED_BYTES, MOST_BYTES = 256 << 20, 512 << 20
+"""What dS may take of as many key heads as go through memory at a time; and of one, which is the least, if that takes
+more. 512 MiB are 16,384 queries and as many keys of one head; to add dQ up instead takes 1.2 to 1.3 times as long."""
 
-_ROWS, _KEYS, _STAGES, _BLOCK = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(STAGES), tl.constexpr(BLOCK)
+_ROWS, _KEYS, _BLOCK = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(BLOCK)
 _SLOPE_SCALE = tl.constexpr(65536.0)
 _FINISHED = tl.constexpr(64)
 """Columns of dQ that a program of _finish_kernel() puts in order."""
@@ -288,6 +290,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "SUMS": head_sums,
         "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
+        "STAGES": _stages(signature),
     }
     bias: Layout | Described | None = signature.bias
     floor = None
@@ -309,16 +312,20 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     return _Plan(described, tuple(launches), stored, sums, finish, rows, sum_parts)
 
 
+def _stages(signature: Signature) -> int:
+    """Tiles of rows in flight: three of query and value with 192 and 128 columns, which shared memory holds."""
+    return 3 if sum(sum(_columns(each.shape[3])) for each in (signature.query, signature.value)) <= 320 else 2
+
+
 def _units_at_once(signature: Signature) -> int:
     """Of how many pairs of sequence and key head dS goes through memory at a time; 0: of none, dQ is added up."""
-    width = sum(_columns(signature.query.shape[3]))
     q_len = triton.cdiv(signature.q_len, BLOCK) * BLOCK
     kv_len = triton.cdiv(signature.kv_len, KEYS) * KEYS
     own = signature.heads // signature.kv_heads * q_len * kv_len * signature.element_size
-    sums = signature.batch * signature.heads * q_len * width * 4
+    if own > MOST_BYTES:
+        return 0
     units = signature.batch * signature.kv_heads
-    at_once = min(units, max(sums, STORED_BYTES) // own)
-    return triton.cdiv(units, triton.cdiv(units, at_once)) if at_once else 0
+    return triton.cdiv(units, triton.cdiv(units, max(1, STORED_BYTES // own)))
 
 
 def _stored(
@@ -380,6 +387,16 @@ def _end_of_head(parts, sum_of_ds, heads_on, blocks):
 
 
 @gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The stage behind this one, and its barriers' phase."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
 def _load(
     q, k, v, do, q_rest, k_rest, v_rest, do_rest, bias, k_tile, v_tile, q_tiles, do_tiles,
     k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, biases,
@@ -388,6 +405,7 @@ def _load(
     BIAS_ROWS: gl.constexpr, Q_REST: gl.constexpr, V_REST: gl.constexpr,
 ):  # fmt: skip
     """One warp: all that the others compute with."""
+    STAGES: gl.constexpr = q_tiles.shape[0]
     K_BYTES: gl.constexpr = k.block_type.nbytes + (k_rest.block_type.nbytes if Q_REST else 0)
     V_BYTES: gl.constexpr = v.block_type.nbytes + (v_rest.block_type.nbytes if V_REST else 0)
     Q_BYTES: gl.constexpr = q.block_type.nbytes + (q_rest.block_type.nbytes if Q_REST else 0)
@@ -419,11 +437,8 @@ def _load(
         load_tile(do, [batch, head, start, 0], do_full.index(stage), do_tiles.index(stage))
         if V_REST:
             load_tile(do_rest, [batch, head, start, 128], do_full.index(stage), do_tiles_rest.index(stage))
-        stage += 1
+        stage, phase = _next(stage, phase, STAGES)
         start += _ROWS
-        if stage == _STAGES:
-            stage = 0
-            phase ^= 1
         if start >= begin + span * _ROWS:
             head += 1
             start = begin
@@ -441,6 +456,7 @@ def _compute_values(
     P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, STORED: gl.constexpr,
 ):  # fmt: skip
     """The first warpgroup: probabilities, dV, and, unless dS is STORED, the first columns of dQ."""
+    STAGES: gl.constexpr = q_tiles.shape[0]
     WIDTH: gl.constexpr = k_tile.shape[4]
     V_WIDTH: gl.constexpr = v_tile.shape[4]
     DIM: gl.constexpr = WIDTH + (64 if Q_REST else 0)
@@ -517,14 +533,22 @@ def _compute_values(
     mbarrier.arrive(slopes_full.index(0))
 
     # In each turn dV and dQ of the tile before, and all else of this one.
+    # slopes and dS have two slots.
     stage = 0
     phase = 0
+    slot = 0
+    slot_phase = 0
     for _ in range(1, total):
         stage_before = stage
         phase_before = phase
-        stage ^= 1
-        if stage == 0:
-            phase ^= 1
+        slot_before = slot
+        slot_phase_before = slot_phase
+        stage, phase = _next(stage, phase, STAGES)
+        if STAGES == 2:
+            slot = stage
+            slot_phase = phase
+        else:
+            slot, slot_phase = _next(slot, slot_phase, 2)
         zero = _unknown_zero()
         keys_now = k_tile.index(zero).reshape([_KEYS, WIDTH])
         keys_rest_now = k_tile_rest.index(zero).reshape([_KEYS, 64]) if Q_REST else 0
@@ -550,14 +574,14 @@ def _compute_values(
             BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
         p_next = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
-        # The second warpgroup has read what lies there: this one has had dS of that tile.
-        slopes.index(stage).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
+        # The second warpgroup has read what lies there: this one has waited for dS of that tile.
+        slopes.index(slot).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
         tile_now = tile
         start, tile, head = _next_tile(start, tile, head, begin, end, tiles - span)
         if GROUPED and HEAD_BIAS:
             row_bias = const_bias + _head_bias(bias, gl.minimum(head, kv_head * group + group - 1), stride_bias_h)
         sync()
-        mbarrier.arrive(slopes_full.index(stage))
+        mbarrier.arrive(slopes_full.index(slot))
         if V_REST:
             dv_acc, dv_acc_rest, p_operand, p_rest = warpgroup_mma_wait(
                 0, deps=[dv_token, rest_token, p_operand, p_rest]
@@ -570,13 +594,13 @@ def _compute_values(
             _put_row_biases(
                 biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
-        mbarrier.wait(ds_full.index(stage_before), phase_before)
+        mbarrier.wait(ds_full.index(slot_before), slot_phase_before)
         # Both have read the output gradients of the tile before.
         sync()
         mbarrier.arrive(do_empty.index(stage_before))
         if not STORED:
             dq_token = warpgroup_mma(
-                ds_tiles.index(stage_before).permute((1, 0)), keys_now.slice(0, COLUMNS, 1), no_rows,
+                ds_tiles.index(slot_before).permute((1, 0)), keys_now.slice(0, COLUMNS, 1), no_rows,
                 use_acc=False, is_async=True,
             )  # fmt: skip
             dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
@@ -595,9 +619,9 @@ def _compute_values(
         sync()
         mbarrier.arrive(k_read)
     else:
-        mbarrier.wait(ds_full.index(stage), phase)
+        mbarrier.wait(ds_full.index(slot), slot_phase)
         dq_token = warpgroup_mma(
-            ds_tiles.index(stage).permute((1, 0)), keys.slice(0, COLUMNS, 1), no_rows, use_acc=False, is_async=True
+            ds_tiles.index(slot).permute((1, 0)), keys.slice(0, COLUMNS, 1), no_rows, use_acc=False, is_async=True
         )
         dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
         sync()
@@ -627,6 +651,7 @@ def _compute_keys(
     STORED: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: dS, dK, and the other columns of dQ, unless dS is STORED."""
+    STAGES: gl.constexpr = q_tiles.shape[0]
     WIDTH: gl.constexpr = k_tile.shape[4]
     V_WIDTH: gl.constexpr = v_tile.shape[4]
     DIM: gl.constexpr = WIDTH + (64 if Q_REST else 0)
@@ -698,14 +723,21 @@ def _compute_keys(
     columns = keys_rest if Q_REST else keys.slice(BEFORE, COLUMNS, 1)
 
     # In each turn dK and dQ of the tile before, and all else of this one.
+    # slopes and dS have two slots.
     stage = 0
     phase = 0
+    slot = 0
+    slot_phase = 0
     for _ in range(1, total):
         stage_before = stage
         phase_before = phase
-        stage ^= 1
-        if stage == 0:
-            phase ^= 1
+        slot_before = slot
+        stage, phase = _next(stage, phase, STAGES)
+        if STAGES == 2:
+            slot = stage
+            slot_phase = phase
+        else:
+            slot, slot_phase = _next(slot, slot_phase, 2)
         zero = _unknown_zero()
         values_now = v_tile.index(zero).reshape([_KEYS, V_WIDTH])
         values_rest_now = v_tile_rest.index(zero).reshape([_KEYS, 64]) if V_REST else 0
@@ -736,11 +768,11 @@ def _compute_keys(
         mbarrier.arrive(q_empty.index(stage_before))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
 
-        mbarrier.wait(slopes_full.index(stage), phase)
-        ds = slopes.index(stage).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
+        mbarrier.wait(slopes_full.index(slot), slot_phase)
+        ds = slopes.index(slot).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
         ds_low = ds.to(dtype)
         ds_next = gl.convert_layout(ds_low, as_operand)
-        ds_tiles.index(stage).store(ds_low)
+        ds_tiles.index(slot).store(ds_low)
         if SUMS:
             sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
         tile_now = tile
@@ -750,19 +782,19 @@ def _compute_keys(
             parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
         fence_async_shared()
         sync()
-        mbarrier.arrive(ds_full.index(stage))
+        mbarrier.arrive(ds_full.index(slot))
         if STORED:
-            store_tile(ds_out, [ds_row, start_now], ds_tiles.index(stage))
+            store_tile(ds_out, [ds_row, start_now], ds_tiles.index(slot))
             ds_row += (head_next - head) * (blocks * _KEYS)
         head = head_next
         ds_operand = ds_next
         if not STORED:
             dq_token = warpgroup_mma(
-                ds_tiles.index(stage_before).permute((1, 0)), columns_now, no_rows, use_acc=False, is_async=True
+                ds_tiles.index(slot_before).permute((1, 0)), columns_now, no_rows, use_acc=False, is_async=True
             )
             sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
             if ROW_SUMS:
-                row_token = _start_row_sums(ds_tiles.index(stage_before), ones.index(zero), no_sums)
+                row_token = _start_row_sums(ds_tiles.index(slot_before), ones.index(zero), no_sums)
                 dq_tile, row_sums = warpgroup_mma_wait(0, deps=[dq_token, row_token])
                 _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
             else:
@@ -780,12 +812,12 @@ def _compute_keys(
         rest_token = warpgroup_mma(ds_rest, q_tiles_rest.index(stage).reshape([_ROWS, 64]), dk_acc_rest, is_async=True)
         dk_acc_rest, ds_rest = warpgroup_mma_wait(0, deps=[rest_token, ds_rest])
     if not STORED:
-        dq_token = warpgroup_mma(ds_tiles.index(stage).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
+        dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
         dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
         sums += tile_before.to(gl.int64) * TILE_SUMS
         _add(sums, dq_tile, of_rows)
         if ROW_SUMS:
-            row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(ds_tiles.index(stage), ones.index(0), no_sums)])
+            row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(ds_tiles.index(slot), ones.index(0), no_sums)])
             _add_rows(sums + ROW_SUMS_AT, row_sums, of_row_sums)
 
     if SUMS and not GROUPED:
@@ -814,7 +846,7 @@ def _kernel(
     first_unit, units, at_once,
     VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
-    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 64 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -870,18 +902,18 @@ def _kernel(
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     k_tile = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, k.block_shape[3]], k.layout)
     v_tile = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, v.block_shape[3]], v.layout)
-    q_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, q.block_shape[3]], q.layout)
-    do_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, do.block_shape[3]], do.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _ROWS, q.block_shape[3]], q.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _ROWS, do.block_shape[3]], do.layout)
     # What a partition has no use for is not handed to it.
     if Q_REST:
         k_tile_rest = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, 64], k_rest.layout)
-        q_tiles_rest = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, 64], q_rest.layout)
+        q_tiles_rest = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _ROWS, 64], q_rest.layout)
     else:
         k_tile_rest: gl.constexpr = 0
         q_tiles_rest: gl.constexpr = 0
     if V_REST:
         v_tile_rest = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, 64], v_rest.layout)
-        do_tiles_rest = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, 64], do_rest.layout)
+        do_tiles_rest = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _ROWS, 64], do_rest.layout)
     else:
         v_tile_rest: gl.constexpr = 0
         do_tiles_rest: gl.constexpr = 0
@@ -890,7 +922,7 @@ def _kernel(
     of_slopes: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], gl.float16)
     slopes = gl.allocate_shared_memory(gl.float16, [2, _KEYS, _ROWS], of_slopes)
     if BIAS_ROWS:
-        biases = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], bias.layout)
+        biases = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _ROWS], bias.layout)
         row_biases = bias
         row_tiles = biases
         row_stride_b = stride_bias_b
@@ -911,21 +943,22 @@ def _kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     k_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
     v_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    q_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
-    do_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
-    do_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     slopes_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     mbarrier.init(k_full, 1)
     mbarrier.init(v_full, 1)
     mbarrier.init(k_read, 1)
     mbarrier.init(v_read, 1)
-    for i in gl.static_range(_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), 1)
         mbarrier.init(do_full.index(i), 1)
         mbarrier.init(q_empty.index(i), 1)
         mbarrier.init(do_empty.index(i), 1)
+    for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), 1)
         mbarrier.init(slopes_full.index(i), 1)
     fence_async_shared()

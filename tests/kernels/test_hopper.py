@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import h100
 import pytest
 import torch
 import triton
@@ -153,6 +154,7 @@ def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
         "SUMS": bias == "heads",
         "ROW_SUMS": by_row and not stored,
         "GROUPED": grouped,
+        "STAGES": 2 if dim == 256 else 3,
     }
     constants |= {"VISIBLE": False} if by_row else {}
     absent: dict[str, Any] = {} if bias else {"bias": None}
@@ -257,6 +259,67 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     assert hopper_bwd_wide._sees_every_block(signature) == all(seen)
     seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
     assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
+
+
+def wide_suits(length: int = 4096, dim: int = 256, value_dim: int | None = None, **more: Any) -> bool:
+    """Whether the backward of wide heads suits tensors that are on no GPU: two sequences of four heads, each of which
+    two query heads share."""
+    dtype = more.get("dtype", torch.bfloat16)
+    query, key = (torch.empty(2, heads, length, dim, dtype=dtype, device="meta") for heads in (8, 4))
+    value, grad_out = (torch.empty(2, n, length, value_dim or dim, dtype=dtype, device="meta") for n in (4, 8))
+    needed = more.get("needed", [True, True, True, False, False])
+    options = Options(dim**-0.5, **more.get("options", {}))
+    tensors = grad_out, query, key, value, more.get("bias"), more.get("mask")
+    return hopper_bwd_wide.suits(*tensors, needed, options)
+
+
+def test_which_wide_heads_suit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
+    with h100.pretended():
+        assert wide_suits() and wide_suits(dim=192, value_dim=128) and wide_suits(dim=136) and wide_suits(length=1024)
+        assert wide_suits(dim=128, value_dim=256) and wide_suits(dtype=torch.float16)
+        assert wide_suits(options={"is_causal": True}) and wide_suits(options={"window_left": 300, "window_right": 0})
+        assert wide_suits(bias=torch.empty(1, 8, 4096, 1)) and wide_suits(bias=torch.empty(1, 8, 1, 1))
+        assert not wide_suits(dim=128) and not wide_suits(dim=100, value_dim=100) and not wide_suits(dim=196)
+        assert not wide_suits(dim=192, value_dim=64) and not wide_suits(dtype=torch.float32)
+        assert not wide_suits(length=255) and not wide_suits(options={"is_causal": True, "window_left": 200})
+        assert not wide_suits(options={"dropout_p": 0.1}) and not wide_suits(options={"softcap": 1.0})
+        assert not wide_suits(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool))
+        assert not wide_suits(needed=[True, True, False, False, False])
+
+
+def test_determinism_of_wide_heads_is_a_matter_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dQ that is added up in no fixed order differs between runs; dS of one key head is let through memory up to a
+    limit."""
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with h100.pretended():
+        assert wide_suits(length=8192) and not wide_suits(length=16384)
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+        assert wide_suits(length=16384)
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_ds_goes_through_memory_by_as_many_heads_as_it_may_take(index: int) -> None:
+    draw = random.Random(index)
+    batch, kv_heads, group = draw.choice((1, 3, 16)), draw.choice((1, 4, 5)), draw.choice((1, 2, 8))
+    q_len, kv_len = draw.choice((300, 1024, 5000, 16384)), draw.choice((300, 1024, 5000, 16384))
+    query = torch.empty(batch, kv_heads * group, q_len, 256, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(batch, kv_heads, kv_len, 256, dtype=torch.bfloat16, device="meta")
+    signature = launch.Signature(
+        *(launch.contiguous_layout(tensor.shape, torch.bfloat16) for tensor in (query, key, key)),
+        None, None, Options(1.0), torch.device("cpu"), "auto", False, None, True,
+    )  # fmt: skip
+    own = group * -(-q_len // 128) * 128 * -(-kv_len // 64) * 64 * 2
+    at_once = hopper_bwd_wide._units_at_once(signature)
+    if own > hopper_bwd_wide.MOST_BYTES:
+        assert at_once == 0
+    else:
+        assert 1 <= at_once <= batch * kv_heads
+        assert at_once == 1 or at_once * own <= hopper_bwd_wide.STORED_BYTES
+        launches = -(-batch * kv_heads // at_once)
+        fewest = -(-batch * kv_heads // max(1, hopper_bwd_wide.STORED_BYTES // own))
+        assert launches == fewest
 
 
 def test_another_gluon_leaves_the_other_kernels(
