@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,9 +28,11 @@ from sigswap.errors import (
 from sigswap.report import Report
 from sigswap.training.calibrate import calibrate
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def convert(
-    model: nn.Module,
+    model: Model,
     config: SigmoidConfig | None = None,
     *,
     example_inputs: Any = None,
@@ -38,7 +40,7 @@ def convert(
     exclude: Sequence[str] | None = None,
     strict: bool = True,
     calibrate_with: Any = None,
-) -> nn.Module:
+) -> Model:
     """Swaps the softmax attentions of ``model`` for sigmoid attention, in place, and returns the same object.
 
     The sites are found by one run on fake tensors (no memory or compute of the model's size; a model on the meta

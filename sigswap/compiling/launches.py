@@ -26,14 +26,14 @@ _FORWARD = torch.ops.sigswap.sigmoid_attention.default
 _BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
 _LAUNCH = triton_kernel_wrapper_functional
 _EMPTY = torch.ops.aten.empty_strided.default
-_OTHER_EMPTY = {
+_ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-_OF_THE_VALUE = ("val", "tensor_meta", "eager_input_vals")
-_BESIDE = {
+_VALUE_META = ("val", "tensor_meta", "eager_input_vals")  # keys of what describes a node's value, not its call
+_ALSO_ALLOWED = {
     operator.getitem,
     torch.ops.aten.clone.default,
     torch.ops.aten.view.default,
@@ -42,13 +42,15 @@ _BESIDE = {
     torch.ops.aten.expand.default,
     torch.ops.aten.unsqueeze.default,
 }
-"""What else an op may do: other functions of ATen may be ones that inductor decomposes earlier, and no longer knows."""
+"""What an op may do besides launches and allocations. Inductor has decomposed other functions of ATen by now, and
+would not know them."""
 
 
 def make_launches_visible(graph: torch.fx.Graph) -> int:
-    """Replaces what it can of the graph's calls, in place; the graph stays functional. Calls on a GPU only.
+    """Replaces each call of an attention op on a GPU by its launches, where it can. The graph stays functional.
 
-    graph: of ATen, with fake tensors in ``meta["val"]``, as inductor has it.
+    Args:
+        graph: of ATen, with fake tensors in ``meta["val"]``, as inductor has it.
 
     Returns:
         How many calls were replaced. The others stay; the log says why, at level debug.
@@ -66,7 +68,10 @@ def make_launches_visible(graph: torch.fx.Graph) -> int:
 
 
 def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | None:
-    """The reason, if it was not done. made: launches that are in the graph already, by what they do."""
+    """Replaces ``call`` by its launches, or gives the reason why it stays.
+
+    ``made``: the launches that are in the graph already, by what they do.
+    """
     backward = call.target is _BACKWARD
     inputs = list(call.args)
     inputs += [None] * (6 - len(inputs))  # trailing ones that are None are left out, in the forward
@@ -83,21 +88,21 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     if len(set(map(id, values))) < len(set(operands)):  # a pass before this one copied what is known of a node
         return "two of its operands share a fake tensor"
     # Not before it is needed: it imports Triton.
-    from sigswap.kernels.host import traced as visible
+    from sigswap.kernels.host import traced
 
     given = [each.meta["val"] if isinstance(each, Node) else each for each in inputs]
     try:
         fake_mode = detect_fake_mode(values)
         assert fake_mode is not None, "a graph of inductor has fake tensors"
         with fake_mode, torch.no_grad():
-            launches = visible.launches(backward, given, Options(**numbers))
-    except visible.NotVisible as error:
+            launches = traced.launches(backward, given, Options(**numbers))
+    except traced.NotVisible as error:
         return str(error)
     except Exception:  # of PyTorch's or Triton's; the op does as well
         logger.warning("%s stays an op for inductor: its launches could not be traced.", call, exc_info=True)
         return "its launches could not be traced"
     functions = {node.target for node in launches.graph.nodes if node.op == "call_function"}
-    others = functions - {_LAUNCH, _EMPTY} - _OTHER_EMPTY - _BESIDE
+    others = functions - {_LAUNCH, _EMPTY} - _ALLOCATIONS - _ALSO_ALLOWED
     if others:
         return f"it also does {', '.join(map(str, others))}"
     with graph.inserting_before(call):
@@ -120,9 +125,11 @@ def _on_gpu(value: Any) -> TypeGuard[Tensor]:
 def _inline(
     launches: torch.fx.Graph, graph: torch.fx.Graph, operands: Sequence[Node], made: dict[Any, Node], call: Node
 ) -> Sequence[Node]:
-    """Copies the launches to where the graph inserts, and gives their results. What the graph knows of the call, such
-    as the CUDA stream that it is on, it then knows of them."""
-    own = {name: value for name, value in call.meta.items() if name not in _OF_THE_VALUE}
+    """Copies ``launches`` to where ``graph`` inserts now, and returns their results.
+
+    What the graph knows of ``call``, such as the CUDA stream that it is on, it then knows of them.
+    """
+    own = {name: value for name, value in call.meta.items() if name not in _VALUE_META}
     copies: dict[Node, Node] = {}
     remaining = iter(operands)
     # Two results may not be one tensor, which a user could change in place.
@@ -133,7 +140,7 @@ def _inline(
             copies[node] = next(remaining)
         elif node.op == "output":
             results = torch.fx.map_arg(node.args[0], copies.__getitem__)
-        elif node.target in _OTHER_EMPTY:  # inductor may give some of these other strides than they have in eager
+        elif node.target in _ALLOCATIONS:  # inductor may give some of these other strides than they have in eager
             value = node.meta["val"]
             arguments = list(value.shape), list(value.stride())
             kind = {"dtype": value.dtype, "device": value.device}

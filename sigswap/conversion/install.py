@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,13 +20,14 @@ from sigswap.conversion.record import RECORD, Conversion, conversion_of
 from sigswap.conversion.state import OwnerPlan, OwnerState, decided_models
 from sigswap.errors import ConfigError, ConversionError
 
+Model = TypeVar("Model", bound=nn.Module)
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 # What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
 # never calls the attention module in them.
 _FAST_PATH = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}
 
 
-def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
+def apply_conversion(model: Model, conversion: Conversion) -> Model:
     """Installs ``conversion`` on an unconverted ``model`` of the architecture it was made for, in place.
 
     New parameters take dtype and device from their owner (also meta, unless accelerate brings its weights for each
@@ -61,7 +63,7 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Undoes :func:`convert`, in place: the original model, bit for bit. Raises NotConvertedError.
 
     The parameters under ``*.sigswap.*`` are gone; base parameters keep whatever training made of them. What

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 
 from sigswap.conversion.record import owners_of
 from sigswap.conversion.state import OwnerState
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @contextmanager
-def softmax(model: nn.Module) -> Iterator[nn.Module]:
+def softmax(model: Model) -> Iterator[Model]:
     """While it is open, the converted ``model`` runs as softmax, on the same weights and without a copy.
 
     >>> with sigswap.softmax(model):

@@ -10,9 +10,9 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -143,13 +143,20 @@ def bias_terms(config: SigmoidConfig) -> tuple[bool, float]:
     return False, -math.log(config.bias) if isinstance(config.bias, int) else config.bias
 
 
+class Observer(Protocol):
+    """What runs the forwards of owners while a model is calibrated (:mod:`sigswap.training.observe`)."""
+
+    def run(self, owner: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """``forward(owner, *args, **kwargs)``, observed."""
+
+
 class OwnerState(nn.Module):
     """The child module ``sigswap`` of an owner: one :class:`SiteState` per site, and what acts on its output."""
 
     layer_scale: nn.Parameter | None
     softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
-    observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
+    observer: Observer | None = None  # while it is calibrated: what runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
