@@ -182,16 +182,16 @@ def _train() -> list[Cell]:
         (128, 4096, True): "tune",
     }
     shapes = itertools.product((64, 128), (1024, 4096, 16384), (False, True))
-    cells = [_train_cell(*shape, setups.get(shape, "none")) for shape in shapes]
+    chosen = [_train_cell(*shape, setups.get(shape, "none")) for shape in shapes]
     for causal in (False, True):
-        cells += [
+        chosen += [
             _train_cell(96, 4096, causal, "none"),
             _train_cell(192, 4096, causal, "none", value_dim=128),  # DeepSeek's
             _train_cell(256, 4096, causal, "none"),
             _train_cell(64, 4096, causal, "none", grouped=4),
             _train_cell(128, 4096, causal, "none", grouped=4),
         ]
-    return cells
+    return chosen
 
 
 def _short_cell(length: int, batch: int, setup: Setup) -> Cell:

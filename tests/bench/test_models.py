@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from sigswap.bench import models as bench_models
-from sigswap.bench import timing
-from sigswap.bench.cells import DEFAULT_SUITES, ModelCell, cells
+from sigswap.bench import subjects, timing
+from sigswap.bench.cells import DEFAULT_SUITES, MODELS, ModelCell, cells
 from sigswap.bench.peers import peers_of
 from sigswap.bench.results import Benchmark, Row
+from sigswap.bench.subjects import ModelPeer, Subject
 from sigswap.commands.cli import app
 from sigswap.errors import BenchmarkError
 
@@ -38,7 +39,7 @@ def test_model_cells() -> None:
     assert "models" not in DEFAULT_SUITES
     peers = {peer.name for peer in peers_of("models")}
     for some in (full, quick):
-        assert {cell.model for cell in some} == set(bench_models.MODELS)
+        assert {cell.model for cell in some} == set(MODELS)
         assert len({cell.label for cell in some}) == len(some)
         assert all(cell.suite == "models" and set(cell.without) <= peers for cell in some)
     assert [cell.label for cell in full[:2]] == ["block 4 x 4096", "ViT-B/16 256 x 224"]
@@ -160,8 +161,8 @@ def test_each_version_of_a_model_runs_in_its_turns(
     for package in packages:
         pytest.importorskip(package)
     recorder = Recorder()
-    by_hand = bench_models.ModelPeer(functools.partial(sdpa_kernel, SDPBackend.MATH))  # which a CPU has
-    monkeypatch.setitem(bench_models._SDPA, "efficient", by_hand)
+    by_hand = ModelPeer(functools.partial(sdpa_kernel, SDPBackend.MATH))  # which a CPU has
+    monkeypatch.setitem(subjects._SDPA, "efficient", by_hand)
     monkeypatch.setattr(bench_models, "repeated_ms", recorder.timed)
     cell = next(cell for cell in cells("models", quick=True) if cell.model == model)
     rows = bench_models.measure(cell, "fp32", list(attentions), device="cpu", inner=recorder)
@@ -196,7 +197,7 @@ def test_a_peer_that_fails_to_compile_leaves_the_others_as_they_are(monkeypatch:
 
 def test_more_versions_than_dynamo_compiles_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = ("fa2", "cudnn", "efficient", "sdpa")
-    monkeypatch.setattr(bench_models, "_SDPA", dict.fromkeys(peers, bench_models.ModelPeer()))
+    monkeypatch.setattr(subjects, "_SDPA", dict.fromkeys(peers, ModelPeer()))
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         cell = ModelCell("block", 2, 32, small=True)
         rows = bench_models.measure(cell, "fp32", peers, device="cpu", inner="eager")
@@ -207,9 +208,9 @@ def test_more_versions_than_dynamo_compiles_of_a_function(monkeypatch: pytest.Mo
 def test_a_peer_that_fails_in_training_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
 
-    def build(*arguments: Any) -> bench_models.Subject:
+    def build(*arguments: Any) -> Subject:
         subject = original(*arguments)
-        subject.peers = {"fa2": bench_models.ModelPeer(failing), "sdpa": bench_models.ModelPeer()}
+        subject.peers = {"fa2": ModelPeer(failing), "sdpa": ModelPeer()}
         backward = subject.backward
 
         def fail_late(returned: Any) -> None:
@@ -227,7 +228,7 @@ def test_a_peer_that_fails_in_training_leaves_no_gradients(monkeypatch: pytest.M
         yield
         fails.clear()
 
-    original, fails = bench_models.build, []
+    original, fails = subjects.build, []
     monkeypatch.setattr(bench_models, "build", build)
     cell = ModelCell("block", 2, 32, small=True)
     rows = bench_models.measure(cell, "fp32", ["fa2", "sdpa"], device="cpu", inner="eager")
