@@ -3,4 +3,13 @@
 :mod:`sigswap.kernels.reference` defines the result on every device, in plain PyTorch.
 """
 
-from sigswap.masked import MASKED_SCORE as MASKED_SCORE
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """On use: from the root of a clone, transformers takes this folder for its package ``kernels`` and imports it."""
+    if name == "MASKED_SCORE":
+        from sigswap.masked import MASKED_SCORE
+
+        return MASKED_SCORE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
