@@ -79,7 +79,8 @@ def sigswap_backend(
     logger.info("lowered %d attention(s), %d stay unfused", len(lowering.lowered), len(lowering.left_alone))
     for reason in dict.fromkeys(left.reason for left in lowering.left_alone):
         logger.warning("an attention stays unfused: %s", reason)
-    return inner(graph_module, example_inputs)
+    compiled: Callable[..., Any] = inner(graph_module, example_inputs)
+    return compiled
 
 
 def swap_and_lower(
@@ -111,7 +112,8 @@ def _is_decided(graph_module: torch.fx.GraphModule) -> bool:
 
 def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Any]:
     if callable(inner):
-        return inner
+        given: Callable[..., Any] = inner
+        return given
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 

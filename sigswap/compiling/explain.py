@@ -6,6 +6,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +95,8 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
         nonlocal graphs
         graphs += 1
         swapped, lowered = swap_and_lower(graph_module, inputs, visible_bias=True, const_bias=0.0)
-        found = [(site.node, "lowered", site.operands) for site in lowered.lowered]
+        found: list[tuple[torch.fx.Node | None, str, str]] = []
+        found += [(site.node, "lowered", site.operands) for site in lowered.lowered]
         found += [(source_of(alone.anchor), "unfused", alone.reason) for alone in lowered.left_alone]
         found += [(source_of(alone.anchor), "softmax", alone.reason) for alone in swapped.left_alone if alone.attention]
         sites.extend(CompiledSite(_path(node, paths), status, detail) for node, status, detail in found)
@@ -131,7 +133,7 @@ def _path(node: torch.fx.Node | None, paths: Mapping[int, str]) -> str:
 def _compiled_path(paths: Mapping[int, str]) -> str:
     """The path of the module whose forward Dynamo compiles now, as a whole or from a graph break on: what such a
     forward does itself has no module in Dynamo's stack."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_call_impl" and (path := paths.get(id(frame.f_locals.get("self")))) is not None:
             return path

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx
@@ -71,11 +71,12 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     inputs = list(call.args)
     inputs += [None] * (6 - len(inputs))  # trailing ones that are None are left out, in the forward
     operands = [each for each in inputs if isinstance(each, Node)]
-    values = [node.meta.get("val") for node in operands]
-    if not all(_on_gpu(value) for value in values):
+    values = [value for node in operands if _on_gpu(value := node.meta.get("val"))]
+    if len(values) < len(operands):
         return "it is not on a GPU"
+    numbers: dict[str, Any] = dict(call.kwargs)
     sizes = [number for value in values for number in (*value.shape, *value.stride(), value.storage_offset())]
-    if not all(isinstance(number, int | float) for number in (*sizes, *call.kwargs.values())):
+    if not all(isinstance(number, int | float) for number in (*sizes, *numbers.values())):
         return "its lengths vary"
     if any(value.numel() == 0 for value in values):
         return "it has an empty tensor"
@@ -86,8 +87,10 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
 
     given = [each.meta["val"] if isinstance(each, Node) else each for each in inputs]
     try:
-        with detect_fake_mode(values), torch.no_grad():
-            launches = visible.launches(backward, given, Options(**call.kwargs))
+        fake_mode = detect_fake_mode(values)
+        assert fake_mode is not None, "a graph of inductor has fake tensors"
+        with fake_mode, torch.no_grad():
+            launches = visible.launches(backward, given, Options(**numbers))
     except visible.NotVisible as error:
         return str(error)
     except Exception:  # of PyTorch's or Triton's; the op does as well
@@ -100,8 +103,9 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     with graph.inserting_before(call):
         results = _inline(launches.graph, graph, operands, made, call)
     if backward:
-        for user in list(call.users):
-            user.replace_all_uses_with(results[user.args[1]])
+        for user in list(call.users):  # each takes one of the gradients
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
             graph.erase_node(user)
     else:
         call.replace_all_uses_with(results[0])
@@ -109,7 +113,7 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
     return None
 
 
-def _on_gpu(value: Any) -> bool:
+def _on_gpu(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_cuda
 
 
@@ -158,10 +162,11 @@ def _inline(
 
 def _what_it_does(launch: Node) -> Any:
     """Equal for launches with equal results: layers that share a mask count its keys once."""
-    arguments: dict[str, Any] = dict(launch.kwargs["kwargs"])
-    for name in launch.kwargs["tensors_to_clone"]:
+    call: Mapping[str, Any] = launch.kwargs
+    arguments: dict[str, Any] = dict(call["kwargs"])
+    for name in call["tensors_to_clone"]:
         if arguments[name].target is not _EMPTY:
             return launch
         arguments[name] = arguments[name].args, tuple(arguments[name].kwargs.items())
-    constant = kernel_side_table.get_constant_args(launch.kwargs["constant_args_idx"])
-    return repr((launch.kwargs["kernel_idx"], launch.kwargs["grid"], arguments, constant))
+    constant = kernel_side_table.get_constant_args(call["constant_args_idx"])
+    return repr((call["kernel_idx"], call["grid"], arguments, constant))

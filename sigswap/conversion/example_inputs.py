@@ -63,7 +63,7 @@ def _is_timm(model: nn.Module) -> bool:
     return any(isinstance(getattr(model, name, None), Mapping) for name in ("pretrained_cfg", "default_cfg"))
 
 
-def _timm_images(model: nn.Module) -> Tensor:
+def _timm_images(model: Any) -> Tensor:
     """[2, C, H, W] of the size the model was built for."""
     cfg = getattr(model, "pretrained_cfg", None) or model.default_cfg
     channels, height, width = cfg.get("input_size", (3, 224, 224))
@@ -75,7 +75,7 @@ def _timm_images(model: nn.Module) -> Tensor:
     return torch.zeros(2, first.in_channels if first else channels, height, width)
 
 
-def _own_inputs(model: nn.Module) -> dict[str, Any]:
+def _own_inputs(model: Any) -> dict[str, Any]:
     """Keyword arguments that a transformers model accepts, from its dummy_inputs or its config."""
     if not hasattr(model, "dummy_inputs") or not hasattr(model, "config"):
         raise ExampleInputsError(f"{type(model).__name__} does not say what its inputs look like.", hint=_PASS_INPUTS)

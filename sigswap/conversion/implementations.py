@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 
-def other_implementations(model: nn.Module) -> Iterator[tuple[str, Callable[[nn.Module], None]]]:
+def other_implementations(model: nn.Module) -> Iterator[tuple[str, Callable[[Any], None]]]:
     """Those that a user may switch ``model`` to after the conversion: a name, and what switches a copy to it."""
     implementation = _attn_implementation(model)
     if implementation in ("sdpa", "eager"):
@@ -19,8 +20,9 @@ def other_implementations(model: nn.Module) -> Iterator[tuple[str, Callable[[nn.
 
 def _toggle_fused_attn(clone: nn.Module) -> None:
     for module in clone.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = not module.fused_attn
+        fused = getattr(module, "fused_attn", None)
+        if isinstance(fused, bool):
+            vars(module)["fused_attn"] = not fused
 
 
 def _attn_implementation(model: nn.Module) -> str | None:
@@ -61,5 +63,6 @@ class ReachableAttention:
 def set_implementations(model: nn.Module, implementations: Mapping[str, str]) -> None:
     """Past the checks of the model's own method: flash attention need not be installed to be put back."""
     for path, implementation in implementations.items():
+        config: Any = model.get_submodule(path).config
         # Not the property _attn_implementation, which sets the parts' as well.
-        model.get_submodule(path).config._attn_implementation_internal = implementation
+        config._attn_implementation_internal = implementation

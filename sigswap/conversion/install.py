@@ -69,35 +69,36 @@ def revert(model: nn.Module) -> nn.Module:
     stays so, and swaps, as it does in any model that is not converted.
     """
     conversion = conversion_of(model)
-    modules = [module for module in model.modules() if base_class(module) is not None]
-    for path, module in model.named_modules():
-        if base_class(module) is not None and "_sigswap_base" not in vars(type(module)):
-            raise ConversionError(
-                f"{path or 'the model'}: its class was changed after the conversion (by FSDP or a parametrization).",
-                hint=Hint("Undo that first."),
-            )
-        replaced = accelerate_hooks.forward_is_replaced(module) and not accelerate_hooks.is_unhooked(module)
-        if base_class(module) is not None and replaced:
-            raise ConversionError(
-                f"{path or 'the model'}: its forward was replaced on the instance after the conversion.",
-                hint=Hint("Delete that attribute first."),
-            )
-    for module in modules:
-        if not isinstance(module.__dict__.get("_modules", {}).get("sigswap"), OwnerState | None):
-            raise ConversionError(
-                f"{type(module).__name__}: its child sigswap is not sigswap's; revert is not possible."
-            )
-    for module in modules:
-        if module.sigswap is not None and module.sigswap.compiled:
+    bases = [(path, module, base_class(module)) for path, module in model.named_modules()]
+    converted = [(path, module, base) for path, module, base in bases if base is not None]
+    for path, module, _ in converted:
+        _check_revertible(path or "the model", module)
+    for _, module, base in converted:
+        state = module._modules.pop("sigswap", None)
+        if isinstance(state, OwnerState) and state.compiled:
             module._compiled_call_impl = None
-        accelerate_hooks.set_class(module, base_class(module))
-        module._modules.pop("sigswap", None)
+        accelerate_hooks.set_class(module, base)
     for module in model.modules():
         module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
     del model.__dict__[RECORD]
     decided_models.add(model)
     set_implementations(model, conversion.attn_implementations)
     return model
+
+
+def _check_revertible(where: str, module: nn.Module) -> None:
+    if "_sigswap_base" not in vars(type(module)):
+        raise ConversionError(
+            f"{where}: its class was changed after the conversion (by FSDP or a parametrization).",
+            hint=Hint("Undo that first."),
+        )
+    if accelerate_hooks.forward_is_replaced(module) and not accelerate_hooks.is_unhooked(module):
+        raise ConversionError(
+            f"{where}: its forward was replaced on the instance after the conversion.",
+            hint=Hint("Delete that attribute first."),
+        )
+    if not isinstance(vars(module).get("_modules", {}).get("sigswap"), OwnerState | None):
+        raise ConversionError(f"{type(module).__name__}: its child sigswap is not sigswap's; revert is not possible.")
 
 
 def _switch_off_fast_path(module: nn.Module) -> None:

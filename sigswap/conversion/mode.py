@@ -11,6 +11,7 @@ import copyreg
 import functools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class SwapMode(TorchFunctionMode):
 
     def _refuse_checkpoint(self) -> None:
         """A checkpoint inside the owner runs again in backward, when this mode is not active: as softmax."""
-        frame = sys._getframe()
+        frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_locals.get("mode") is not self:
             if frame.f_code.co_filename == checkpoint.__file__:
                 raise UnknownCallError(
@@ -110,7 +111,7 @@ class SwapMode(TorchFunctionMode):
             frame = frame.f_back
 
     def _product(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
-        plan = site.plan.product
+        plan = site.product
         factors, rebuild = factors_of(func, args, kwargs)
         self.product_of = site
         query, key, self.query_bias = site.transformed_factors(factors[plan.query_arg], factors[plan.key_arg], plan)
@@ -134,7 +135,8 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
     def rebuild(new_first: Tensor, new_second: Tensor) -> Tensor:
         changed = bound | {first: new_first, second: new_second}
         positional = [changed.pop(name) for name in named]
-        return func(*positional, **changed)
+        product: Tensor = func(*positional, **changed)
+        return product
 
     return (bound[first], bound[second]), rebuild
 
@@ -147,7 +149,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _SWAPPED:
 
         @functools.wraps(base.forward)
-        def sigswap_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
             if state.softmax:
                 return base.forward(self, *args, **kwargs)
@@ -190,11 +192,13 @@ def _subclass(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Mod
         "_sigswap_base": base,
         "forward": forward,
     }
+    metaclass: Any = type(base)
+    made: type[nn.Module]
     if not any("__init_subclass__" in vars(parent) for parent in base.__mro__[:-1]):
-        return type(base)(base.__name__, (base,), body)
-    # A hook of the base's would run for a class that is none of the user's (and may enter it in a registry).
-    made = type(base)(base.__name__, (nn.Module,), body)
-    made.__bases__ = (base,)
+        made = metaclass(base.__name__, (base,), body)
+    else:  # a hook of the base's would run for a class that is none of the user's (and may enter it in a registry)
+        made = metaclass(base.__name__, (nn.Module,), body)
+        made.__bases__ = (base,)
     return made
 
 

@@ -215,10 +215,10 @@ def _owner_plan(
         and NOT_ATTENTION not in targets
         and (family != "softmax" or sum(key.startswith("softmax:") for key in calls) > 1)
     }
-    place: tuple[tuple[str, int], ...] = ()
+    loop: tuple[tuple[str, int], ...] = ()
     if "softmax" in repeats and len(index_of) == 1:
         (_, levels) = next(iter(index_of))
-        place = tuple((os.path.basename(file), line) for level in levels for file, line in level)
+        loop = tuple((os.path.basename(file), line) for level in levels for file, line in level)
     invocations = run.executed.get(path, ())
     totals = {
         family: tuple(sorted({counts.get((invocation, family), 0) for invocation in invocations}))
@@ -226,7 +226,7 @@ def _owner_plan(
     }
     axis, channels = _channels(_module(model, path), run.outputs.get(path))
     may_skip = any(invocation not in attended for invocation in invocations)
-    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels, totals, may_skip, place)
+    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels, totals, may_skip, loop)
 
 
 def _depth(call: Call, path: str) -> int | None:

@@ -61,7 +61,7 @@ def is_converted(model: nn.Module) -> bool:
 
 def conversion_of(model: nn.Module) -> Conversion:
     """The conversion that ``model`` carries. Raises NotConvertedError, also for a part of a converted model."""
-    conversion = model.__dict__.get(RECORD)
+    conversion: Conversion | None = model.__dict__.get(RECORD)
     if conversion is None:
         part = " (a part of it is: pass the model that was given to sigswap.convert)" if is_converted(model) else ""
         raise NotConvertedError(f"{type(model).__name__} is not converted{part}.", hint=_CONVERT)

@@ -15,13 +15,13 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._ops import _set_mode_pre_dispatch, unset_mode_pre_dispatch
+from torch import Tensor, _ops, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -36,6 +36,8 @@ from sigswap.passes.find import find
 from sigswap.passes.products import PARAMETER
 from sigswap.passes.site import FindResult
 
+_set_mode: Callable[..., None] = _ops._set_mode_pre_dispatch
+_unset_mode: Callable[..., Any] = _ops.unset_mode_pre_dispatch
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call of the model
 INPUT_FORMS = "a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those"
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
@@ -85,7 +87,8 @@ class Run:
         return node.meta.get(_CALL)
 
     def stack_of(self, node: torch.fx.Node) -> Stack:
-        return node.meta.get(_STACK, (("", 1),))
+        stack: Stack = node.meta.get(_STACK, (("", 1),))
+        return stack
 
 
 def run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] | None = None) -> Run:
@@ -168,8 +171,8 @@ def _run(model: nn.Module, inputs: Inputs, prepare: Callable[[nn.Module], None] 
 def _forget_fake_tensors() -> None:
     """Clears the functools caches that the run has put fake tensors into; the real model would get them from there."""
     for cache in gc.get_objects():
-        if type(cache) is functools._lru_cache_wrapper:  # type: ignore[attr-defined]
-            reached = [cache]
+        if type(cache) is functools._lru_cache_wrapper:
+            reached: list[object] = [cache]
             for _ in range(4):  # the cache's links, their tuples, what these hold
                 reached = [inner for outer in reached for inner in gc.get_referents(outer) if not callable(inner)]
                 if any(type(value) is FakeTensor for value in reached):
@@ -317,11 +320,11 @@ class _Recorder(TorchFunctionMode):
         family = FAMILIES.get(func)
         if func in _VALUES and not isinstance(args[0], FakeTensor):
             # On real tensors a value is to be had, though not from within the trace.
-            proxy_mode = unset_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY)
+            proxy_mode = _unset_mode(torch._C._TorchDispatchModeKey.PROXY)
             try:
                 return func(*args, **kwargs)
             finally:
-                _set_mode_pre_dispatch(proxy_mode)
+                _set_mode(proxy_mode)
         if family is None:
             output = func(*args, **kwargs)
             self.stamp()
@@ -359,7 +362,7 @@ def _softmax_heads(
 
 def _in_function() -> bool:
     """Whether the recorded call is made in the forward of an autograd.Function, whose first argument is its context."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name != "_call_impl":
         first = frame.f_code.co_varnames[:1]
         if first and isinstance(frame.f_locals.get(first[0]), torch.autograd.function.FunctionCtx):
@@ -371,7 +374,7 @@ def _in_function() -> bool:
 def _code_lines() -> tuple[tuple[tuple[str, int], ...], ...]:
     """The code lines that led to the recorded call, cut at each call of a module."""
     levels: list[list[tuple[str, int]]] = [[]]
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_filename not in UNSEEN_FILES:

@@ -11,6 +11,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, Unpack
 
 import torch
@@ -172,7 +173,7 @@ class OwnerState(nn.Module):
                 hint=Hint("Switch it off for this module with {overrides}.", {"overrides": f"{{{plan.path!r}: ...}}"}),
             )
         self.layer_scale = None
-        if config.layer_scale is not None:
+        if config.layer_scale is not None and channels is not None:
             self.layer_scale = nn.Parameter(torch.full((channels,), config.layer_scale, dtype=dtype, device=device))
         self.norm = nn.LayerNorm(channels, dtype=dtype, device=device) if config.hybrid_norm else None
 
@@ -201,7 +202,8 @@ class OwnerState(nn.Module):
         """``index``, if the call now made comes from the loop's place in the code; compiled code can't tell."""
         if torch.compiler.is_compiling():
             return None
-        place, frame = [], sys._getframe()
+        place: list[tuple[str, int]] = []
+        frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_code.co_name != SWAPPED_FORWARD:
             if place or (frame.f_code.co_name == "__torch_function__"):
                 place.append((frame.f_code.co_filename, frame.f_lineno))
@@ -283,6 +285,12 @@ class SiteState(nn.Module):
         if config.qk_norm is not None:
             self.query_norm = HeadNorm(config.qk_norm, plan.heads, plan.head_dim, dtype, device)
             self.key_norm = HeadNorm(config.qk_norm, plan.key_heads, plan.head_dim, dtype, device)
+
+    @property
+    def product(self) -> ProductPlan:
+        """The product of a site that computes its own scores, and of which it is known."""
+        assert self.plan.product is not None, f"{self.plan.kind} has no product"
+        return self.plan.product
 
     def sdpa_bias(self, query: Tensor) -> Tensor | None:
         """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from sigswap.errors import ArgumentError
 from sigswap.kernels.op import dense, varlen
 
 Window = int | tuple[int | None, int | None]
+_broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 
 
 def sigmoid_attention(
@@ -183,11 +186,11 @@ def attend(
     decoding with a cache needs.
     """
     if type(attn_mask).__name__ == "CausalBias":  # of torch.nn.attention.bias, whose import takes seconds
-        bottom_right = attn_mask.variant.name == "LOWER_RIGHT"
+        bottom_right = _is_lower_right(attn_mask)
         attn_mask, is_causal = None, True
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask must not be given together with is_causal=True.")
-    leading = query.shape[:-2]
+    leading: tuple[int, ...] = query.shape[:-2]
     if not _fit_the_op(query.shape, key.shape, value.shape, enable_gqa):
         leading = _leading_shape(query, key, value, enable_gqa)
         query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
@@ -257,6 +260,10 @@ def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None
         return False, bias, None
     # An int is a number of keys in SigmoidConfig; taken for a bias here, it would go wrong without a word.
     raise ArgumentError(f"bias must be None, a float or a tensor, not {bias!r}; -math.log(n) for n keys.")
+
+
+def _is_lower_right(causal_bias: Any) -> bool:
+    return bool(causal_bias.variant.name == "LOWER_RIGHT")
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -348,7 +355,7 @@ def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
     if query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         return (*query.shape[:-3], *head_shape)  # torch.broadcast_shapes would take longer than all the rest
     try:
-        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        batch = _broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError as error:
         raise ArgumentError(
             "query, key and value must broadcast in the dimensions before the heads, "

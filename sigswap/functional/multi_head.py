@@ -247,10 +247,16 @@ def _projected(
     if isinstance(weight, Tensor) and query is key and key is value:
         q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
         return q, k, v
+    assert weight is not None, "no weight was given for query, key and value"
     weights = weight.chunk(3) if isinstance(weight, Tensor) else weight
     biases = (None, None, None) if bias is None else bias.chunk(3)
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    q, k, v = (_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     return q, k, v
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None, "use_separate_proj_weight needs a weight for each of query, key and value"
+    return F.linear(x, weight, bias)
 
 
 def _mask(
