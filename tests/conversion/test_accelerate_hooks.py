@@ -298,7 +298,7 @@ def test_weights_offloaded_for_whole_blocks_are_refused() -> None:
         language_model(), execution_device="cpu", preload_module_classes=["LlamaDecoderLayer"]
     )
     before = state_of(model)
-    with pytest.raises(errors.ConversionError, match="convert the model before it is dispatched"):
+    with pytest.raises(errors.ConversionError, match="Convert the model before it is dispatched"):
         sigswap.convert(model)
     assert state_of(model) == before
 
