@@ -22,8 +22,8 @@ from sigswap.conversion.record import is_converted, owners_of
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import softmax
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.calibrate import as_calls, call_model, main_output, progress_bar
-from sigswap.training.observe import first_tensor
+from sigswap.training.batches import as_calls, call_model, main_output, progress_bar
+from sigswap.training.sums import first_tensor
 
 SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""

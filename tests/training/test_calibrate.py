@@ -103,7 +103,7 @@ def test_regression_against_an_oracle(explicit: bool) -> None:
 @pytest.mark.parametrize("query_bias", [False, True])
 def test_errors_and_refit_against_an_oracle(explicit: bool, query_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reported figures are the definition's; many refits end where c_h and w_h cannot be improved."""
-    monkeypatch.setattr(importlib.import_module("sigswap.training.calibrate"), "PRIOR_ROWS", 1e-6)
+    monkeypatch.setattr(importlib.import_module("sigswap.training.fit"), "PRIOR_ROWS", 1e-6)
     torch.manual_seed(0)
     attention, data = Attention(explicit), batches()
     model = sigswap.convert(Wrapper(attention), sigswap.SigmoidConfig(query_bias=query_bias), example_inputs=data[0])
@@ -202,9 +202,10 @@ def test_refits_of_few_rows_stay_near_the_regression(monkeypatch: pytest.MonkeyP
     config = sigswap.SigmoidConfig(query_bias=True)
     model = sigswap.convert(Wrapper(attention), config, example_inputs=data[0])
     module = importlib.import_module("sigswap.training.calibrate")
+    fits = importlib.import_module("sigswap.training.fit")
 
     def fitted(prior: float, refine: int = 20, batches: Any = data, own: nn.Module | None = None) -> Tensor:
-        monkeypatch.setattr(module, "PRIOR_ROWS", prior)
+        monkeypatch.setattr(fits, "PRIOR_ROWS", prior)
         own = copy.deepcopy(model) if own is None else own
         sigswap.calibrate(own, batches, refine=refine, progress=False)
         return site(own).query_weight.detach()

@@ -1,0 +1,73 @@
+"""Batches of inputs, and a model run on them: what calibration, ranking and distillation share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from sigswap.conversion.example_inputs import as_call
+from sigswap.conversion.recording import Inputs, device_of
+from sigswap.errors import ArgumentError, CalibrationError, Hint
+
+
+def as_calls(batches: Any) -> Iterable[Inputs]:
+    """``batches`` as calls (args, kwargs) that can be gone through again and again. Raises ArgumentError."""
+    if isinstance(batches, Tensor | Mapping | tuple):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise ArgumentError(
+            f"{{argument}} must be a list or another iterable of inputs, not a {type(batches).__name__}.",
+            argument="batches",
+        )
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    return _Calls(batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return (as_call(batch, "batches") for batch in self.batches)
+
+    def __len__(self) -> int:
+        """Raises TypeError where the batches cannot be counted before they have been gone through."""
+        return len(self.batches)  # type: ignore[arg-type]
+
+
+def call_model(model: nn.Module, call: Inputs, index: int) -> Any:
+    """The model's output for a batch, moved to its device. Raises CalibrationError if it fails."""
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to(device_of(model)), call)
+    try:
+        return model(*args, **kwargs)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} failed on batch {index} ({type(error).__name__}: {error}).",
+            argument="batches",
+            hint=Hint(
+                "Each batch must be a tensor, a tuple of positional arguments or a dict of keyword arguments that its "
+                "forward takes."
+            ),
+        ) from error
+
+
+def main_output(output: Any) -> Tensor | None:
+    """The first floating point tensor of two dimensions or more: hidden states or logits, not a loss."""
+    if isinstance(output, Tensor):
+        return output if output.dim() > 1 and output.is_floating_point() else None
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return next((found for item in items if (found := main_output(item)) is not None), None)
+
+
+def progress_bar(show: bool) -> Progress:
+    """On standard error, gone at the end."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not show)
