@@ -49,6 +49,14 @@ class Attention(nn.Module):
         return self.out(o.transpose(1, 2).flatten(2))
 
 
+class Streamed(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
 class Wrapper(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -230,7 +238,8 @@ def test_batches_of_any_size_give_the_same() -> None:
     results = []
     cut = [(x[i : i + 1], visible[i : i + 1]) for i in (3, 1, 0, 4, 2)]
     trimmed = [(a[:, : int(b.sum())], b[..., : int(b.sum())]) for a, b in cut]
-    for data in ([(x, visible)], cut, iter(cut), trimmed):
+    streamed = torch.utils.data.DataLoader(Streamed(cut), batch_size=None)  # it cannot say how many they are
+    for data in ([(x, visible)], cut, iter(cut), trimmed, streamed):
         model = sigswap.convert(copy.deepcopy(plain), QUERY_BIAS, example_inputs=(x, visible))
         sigswap.calibrate(model, data, progress=False)
         results.append(torch.cat([p.detach().flatten() for p in site(model).parameters()]))
