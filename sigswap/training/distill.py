@@ -146,10 +146,10 @@ def distill(
             argument="teacher",
             hint=Hint("Pass {train}, or {teacher}.", {"train": "'sigmoid'", "teacher": "copy.deepcopy(model)"}),
         )
-    for name, value in (("lr", lr), ("sigmoid_lr", sigmoid_lr), ("weight_decay", weight_decay)):
-        optional = name == "sigmoid_lr" and value is None
-        if not optional and (not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0):
-            raise ArgumentError(f"{{argument}} must be a number, 0 or more, not {value!r}.", argument=name)
+    for name, rate in (("lr", lr), ("sigmoid_lr", sigmoid_lr), ("weight_decay", weight_decay)):
+        optional = name == "sigmoid_lr" and rate is None
+        if not optional and (not isinstance(rate, int | float) or isinstance(rate, bool) or not rate >= 0):
+            raise ArgumentError(f"{{argument}} must be a number, 0 or more, not {rate!r}.", argument=name)
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
     if missing:
@@ -168,20 +168,21 @@ def distill(
             hint=Hint("Pass {train}, or switch its requires_grad off.", {"train": "'sigmoid'"}),
         )
     frozen = base if train == "sigmoid" else {}
+    lesson = _Lesson(model, source, list(states))
     losses: tuple[list[float], list[float]] = ([], [])
     with ExitStack() as stack:
         stack.enter_context(_training(model, source, frozen))
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("Distilling", total=layerwise_steps + steps)
         groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
-        for stage, count, loss_of in ((0, layerwise_steps, _layerwise), (1, steps, _end_to_end)):
+        for stage, count, loss_of in ((0, layerwise_steps, lesson.layerwise), (1, steps, lesson.end_to_end)):
             optimizer = torch.optim.AdamW([dict(group) for group in groups])
             rates = [group["lr"] for group in optimizer.param_groups]
             for step in range(count):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * learning_rate_share(step, count)
                 index, call = next(endless)
-                loss = loss_of(model, source, list(states), _without_cache(model, call), index)
+                loss = loss_of(_without_cache(model, call), index)
                 if not math.isfinite(loss):
                     raise CalibrationError(
                         f"the loss is {loss} at step {step}.",
@@ -203,59 +204,86 @@ def learning_rate_share(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _layerwise(model: nn.Module, teacher: nn.Module, paths: Sequence[str], call: Inputs, index: int) -> float:
-    """One backward pass per module call, each through that module alone."""
-    calls: list[tuple[str, Any, Any, Any]] = []
+@dataclasses.dataclass(frozen=True)
+class _Lesson:
+    """The converted ``model``, its ``teacher``, and the ``paths`` of the converted modules, which are in both.
 
-    def recorder(path: str) -> Any:
-        return lambda module, args, kwargs, output: calls.append((path, args, kwargs, output))
+    Each method runs one batch, adds the gradients of its loss to the model's parameters and returns the loss.
+    """
 
-    hooks = [teacher.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True) for path in paths]
-    try:
-        _teach(teacher, call, index)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not calls:
-        raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
-    total = 0.0
-    for path, args, kwargs, output in calls:
-        loss = _relative_error(first_tensor(model.get_submodule(path)(*args, **kwargs)), first_tensor(output))
-        (loss / len(calls)).backward()
-        total += float(loss.detach()) / len(calls)
-    return total
+    model: nn.Module
+    teacher: nn.Module
+    paths: Sequence[str]
 
+    def layerwise(self, call: Inputs, index: int) -> float:
+        """One backward pass per module call, each through that module alone."""
+        calls: list[tuple[str, Any, Any, Any]] = []
 
-def _end_to_end(model: nn.Module, teacher: nn.Module, paths: Sequence[str], call: Inputs, index: int) -> float:
-    with _outputs_of(teacher, paths) as theirs:
-        truth = _teach(teacher, call, index)
-    with _outputs_of(model, paths) as ours:
-        output = call_model(model, call, index)
-    t, y = main_output(truth), main_output(output)
-    if t is None or y is None:
-        raise CalibrationError(f"{type(model).__name__} returns no floating point tensor of two dimensions or more.")
-    # The modules, and the teacher, may be on several devices.
-    errors = [_relative_error(a, b.to(a.device)).to(y.device) for a, b in zip(ours, theirs, strict=True)]
-    hidden = sum(errors) / len(errors)
-    t = t.to(y.device)
-    mask = call[1].get("attention_mask")
-    pooled = None
-    if y.dim() > 2:
-        positions = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
-        if isinstance(mask, Tensor) and mask.shape == y.shape[:2]:
-            positions = mask.to(y.device).bool()
-        pooled = [_mean(x, positions) for x in (y, t)]
-        t, y = t[positions], y[positions]
-    if getattr(output, "logits", None) is not None or y.shape[-1] == _vocabulary(model):
-        loss = F.kl_div(y.float().log_softmax(-1), t.float().log_softmax(-1), reduction="batchmean", log_target=True)
-        loss = loss / (y.numel() // y.shape[0] // y.shape[-1])  # per position
-    else:
-        # Of the mean over the positions as well: what is common to the errors of all tokens is what pooling keeps.
-        loss = _relative_error(y, t) + (_relative_error(*pooled) if pooled is not None else 0.0)
-    # Scaled to the loss, which may be a divergence or an error, so that neither drowns the other as they shrink.
-    share = HIDDEN * loss.detach() / hidden.detach().clamp(min=1e-12)
-    (loss + share * hidden).backward()
-    return float(loss.detach())
+        def recorder(path: str) -> Any:
+            return lambda module, args, kwargs, output: calls.append((path, args, kwargs, output))
+
+        hooks = [
+            self.teacher.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True)
+            for path in self.paths
+        ]
+        try:
+            self._taught(call, index)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not calls:
+            raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
+        total = 0.0
+        for path, args, kwargs, output in calls:
+            loss = _relative_error(first_tensor(self.model.get_submodule(path)(*args, **kwargs)), first_tensor(output))
+            torch.autograd.backward(loss / len(calls))
+            total += float(loss.detach()) / len(calls)
+        return total
+
+    def end_to_end(self, call: Inputs, index: int) -> float:
+        with _outputs_of(self.teacher, self.paths) as theirs:
+            truth = self._taught(call, index)
+        with _outputs_of(self.model, self.paths) as ours:
+            output = call_model(self.model, call, index)
+        t, y = main_output(truth), main_output(output)
+        if t is None or y is None:
+            raise CalibrationError(
+                f"{type(self.model).__name__} returns no floating point tensor of two dimensions or more."
+            )
+        # The modules, and the teacher, may be on several devices.
+        errors = [_relative_error(a, b.to(a.device)).to(y.device) for a, b in zip(ours, theirs, strict=True)]
+        if not errors:
+            raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
+        hidden = sum(errors[1:], errors[0]) / len(errors)
+        t = t.to(y.device)
+        mask = call[1].get("attention_mask")
+        pooled = None
+        if y.dim() > 2:
+            positions = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
+            if isinstance(mask, Tensor) and mask.shape == y.shape[:2]:
+                positions = mask.to(y.device).bool()
+            pooled = [_mean(x, positions) for x in (y, t)]
+            t, y = t[positions], y[positions]
+        if getattr(output, "logits", None) is not None or y.shape[-1] == _vocabulary(self.model):
+            loss = F.kl_div(
+                y.float().log_softmax(-1), t.float().log_softmax(-1), reduction="batchmean", log_target=True
+            )
+            loss = loss / (y.numel() // y.shape[0] // y.shape[-1])  # per position
+        else:
+            # Of the mean over the positions as well: what is common to the errors of all tokens is what pooling keeps.
+            loss = _relative_error(y, t) + (_relative_error(*pooled) if pooled is not None else 0.0)
+        # Scaled to the loss, which may be a divergence or an error, so that neither drowns the other as they shrink.
+        share = HIDDEN * loss.detach() / hidden.detach().clamp(min=1e-12)
+        torch.autograd.backward(loss + share * hidden)
+        return float(loss.detach())
+
+    def _taught(self, call: Inputs, index: int) -> Any:
+        """The teacher's output, as softmax and without gradients."""
+        with ExitStack() as stack:
+            if is_converted(self.teacher):
+                stack.enter_context(softmax(self.teacher))
+            stack.enter_context(torch.no_grad())
+            return call_model(self.teacher, call, index)
 
 
 @contextmanager
@@ -271,14 +299,6 @@ def _outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _teach(teacher: nn.Module, call: Inputs, index: int) -> Any:
-    with ExitStack() as stack:
-        if is_converted(teacher):
-            stack.enter_context(softmax(teacher))
-        stack.enter_context(torch.no_grad())
-        return call_model(teacher, call, index)
 
 
 def _relative_error(y: Tensor, t: Tensor) -> Tensor:
@@ -346,5 +366,5 @@ def _training(model: nn.Module, teacher: nn.Module, frozen: Mapping[str, nn.Para
             model.get_parameter(name).requires_grad_(True)  # another object, where accelerate offloads it
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        for module, value in training.items():
-            module.training = value
+        for module, mode in training.items():
+            module.training = mode

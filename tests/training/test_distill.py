@@ -126,6 +126,22 @@ def test_layerwise_loss_against_an_oracle(name: str) -> None:
     assert report.layerwise[-1] < report.layerwise[0]
 
 
+@pytest.mark.parametrize("stage", ["steps", "layerwise_steps"])
+def test_batches_that_reach_no_converted_module(stage: str) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, attend: bool = True) -> Tensor:
+            return self.attention(x, x, x)[0] if attend else x
+
+    original, x = Routed(), torch.randn(2, 5, 8)
+    model = sigswap.convert(copy.deepcopy(original), example_inputs=x)
+    with pytest.raises(CalibrationError, match="batch 0 reaches none of the converted modules"):
+        sigswap.distill(model, original, [(x, False)], **{"steps": 0, stage: 1}, progress=False)
+
+
 def test_arguments_and_failures() -> None:
     model, original = converted()
     before = {name: value.clone() for name, value in model.state_dict().items()}
