@@ -164,7 +164,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Convert MODEL and save it."""
-    settings = {
+    settings: dict[str, Any] = {
         "bias": _parse_bias(bias),
         "learn_bias": learn_bias,
         "query_bias": query_bias,
@@ -347,14 +347,14 @@ def _factory(built: nn.Module, spec: str) -> str | None:
     return spec if is_factory(spec) and not is_transformers_model(built) else None
 
 
-def _loader(built: nn.Module) -> str:
+def _loader(built: Any) -> str:
     """The function that loads what was saved. Transformers does not know all classes of its models by their config."""
     from sigswap.saving.transformers_hook import is_transformers_model
 
     if is_transformers_model(built):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        if built.config.model_type not in CONFIG_MAPPING:  # type: ignore[union-attr]
+        if built.config.model_type not in set(CONFIG_MAPPING):
             return f"{type(built).__name__}.from_pretrained"
     return "sigswap.load"
 

@@ -199,6 +199,7 @@ def _load_transformers(directory: Path) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{config_path}: {error}") from error
     try:
+        model: nn.Module
         model, info = model_class.from_pretrained(directory, dtype="auto", output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, SigswapError):
@@ -352,7 +353,7 @@ def _find_factory(
         return factory, kwargs, _compare(model, factory, kwargs)
     if kwargs is not None:
         raise ArgumentError("{argument} needs a factory.", argument="factory_kwargs")
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg: Any = getattr(model, "pretrained_cfg", None)
     architecture = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
     if architecture is None:
         raise CheckpointError(
@@ -428,12 +429,12 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
             )
     modules, built_modules = dict(model.named_modules()), dict(built.named_modules())
     for path in [*modules, *built_modules]:
-        one, other = (
+        kind, built_kind = (
             type(found[path]).__qualname__ if path in found else "not there" for found in (modules, built_modules)
         )
-        if one != other:
+        if kind != built_kind:
             raise CheckpointError(
-                f"{other_model}: module {path!r} is {one} in the model and {other} in what the factory builds."
+                f"{other_model}: module {path!r} is {kind} in the model and {built_kind} in what the factory builds."
             )
     differing: dict[str, dict[str, Any]] = {}
     for path, module in modules.items():

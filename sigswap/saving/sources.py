@@ -61,7 +61,8 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
         name = spec.removeprefix("timm:")
         if not timm.is_model(name):
             raise ArgumentError(f"{spec!r}: timm {timm.__version__} has no architecture {name!r}.")
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        made: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        return made
     function = resolve(spec)
     if not callable(function):
         raise ArgumentError(f"{spec!r} is a {type(function).__name__}, and cannot be called.")
@@ -71,14 +72,15 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
     return model
 
 
-def transformers_class(config: Any) -> type[nn.Module]:
+def transformers_class(config: Any) -> type[Any]:
     """The class that ``config.architectures`` names, so that a causal LM stays one; else the base model's."""
     transformers = require("transformers", "hf")
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type):
             return found
-    return transformers.MODEL_MAPPING[type(config)]
+    base: type[Any] = transformers.MODEL_MAPPING[type(config)]
+    return base
 
 
 def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.Module:
@@ -98,10 +100,13 @@ def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.
         model_class = transformers_class(config)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ArgumentError(f"{name}: not a directory or hub id of a transformers model: {error}") from error
+    model: nn.Module
     if weights:
         try:
-            return model_class.from_pretrained(name, dtype="auto", **options)
+            model = model_class.from_pretrained(name, dtype="auto", **options)
         except OSError as error:
             raise ArgumentError(f"{name}: {error}") from error
+        return model
     with torch.device("meta"):
-        return model_class(config).eval()
+        model = model_class(config)
+    return model.eval()

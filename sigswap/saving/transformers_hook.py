@@ -101,12 +101,12 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _register(modeling_utils: ModuleType) -> None:
-    from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import (
         AUTO_QUANTIZER_MAPPING,
         register_quantization_config,
         register_quantizer,
     )
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -118,14 +118,18 @@ def _register(modeling_utils: ModuleType) -> None:
     class SigswapConfig(QuantizationConfigMixin):
         """What config.json says about the conversion."""
 
+        attn_implementation: dict[str, str | None]
+        conversion: dict[str, Any]
+
         def __init__(self, **entry: Any) -> None:
             check_format(entry, "config.json")
-            self.__dict__.update(entry)
-            self.quant_method = METHOD
+            self.__dict__.update(entry, quant_method=METHOD)
 
     @register_quantizer(METHOD)
     class SigswapQuantizer(HfQuantizer):
         """Installs the stored conversion on the model that ``from_pretrained`` has built on the meta device."""
+
+        quantization_config: SigswapConfig
 
         def __init__(self, quantization_config: SigswapConfig, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)

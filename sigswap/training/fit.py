@@ -94,7 +94,8 @@ class SiteFit:
     def _step(self, sums: SiteSums) -> Tensor:
         """[H, F]: downhill by Gauss and Newton."""
         assert self.present is not None and self.start is not None and self.rows is not None
-        curvature, slope, weight = sums.curvature.cpu(), sums.slope.cpu(), sums.weight.cpu()
+        totals: list[Tensor] = [sums.curvature.cpu(), sums.slope.cpu(), sums.weight.cpu()]
+        curvature, slope, weight = totals
         diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
         if self.prior is None:
             self.prior = self.prior_rows / self.rows.clamp(min=1).unsqueeze(-1) * diagonal
@@ -104,7 +105,7 @@ class SiteFit:
         size = torch.where(diagonal > 0, diagonal.sqrt(), 1.0)  # a head without a row, or a feature of zeros, stays
         scaled = (curvature + torch.diag_embed(self.prior)) / (size.unsqueeze(-1) * size.unsqueeze(-2))
         scaled = scaled + 1e-9 * torch.eye(scaled.shape[-1], dtype=scaled.dtype)
-        step = torch.linalg.solve(scaled, (slope + pull) / size) / size
+        step: Tensor = torch.linalg.solve(scaled, (slope + pull) / size) / size
         # A row's bias changes by step . x: the mean square of that, over the rows as they count.
         change = ((step.unsqueeze(-2) @ curvature).squeeze(-2) * step).sum(-1) / weight.clamp(min=1e-300)
         return step * (MAX_STEP / change.clamp(min=MAX_STEP**2).sqrt()).unsqueeze(-1)
@@ -163,7 +164,8 @@ def _relative_error(sums: SiteSums) -> Tensor | None:
     """[H], or None if the outputs were not seen."""
     if not isinstance(sums.error, Tensor):
         return None
-    return sums.error.cpu() / sums.energy.cpu().clamp(min=1e-300)
+    error: Tensor = sums.error.cpu() / sums.energy.cpu().clamp(min=1e-300)
+    return error
 
 
 def _ridge(gram: Tensor, moment: Tensor, intercept: bool) -> Tensor:
@@ -179,7 +181,8 @@ def _ridge(gram: Tensor, moment: Tensor, intercept: bool) -> Tensor:
         ridge[:, -1] = 0.0
     # A head without a single row (or feature) would make the system singular: it gets 0.
     empty = (torch.diagonal(scaled, dim1=-2, dim2=-1) == 0).to(ridge.dtype)
-    return torch.linalg.solve(scaled + torch.diag_embed(ridge + empty), moment / size) / size
+    solution: Tensor = torch.linalg.solve(scaled + torch.diag_embed(ridge + empty), moment / size)
+    return solution / size
 
 
 def fit_norms(site: SiteState, sums: SiteSums, path: str) -> None:

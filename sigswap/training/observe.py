@@ -121,7 +121,7 @@ class _ObservingMode(SwapMode):
     # A model that computes its own scores: product, softmax, product.
 
     def _product(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
-        plan = site.plan.product
+        plan = site.product
         factors, _ = factors_of(func, args, kwargs)
         query, key = factors[plan.query_arg], factors[plan.key_arg]
         observer = self.observer
@@ -133,7 +133,8 @@ class _ObservingMode(SwapMode):
             )
         if observer.phase == "norms" or observer.recording:
             self.product_of = site
-            return func(*args, **kwargs)
+            product: Tensor = func(*args, **kwargs)
+            return product
         if site.query_weight is not None:
             normed, _, _ = site.transformed_factors(query, key, plan)
             self.query = normed.movedim(plan.query.dim_axis, -1) / plan.query.scale
@@ -292,8 +293,9 @@ class _ObservingMode(SwapMode):
         with torch.autocast(query.device.type, enabled=False):
             for start in range(0, length, step):
                 rows = slice(start, min(start + step, length))
-                cut = [None if x is None else x[:, :, rows] for x in (q, normed_q, mask, own)]
-                self._tile(site, Tile(*cut, k, normed_k, v, start, is_causal, scale))  # type: ignore[arg-type]
+                cut_mask, cut_own = (None if x is None else x[:, :, rows] for x in (mask, own))
+                queries = q[:, :, rows], normed_q[:, :, rows]
+                self._tile(site, Tile(*queries, cut_mask, cut_own, k, normed_k, v, start, is_causal, scale))
 
     def _tile(self, site: SiteState, tile: Tile) -> None:
         observer = self.observer

@@ -42,7 +42,7 @@ def own_batches(model: nn.Module, *, seed: int = 0) -> tuple[list[Inputs], str]:
         kwargs = {"": args[0]}
     unknown = {name for name, x in kwargs.items() if not _is_known(name, x)}
     samples = next(iter(kwargs.values())).shape[0] if unknown else SAMPLES
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None) or LENGTH
     # Position tables may start after the padding's index (RoBERTa), so not the last few positions.
@@ -92,7 +92,7 @@ def _written(model: Any, first: Tensor, length: int, seed: int) -> Tensor:
     devices = [device] if device.type == "cuda" else []
     with softmax(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        written = model.generate(
+        written: Tensor = model.generate(
             first.to(device),
             attention_mask=torch.ones_like(first, device=device),
             do_sample=True,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sigswap.conversion.state import AxisPlan, SiteState
 from sigswap.kernels import MASKED_SCORE
+
+# torch leaves these untyped.
+_broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
+_unflatten: Callable[[Tensor, int, tuple[int, int]], Tensor] = Tensor.unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Layout:
     def canonical(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The first and fourth are queries, the others keys and values."""
         moved = [self._heads_third(x, query=index in (0, 3)) for index, x in enumerate(tensors)]
-        leading = torch.broadcast_shapes(*(x.shape[:-3] for x in moved))
+        leading = _broadcast_shapes(*(x.shape[:-3] for x in moved))
         flat = [x.expand(*leading, *x.shape[-3:]).reshape(-1, *x.shape[-3:]) for x in moved]
         return tuple(self._unpacked(x) if index in (0, 3) else x for index, x in enumerate(flat))
 
@@ -85,7 +90,7 @@ class Layout:
         """Grouped query heads that are held as further rows of fewer heads, as heads."""
         if x.shape[1] == self.heads:
             return x
-        return x.unflatten(2, (self.heads // x.shape[1], -1)).flatten(1, 2)
+        return _unflatten(x, 2, (self.heads // x.shape[1], -1)).flatten(1, 2)
 
 
 class PendingSoftmax:
@@ -112,7 +117,7 @@ class PendingSoftmax:
         if rows == self.head_axis:
             if not plan.head_axis.merged:
                 return torch.ones((), dtype=torch.bool, device=x.device)
-            x = x.unflatten(rows, (plan.heads, -1) if plan.head_axis.outer else (-1, plan.heads))
+            x = _unflatten(x, rows, (plan.heads, -1) if plan.head_axis.outer else (-1, plan.heads))
             keys, rows = keys + (keys > rows), rows + plan.head_axis.outer
         if rows == keys or x.shape[rows] != x.shape[keys]:
             return torch.ones((), dtype=torch.bool, device=x.device)
@@ -178,7 +183,7 @@ def heads_first(x: Tensor, axes: AxisPlan, heads: int) -> Tensor:
     # The axis counts from the end of the factor as it was, in which head_dim was at dim_axis.
     axis = layout.axis if layout.axis < axes.dim_axis else layout.axis - 1
     if not layout.merged and x.shape[axis] != heads:
-        x = x.unflatten(axis, (heads, -1)).select(axis, 0)
+        x = _unflatten(x, axis, (heads, -1)).select(axis, 0)
     x = _heads_out(x, axis, heads, layout.outer) if layout.merged else x.movedim(axis, 0)
     return x.reshape(heads, -1, x.shape[-1])
 
@@ -186,5 +191,5 @@ def heads_first(x: Tensor, axes: AxisPlan, heads: int) -> Tensor:
 def _heads_out(x: Tensor, axis: int, heads: int, outer: bool) -> Tensor:
     """``x``, whose ``axis`` holds heads and something else, as [heads, ...]."""
     axis %= x.dim()
-    x = x.unflatten(axis, (heads, -1) if outer else (-1, heads))
+    x = _unflatten(x, axis, (heads, -1) if outer else (-1, heads))
     return x.movedim(axis if outer else axis + 1, 0)

@@ -118,7 +118,8 @@ def first_tensor(output: Any) -> Tensor:
     """An owner's output, or the first item of it."""
     while isinstance(output, tuple | list):
         output = output[0]
-    return output
+    first: Tensor = output
+    return first
 
 
 def _fit(x: Tensor, kind: str) -> Tensor:
