@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,36 @@ from sigswap.saving.checkpoint import source_directory
 
 BATCH = 16
 MAX_LENGTH = 512
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _VOCABULARIES = ("tokenizer.*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def read_batches(model: nn.Module, source: str, path: Path, samples: int) -> list[Any]:
-    """At most ``samples`` samples for ``model`` (of the directory, hub id or timm name ``source``) from ``path``.
+def find_samples(path: Path, count: int) -> list[Any]:
+    """At most ``count`` samples of ``path``: the paths of images, or lines of text as strings.
 
-    A text file gives its lines that are not blank, an image file itself, and a directory all such files in it and
-    below, in the order of their names. Text needs the tokenizer beside the model, images its processor.
+    A text file gives its lines that are not blank, an image file itself, and a directory its images, in it and below,
+    in the order of their names, or, if there are none, the lines of its files. Reads no image yet.
 
-    Raises ArgumentError if there is nothing to read, or the model's inputs are not of that kind.
+    Raises ArgumentError if there is nothing to read.
     """
     if not path.exists():
         raise ArgumentError(f"--calibrate: there is no {path}.")
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    images = [file for file in files if file.suffix.lower() in _IMAGES][:samples]
-    items: list[Any] = list(images)
-    if not images:
-        items = [line for _, line in zip(range(samples), _lines(files), strict=False)]
-    if not items:
-        raise ArgumentError(f"--calibrate: {path} holds no line of text and no image ({', '.join(_IMAGES)}).")
-    groups = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    return [_images(model, source, group) if images else _text(model, source, group) for group in groups]
+    images = [file for file in files if file.suffix.lower() in IMAGES][:count]
+    samples: list[Any] = [*images] if images else [*itertools.islice(_lines(files), count)]
+    if not samples:
+        raise ArgumentError(f"--calibrate: {path} holds no line of text and no image ({', '.join(IMAGES)}).")
+    return samples
+
+
+def make_batches(model: nn.Module, source: str, samples: list[Any]) -> list[Any]:
+    """The ``samples`` as inputs of ``model``, which is that of the directory, hub id or timm name ``source``.
+
+    Text needs the tokenizer beside the model, images its processor. Raises ArgumentError if it is not there, or the
+    model's inputs are not of that kind.
+    """
+    make = _images if isinstance(samples[0], Path) else _text
+    return [make(model, source, samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
 
 
 def _lines(files: list[Path]) -> Iterator[str]:

@@ -178,7 +178,12 @@ def convert(
         if picture is not None and calibrate is None:
             raise ArgumentError("--picture shows a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
+        from sigswap.commands.batch_files import find_samples, make_batches
+        from sigswap.training.calibration_report import check_picture
 
+        if picture is not None:  # what can be told before the minutes of loading, converting and calibrating
+            check_picture(picture)
+        found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
         config = sigswap.SigmoidConfig(**settings)
         with _errors.status(f"Loading {model}"):
             built = _build(model, weights=True, pretrained=pretrained)
@@ -197,9 +202,7 @@ def convert(
             )
         calibration = None
         if calibrate is not None:
-            from sigswap.commands.batch_files import read_batches
-
-            batches = None if calibrate == "none" else read_batches(built, model, Path(calibrate), samples)
+            batches = None if found is None else make_batches(built, model, found)
             calibration = sigswap.calibrate(built, batches)
             if picture is not None:
                 calibration.save(picture)

@@ -63,12 +63,11 @@ class CalibrationReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Draws the heads as heat maps, layers by heads, into a .png, .svg or .pdf, or with the table into an .html.
 
-        Raises ArgumentError for another suffix, SigswapError if matplotlib is not installed.
+        Raises as :func:`check_picture` does.
         """
         path = Path(path)
+        check_picture(path)
         suffix = path.suffix.lower()
-        if suffix not in (".png", ".svg", ".pdf", ".html"):
-            raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.", argument="path")
         if suffix == ".html":
             path.write_text(self._page(), encoding="utf-8")
         else:
@@ -106,7 +105,6 @@ class CalibrationReport:
         return sites
 
     def _picture(self, kind: str) -> bytes:
-        require("matplotlib", "plot")
         from matplotlib.figure import Figure
 
         sites = self._sites()
@@ -142,6 +140,19 @@ class CalibrationReport:
             f'<img alt="heat maps, layers by heads" style="max-width:100%" src="data:image/png;base64,{picture}">'
             f"{table}"
         )
+
+
+def check_picture(path: Path) -> None:
+    """Raises unless :meth:`CalibrationReport.save` can write ``path``, which is better known before a calibration.
+
+    Raises ArgumentError for another suffix than .png, .svg, .pdf and .html, or a directory that is not there, and
+    SigswapError if matplotlib is not installed.
+    """
+    if path.suffix.lower() not in (".png", ".svg", ".pdf", ".html"):
+        raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.", argument="path")
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.", argument="path")
+    require("matplotlib", "plot")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from zoo import hf, randomise
 
 import sigswap
-from sigswap.commands.batch_files import read_batches
+from sigswap.commands.batch_files import find_samples, make_batches
 from sigswap.commands.cli import app
 from sigswap.errors import ArgumentError
 
@@ -55,7 +55,7 @@ def test_text(language_model: Path, tmp_path: Path) -> None:
     assert any(line.startswith("Calibrated: 2 batches") for line in sigswap.report(loaded).notes)
 
     expected = sigswap.load(tmp_path / "out")
-    first = read_batches(expected, str(language_model), text, 18)
+    first = make_batches(expected, str(language_model), find_samples(text, 18))
     assert [len(batch["input_ids"]) for batch in first] == [16, 2]
     assert first[0]["input_ids"][:2].tolist() == [[3, 4, 5, 2], [4, 4, 3, 3]]
     assert first[0]["attention_mask"][:2].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -83,7 +83,7 @@ def test_images(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["calibration"]["batches"] == 1
     model = sigswap.load(tmp_path / "out")
-    (batch,) = read_batches(model, "timm:test_vit", tmp_path / "in", 2)
+    (batch,) = make_batches(model, "timm:test_vit", find_samples(tmp_path / "in", 2))
     assert batch.shape[:2] == (2, 3)
 
 
@@ -113,7 +113,7 @@ def test_a_tokenizer_of_bytes_needs_no_files(tmp_path: Path) -> None:
     hf("T5Model").save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
     (tmp_path / "text.txt").write_text("ab\n")
-    (batch,) = read_batches(hf("T5Model"), str(tmp_path), tmp_path / "text.txt", 1)
+    (batch,) = make_batches(hf("T5Model"), str(tmp_path), find_samples(tmp_path / "text.txt", 1))
     assert batch["input_ids"].tolist() == [[100, 101, 1]]
 
 
@@ -125,7 +125,25 @@ def test_text_for_a_vision_model(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="images are for"):
         pixels = numpy.zeros((4, 4, 3), dtype=numpy.uint8)
         pytest.importorskip("PIL.Image").fromarray(pixels).save(tmp_path / "image.png")
-        read_batches(hf("LlamaForCausalLM"), "somewhere", tmp_path / "image.png", 1)
+        make_batches(hf("LlamaForCausalLM"), "somewhere", find_samples(tmp_path / "image.png", 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--calibrate", "none", "--picture", "x.bmp"), "suffix must be .png"),
+        (("--calibrate", "none", "--picture", "nowhere/x.png"), "no directory nowhere"),
+        (("--calibrate", "nowhere.txt"), "--calibrate: there is no nowhere.txt"),
+        (("--calibrate", "none", "--picture", "x.png", "--bias", "-3"), "--bias=-3"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sigswap.commands.cli._build", lambda *_, **__: pytest.fail("the model was loaded"))
+    result = run("convert", "timm:test_vit", "--out", "out", *options)
+    assert result.exit_code == 1 and message in result.stderr
 
 
 def test_a_picture_needs_a_calibration(language_model: Path, tmp_path: Path) -> None:
