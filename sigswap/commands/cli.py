@@ -148,7 +148,9 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE|DIR|none",
-            help="Calibrate on this text file or on the text files or images of this directory; none: without data.",
+            help="Calibrate on this file, or on the files in this directory and below: on the images (.png, .jpg, "
+            ".jpeg, .webp, .bmp) if there are any, else on the lines of UTF-8 text that are not blank. Text needs the "
+            "tokenizer beside MODEL. none: without data.",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="At most so many lines or images of --calibrate are used.")] = 64,

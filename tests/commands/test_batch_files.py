@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from zoo import hf, randomise
 
 import sigswap
-from sigswap.commands.batch_files import find_samples, make_batches
+from sigswap.commands.batch_files import IMAGES, find_samples, make_batches
 from sigswap.commands.cli import app
 from sigswap.errors import ArgumentError
 
@@ -144,6 +144,11 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     monkeypatch.setattr("sigswap.commands.cli._build", lambda *_, **__: pytest.fail("the model was loaded"))
     result = run("convert", "timm:test_vit", "--out", "out", *options)
     assert result.exit_code == 1 and message in result.stderr
+
+
+def test_help_says_what_is_read_of_a_directory() -> None:
+    text = " ".join(run("convert", "--help").stdout.replace("│", " ").split())
+    assert all(suffix in text for suffix in IMAGES) and "UTF-8" in text and "and below" in text
 
 
 def test_a_picture_needs_a_calibration(language_model: Path, tmp_path: Path) -> None:
