@@ -24,7 +24,7 @@ from sigswap.conversion.record import is_converted, owners_of
 from sigswap.conversion.recording import Inputs, device_of
 from sigswap.conversion.softmax import softmax
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.batches import as_calls, call_model, main_output, progress_bar
+from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar
 from sigswap.training.language import check_length, check_same_outputs
 from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Mixer, mixer_for
@@ -386,9 +386,9 @@ class _Lesson:
         return total
 
     def end_to_end(self, call: Inputs, index: int, weight: float = 1.0) -> float:
-        with _outputs_of(self.teacher, self.paths) as theirs:
+        with outputs_of(self.teacher, self.paths) as theirs:
             truth = self._taught(call, index)
-        with _outputs_of(self.model, self.paths) as ours, self._cast():
+        with outputs_of(self.model, self.paths) as ours, self._cast():
             output = call_model(self.model, call, index)
         t, y = main_output(truth), main_output(output)
         if t is None or y is None:
@@ -397,7 +397,7 @@ class _Lesson:
             )
         check_same_outputs(self.model, y, self.teacher, t, "teacher")
         # The modules, and the teacher, may be on several devices.
-        errors = [_relative_error(a, b.to(a.device)).to(y.device) for a, b in zip(ours, theirs, strict=True)]
+        errors = [_relative_error(a, b.to(a.device)).to(y.device) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
         if not errors:
             raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
         hidden = sum(errors[1:], errors[0]) / len(errors)
@@ -436,21 +436,6 @@ class _Lesson:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device_of(self.model).type, self.autocast)
-
-
-@contextmanager
-def _outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
-    """The outputs that the modules ``paths`` give while it is open, in the order of their calls."""
-    outputs: list[Tensor] = []
-    hooks = [
-        model.get_submodule(path).register_forward_hook(lambda *call: outputs.append(first_tensor(call[-1])))
-        for path in paths
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _relative_error(y: Tensor, t: Tensor) -> Tensor:

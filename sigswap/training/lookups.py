@@ -21,7 +21,7 @@ SHARE = 0.25
 SHORTEST = 8
 """Tokens that a sequence of lookups has at least."""
 PERIOD = 32
-"""The shortest period of a repeat, where the sequence has room for four of them."""
+"""The shortest period of a repeat, where the sequence has room for two of them."""
 EDITED = 0.05
 """Of a repeat with edits, the share of tokens that are replaced; as many are left out, and as many put in."""
 ASKED_PAIRS, NEAR_PAIRS = 64, 16
@@ -172,7 +172,7 @@ def _edited(segment: Tensor, vocabulary: Tensor, generator: torch.Generator) -> 
 
 def _lists(length: int, vocabulary: Tensor, generator: torch.Generator) -> Tensor:
     most = min(length // 4, len(vocabulary) // 2)
-    pairs = _between(min(4, most), most, generator)
+    pairs = _between(min(PERIOD // 2, most), most, generator)
     shuffled = vocabulary[torch.randperm(len(vocabulary), generator=generator)]
     table = torch.stack([shuffled[:pairs], _random(shuffled[pairs:], (pairs,), generator)], 1)
     orders = [torch.randperm(pairs, generator=generator) for _ in range(-(-length // (2 * pairs)))]
@@ -189,7 +189,7 @@ MIXED_KINDS: dict[str, Callable[[int, Tensor, torch.Generator], Tensor]] = {
 
 def _segment(length: int, vocabulary: Tensor, generator: torch.Generator) -> Tensor:
     """Random tokens that fill a sequence of ``length`` at least twice."""
-    return _random(vocabulary, (_between(min(PERIOD, length // 4), length // 2, generator),), generator)
+    return _random(vocabulary, (_between(min(PERIOD, length // 2), length // 2, generator),), generator)
 
 
 def _random(vocabulary: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
