@@ -127,8 +127,8 @@ class Comparison:
             for heading in ("error (softmax: 0)", "mean row sum (softmax: 1)", "largest row sum (softmax: 1)"):
                 table.add_column(heading, justify="right")
             for layer in self.layers:
-                figures = (layer.error, layer.row_sum, layer.largest_row_sum)
-                table.add_row(layer.path or "(the model)", *("" if x is None else f"{x:.3g}" for x in figures))
+                known = (layer.error, layer.row_sum, layer.largest_row_sum)
+                table.add_row(layer.path or "(the model)", *("" if x is None else f"{x:.3g}" for x in known))
             yield table
         yield from self.notes
 
