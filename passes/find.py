@@ -14,20 +14,19 @@ import torch
 import torch.fx
 
 from sigswap.passes.axes import axis_map, chain_inputs
-from sigswap.passes.heads import factor_heads, key_heads, product_key_heads, score_heads, score_rows, with_heads
+from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
 from sigswap.passes.nodes import (
     argument,
     axes_argument,
     dtype_of,
     input_at,
-    input_list,
     int_argument,
     rank_of,
     shape_of,
     tensor_input,
 )
 from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
-from sigswap.passes.products import PARAMETER, Factors, einsum_labels, follow, is_parameter, matrix_factors, product_of
+from sigswap.passes.products import PARAMETER, Factors, contraction, follow, is_parameter, product_of
 from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout, LeftAlone
 
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
@@ -59,7 +58,7 @@ def find(graph: torch.fx.Graph) -> FindResult:
 
 def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
     query, key = tensor_input(node, 0), tensor_input(node, 1)
-    rank, query_shape, key_shape = rank_of(query), shape_of(query), shape_of(key)
+    rank, query_shape = rank_of(query), shape_of(query)
     head = factor_heads(query, rank - 1)
     if head is None:
         head = HeadLayout(rank - 3, query_shape[-3]) if query_shape and rank >= 4 else ONE_HEAD
@@ -80,7 +79,7 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
         row_axis=rank - 2,
         head=head,
         head_dim=query_shape[-1] if query_shape else None,
-        key_heads=key_heads(key, head, key_shape),
+        key_heads=1 if head.axis == rank_of(key) - 2 else key_heads(key, head),  # the heads may be further rows
         mask=mask_kind,
         scale=scale if isinstance(scale, float) else None,
         dropout=bool(argument(node, 4, "dropout_p")),
@@ -143,7 +142,7 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
         row_axis=score_rows(origin.products[0], head),
         head=head,
         head_dim=products[0].head_dim,
-        key_heads=product_key_heads(products[0]),
+        key_heads=key_heads(products[0].key.node, products[0].key.head),
         mask="+".join(sorted(origin.masks)) or "none",
         softcap=origin.softcap,
         dropout=output.dropout,
@@ -340,20 +339,10 @@ def _sums(user: torch.fx.Node, weights: _Weights) -> bool:
 
 
 def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
-    op = op_of(user)
-    if op.matrix:
-        first, second = matrix_factors(user)
-        if first is weights and axis == rank_of(first) - 1:
-            return True
-        return second is weights and axis == max(rank_of(second) - 2, 0)
-    if op.name == "linear":
-        first, second = matrix_factors(user)
-        return first is weights and axis == rank_of(weights) - 1 and not is_parameter(second)
-    if op.name == "einsum":
-        labels, operands = einsum_labels(user), input_list(user, 1)
-        if labels is None or weights not in operands:
-            return False
-        position = operands.index(weights)
-        label = labels[0][position][axis]
-        return label in labels[0][1 - position] and label not in labels[1]
-    return False
+    """Whether ``user`` is a product that sums over ``axis`` of ``weights``, and no layer."""
+    product = contraction(user)
+    if product is None or weights not in product.factors:
+        return False
+    at = product.factors.index(weights)
+    name, other = product.names[at][axis], product.factors[1 - at]
+    return name in product.names[1 - at] and name not in product.out and not (op_of(user).layer and is_parameter(other))
