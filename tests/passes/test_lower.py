@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import handwritten
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import close, close_with_gradients
 from graphs import OP, Graphs
 from handwritten import HEAD_DIM, HEADS, MODELS, Handwritten
 from hypothesis import given, settings
@@ -21,24 +22,6 @@ from torch.utils.checkpoint import checkpoint
 import sigswap.compiling.backend
 
 B, M, D = 2, 12, 8
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    scale = expected.abs().max().item() + 1e-9
-    assert (actual.double() - expected.double()).abs().max().item() <= tolerance * scale
-
-
-def close_with_gradients(
-    actual: Tensor, expected: Tensor, leaves: Sequence[Tensor], exact: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Output and gradients are those of float64; returns the gradients."""
-    close(actual.detach(), expected.detach())
-    direction = torch.linspace(-1, 1, actual.numel()).view(actual.shape)
-    grads = torch.autograd.grad((actual * direction).sum(), leaves)
-    truths = torch.autograd.grad((expected * direction.double()).sum(), exact)
-    for ours, theirs in zip(grads, truths, strict=True):
-        close(ours, theirs)
-    return grads
 
 
 def oracle_of(model: Handwritten) -> Handwritten:
