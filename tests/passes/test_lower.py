@@ -958,11 +958,14 @@ def test_masks_that_are_not_what_they_seem(name: str) -> None:
         lambda q, k, v: torch.sigmoid(q @ k.mT + torch.ones(q.shape[2]).bool()) @ v,
         lambda q, k, v: (torch.sigmoid(q @ k.mT) @ v).view(B * HEADS, -1, D),
         lambda q, k, v: (torch.sigmoid(q @ k.mT) @ v).reshape(B, q.shape[2], -1),
+        lambda q, k, v: (torch.sigmoid(q @ k.mT) @ v).select(0, 1).view(-1, D),
+        lambda q, k, v: torch.stack([o.view(-1, D) for o in (torch.sigmoid(q @ k.mT) @ v).unbind(0)]),
+        lambda q, k, v: (torch.sigmoid(q @ k.mT) @ v).chunk(2, 0)[1].narrow(0, 0, 1).view(-1, D),
         lambda q, k, v: torch.sigmoid(q @ k.mT) @ torch.sigmoid(k @ q.mT) @ v,
         lambda q, k, v: torch.sigmoid(torch.bmm(q[0], k[0].mT)).masked_fill(v[:, :1, :, :1] > 0, 0.0) @ v,
         lambda q, k, v: torch.sigmoid((o := torch.sigmoid(q @ k.mT).flatten(0, 1) @ v.flatten(0, 1)) @ o.mT) @ o,
     ],
-    ids=["length", "clamp", "boolean", "view", "reshape", "two", "broadcast", "chain"],
+    ids=["length", "clamp", "boolean", "view", "reshape", "select", "unbind", "chunk", "two", "broadcast", "chain"],
 )
 def test_sigmoids_that_a_review_broke(function: Callable[..., Tensor]) -> None:
     compiled = Graphs().compile(function, dynamic=True)
