@@ -105,7 +105,7 @@ def factor_heads(factor: torch.fx.Node, dim_axis: int) -> HeadLayout | None:
 def _joined_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
     """If ``node`` puts the pieces into which ``axis`` was split beside one another, elsewhere: those are the heads."""
     name, parts = op_name(node), input_list(node)
-    to, along = int_argument(node, 1, default=0), 0
+    to = int_argument(node, 1, default=0)
     if name not in ("cat", "stack") or to is None or not parts or any(op_name(part) != "getitem" for part in parts):
         return None
     to %= rank_of(node)
@@ -217,13 +217,11 @@ def _merged_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
     before, after = shape_of(inputs[0]) or (), shape_of(current) or ()
     for old, new in _groups(current, inputs[0]):
         if position in new:
-            if new[-1] == position and len(old) > 1:  # [batch, heads] -> [batch*heads]
-                heads = before[old[-1]]
+            # [batch, heads] -> [batch*heads], or [batch, heads*dim] -> [batch*heads, dim]
+            inside = new[-1] > position
+            heads, rest = divmod(before[old[-1]], after[new[-1]] if inside else 1)
+            if (inside or len(old) > 1) and heads and not rest and after[position] % heads == 0:
                 return HeadLayout(axis, heads, merged=True)
-            if new[-1] > position and before[old[-1]] % after[new[-1]] == 0:  # [batch, heads*dim] -> [batch*heads, dim]
-                heads = before[old[-1]] // after[new[-1]]
-                if heads and after[position] % heads == 0:
-                    return HeadLayout(axis, heads, merged=True)
     return None
 
 

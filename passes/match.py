@@ -280,16 +280,14 @@ class Match:
 
     def _add(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
         name, (left, right) = op_name(node), node.args[:2]
-        alpha = self.masks.constant(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1))
+        alpha = self.masks.constant(argument(node, 2, "alpha", 1))
         if alpha is None or left is right:
             raise Refused(f"its scores pass through {spelling_of(node)} in a form that is not lowered")
-        first = right is source if name == "rsub" else left is source
-        other = (left if name == "rsub" else right) if first else (right if name == "rsub" else left)
-        if not first and (name != "add" or alpha != 1):
+        if name == "rsub":  # right - alpha * left
+            left, right = right, left
+        if left is not source and (name != "add" or alpha != 1):
             raise Refused("its scores are subtracted")
-        sign = alpha if name == "add" else -alpha
-        if name == "rsub" and first:
-            raise Refused("its scores are subtracted")
+        other, sign = right if left is source else left, alpha if name == "add" else -alpha
         number = self.masks.constant(other)
         if number is not None and number * sign > MASKED_SCORE:
             found.const_bias += sign * number
