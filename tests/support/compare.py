@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
+import handwritten
 import torch
+from handwritten import Handwritten
 from torch import Tensor
 
 
@@ -25,3 +28,19 @@ def close_with_gradients(
     for ours, theirs in zip(grads, truths, strict=True):
         close(ours, theirs)
     return grads
+
+
+def oracle_of(model: Handwritten) -> Handwritten:
+    """The model in float64, with sigmoid written out in place of its softmax."""
+    oracle = copy.deepcopy(model).double()
+    oracle.normalise = handwritten.sigmoid
+    return oracle
+
+
+def check(model: Handwritten, compiled: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Output and all gradients of ``compiled``, which is ``model`` with sigmoid, are those of the oracle."""
+    x64 = x.detach().double().requires_grad_()
+    oracle = oracle_of(model)
+    x = x.detach().requires_grad_()
+    actual, expected = compiled(x), oracle(x64)
+    close_with_gradients(actual, expected, [x, *model.parameters()], [x64, *oracle.parameters()])
