@@ -38,33 +38,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels.hopper.backward_common import (
-    _BY_THREAD,
     _ROWS,
+    BY_THREAD,
     ROWS,
-    _add,
-    _add_rows,
-    _head_bias,
-    _lowest,
-    _next_tile,
-    _probabilities,
-    _put_row_biases,
-    _Rows,
-    _rows,
-    _sees_every_block,
-    _start_at,
-    _start_of_scores,
-    _start_row_sums,
-    _sum_per_thread,
-    _unknown_zero,
-    _visible_keys,
+    RowTiles,
+    add_row_sums,
+    add_tile,
+    end_of_head,
+    heads_at_once,
+    load_head_bias,
+    lowest_bias,
+    next_tile,
+    probabilities,
+    put_row_biases,
+    row_tiles_for,
+    sees_every_block,
+    start_at_biases,
+    start_of_scores,
+    start_row_sums,
+    sum_per_thread,
+    takes,
+    unknown_zero,
+    visible_keys,
 )
 from sigswap.kernels.hopper.common import Tiles, load_tile, store_tile, sync
-from sigswap.kernels.hopper.grad_query import _finish_kernel
-from sigswap.kernels.host.launch import Described, Launch, describable
+from sigswap.kernels.hopper.grad_query import finish_kernel
+from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
 from sigswap.kernels.host.results import gradients_for, hand_over
-from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 from sigswap.kernels.triton.sums import Sum
 
@@ -83,24 +85,12 @@ _KEYS, _STAGES = tl.constexpr(KEYS), tl.constexpr(STAGES)
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
     dropout and soft cap, where all of query, key and value want gradients."""
-    signature, grad_out = problem.signature, problem.grad_out
-    if grad_out is None or not all(problem.output_mask[:3]) or signature.attn_mask is not None:
-        return False
-    if torch.are_deterministic_algorithms_enabled() or abs(problem.options.scale) < 1e-6:
-        return False
-    if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:
-        return False
-    # A strided one is copied.
-    strided = grad_out.stride(-1) != 1
-    of_grad = contiguous_layout(grad_out.shape, grad_out.dtype) if strided else layout_of(grad_out)
-    operands = signature.query, signature.key, signature.value, of_grad
+    signature = problem.signature
     width, value_width = signature.widths
-    if width != value_width or width not in LONG or not all(describable(each) for each in operands):
-        return False
-    if any(each.shape[3] % 8 != 0 for each in operands):  # new gradients would not be describable
+    if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
-    return _sees_every_block(signature, KEYS) and _visible_keys(signature) > long * signature.q_len
+    return sees_every_block(signature, KEYS) and visible_keys(signature) > long * signature.q_len
 
 
 def backward(problem: Problem) -> Gradients:
@@ -132,7 +122,7 @@ class _Plan(NamedTuple):
     sums: Layout
     """Of dQ, as the kernel adds it up."""
     finish: Launch
-    rows: _Rows | None
+    rows: RowTiles | None
     """Where the bias tensor differs between rows."""
     sum_parts: Sum | None
     """Where the gradient of the bias is a sum: of what launch writes, or, of rows' biases, finish."""
@@ -154,7 +144,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     )
     tiles = triton.cdiv(signature.q_len, ROWS)
     blocks = triton.cdiv(signature.kv_len, KEYS)
-    rows = _rows(signature)
+    rows = row_tiles_for(signature)
     row_sums = rows is not None and grad_bias is not None
     head_sums = rows is None and grad_bias is not None
     numbers = ROWS * (width + 1 if row_sums else width)
@@ -167,12 +157,9 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
             sum_parts = Sum(grad_bias, shape, signature.device)
             parts = contiguous_layout(shape, torch.float32)
     units = signature.batch * signature.kv_heads
-    at_once = 1
-    if band.has_left or band.has_right:
-        at_once = min(units, triton.cdiv(2 * limits_of(signature.device).multiprocessors, blocks))
     arguments = signature.arguments() | {
         "units": units,
-        "at_once": at_once,
+        "at_once": heads_at_once(signature, blocks, units),
         "DIM": width,
         "BANDED": band.has_left or band.has_right,
         "SUMS": head_sums,
@@ -183,9 +170,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     floor = None
     if rows is not None:
         bias, floor = rows.described, rows.biases.floor
-        length = rows.biases.layout.shape[2]
-        stride_b, stride_h, _ = rows.biases.layout.strides_or_zero(3)
-        arguments |= {"stride_bias_b": stride_b // length, "stride_bias_h": stride_h // length, "VISIBLE": False}
+        arguments |= rows.arguments()
     tensors = (*described, sums, parts if head_sums else None, bias, floor)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
@@ -193,19 +178,11 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
     finish_arguments |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
     outputs = sums, grad_query, of_rows
-    finish = Launch(_finish_kernel, sums.shape[0], signature.device, outputs, finish_arguments, num_warps=8)
+    finish = Launch(finish_kernel, sums.shape[0], signature.device, outputs, finish_arguments, num_warps=8)
     return _Plan(described, launch, sums, finish, rows, sum_parts)
 
 
 # Device functions. A tile of scores is [keys, rows].
-
-
-@gluon.jit
-def _end_of_head(parts, sum_of_ds, heads_on, blocks):
-    """Where heads_on is 1, the sums go out, and those of the next head start. No branch: products are in flight."""
-    ends = gl.full(sum_of_ds.shape, 0, gl.int32, sum_of_ds.type.layout) + heads_on != 0
-    gl.store(parts, sum_of_ds, mask=ends)
-    return parts + heads_on.to(gl.int64) * blocks * 256, gl.where(ends, 0.0, sum_of_ds)
 
 
 @gluon.jit
@@ -291,12 +268,12 @@ def _compute(
     row_bias = const_bias + 0.0
     if HEAD_BIAS:
         bias += batch.to(gl.int64) * stride_bias_b
-        row_bias += _head_bias(bias, head, stride_bias_h)
+        row_bias += load_head_bias(bias, head, stride_bias_h)
     if BIAS_ROWS and FORM == _AUTO:
         place = batch * stride_bias_b + head * stride_bias_h
-        fast = _lowest(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
+        fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
     if BANDED and not BIAS_ROWS:
-        _put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
+        put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
     elif VISIBLE:
         const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
         row_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
@@ -313,9 +290,9 @@ def _compute(
     rows = q_tiles.index(0).reshape([_ROWS, DIM])
     grads = do_tiles.index(0).reshape([_ROWS, DIM])
     if BIAS_ROWS:
-        s_start = _start_at(biases.index(0), scale, of_scores, HALF)
+        s_start = start_at_biases(biases.index(0), scale, of_scores, HALF)
     else:
-        s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+        s_start = start_of_scores(biases, of_scores, HALF, BANDED)
     s_token = warpgroup_mma(
         keys.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BY_ROW, is_async=True
     )
@@ -323,7 +300,7 @@ def _compute(
         values.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
     s = warpgroup_mma_wait(1, deps=[s_token])
-    p = _probabilities(
+    p = probabilities(
         s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
         BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
     )  # fmt: skip
@@ -334,19 +311,20 @@ def _compute(
     ds_low = ds.to(dtype)
     ds_operand = gl.convert_layout(ds_low, as_operand)
     ds_tiles.index(1).slice(PART * HALF, HALF, 0).store(ds_low)
-    sum_of_ds = gl.zeros([128], gl.float32, _BY_THREAD)
+    sum_of_ds = gl.zeros([128], gl.float32, BY_THREAD)
     if SUMS:
-        sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
-        parts += PART * 128 + gl.arange(0, 128, _BY_THREAD)
+        sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
+        parts += PART * 128 + gl.arange(0, 128, BY_THREAD)
         parts += ((batch * heads + head).to(gl.int64) * blocks + col0 // _KEYS) * 256
     dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
-    start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
+    start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, tiles - span)
     if GROUPED and SUMS:
-        parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
+        parts, sum_of_ds = end_of_head(parts, sum_of_ds, head_next - head, blocks, 256)
     if GROUPED and HEAD_BIAS:
-        row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
+        last_head = kv_head * group + group - 1
+        row_bias = const_bias + load_head_bias(bias, gl.minimum(head_next, last_head), stride_bias_h)
     if BANDED and not BIAS_ROWS:
-        _put_row_biases(
+        put_row_biases(
             biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
         )
     fence_async_shared()
@@ -370,7 +348,7 @@ def _compute(
         start = start_next
         tile = tile_next
         head = head_next
-        zero = _unknown_zero()
+        zero = unknown_zero()
         keys_now = k_tile.index(zero).reshape([_KEYS, DIM])
         values_now = v_tile.index(zero).reshape([_KEYS, DIM])
 
@@ -382,12 +360,12 @@ def _compute(
         )  # fmt: skip
         if ROW_SUMS:
             own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
-            row_token = _start_row_sums(own, ones.index(zero), no_sums)
+            row_token = start_row_sums(own, ones.index(zero), no_sums)
         if not BIAS_ROWS:
-            s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+            s_start = start_of_scores(biases, of_scores, HALF, BANDED)
         mbarrier.wait(full.index(stage), phase)
         if BIAS_ROWS:
-            s_start = _start_at(biases.index(stage), scale, of_scores, HALF)
+            s_start = start_at_biases(biases.index(stage), scale, of_scores, HALF)
         rows = q_tiles.index(stage).reshape([_ROWS, DIM])
         grads = do_tiles.index(stage).reshape([_ROWS, DIM])
         s_token = warpgroup_mma(
@@ -401,8 +379,8 @@ def _compute(
             dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(1, deps=[dk_token, dq_token, ds_operand])
         sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
         if ROW_SUMS:
-            _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
-        _add(sums_before, dq_tile, of_rows)
+            add_row_sums(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
+        add_tile(sums_before, dq_tile, of_rows)
         # The rows of the tile before and dS of the one before that are read.
         sync()
         mbarrier.arrive(empty.index(stage_before))
@@ -415,7 +393,7 @@ def _compute(
         )
 
         s = warpgroup_mma_wait(1, deps=[s_token])
-        p = _probabilities(
+        p = probabilities(
             s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
             BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
@@ -429,14 +407,16 @@ def _compute(
         mbarrier.wait(empty.index(stage_before), phase_before)
         ds_tiles.index(slot ^ 1).slice(PART * HALF, HALF, 0).store(ds_low)
         if SUMS:
-            sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
-        start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
+            sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
+        start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, tiles - span)
         if GROUPED and SUMS:
-            parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
+            parts, sum_of_ds = end_of_head(parts, sum_of_ds, head_next - head, blocks, 256)
         if GROUPED and HEAD_BIAS:
-            row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
+            row_bias = const_bias + load_head_bias(
+                bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h
+            )
         if BANDED and not BIAS_ROWS:
-            _put_row_biases(
+            put_row_biases(
                 biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
         fence_async_shared()
@@ -451,11 +431,11 @@ def _compute(
     dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
     dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(0, deps=[dk_token, dq_token, ds_operand])
     sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
-    _add(sums_before, dq_tile, of_rows)
+    add_tile(sums_before, dq_tile, of_rows)
     if ROW_SUMS:
         own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
-        row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(own, ones.index(0), no_sums)])
-        _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
+        row_sums = warpgroup_mma_wait(0, deps=[start_row_sums(own, ones.index(0), no_sums)])
+        add_row_sums(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
     slot ^= 1
     if slot == 0:
         slot_phase ^= 1
@@ -463,11 +443,11 @@ def _compute(
     dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
     dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
     sums += tile.to(gl.int64) * TILE_SUMS
-    _add(sums, dq_tile, of_rows)
+    add_tile(sums, dq_tile, of_rows)
     if ROW_SUMS:
         own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
-        row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(own, ones.index(0), no_sums)])
-        _add_rows(sums + ROW_SUMS_AT, row_sums, of_row_sums)
+        row_sums = warpgroup_mma_wait(0, deps=[start_row_sums(own, ones.index(0), no_sums)])
+        add_row_sums(sums + ROW_SUMS_AT, row_sums, of_row_sums)
 
     # The results go out by way of where keys and values lay, of which both warpgroups read all the keys.
     sync()

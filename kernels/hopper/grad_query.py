@@ -10,12 +10,12 @@ from sigswap.kernels.triton.common import elements, store_rows
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
-def _finish_kernel(
+def finish_kernel(
     sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
     stride_db_b, stride_db_h, stride_db_m,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of dQ, from the order in which _add() put it in memory, and the sums of its rows of dS."""
+    """One program: a tile of dQ, from the order in which add_tile() put it in memory, and sums of its rows of dS."""
     stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
     tile = tl.program_id(0)
     head = (tile // tiles % heads).to(tl.int64)

@@ -166,9 +166,9 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
         visible &= column >= row - left
     if right is not None:
         visible &= column <= row + right
-    assert backward_common._visible_keys(signature) == int(visible.sum())
+    assert backward_common.visible_keys(signature) == int(visible.sum())
     seen = [bool(block.any()) for block in visible.split(hopper_bwd.KEYS, 1)]
-    assert backward_common._sees_every_block(signature, hopper_bwd.KEYS) == all(seen)
+    assert backward_common.sees_every_block(signature, hopper_bwd.KEYS) == all(seen)
     seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
     assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
 
