@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,14 @@ class Problem:
     def readable_grad_out(self) -> Tensor:
         assert self.grad_out is not None, "this is no backward"
         return unit_stride(self.grad_out)
+
+
+def problem_of(
+    inputs: Sequence[Any], options: Options, grad_out: Tensor | None = None, output_mask: tuple[bool, ...] = ()
+) -> Problem:
+    """Of the inputs of an attention op: query, key, value, bias, attn_mask and seed."""
+    query, key, value, bias, attn_mask, seed = inputs
+    return Problem(query, key, value, bias, attn_mask, seed, options, grad_out=grad_out, output_mask=output_mask)
 
 
 class Band(NamedTuple):

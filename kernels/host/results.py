@@ -59,5 +59,5 @@ def hand_over(grads: Gradients, written: Gradients) -> None:
     if written is grads:
         return
     for grad, new in zip(grads, written, strict=True):
-        if grad is not None and grad is not new:
+        if grad is not None and new is not None and grad is not new:
             grad.copy_(new)

@@ -20,7 +20,7 @@ from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sigswap.kernels import dispatch, reference
-from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.host.problem import Options, Problem, problem_of
 from sigswap.kernels.host.recording import recorded_by
 from sigswap.kernels.op.registration import as_results
 from sigswap.kernels.triton.row_biases import count_kernel
@@ -55,11 +55,11 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
         remaining = iter(given)
         arguments = [next(remaining) if isinstance(each, Tensor) else each for each in inputs]
         if not backward:
-            problem = Problem(*arguments, options)
+            problem = problem_of(arguments, options)
             _expect_kernels(dispatch.FORWARD, problem)
             return dispatch.forward(problem)
         grad_out, *tensors, output_mask = arguments
-        problem = Problem(*tensors, options, grad_out=grad_out, output_mask=tuple(output_mask))
+        problem = problem_of(tensors, options, grad_out, tuple(output_mask))
         _expect_kernels(dispatch.BACKWARD, problem)
         return as_results(problem.query, dispatch.backward(problem))
 

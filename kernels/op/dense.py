@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
-from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.problem import Gradients, Options, Problem, problem_of
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.op import checks, vmap
 from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
@@ -79,7 +79,7 @@ def sigmoid_attention(
         )
         if options is not None:
             return _attention.run((query, key, value, bias, attn_mask, seed), options)
-    return torch.ops.sigswap.sigmoid_attention.default(
+    out: Tensor = torch.ops.sigswap.sigmoid_attention.default(
         query,
         key,
         value,
@@ -96,6 +96,7 @@ def sigmoid_attention(
         softcap=softcap,
         dropout_p=dropout_p,
     )
+    return out
 
 
 def sigmoid_probs(
@@ -121,16 +122,17 @@ def sigmoid_probs(
     Returns:
         Of scores' shape and dtype.
     """
-    return torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias)
+    probs: Tensor = torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias)
+    return probs
 
 
 def _forward(run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options) -> Tensor:
-    return run(Problem(*inputs, options))
+    return run(problem_of(inputs, options))
 
 
 def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], options: Options) -> Gradients:
     grad_out, *tensors, output_mask = inputs
-    return run(Problem(*tensors, options, grad_out=grad_out, output_mask=tuple(output_mask)))
+    return run(problem_of(tensors, options, grad_out, tuple(output_mask)))
 
 
 _attention = AttentionOp(
@@ -191,7 +193,7 @@ def _check_score_bias(bias: Tensor, scores: Tensor, dim: int) -> None:
 def _register_autocast(device: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
-    def probs(scores: Tensor, *others: Any) -> Tensor:
+    def probs(scores: Tensor, *others: Any) -> Any:
         # CPU's autocast leaves softmax alone, too.
         if device != "CPU" and scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ OPTIONS = (
 )
 AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 
-library = torch.library.Library("sigswap", "DEF")
+_Library: Callable[..., Any] = torch.library.Library
+library = _Library("sigswap", "DEF")
+_unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
 
 
 class AttentionOp:
@@ -93,7 +95,8 @@ class AttentionOp:
     def run(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         """The op, directly. For inputs that :func:`is_plain`."""
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: self.tensors]):
-            return _Attention.apply(self, None, options, *inputs)
+            out: Tensor = _Attention.apply(self, None, options, *inputs)
+            return out
         return self.forward(inputs, options)
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
@@ -127,7 +130,7 @@ class AttentionOp:
             grads = empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
             return as_results(inputs[1], grads)
 
-        def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:
+        def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: self.tensors]
             _check_no_tangents(self.name, tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
@@ -138,7 +141,7 @@ class AttentionOp:
                 )  # what is next, without matching the arguments with the schema again
             return _below_autograd(self.op, keyset, inputs, keywords)
 
-        def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: 1 + self.tensors]
             _check_no_tangents(f"{self.name}_backward", tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
@@ -162,7 +165,7 @@ class AttentionOp:
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
         device_type = device.lower()
 
-        def forward(*inputs: Any, **keywords: Any) -> Tensor:
+        def forward(*inputs: Any, **keywords: Any) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
             cast = [
                 tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
@@ -171,7 +174,7 @@ class AttentionOp:
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return self.op(*cast, *inputs[3:], **keywords)
 
-        def backward(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        def backward(*inputs: Any, **keywords: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return self.backward_op(*inputs, **keywords)
 
@@ -208,7 +211,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_function_stack() > 0
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -281,13 +284,14 @@ class _Function(_SingleLevelFunction):
     """
 
     _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+    apply: ClassVar[Callable[..., Any]]
 
 
 class _Attention(_Function):
     @staticmethod
     def forward(
         ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet | None, options: Options, *inputs: Any
-    ) -> Tensor:
+    ) -> Any:
         """Without a keyset, directly."""
         ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
         ctx.save_for_backward(*inputs[: op.tensors])
@@ -314,7 +318,7 @@ class _AttentionBackward(_Function):
     @staticmethod
     def forward(
         ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet, keywords: dict[str, Any], *inputs: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> Any:
         ctx.name = op.name
         return _below_autograd_recorded(op.backward_op, keyset, inputs, keywords)
 
@@ -349,5 +353,5 @@ def _below_autograd_recorded(*arguments: Any) -> Any:
 def _check_no_tangents(name: str, tensors: tuple[Tensor | None, ...]) -> None:
     if forward_ad._current_level < 0:
         return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if any(tensor is not None and _unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise SigswapError(f"{name} has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")

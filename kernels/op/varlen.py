@@ -73,7 +73,7 @@ def sigmoid_attention_varlen(
         if options is not None:
             inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
             return _varlen.run(inputs, options)
-    return torch.ops.sigswap.sigmoid_attention_varlen.default(
+    out: Tensor = torch.ops.sigswap.sigmoid_attention_varlen.default(
         query,
         key,
         value,
@@ -93,6 +93,7 @@ def sigmoid_attention_varlen(
         softcap=softcap,
         dropout_p=dropout_p,
     )
+    return out
 
 
 def _forward(run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options) -> Tensor:

@@ -29,7 +29,7 @@ def register_folding(op: AttentionOp) -> None:
         if options.get("dropout_p", 0.0) > 0.0:
             return loop(info, in_dims, *inputs, **options)
         size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
-        tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:3], in_dims, strict=False)]
+        tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:3], in_dims, strict=False)]
         for fold, tensor, dim in zip((_fold_broadcast, _fold_mask), inputs[3:5], in_dims[3:], strict=False):
             tensors.append(fold(tensor, dim, size, batch))
         return op.op(*tensors, **options).unflatten(0, (size, batch)), 0
@@ -39,7 +39,7 @@ def register_folding(op: AttentionOp) -> None:
             return loop_backward(info, in_dims, *inputs, **options)
         needs = inputs[-1]
         size, batch = info.batch_size, _batch(inputs[1], in_dims[1])
-        tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:4], in_dims, strict=False)]
+        tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:4], in_dims, strict=False)]
         folds = _fold_broadcast, _fold_mask
         for fold, tensor, dim, needed in zip(folds, inputs[4:6], in_dims[4:], needs[3:], strict=False):
             tensors.append(fold(tensor, dim, size, batch, shared=not needed))

@@ -51,10 +51,9 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
         out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
         return out.zero_()
     problem = problem.readable()
-    query, key, value, out = problem.query, problem.key, problem.value, problem.out
-    plan = _plan(problem.signature, None if out is None else layout_of(out), tile, tma)
-    if out is None:
-        out = query.new_empty_strided(plan.out.shape, plan.out.strides)
+    query, key, value, given = problem.query, problem.key, problem.value, problem.out
+    plan = _plan(problem.signature, None if given is None else layout_of(given), tile, tma)
+    out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     if plan.described:
         by_key, by_value = plan.described

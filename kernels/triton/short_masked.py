@@ -90,9 +90,9 @@ def backward(problem: Problem, programs: int = BACKWARD_PROGRAMS) -> Gradients:
     sums = None if plan.sum_bias is None else plan.sum_bias.empty_parts()
     parts = None if plan.sum_mask is None else plan.sum_mask.empty_parts()
     plan.launch(query, key, value, grad_out, *outputs, sums, parts, bias, attn_mask)
-    if plan.sum_bias is not None:
+    if plan.sum_bias is not None and sums is not None and new_bias is not None:
         plan.sum_bias(sums, new_bias)
-    if plan.sum_mask is not None:
+    if plan.sum_mask is not None and parts is not None and new_mask is not None:
         plan.sum_mask(parts, new_mask)
     hand_over(grads, written)
     return grads
