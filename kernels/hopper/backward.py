@@ -80,6 +80,8 @@ def supports(problem: Problem) -> bool:
     signature, grad_out = problem.signature, problem.grad_out
     if grad_out is None or not all(problem.output_mask[:3]) or signature.attn_mask is not None:
         return False
+    if not problem.is_uncapped:
+        return False
     if torch.are_deterministic_algorithms_enabled() or abs(problem.options.scale) < 1e-6:
         return False
     if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:

@@ -3,6 +3,9 @@
     dP = dO V^T (undone dropout in it);  dS = p (1 - p) dP;  dbias = sum_j dS;  dmask = dS
     dX = dS (1 - tanh^2), if softcap;  dQ = scale dX K;  dK = scale dX^T Q;  dV = p^T dO
 
+Below a row cap dO is the gradient of the sums that the cap divides, and a number per row, delta, is subtracted from dP
+(:mod:`sigswap.kernels.triton.row_caps`).
+
 Three kernels, each of which owns what it writes: one of dK and dV, by blocks of keys, over the query rows that see
 them; one of dQ and dbias, by blocks of rows, over keys; and, where an additive mask wants its gradient, one by tiles
 of the mask, over everything that the mask is broadcast to. So there are no atomics: all is deterministic.
@@ -46,7 +49,9 @@ def backward(
     query, key, value, bias, attn_mask = problem.inputs
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
     new_query, new_key, new_value, new_bias, new_mask = written
-    plan = _plan(problem.signature, layout_of(grad_out), layouts, key_tile, row_tile, tma)
+    delta = problem.row_delta
+    of_delta = None if delta is None else layout_of(delta)
+    plan = _plan(problem.signature, layout_of(grad_out), of_delta, layouts, key_tile, row_tile, tma)
 
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     row_sums = None if plan.sum_rows is None else plan.sum_rows.empty_parts()
@@ -57,16 +62,16 @@ def backward(
         walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         outputs = new_key, new_value, *((new_query, row_sums) if plan.rows is None else (None, None))
         sides = rest[0] if rest else row_bias, floor, attn_mask, seed
-        plan.keys.launch(walked_query, key, value, walked_grad, *outputs, *sides, *problem.cu_seqlens)
+        plan.keys.launch(walked_query, key, value, walked_grad, delta, *outputs, *sides, *problem.cu_seqlens)
     if plan.rows is not None:
         keys = plan.rows.describe(key, value)
         own = bias, count, attn_mask, seed
-        plan.rows.launch(query, *keys, grad_out, new_query, row_sums, *own, *problem.cu_seqlens)
+        plan.rows.launch(query, *keys, grad_out, delta, new_query, row_sums, *own, *problem.cu_seqlens)
     if plan.sum_rows is not None and row_sums is not None and new_bias is not None:
         plan.sum_rows(row_sums, new_bias)
     if plan.mask is not None and plan.sum_mask is not None and new_mask is not None:
         partial = plan.sum_mask.empty_parts()
-        plan.mask(query, key, value, grad_out, partial, bias, count, attn_mask, seed)
+        plan.mask(query, key, value, grad_out, delta, partial, bias, count, attn_mask, seed)
         plan.sum_mask(partial, new_mask)
     hand_over(grads, written)
     return grads
@@ -108,6 +113,7 @@ class _Plan(NamedTuple):
 def _plan(
     signature: Signature,
     grad_out: Layout,
+    delta: Layout | None,
     grads: tuple[Layout | None, ...],
     key_tile: Tile | None,
     row_tile: Tile | None,
@@ -122,13 +128,15 @@ def _plan(
     if need_keys:
         row_biases = row_biases_for(signature)
         rows_too = (grad_query, sums) if together else (None, False)
-        keys = _walk_rows_of_keys(signature, grad_out, grad_key, grad_value, *rows_too, row_biases, key_tile, tma)
+        keys = _walk_rows_of_keys(
+            signature, grad_out, delta, grad_key, grad_value, *rows_too, row_biases, key_tile, tma
+        )
     if need_rows and not together:
-        rows = _walk_keys_of_rows(signature, grad_out, grad_query, sums, row_tile, tma)
+        rows = _walk_keys_of_rows(signature, grad_out, delta, grad_query, sums, row_tile, tma)
     if grad_bias is not None:
         sum_rows = Sum(grad_bias, (*signature.query.shape[:3], 1), signature.device)
     if grad_mask is not None:
-        parts, mask = _mask_launch(signature, grad_out)
+        parts, mask = _mask_launch(signature, grad_out, delta)
         sum_mask = Sum(grad_mask, parts, signature.device)
     return _Plan(counts_for(signature), row_biases, keys, rows, sum_rows, mask, sum_mask)
 
@@ -144,6 +152,7 @@ def _together(signature: Signature, tile: Tile | None) -> bool:
 def _walk_rows_of_keys(
     signature: Signature,
     grad_out: Layout,
+    delta: Layout | None,
     grad_key: Layout | None,
     grad_value: Layout | None,
     grad_query: Layout | None,
@@ -175,14 +184,14 @@ def _walk_rows_of_keys(
             strides = strides[0] // rows, strides[1] // rows
         arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
-    arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums)
+    arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums, delta=delta)
     arguments |= _loop_arguments(tile, described)
     arguments["BIAS_ROWS"] = row_biases is not None
     arguments["VISIBLE"] = signature.options.visible_bias and row_biases is None
     floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
     walked = described or (query, grad_out)
-    operands = walked[0], key, value, walked[1], grad_key, grad_value, grad_query, row_sums
+    operands = walked[0], key, value, walked[1], delta, grad_key, grad_value, grad_query, row_sums
     tensors = (*operands, bias, floor, attn_mask, seed, *signature.cu_layouts())
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
@@ -190,7 +199,13 @@ def _walk_rows_of_keys(
 
 
 def _walk_keys_of_rows(
-    signature: Signature, grad_out: Layout, grad_query: Layout | None, sums: bool, tile: Tile | None, tma: bool | None
+    signature: Signature,
+    grad_out: Layout,
+    delta: Layout | None,
+    grad_query: Layout | None,
+    sums: bool,
+    tile: Tile | None,
+    tma: bool | None,
 ) -> _Walk:
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
@@ -201,9 +216,9 @@ def _walk_keys_of_rows(
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= output_arguments(arguments, dq=grad_query, sum=row_sums)
+    arguments |= output_arguments(arguments, dq=grad_query, sum=row_sums, delta=delta)
     arguments |= _loop_arguments(tile, described)
-    outputs = grad_query, row_sums
+    outputs = delta, grad_query, row_sums
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
@@ -215,7 +230,7 @@ def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict
     return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
-def _mask_launch(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...], Launch]:
+def _mask_launch(signature: Signature, grad_out: Layout, delta: Layout | None) -> tuple[tuple[int, ...], Launch]:
     """Partial sums of dS, float32 [parts, *mask's shape], and what computes them."""
     assert signature.attn_mask is not None
     query, key, value, shape = signature.query, signature.key, signature.value, signature.attn_mask.shape
@@ -233,7 +248,8 @@ def _mask_launch(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...
     terms *= (row_blocks if over_rows else 1) * (key_blocks if over_keys else 1)
     splits = min(terms, max(1, 4 * limits_of(signature.device).multiprocessors // tiles))
     out = contiguous_layout((splits, *shape), torch.float32)
-    arguments = signature.arguments(q=query, k=key, v=value, do=grad_out) | {
+    arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
+    arguments |= output_arguments(arguments, delta=delta) | {
         "terms": terms,
         "terms_per_split": triton.cdiv(terms, splits),
         "tiles": tiles,
@@ -244,7 +260,7 @@ def _mask_launch(signature: Signature, grad_out: Layout) -> tuple[tuple[int, ...
         "BLOCK_M": rows,
         "BLOCK_N": keys,
     }
-    tensors = (query, key, value, grad_out, out, *signature.side_layouts())
+    tensors = (query, key, value, grad_out, delta, out, *signature.side_layouts())
     warps = min(4 if signature.element_size == 2 else 8, rows * keys // 64)  # as in Tile.launch_options()
     stages = 2 if signature.element_size == 2 and max(signature.widths) <= 64 else 1
     return out.shape, Launch(

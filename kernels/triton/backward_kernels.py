@@ -17,6 +17,7 @@ from sigswap.kernels.triton.common import (
     is_edge,
     kept,
     keys_of_rows,
+    load_numbers,
     load_rows,
     probabilities,
     row_biases,
@@ -32,12 +33,16 @@ from sigswap.kernels.triton.common import (
 
 @triton.jit
 def _score_gradients(
-    s, dp, row_bias, row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-    left, right, scale, softcap, dropout_p, edge,
+    s, dp, delta, row_bias, row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
+    left, right, scale, softcap, dropout_p, edge, end,
     MASK_ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """(p after dropout but for its factor 1 / (1 - dropout_p), dS, dX)."""
+    """(p after dropout but for its factor 1 / (1 - dropout_p), dS, dX).
+
+    delta: of the rows below a row cap, else None. end: whether some of the keys are out of range, whose dP is 0, but
+    not with delta.
+    """
     p, slope = probabilities(
         s, row_bias, row, col, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right, scale, softcap,
         edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
@@ -47,6 +52,10 @@ def _score_gradients(
         keep = kept(seed, draw0, row, col, draw_len, dropout_p)
         dropped = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp / tl.maximum(1.0 - dropout_p, 1e-30), 0.0)  # with dropout_p = 1 nothing is kept
+    if delta is not None:
+        dp -= delta
+        if end:
+            dp = tl.where(col < kv_len, dp, 0.0)
     ds = (p - p * p) * dp
     dx = ds
     if SOFTCAP:
@@ -56,9 +65,9 @@ def _score_gradients(
 
 @triton.jit
 def _accumulate_keys(
-    dk, dv, keys, values, col0, active, q, do, dq_out, sum_out, stride_q_n, stride_do_n, stride_dq_n, stride_sum_n,
-    bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-    left, right, scale, softcap, const_bias, dropout_p,
+    dk, dv, keys, values, col0, active, q, do, delta, dq_out, sum_out, stride_q_n, stride_do_n, stride_delta_n,
+    stride_dq_n, stride_sum_n, bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
+    q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -87,9 +96,12 @@ def _accumulate_keys(
                 row_bias = bias.load([bias_at, start]).reshape(BLOCK_M) * unit_of(FORM)
             else:
                 row_bias = tl.load(bias + row.to(tl.int64), mask=row < q_len, other=0.0) * unit_of(FORM)
+        row_delta = None
+        if delta is not None:
+            row_delta = load_numbers(delta, row, q_len, stride_delta_n)[None, :]
         p, ds, dx = _score_gradients(
-            s, dp, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-            q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge,
+            s, dp, row_delta, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed, draw0,
+            draw_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, col0 + BLOCK_N > kv_len,
             MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
         if P_SCALE != 1.0:
@@ -106,11 +118,12 @@ def _accumulate_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
-    q, k, v, do, dk_out, dv_out, dq_out, sum_out, bias, floor, mask, seed, cu_q, cu_k,
+    q, k, v, do, delta, dk_out, dv_out, dq_out, sum_out, bias, floor, mask, seed, cu_q, cu_k,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     stride_dq_b, stride_dq_h, stride_dq_n, stride_sum_b, stride_sum_h, stride_sum_n,
+    stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
@@ -154,6 +167,8 @@ def keys_kernel(
         k += k_start * stride_k_n
         v += k_start * stride_v_n
         do += q_start * stride_do_n
+        if delta is not None:
+            delta += q_start * stride_delta_n
         if dk_out is not None:
             dk_out += k_start * stride_dk_n
         if dv_out is not None:
@@ -181,6 +196,9 @@ def keys_kernel(
             q_head += batch64 * stride_q_b + head64 * stride_q_h
             do_head += batch64 * stride_do_b + head64 * stride_do_h
         bias_head, mask_head, head_bias, dq_head, sum_head = bias, mask, const_bias, dq_out, sum_out
+        delta_head = delta
+        if delta is not None:
+            delta_head += batch64 * stride_delta_b + head64 * stride_delta_h
         if dq_out is not None:
             dq_head += batch64 * stride_dq_b + head64 * stride_dq_h
         if sum_out is not None:
@@ -208,9 +226,9 @@ def keys_kernel(
             fast = (lowest >= _FAST_BIAS).to(tl.int32)
         if FORM >= _FAST:
             dk, dv = _accumulate_keys(
-                dk, dv, keys, values, col0, fast, q_head, do_head, dq_head, sum_head,
-                stride_q_n, stride_do_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch, head, mask_head,
-                stride_mask_m, stride_mask_n,
+                dk, dv, keys, values, col0, fast, q_head, do_head, delta_head, dq_head, sum_head,
+                stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch, head,
+                mask_head, stride_mask_m, stride_mask_n,
                 seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT,
                 SOFTCAP,
@@ -218,10 +236,10 @@ def keys_kernel(
             )  # fmt: skip
         if FORM != _FAST:
             dk, dv = _accumulate_keys(
-                dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head,
-                dq_head, sum_head, stride_q_n, stride_do_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch,
-                head, mask_head, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left,
-                right, scale, softcap,
+                dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, delta_head,
+                dq_head, sum_head, stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head,
+                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len,
+                shift, left, right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
                 HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
             )  # fmt: skip
@@ -239,7 +257,7 @@ def keys_kernel(
 
 @triton.jit
 def _accumulate_rows(
-    dq, row_sum, rows, grads, row_bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    dq, row_sum, rows, grads, delta, row_bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
     mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -261,8 +279,8 @@ def _accumulate_rows(
         values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         _, ds, dx = _score_gradients(
-            s, dp, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-            q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge,
+            s, dp, delta, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
+            q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, start + BLOCK_N > kv_len,
             MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
         if SUM:
@@ -273,10 +291,11 @@ def _accumulate_rows(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def rows_kernel(
-    q, k, v, do, dq_out, sum_out, bias, count, mask, seed, cu_q, cu_k,
+    q, k, v, do, delta, dq_out, sum_out, bias, count, mask, seed, cu_q, cu_k,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dq_b, stride_dq_h, stride_dq_n, stride_sum_b, stride_sum_h, stride_sum_n,
+    stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
@@ -312,6 +331,8 @@ def rows_kernel(
         k += k_start * stride_k_n
         v += k_start * stride_v_n
         do += q_start * stride_do_n
+        if delta is not None:
+            delta += q_start * stride_delta_n
         if dq_out is not None:
             dq_out += q_start * stride_dq_n
         if sum_out is not None:
@@ -337,6 +358,10 @@ def rows_kernel(
     rows = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
     grads = load_rows(do, batch, head, row0, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False)
     row = row0 + tl.arange(0, BLOCK_M)
+    row_delta = None
+    if delta is not None:
+        delta += batch64 * stride_delta_b + head64 * stride_delta_h
+        row_delta = load_numbers(delta, row, q_len, stride_delta_n)[:, None]
     row_bias = row_biases(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
         BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
@@ -348,17 +373,17 @@ def rows_kernel(
         fast = (tl.min(row_bias) >= _FAST_BIAS).to(tl.int32)
     if FORM >= _FAST:
         dq, row_sum = _accumulate_rows(
-            dq, row_sum, rows, grads, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head, mask,
-            stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
-            dropout_p,
+            dq, row_sum, rows, grads, row_delta, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
+            mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
+            softcap, dropout_p,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
             DROPOUT, sum_out is not None, _FAST, ASM, TMA, PRECISION,
         )  # fmt: skip
     if FORM != _FAST:
         dq, row_sum = _accumulate_rows(
-            dq, row_sum, rows, grads, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
-            batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left,
-            right,
+            dq, row_sum, rows, grads, row_delta, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n,
+            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len,
+            shift, left, right,
             scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, SLOW, ASM, TMA, PRECISION,
         )  # fmt: skip
@@ -372,9 +397,10 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def mask_kernel(
-    q, k, v, do, out, bias, count, mask, seed,
+    q, k, v, do, delta, out, bias, count, mask, seed,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
+    stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
@@ -468,11 +494,15 @@ def mask_kernel(
             row, bias_head, stride_bias_m, count_head, stride_count_m, term_bias, q_len, kv_len, shift, left, right,
             BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
         ) * unit_of(_ACCURATE)  # fmt: skip
+        row_delta = None
+        if delta is not None:
+            of_rows = delta + batch64 * stride_delta_b + head64 * stride_delta_h
+            row_delta = load_numbers(of_rows, row, q_len, stride_delta_n)[:, None]
         _, ds, _ = _score_gradients(
-            s, dp, row_bias[:, None], row[:, None], col[None, :],
+            s, dp, row_delta, row_bias[:, None], row[:, None], col[None, :],
             mask + own_batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, seed,
             (batch64 * heads + head64) * q_len, kv_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
+            True, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
         )  # fmt: skip
         total += ds
 
