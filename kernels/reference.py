@@ -123,8 +123,7 @@ def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -
     """The backward through the division of a row cap, o = A / max(row_cap, sum_j p): dA, of grad_out's shape and
     dtype, and what is to be subtracted from dP = dA V^T, of row_sums' shape and dtype::
 
-        dA_i = dO_i / r_i;  delta_i = dO_i . o_i / r_i where the sum is above the cap, else 0;  r_i = max(cap, sum_j
-        p_ij)
+        r_i = max(cap, sum_j p_ij);  dA_i = dO_i / r_i;  delta_i = dA_i . o_i where the sum is above the cap, else 0
 
     Args:
         grad_out: dO, [..., Dv].
@@ -132,9 +131,10 @@ def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -
         row_sums: The sums of p, [..., 1], in the compute dtype.
         row_cap: Positive.
     """
-    inverse = row_sums.clamp(min=row_cap).reciprocal()
-    delta = (grad_out.to(row_sums.dtype) * out).sum(-1, keepdim=True) * inverse
-    return (grad_out * inverse).to(grad_out.dtype), torch.where(row_sums > row_cap, delta, 0.0)
+    grad = (grad_out / row_sums.clamp(min=row_cap)).to(grad_out.dtype)
+    # Of the rounded dA: dP - delta is dA . (v_j - o), in which roundings of dA then cancel as its parts do.
+    delta = (grad.to(row_sums.dtype) * out).sum(-1, keepdim=True)
+    return grad, torch.where(row_sums > row_cap, delta, 0.0)
 
 
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The backward's way through the division of a row cap, in one Triton kernel: o_i = (sum_j p_ij v_j) / r_i, with
 r_i = max(cap, sum_j p_ij)::
 
-    dA_i = dO_i / r_i, the gradient of the sum that is divided;  delta_i = dO_i . o_i / r_i where the cap acts, else 0
+    dA_i = dO_i / r_i, the gradient of the sum that is divided;  delta_i = dA_i . o_i where the cap acts, else 0
 
 With them the backward is that of plain sums, but for delta, which it subtracts from dP.
 """
@@ -90,8 +90,9 @@ def _undivided_kernel(
     grads = load_rows(do, 0, 0, start, q_len, stride_do_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False).to(tl.float32)
     outputs = load_rows(o, 0, 0, start, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV, False).to(tl.float32)
     total = load_numbers(sums + batch * stride_sum_b + head * stride_sum_h, row, q_len, stride_sum_n)
-    inverse = 1.0 / tl.maximum(total, row_cap)
-    number = tl.where(total > row_cap, tl.sum(grads * outputs, 1) * inverse, 0.0)
+    grads = (grads / tl.maximum(total, row_cap)[:, None]).to(da.dtype.element_ty)
+    # Of the rounded dA: dP - delta is dA . (v_j - o), in which roundings of dA then cancel as its parts do.
+    number = tl.where(total > row_cap, tl.sum(grads.to(tl.float32) * outputs, 1), 0.0)
     da += batch * stride_da_b + head * stride_da_h
-    store_rows(da, grads * inverse[:, None], start, q_len, stride_da_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    store_rows(da, grads, start, q_len, stride_da_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
     store_numbers(delta + batch * stride_delta_b + head * stride_delta_h, number, row, q_len, stride_delta_n)
