@@ -85,23 +85,7 @@ _KEYS, _STAGES = tl.constexpr(KEYS), tl.constexpr(STAGES)
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
     dropout and soft cap, where all of query, key and value want gradients."""
-<<<<<<< HEAD
     signature = problem.signature
-=======
-    signature, grad_out = problem.signature, problem.grad_out
-    if grad_out is None or not all(problem.output_mask[:3]) or signature.attn_mask is not None:
-        return False
-    if not problem.is_uncapped:
-        return False
-    if torch.are_deterministic_algorithms_enabled() or abs(problem.options.scale) < 1e-6:
-        return False
-    if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:
-        return False
-    # A strided one is copied.
-    strided = grad_out.stride(-1) != 1
-    of_grad = contiguous_layout(grad_out.shape, grad_out.dtype) if strided else layout_of(grad_out)
-    operands = signature.query, signature.key, signature.value, of_grad
->>>>>>> hcap
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
