@@ -250,7 +250,7 @@ class Emission:
         words += [f"soft cap {cap:.4g}"] if cap is not None else []
         words += ["row bias"] if bias is not None else []
         words += [f"{self.labels.size(self.heads)} heads over {self.labels.size(shared[1])}"] if repeated else []
-        words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
+        words += [f"{name} {n:.4g}" for name, n in (("dropout", call.dropout_p), ("row cap", call.row_cap)) if n]
         result = self._call(
             OP,
             q,
@@ -266,6 +266,7 @@ class Emission:
             **band,
             softcap=cap or 0.0,
             dropout_p=call.dropout_p,
+            row_cap=call.row_cap,
         )
         return result, ", ".join(words)
 
@@ -299,8 +300,7 @@ class Emission:
             elif side == "tensor":
                 tensors.append((Operand(each.term.node, each.own), each.term.inverted))
         band = {"is_causal": right == 0, "window_left": left, "window_right": right if right > 0 else -1}
-        words = ["causal"] if right == 0 else []
-        words += [f"window ({left}, {right})"] if left >= 0 or right > 0 else []
+        words = ["causal"] * (right == 0) + [f"window ({left}, {right})"] * (left >= 0 or right > 0)
         biases = [term for term in terms if self.keys and not set(self._set_of(term)) & set(self.keys)]
         terms = [term for term in terms if term not in biases]
         bias = self._sum_of(biases, q)
@@ -360,8 +360,8 @@ class Emission:
 
     def _padding(self, terms: Sequence[Operand], tensors: Sequence[tuple[Operand, bool]]) -> list[tuple[Operand, bool]]:
         """The masks that differ by sequence, if they are padding beside a bias that does not."""
-        if self._may_autocast() and self._device == "mps":  # counting needs float64
-            return []
+        if self.asked.row_cap or (self._may_autocast() and self._device == "mps"):
+            return []  # hidden keys would be in the sums that are capped; counting needs float64
         differing = [each for each in tensors if set(self._set_of(each[0])) & set(self.outer)]
         padding = self._are_shared(terms) and all(self._is_padding(operand) for operand, _ in differing)
         return differing if padding else []

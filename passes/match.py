@@ -93,6 +93,7 @@ class Call:
     path: list[torch.fx.Node]
     seed: torch.fx.Node | None = None
     scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
+    row_cap: float = 0.0  # as the op has it
 
 
 class Match:
@@ -103,6 +104,7 @@ class Match:
         self.anchor, self.product, self.output, self.masks = site.anchor, found.node, site.output, masks
         self.key_axis, self.product_key_axis = site.key_axis, found.key_axis
         self.labels = Labels()
+        self.row_cap = 0.0
         self.up = [found.node, *found.path, site.anchor]  # from the product to the anchor
         self.down = [*site.weights_path, site.output]  # after the anchor to the output
 
@@ -130,6 +132,7 @@ class Match:
             visible_bias,
             dropout_p,
             [*self.up, *self.down],
+            row_cap=self.row_cap,
         )
 
     def _check_uses(self) -> None:
@@ -324,7 +327,7 @@ class Match:
     # The probabilities.
 
     def _row_bias(self, found: Modifiers, axes: Axes) -> bool:
-        """Adds the anchor's own bias to ``found``; whether it counts the visible keys."""
+        """Adds the anchor's own bias to ``found``, and notes its row cap; whether it counts the visible keys."""
         if op_name(self.anchor) == "sigmoid":
             return False
         if has_symbol(self.anchor):
@@ -333,6 +336,7 @@ class Match:
         if bias is not None:
             found.terms.append(broadcast(bias, axes))
         found.const_bias += argument(self.anchor, 4, "const_bias", 0.0)
+        self.row_cap = argument(self.anchor, 5, "row_cap", 0.0)
         return argument(self.anchor, 3, "visible_bias", True)
 
     def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
@@ -355,13 +359,14 @@ class Match:
                         raise Refused("its probabilities pass through two dropouts")
                     dropout_p = float(args[1])
                 continue
-            hides = op.name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
+            # What is hidden now was counted by a visible bias, and is in the sum of a row with a cap.
+            hides = op.name in ("masked_fill", "where") and not visible_bias and dropout_p == 0 and not self.row_cap
             fill = (
                 self.masks.constant(args[2] if op.name == "masked_fill" or args[1] is source else args[1])
                 if hides
                 else None
             )
-            if fill == 0:  # after the sigmoid: a mask, too, if the bias does not count it
+            if fill == 0:  # after the sigmoid: a mask, too
                 condition, inverted = (args[1], True) if op.name == "masked_fill" else (args[0], args[2] is source)
                 self._conditions(found, condition, axes, inverted)
                 continue
@@ -460,6 +465,7 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
         [node],
         tensors[5],
         by_dim,
+        options.get("row_cap", 0.0),
     )
 
 
