@@ -134,7 +134,7 @@ def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -
     grad = (grad_out / row_sums.clamp(min=row_cap)).to(grad_out.dtype)
     # Of the rounded dA: dP - delta is dA . (v_j - o), in which roundings of dA then cancel as its parts do.
     delta = (grad.to(row_sums.dtype) * out).sum(-1, keepdim=True)
-    return grad, torch.where(row_sums > row_cap, delta, 0.0)
+    return grad, delta.masked_fill(row_sums <= row_cap, 0.0)
 
 
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
