@@ -155,6 +155,7 @@ class Emission:
         words += ["row bias"] if bias is not None else []
         words += [f"{self.labels.size(heads)} heads over {self.labels.size(key_groups[1])}"] if repeated else []
         words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
+        words += [f"row cap {found.row_cap:.4g}"] if found.row_cap else []
         result = views.call(
             OP,
             q,
@@ -170,6 +171,7 @@ class Emission:
             **plan.band,
             softcap=cap or 0.0,
             dropout_p=call.dropout_p,
+            row_cap=found.row_cap,
         )
         return result, ", ".join(words)
 

@@ -91,7 +91,8 @@ class MaskPlanner:
         keys = set(self.groups.keys)
         biases = [term for term in terms if keys and not self._labels(term) & keys]
         terms = [term for term in terms if term not in biases]
-        padding = self._padding(terms, tensors)
+        # Under a row cap hidden keys would be in the sums.
+        padding = [] if found.row_cap else self._padding(terms, tensors)
         return MaskPlan(biases, terms, [each for each in tensors if each not in padding], padding, left, right)
 
     def _labels(self, operand: Operand) -> set[Label]:

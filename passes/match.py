@@ -54,8 +54,8 @@ class Modifiers:
 
         cap * tanh(scale * query_factors * key_factors * q.k) + const_bias + sum(terms), masked
 
-    without a ``cap``: scale * ..., no tanh. ``left`` and ``right``: a window, as the op has it; a causal mask is one
-    with nothing to the right (0).
+    without a ``cap``: scale * ..., no tanh. ``row_cap``: of the probabilities, as the op has it (0: none). ``left``
+    and ``right``: a window, as the op has it; a causal mask is one with nothing to the right (0).
     """
 
     scale: float = 1.0
@@ -69,6 +69,7 @@ class Modifiers:
     clamped: bool = False
     left: int = -1
     right: int = -1
+    row_cap: float = 0.0
 
     @property
     def is_bare(self) -> bool:
@@ -316,7 +317,7 @@ class Match:
     # The probabilities.
 
     def _row_bias(self, found: Modifiers, axes: Axes) -> bool:
-        """Adds the anchor's own bias to ``found``; whether it counts the visible keys."""
+        """Adds the anchor's own bias and row cap to ``found``; whether it counts the visible keys."""
         if op_name(self.anchor) == "sigmoid":
             return False
         if has_symbol(self.anchor):
@@ -325,6 +326,7 @@ class Match:
         if isinstance(bias, Node):
             found.terms.append(broadcast(bias, axes))
         found.const_bias += number_arg(self.anchor, 4, "const_bias", 0.0)
+        found.row_cap = number_arg(self.anchor, 5, "row_cap", 0.0)
         return bool(argument(self.anchor, 3, "visible_bias", True))
 
     def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
@@ -347,13 +349,15 @@ class Match:
                         raise Refused("its probabilities pass through two dropouts")
                     dropout_p = p
                 continue
-            hides = op.name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
+            # What is hidden now was counted by a visible bias, and is in the sum of a row with a cap.
+            counted = visible_bias or found.row_cap > 0
+            hides = op.name in ("masked_fill", "where") and not counted and dropout_p == 0
             fill = (
                 self.masks.constant(args[2] if op.name == "masked_fill" or args[1] is source else args[1])
                 if hides
                 else None
             )
-            if fill == 0:  # after the sigmoid: a mask, too, if the bias does not count it
+            if fill == 0:  # after the sigmoid: a mask, too
                 filled = op.name == "masked_fill"
                 self._conditions(found, tensor_input(node, int(filled)), axes, filled or args[2] is source)
                 continue
@@ -422,7 +426,7 @@ def match_call(node: Node, masks: Masks) -> Call:
     found = Modifiers()
     found.cap = number("softcap", 0.0) or None
     found.scale = number("scale") / (found.cap or 1.0)
-    found.const_bias = number("const_bias", 0.0)
+    found.const_bias, found.row_cap = number("const_bias", 0.0), number("row_cap", 0.0)
     found.left = int(number("window_left", -1))
     found.right = 0 if node.kwargs.get("is_causal") else int(number("window_right", -1))
     axes = (outer, whole, rows, keys)

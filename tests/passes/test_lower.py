@@ -22,11 +22,13 @@ import sigswap.compiling.backend
 B, M, D = 2, 12, 8
 
 
+@pytest.mark.parametrize("row_cap", [None, 0.6])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_handwritten_attention_is_lowered(kind: type[Handwritten]) -> None:
-    model, graphs = kind().eval(), Graphs()
-    check(model, graphs.compile(model), torch.randn(B, M, handwritten.DIM))
+def test_handwritten_attention_is_lowered(kind: type[Handwritten], row_cap: float | None) -> None:
+    model, graphs = kind().eval(), Graphs(row_cap=row_cap)
+    check(model, graphs.compile(model), torch.randn(B, M, handwritten.DIM), row_cap)
     assert len(graphs.calls) == kind.sites and graphs.unfused == 0
+    assert {node.kwargs["row_cap"] for node in graphs.calls} == {row_cap or 0.0}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.dynamic], ids=lambda kind: kind.__name__)

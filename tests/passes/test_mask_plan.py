@@ -16,6 +16,8 @@ from handwritten import HEAD_DIM, HEADS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sigswap.functional.attention import probabilities
+
 B, M, D = 2, 12, 8
 
 
@@ -179,6 +181,38 @@ def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
     q, k, v, bias = (leaf[..., :9, :9].detach() if leaf is leaves[3] else leaf[:, :, :9].detach() for leaf in leaves)
     ((_, mask, is_causal),) = operands_of(attention, q, k, v, bias)
     assert (mask, is_causal) == ((batch, HEADS, 9, 9), causal)
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_under_a_mask_and_a_row_cap(name: str) -> None:
+    """Padding stays in the mask: a hidden key would be in the sum of its row."""
+    build, visible, _, _ = BIASES[name]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=build(bias, q.shape[2]))
+
+    graphs = Graphs(row_cap=0.5)
+    leaves = [torch.randn(B, HEADS, 9, HEAD_DIM, requires_grad=True) for _ in range(3)]
+    leaves += [torch.randn(1, HEADS, 9, 9, requires_grad=True)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    q, k, v, bias = exact
+    scores = (q @ k.mT) * HEAD_DIM**-0.5 + torch.where(visible(9), build(bias, 9), 0.0)
+    expected = handwritten.capped(0.5)(scores.masked_fill(~visible(9), -math.inf), -1) @ v
+    close_with_gradients(graphs.compile(attention)(*leaves), expected, leaves, exact)
+    assert len(graphs.calls) == 1
+
+
+def test_what_is_hidden_after_a_capped_sigmoid_is_not_lowered() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, row_cap: float) -> Tensor:
+        p = probabilities(q @ k.mT, visible_bias=False, const_bias=-2.0, row_cap=row_cap)
+        return p.masked_fill(~_tril(M), 0.0) @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
+    graphs = Graphs()
+    close(graphs.compile(attention)(q, k, v, 0.5), attention(q.double(), k.double(), v.double(), 0.5))
+    assert not graphs.calls
+    graphs.compile(lambda *inputs: attention(*inputs, None))(q, k, v)
+    assert len(graphs.calls) == 1
 
 
 def test_a_bias_under_a_mask_whose_fill_depends_on_a_length() -> None:

@@ -30,17 +30,17 @@ def close_with_gradients(
     return grads
 
 
-def oracle_of(model: Handwritten) -> Handwritten:
+def oracle_of(model: Handwritten, row_cap: float | None = None) -> Handwritten:
     """The model in float64, with sigmoid written out in place of its softmax."""
     oracle = copy.deepcopy(model).double()
-    oracle.normalise = handwritten.sigmoid
+    oracle.normalise = handwritten.sigmoid if row_cap is None else handwritten.capped(row_cap)
     return oracle
 
 
-def check(model: Handwritten, compiled: Callable[[Tensor], Tensor], x: Tensor) -> None:
+def check(model: Handwritten, compiled: Callable[[Tensor], Tensor], x: Tensor, row_cap: float | None = None) -> None:
     """Output and all gradients of ``compiled``, which is ``model`` with sigmoid, are those of the oracle."""
     x64 = x.detach().double().requires_grad_()
-    oracle = oracle_of(model)
+    oracle = oracle_of(model, row_cap)
     x = x.detach().requires_grad_()
     actual, expected = compiled(x), oracle(x64)
     close_with_gradients(actual, expected, [x, *model.parameters()], [x64, *oracle.parameters()])
