@@ -42,9 +42,11 @@ BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 def takes(problem: Problem) -> bool:
     """Whether a backward in Gluon takes the problem, but for its lengths and the widths of its heads: half precision,
-    without mask, dropout and soft cap, where all of query, key and value want gradients."""
+    without mask, dropout, soft cap and row cap, where all of query, key and value want gradients."""
     signature, grad_out = problem.signature, problem.grad_out
-    if grad_out is None or not all(problem.output_mask[:3]) or signature.attn_mask is not None:
+    if grad_out is None or not all(problem.output_mask[:3]):
+        return False
+    if signature.attn_mask is not None or not problem.is_uncapped:
         return False
     if abs(problem.options.scale) < 1e-6 or signature.is_empty or not signature.tma(signature.q_len):
         return False
