@@ -17,7 +17,7 @@ from sigswap.passes.masks import Masks
 from sigswap.passes.match import Call, Operand, Refused
 from sigswap.passes.nodes import dtype_of, edited_by, is_floating, memory_of, tensor_at
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
-from sigswap.passes.ops import spelling_of
+from sigswap.passes.ops import OPS, Op, spelling_of
 from sigswap.passes.site import Lowered
 from sigswap.passes.views import Group, Views, places_of, region_of
 
@@ -322,11 +322,13 @@ def _dtype(node: torch.fx.Node) -> torch.dtype:
 
 
 def _needs_strides(node: torch.fx.Node) -> bool:
-    """Whether a tensor, or a transpose of it, is viewed or returned, so that its strides matter."""
+    """Whether a tensor, or a transpose or a part of it, is viewed or returned, so that its strides matter."""
     for user in node.users:
         name = str(user.target) if user.op == "call_method" else spelling_of(user)
         if user.op == "output" or name in ("view", "view_as", "as_strided", "_unsafe_view", "stride", "is_contiguous"):
             return True
-        if name in ("transpose", "permute", "unsqueeze", "squeeze", "getitem") and _needs_strides(user):
+        row = OPS.get(name, Op(name))
+        views = row.moves is not None or row.part or row.splits or name in ("getitem", "unbind")
+        if views and _needs_strides(user):
             return True
     return False

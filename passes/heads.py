@@ -19,7 +19,7 @@ from sigswap.passes.nodes import (
 )
 from sigswap.passes.ops import op_name, op_of
 from sigswap.passes.products import Factors, follow
-from sigswap.passes.site import ONE_HEAD, HeadLayout, Product
+from sigswap.passes.site import ONE_HEAD, Factor, HeadLayout, Product
 
 
 def score_heads(product: Factors, scores: torch.fx.Node, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
@@ -105,7 +105,7 @@ def factor_heads(factor: torch.fx.Node, dim_axis: int) -> HeadLayout | None:
 def _joined_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
     """If ``node`` puts the pieces into which ``axis`` was split beside one another, elsewhere: those are the heads."""
     name, parts = op_name(node), input_list(node)
-    to, along = int_argument(node, 1, default=0), 0
+    to = int_argument(node, 1, default=0)
     if name not in ("cat", "stack") or to is None or not parts or any(op_name(part) != "getitem" for part in parts):
         return None
     to %= rank_of(node)
@@ -217,19 +217,16 @@ def _merged_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
     before, after = shape_of(inputs[0]) or (), shape_of(current) or ()
     for old, new in _groups(current, inputs[0]):
         if position in new:
-            if new[-1] == position and len(old) > 1:  # [batch, heads] -> [batch*heads]
-                heads = before[old[-1]]
+            # [batch, heads] -> [batch*heads], or [batch, heads*dim] -> [batch*heads, dim]
+            inside = new[-1] > position
+            heads, rest = divmod(before[old[-1]], after[new[-1]] if inside else 1)
+            if (inside or len(old) > 1) and heads and not rest and after[position] % heads == 0:
                 return HeadLayout(axis, heads, merged=True)
-            if new[-1] > position and before[old[-1]] % after[new[-1]] == 0:  # [batch, heads*dim] -> [batch*heads, dim]
-                heads = before[old[-1]] // after[new[-1]]
-                if heads and after[position] % heads == 0:
-                    return HeadLayout(axis, heads, merged=True)
     return None
 
 
 def with_heads(factors: Factors, head: HeadLayout) -> Product:
     """``factors`` as the Product that a site holds, with the heads in each factor."""
-
     found, given = factor_heads(factors.query, factors.query_dim_axis), _given_heads(factors)
     if found is None and given is not None and given.axis is not None and _followed_heads(factors.path, given) == head:
         found = given.at(factors.query_axes[given.axis])
@@ -247,31 +244,26 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
                 merged = head
             else:
                 continue
-            if merged.merged:
-                return merged.at(axes[which])
-            return HeadLayout(axes[which], shape[axes[which]])
+            return merged.at(axes[which]) if merged.merged else HeadLayout(axes[which], shape[axes[which]])
         # [batch*heads, M, D] whose scores are viewed as [batch, heads, M, N] afterwards
         if len(factors.batch_axes) == 1:
             axes = next(iter(factors.batch_axes.values()))
             return HeadLayout(axes[which], head.heads, merged=True)
         return HeadLayout(None, 0)
 
+    def factor(node: torch.fx.Node, which: int, position: int, dim_axis: int) -> Factor:
+        return Factor(node, position, dim_axis, layout(node, which), _constant_scale(node))
+
     shape = shape_of(factors.query)
     ordered = all(op_of(node).in_order or op_name(node) == "baddbmm" for node, _ in factors.path)
     return Product(
-        node=factors.node,
-        path=tuple(node for node, _ in factors.path),
-        query_arg=factors.query_arg,
-        key_arg=1 - factors.query_arg,
-        key_axis=factors.key_axis,
-        query_dim_axis=factors.query_dim_axis,
-        key_dim_axis=factors.key_dim_axis,
-        query_head=layout(factors.query, 0),
-        key_head=layout(factors.key, 1),
-        head_dim=shape[factors.query_dim_axis] if shape else 0,
-        rows_in_order=factors.query_in_order and ordered,
-        query_scale=_constant_scale(factors.query),
-        key_scale=_constant_scale(factors.key),
+        factors.node,
+        tuple(node for node, _ in factors.path),
+        factors.key_axis,
+        factor(factors.query, 0, factors.query_arg, factors.query_dim_axis),
+        factor(factors.key, 1, 1 - factors.query_arg, factors.key_dim_axis),
+        shape[factors.query_dim_axis] if shape else 0,
+        factors.query_in_order and ordered,
     )
 
 
@@ -288,22 +280,11 @@ def _constant_scale(factor: torch.fx.Node) -> float:
     return scale
 
 
-def key_heads(key: torch.fx.Node, head: HeadLayout, shape: tuple[int, ...] | None) -> int:
+def key_heads(key: torch.fx.Node, head: HeadLayout) -> int:
     """The heads of the key, before they were repeated for the query's (grouped-query attention)."""
-    if head.axis == rank_of(key) - 2:  # the query's heads are further rows
-        return 1
-    if head.axis is None or head.merged or shape is None or head.axis >= len(shape):
+    if head.axis is None or head.merged or head.axis >= rank_of(key):
         return head.heads
     return _unrepeated(key, head.axis)
-
-
-def product_key_heads(product: Product) -> int:
-    """:func:`key_heads` of the key of ``product``, where its heads are known to be."""
-    head = product.key_head
-    if head.axis is None or head.merged:
-        return head.heads
-    factors = [x for x in product.node.all_input_nodes if rank_of(x) > 1][-2:]
-    return _unrepeated(factors[product.key_arg], head.axis) if len(factors) == 2 else head.heads
 
 
 def _unrepeated(key: torch.fx.Node, axis: int) -> int:

@@ -14,7 +14,7 @@ import torch.fx
 from torch.fx.node import Argument
 
 from sigswap.masked import MASKED_SCORE
-from sigswap.passes.labels import Axes, Label, Labels, contraction
+from sigswap.passes.labels import Axes, Label, Labels
 from sigswap.passes.masks import Masks, Term
 from sigswap.passes.nodes import (
     argument,
@@ -28,6 +28,7 @@ from sigswap.passes.nodes import (
 )
 from sigswap.passes.normalize import has_symbol, source_of, tensor_of
 from sigswap.passes.ops import op_name, op_of, spelling_of
+from sigswap.passes.products import contraction
 from sigswap.passes.site import AttentionSite
 
 _VARYING = "with a number that depends on a size that varies"
@@ -159,23 +160,22 @@ class Match:
     def _scores(self) -> tuple[Operand, Operand, Axes]:
         """Query and key, and the axes of their product."""
         product = contraction(self.product)
-        if product is None:
+        if product is None or _is_layer_with_bias(self.product):
             raise Refused("its scores are a product of a form that is not lowered (a sum, or a layer with a bias)")
-        left, right = product.left, product.right
-        names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
         sizes: dict[Hashable, int] = {}
-        for node, names in ((left, names_left), (right, names_right)):
+        for node, names in zip(product.factors, product.names, strict=True):
             for name, size in zip(names, shape_of(node) or (), strict=True):
                 sizes[name] = max(sizes.get(name, 1), size)
         by_name = {name: () if size == 1 else (self.labels.new(size),) for name, size in sizes.items()}
-        contracted = [name for name in names_left if name in names_right and name not in names_out]
-        key_name = names_out[self.product_key_axis]
-        if (key_name in names_left) == (key_name in names_right):
+        first, second = product.names
+        contracted = [name for name in first if name in second and name not in product.out]
+        key_name = product.out[self.product_key_axis]
+        if (key_name in first) == (key_name in second):
             raise Refused("its sigmoid is not over the keys of the product")
-        query, key = (left, names_left), (right, names_right)
-        if key_name in names_left:
+        query, key = zip(product.factors, product.names, strict=True)
+        if key_name in first:
             query, key = key, query
-        rows = [name for name in names_out if name in query[1] and name not in key[1]]
+        rows = [name for name in product.out if name in query[1] and name not in key[1]]
         if len(contracted) != 1 or not rows:
             raise Refused("its product of query and key contracts several axes, or has no axis of queries")
         self.rows, self.keys, self.head_dim = by_name[rows[-1]], by_name[key_name], by_name[contracted[0]]
@@ -184,7 +184,7 @@ class Match:
             shape = shape_of(node) or ()
             return Operand(node, tuple(() if n == 1 else by_name[name] for name, n in zip(names, shape, strict=True)))
 
-        return operand(*query), operand(*key), tuple(by_name[name] for name in names_out)
+        return operand(*query), operand(*key), tuple(by_name[name] for name in product.out)
 
     def _modifiers(self, axes: Axes) -> tuple[Modifiers, Axes]:
         found = Modifiers()
@@ -281,16 +281,14 @@ class Match:
 
     def _add(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
         name, (left, right) = op_name(node), node.args[:2]
-        alpha = self.masks.constant(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1))
+        alpha = self.masks.constant(argument(node, 2, "alpha", 1))
         if alpha is None or left is right:
             raise Refused(f"its scores pass through {spelling_of(node)} in a form that is not lowered")
-        first = right is source if name == "rsub" else left is source
-        other = (left if name == "rsub" else right) if first else (right if name == "rsub" else left)
-        if not first and (name != "add" or alpha != 1):
+        if name == "rsub":  # right - alpha * left
+            left, right = right, left
+        if left is not source and (name != "add" or alpha != 1):
             raise Refused("its scores are subtracted")
-        sign = alpha if name == "add" else -alpha
-        if name == "rsub" and first:
-            raise Refused("its scores are subtracted")
+        other, sign = right if left is source else left, alpha if name == "add" else -alpha
         number = self.masks.constant(other)
         if number is not None and number * sign > MASKED_SCORE:
             found.const_bias += sign * number
@@ -384,25 +382,21 @@ class Match:
     def _weighted(self, axes: Axes) -> tuple[Operand, Operand, tuple[Label, ...]]:
         """Value, output, and the label of the value's head_dim."""
         product = contraction(self.output)
-        if product is None or op_name(self.output) == "baddbmm":
+        if product is None or op_name(self.output) == "baddbmm" or _is_layer_with_bias(self.output):
             raise Refused("its product with the value is of a form that is not lowered")
-        left, right = product.left, product.right
-        names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
-        weights = self.down[-2] if len(self.down) > 1 else self.anchor
-        if left is right:
+        if product.factors[0] is product.factors[1]:
             raise Refused("its probabilities weight themselves")
-        names, value, value_names = (
-            (names_left, right, names_right) if left is weights else (names_right, left, names_left)
-        )
+        at = product.factors.index(self.down[-2] if len(self.down) > 1 else self.anchor)
+        names, value, value_names = product.names[at], product.factors[1 - at], product.names[1 - at]
         named = dict(zip(names, axes, strict=True))
         shape = dict(zip(value_names, shape_of(value) or (), strict=True))
         own = [name for name in value_names if name not in named]
-        summed = [name for name in value_names if name in named and name not in names_out]
-        gone = [name for name in names if name not in names_out and name not in summed]
+        summed = [name for name in value_names if name in named and name not in product.out]
+        gone = [name for name in names if name not in product.out and name not in summed]
         keys = self.labels.whole(self.keys)
         if (
             len(own) != 1
-            or own[0] not in names_out
+            or own[0] not in product.out
             or gone
             or [self.labels.whole(named[name]) for name in summed] != [keys]
         ):
@@ -413,7 +407,7 @@ class Match:
             if size not in (1, self.labels.size(named[name])):
                 raise Refused("its value has an axis that its scores do not have")
         value_axes = tuple(() if shape[name] == 1 else named[name] for name in value_names)
-        output_axes = tuple(named[name] for name in names_out)
+        output_axes = tuple(named[name] for name in product.out)
         return Operand(value, value_axes), Operand(self.output, output_axes), value_dim
 
 
@@ -479,6 +473,10 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
 
 
 # Small questions about nodes.
+
+
+def _is_layer_with_bias(node: torch.fx.Node) -> bool:
+    return op_name(node) == "linear" and input_at(node, 2) is not None
 
 
 def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:

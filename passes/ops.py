@@ -135,9 +135,9 @@ _ROWS = (
     _elementwise("div", "divide true_divide", operands=(0, 1)),
     _elementwise("minimum", operands=(0, 1)),
     _elementwise("maximum", operands=(0, 1)),
-    _elementwise("neg", linear=True, shifts=True),
+    _elementwise("neg", "negative", linear=True, shifts=True),
     _elementwise("tanh"),
-    _elementwise("clamp"),
+    _elementwise("clamp", "clip"),
     _elementwise("clamp_min"),
     _elementwise("clamp_max"),
     _elementwise("nan_to_num", linear=True),
@@ -187,7 +187,7 @@ _ROWS = (
     Op("repeat", tiles=True, copies=True),
     Op("repeat_interleave", copies=True),
     # Products, layers, norms.
-    Op("matmul", "mm bmm", operands=(0, 1), product=True, matrix=True),
+    Op("matmul", "mm bmm linalg_matmul", operands=(0, 1), product=True, matrix=True),
     Op("baddbmm", operands=(1, 2), product=True, matrix=True),
     Op("einsum", product=True),
     Op("cdist", "_cdist_forward", product=True),
@@ -201,7 +201,7 @@ _ROWS = (
     Op("softmax", "_softmax _safe_softmax special_softmax", softmax=True),
     Op("amax", reduces=True),
     Op("mean", reduces=True),
-    Op("max", "min amin median kthvalue logsumexp topk sort", reduces=True),
+    Op("max", "min amin median kthvalue logsumexp special_logsumexp topk sort", reduces=True),
     Op("split", "chunk split_with_sizes tensor_split", splits=True),
     # What masks are made of.
     Op("ones", "ones_like new_ones", fills=True),
@@ -210,7 +210,12 @@ _ROWS = (
     Op("scalar_tensor", fills=True),
     Op("logical_and", "bitwise_and __and__"),
     Op("logical_not", "bitwise_not"),
-    *(Op(name, compares=getattr(operator, name)) for name in ("le", "lt", "ge", "gt", "eq", "ne")),
+    Op("le", "less_equal", compares=operator.le),
+    Op("lt", "less", compares=operator.lt),
+    Op("ge", "greater_equal", compares=operator.ge),
+    Op("gt", "greater", compares=operator.gt),
+    Op("eq", compares=operator.eq),
+    Op("ne", "not_equal", compares=operator.ne),
 )
 OPS: dict[str, Op] = {spelling: row for row in _ROWS for spelling in (row.name, *row.spellings.split())}
 """Each row by each of its spellings."""

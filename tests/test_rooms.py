@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "compiling": ("conversion", "functional", "passes", "kernels", *LEAVES),
     "training": ("conversion", "functional", "kernels", *LEAVES),
     "saving": ("conversion", *LEAVES),
-    "api": ("training", "conversion", *LEAVES),
+    "api": ("training", "saving", "conversion", *LEAVES),
     "bench": ("api", "saving", "compiling", "conversion", "functional", *LEAVES),
     "former_names": (),
     "the package": ("former_names", "api", "saving", "training", "compiling", "conversion", "functional", *LEAVES),
