@@ -121,7 +121,7 @@ class PendingSoftmax:
             keys, rows = keys + (keys > rows), rows + plan.head_axis.outer
         if rows == keys or x.shape[rows] != x.shape[keys]:
             return torch.ones((), dtype=torch.bool, device=x.device)
-        own = x.diagonal(dim1=rows, dim2=keys).movedim(-1, rows - (keys < rows))
+        own: Tensor = x.diagonal(dim1=rows, dim2=keys).movedim(-1, rows - (keys < rows))
         return own.reshape(*self.visible.shape[: self.dim], 1, *self.visible.shape[self.dim + 1 :])
 
     def is_in(self, factor: Tensor) -> bool:
@@ -161,7 +161,7 @@ def seen(mask: Tensor) -> Tensor:
 
 
 def sigmoid_of(site: SiteState, scores: Tensor, visible: Tensor, dim: int, bias: Tensor | None) -> Tensor:
-    """The probabilities of DESIGN's definition, in scores' dtype."""
+    """The probabilities of the definition (docs/design.md), in scores' dtype."""
     x = scores.masked_fill(~visible, 0.0) + site.const_bias
     if site.visible_bias:
         x = x - visible.sum(dim, keepdim=True).clamp(min=1).log()

@@ -76,7 +76,7 @@ def oracle(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
 ) -> Tensor:
-    """DESIGN section 2 in float64: s = scale q.k, b = b0 + c_h + w_h.q, p = sigmoid(s + b), o = p v."""
+    """The definition (docs/design.md) in float64: s = scale q.k, b = b0 + c_h + w_h.q, p = sigmoid(s + b), o = p v."""
     module, x, y = copy.deepcopy(module).double(), x.double(), y.double()
     q = module.q(x).view(B, M, H, D).transpose(1, 2)
     k, v = module.kv(y).view(B, N, 2, HK, D).permute(2, 0, 3, 1, 4)

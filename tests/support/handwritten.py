@@ -18,9 +18,19 @@ def softmax(scores: Tensor, dim: int) -> Tensor:
 
 
 def sigmoid(scores: Tensor, dim: int) -> Tensor:
-    """What softmax is to become (DESIGN, section 2), independent of the code under test."""
+    """What softmax is to become (docs/design.md), independent of the code under test."""
     visible = (scores > -5000).sum(dim, keepdim=True).clamp(min=1)
     return torch.where(scores > -5000, torch.sigmoid(scores - visible.to(scores.dtype).log()), 0.0)
+
+
+def capped(row_cap: float) -> Normalise:
+    """sigmoid(), with rows that are divided by their sum where it is above the cap, else by the cap."""
+
+    def normalise(scores: Tensor, dim: int) -> Tensor:
+        p = sigmoid(scores, dim)
+        return p / p.sum(dim, keepdim=True).clamp(min=row_cap)
+
+    return normalise
 
 
 class Handwritten(nn.Module):
