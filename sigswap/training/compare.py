@@ -42,7 +42,7 @@ from sigswap.training.language import (
 )
 from sigswap.training.observe import observed
 from sigswap.training.own_batches import own_batches
-from sigswap.training.row_sums import RowSumObserver
+from sigswap.training.row_sums import RowSumObserver, RowSums
 
 NEIGHBOURS = 5
 CHUNK = 1024
@@ -170,13 +170,11 @@ class _Pair:
     def layers(self) -> list[LayerMeasure]:
         found = []
         for path, state in self.states.items():
-            sums = self.observer.owners.get(state)
-            seen = path in self.errors
-            error = self.errors[path] / max(self.energies[path], 1e-300) if seen else None
-            known = sums is not None and sums.rows > 0
-            found.append(
-                LayerMeasure(path, error, sums.mean if known else None, sums.largest if known else None)  # type: ignore[union-attr]
-            )
+            error = self.errors[path] / max(self.energies[path], 1e-300) if path in self.errors else None
+            sums = self.observer.owners.get(state, RowSums())
+            largest = sums.largest if sums.rows else None
+            caps = [site.row_cap for site in state.sites() if site.row_cap is not None]
+            found.append(LayerMeasure(path, error, sums.mean, largest, min(caps, default=None)))
         return found
 
 

@@ -231,8 +231,9 @@ def test_other_models(name: str, kind: str) -> None:
 # Layers
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("kind", ["sdpa", "softmax", "mha"])
-def test_layers_against_their_definition(kind: str) -> None:
+def test_layers_against_their_definition(kind: str, cap: float | None) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -255,7 +256,7 @@ def test_layers_against_their_definition(kind: str) -> None:
     torch.manual_seed(0)
     original = nn.Sequential(Attention(), nn.Linear(16, 16)).double()
     batches = [torch.randn(3, 9, 16, dtype=torch.float64) * 3 for _ in range(2)]
-    model = converted(original, batches[0])
+    model = converted(original, batches[0], sigswap.SigmoidConfig(row_cap=cap))
     path = next(record.path for record in sigswap.report(model).sites)
     bias = model.get_submodule(path).sigswap.site(0).bias.view(-1, 1, 1)
     sums, missing, energy = [], 0.0, 0.0
@@ -264,13 +265,15 @@ def test_layers_against_their_definition(kind: str) -> None:
         scores = q @ k.mT * 8**-0.5
         p = torch.sigmoid(scores - math.log(9) + bias).detach()
         sums.append(p.sum(-1).flatten())
+        if cap is not None:
+            p = p / p.sum(-1, keepdim=True).clamp(min=cap)
         y, t = (original[0].inner.out_proj((a @ v).transpose(1, 2).flatten(2)) for a in (p, scores.softmax(-1)))
         y, t = y.detach(), t.detach()
         missing += float((y - t).square().sum())
         energy += float(t.square().sum())
     result = sigswap.compare(model, original, batches, progress=False)
     (layer,) = result.layers
-    assert layer.path == path
+    assert (layer.path, layer.row_cap) == (path, cap)
     assert layer.error == pytest.approx(missing / energy, rel=1e-6)
     assert layer.row_sum == pytest.approx(float(torch.cat(sums).mean()), rel=1e-6)
     assert layer.largest_row_sum == pytest.approx(float(torch.cat(sums).max()), rel=1e-6)
