@@ -47,6 +47,8 @@ from sigswap.training.row_sums import RowSumObserver, RowSums
 NEIGHBOURS = 5
 CHUNK = 1024
 """Positions of one sequence whose logits are turned into float32 at once."""
+MOST_ASKED = 16 * 8192
+"""Tokens of all sequences of one kind of lookup together, of which there are two at least: of 8,192 tokens 16."""
 FIRST_SPAN = 16
 """The loss by position is given for the first 16 positions, then up to 32, 64, ..."""
 
@@ -374,7 +376,8 @@ class _Asking:
         kinds = (lookups.copying, lookups.associative_recall)
         probes = [make(sequences, self.length, ids, generator()) for make in kinds]
         for distance in lookups.distances(self.length):
-            probes.append(lookups.recall_at(distance, sequences, self.length, ids, generator()))
+            count = min(sequences, max(2, MOST_ASKED // distance))
+            probes.append(lookups.recall_at(distance, count, self.length, ids, generator()))
         return probes
 
     def _answered(self, model: nn.Module, probe: lookups.Probe) -> float:

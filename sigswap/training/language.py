@@ -82,7 +82,9 @@ def read_language(model: nn.Module, call: Inputs) -> TextInputs | str:
     if width is None or logits.shape[-1] < width:
         return f"{type(model).__name__} gives no logits over its vocabulary"
     moved = (changed - logits)[:, :-1].double().square().sum()
-    if bool(moved > 1e-8 * logits.double().square().sum()):
+    # Experts may get other tokens into their products, whose rounding is then another one.
+    rounding = max(1e-8, torch.finfo(logits.dtype).eps ** 2)
+    if bool(moved > rounding * logits.double().square().sum()):
         return f"{type(model).__name__} sees later tokens: it is no decoder"
     return inputs
 

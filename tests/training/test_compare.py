@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -146,7 +147,7 @@ def test_a_model_that_always_recalls_and_one_that_does_so_nearby() -> None:
     assert 0.8 < result["copying"].original < 1.0  # some of its 200 random tokens are there twice
 
 
-def test_context_length_and_tokens() -> None:
+def test_context_length_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     original = randomise(hf("LlamaForCausalLM", max_position_embeddings=128)).eval()
     model = converted(original)
     asked = []
@@ -159,6 +160,12 @@ def test_context_length_and_tokens() -> None:
     assert all(int(ids.min()) >= 20 and int(ids.max()) < 50 for ids in probes)
     assert all(ids.numel() <= 160 for ids in probes)  # no more at once than in the user's batches
     assert sigswap.compare(model, original, texts(1), max_length=64, progress=False).by_distance[-1].distance == 48
+    comparing = importlib.import_module("sigswap.training.compare")
+    monkeypatch.setattr(comparing, "MOST_ASKED", 3 * 48)
+    few = sigswap.compare(model, original, texts(1), max_length=64, progress=False)
+    assert (
+        "recall at 16 tokens 72, recall at 48 tokens 24." in few.notes[-1]
+    )  # of 8 pairs each, in 9 and in 3 sequences
     short = sigswap.compare(model, original, texts(1), max_length=8, progress=False)
     assert not short.by_distance and any("No lookups were asked: 8 tokens" in note for note in short.notes)
 
