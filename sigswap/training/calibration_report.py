@@ -63,7 +63,7 @@ class CalibrationReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Draws the heads as heat maps, layers by heads, into a .png, .svg or .pdf, or with the table into an .html.
 
-        Raises as :func:`check_picture` does.
+        Raises ArgumentError for another suffix or a directory that is not there, and SigswapError without matplotlib.
         """
         path = Path(path)
         check_picture(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -82,6 +82,7 @@ def compare_models(
     notes = []
     if original is None:
         notes.append("The original is this model with the swap switched off: its base weights are the converted one's.")
+    calls: Iterable[Inputs]
     if batches is None:
         calls, made = own_batches(model, seed=seed)
         notes.append(f"Without data: compared on {made}. Batches of real inputs say more.")
@@ -152,7 +153,8 @@ class _Pair:
         """Both on one batch. Raises CalibrationError if one fails, or they give outputs of different shapes."""
         with self.softmax(), outputs_of(self.original, self.paths) as theirs:
             truth = call_model(self.original, call, index)
-        with observed(list(self.states.values()), self.observer), outputs_of(self.model, self.paths) as ours:
+        observer: Any = self.observer
+        with observed(list(self.states.values()), observer), outputs_of(self.model, self.paths) as ours:
             output = call_model(self.model, call, index)
         y, t = main_output(output), main_output(truth)
         if y is None or t is None:
@@ -205,7 +207,7 @@ class _LanguageSums:
         for row in range(len(ids)):
             before = visible[row].cumsum(0)[:-1]
             asked = (visible[row, :-1] & visible[row, 1:]).nonzero().flatten()
-            for part in asked.split(CHUNK):
+            for part in torch.split(asked, CHUNK):
                 self._add(y[row, part], t[row, part], ids[row, part + 1].long(), before[part].cpu())
 
     def _add(self, y: Tensor, t: Tensor, following: Tensor, before: Tensor) -> None:
@@ -262,7 +264,7 @@ class _ClassSums:
             self.labelled += int(known.sum())
             for index, x in enumerate((t, y)):
                 self.right[index] += int((x.argmax(-1) == labels)[known].sum())
-        for a, b in zip(y[chosen].split(CHUNK), t[chosen].split(CHUNK), strict=True):
+        for a, b in zip(torch.split(y[chosen], CHUNK), torch.split(t[chosen], CHUNK), strict=True):
             new, old = (x.float().log_softmax(-1) for x in (a, b))
             self.divergence += float((old.exp() * (old - new)).sum(-1).double().sum())
             self.agreed += float((new.argmax(-1) == old.argmax(-1)).sum())
@@ -312,7 +314,7 @@ class _VectorSums:
         if len(truth) > 2 * NEIGHBOURS:
             kept = torch.cat([
                 (_nearest(ours, part).unsqueeze(-1) == _nearest(truth, part).unsqueeze(-2)).any(-1).double()
-                for part in torch.arange(len(truth)).split(CHUNK)
+                for part in torch.split(torch.arange(len(truth)), CHUNK)
             ])  # fmt: skip
             found.append(Measure(f"nearest {NEIGHBOURS} neighbours kept", "share", 1.0, float(kept.mean())))
         error = self.error / max(self.energy, 1e-300)
@@ -383,7 +385,7 @@ class _Asking:
     def _answered(self, model: nn.Module, probe: lookups.Probe) -> float:
         """The share of the asked tokens that are the most likely ones."""
         right = 0
-        for ids in probe.ids.split(max(1, self.most // probe.ids.shape[1])):
+        for ids in torch.split(probe.ids, max(1, self.most // probe.ids.shape[1])):
             guess = logits_at(model, self.language, ids, probe.asked - 1).argmax(-1).cpu()
             right += int((guess == ids[:, probe.asked]).sum())
         return right / (len(probe.ids) * len(probe.asked))
