@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ import torch.fx
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.labels import Axes, Label, Labels
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Call, Modifiers, Operand, Refused, Visible, broadcast, visible_of
+from sigswap.passes.match import Call, FirstToken, Modifiers, Operand, Refused, Visible, broadcast, visible_of
 from sigswap.passes.nodes import edited_by, memory_of
 from sigswap.passes.normalize import has_symbol, rename, same_in, source_of, tensor_of
 from sigswap.passes.ops import op_name, op_of, spelling_of
 from sigswap.passes.site import Lowered
 
 OP = torch.ops.sigswap.sigmoid_attention.default
+FIRST_TOKEN_BIAS = torch.ops.sigswap.first_token_bias.default
 # Calls that change what a call between them does.
 _GRADIENTS = frozenset({"_set_grad_enabled", "_enter_inference_mode"})
 _REGIONS = _GRADIENTS | {"_enter_autocast", "_exit_autocast"}
@@ -182,6 +183,7 @@ class Emission:
         found = self.asked.modifiers
         operands = [self.query, self.key, self.value, *found.terms]
         operands += [operand for operand, _ in found.query_factors + found.key_factors]
+        operands += [] if self.asked.first is None else self.asked.first.operands
         nodes = [operand.node for operand in operands] + [visible.term.node for visible in found.masks]
         order = {node: number for number, node in enumerate(self.output.node.graph.nodes)}
         read: dict[int | None, int] = {}
@@ -248,6 +250,11 @@ class Emission:
         scale = found.scale if cap is None else found.scale * cap
         words = [f"scale {scale:.4g}", *mask_words]
         words += [f"soft cap {cap:.4g}"] if cap is not None else []
+        const_bias, visible_bias = found.const_bias, call.visible_bias and padding is None
+        if call.first is not None:
+            bias = self._first_token_bias(call.first, q, k, bias, attn_mask, padding, scale, band, cap or 0.0)
+            const_bias, visible_bias = 0.0, False
+            words.append("first token")
         words += ["row bias"] if bias is not None else []
         words += [f"{self.labels.size(self.heads)} heads over {self.labels.size(shared[1])}"] if repeated else []
         words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
@@ -261,13 +268,58 @@ class Emission:
             seed,
             # The dimension may vary; then this is the number that the model would have worked out.
             scale=self._call(operator.pow, q.size(-1), -0.5) if call.scale_by_dim else scale,
-            const_bias=found.const_bias,
-            visible_bias=call.visible_bias and padding is None,
+            const_bias=const_bias,
+            visible_bias=visible_bias,
             **band,
             softcap=cap or 0.0,
             dropout_p=call.dropout_p,
         )
         return result, ", ".join(words)
+
+    def _first_token_bias(
+        self,
+        first: FirstToken,
+        q: torch.fx.Proxy,
+        k: torch.fx.Proxy,
+        bias: torch.fx.Proxy | None,
+        attn_mask: torch.fx.Proxy | None,
+        padding: torch.fx.Proxy | None,
+        scale: float,
+        band: Mapping[str, Any],
+        cap: float,
+    ) -> torch.fx.Proxy:
+        """The whole row bias. ``bias``, and a number in the modifiers, are added to the scores of each row.
+
+        What is added to a row's scores, the first one included, is taken off again by its bias: with t added to both,
+        t - logaddexp(s + t, r) is -logaddexp(s, r - t).
+        """
+        share = self._sum_of([first.share], q)
+        rest = None if first.rest is None else self._sum_of([first.rest], q)
+        added = self.asked.modifiers.const_bias
+        if added:
+            rest = share * 0.0 + added if rest is None else rest + added
+        if bias is not None:
+            rest = bias if rest is None else rest + bias
+        result = self._call(
+            FIRST_TOKEN_BIAS,
+            q,
+            k,
+            share,
+            rest,
+            attn_mask,
+            padding,
+            scale=scale,
+            const_bias=first.const_bias,
+            visible_bias=self.asked.visible_bias,
+            **band,
+            softcap=cap,
+        )
+        return result if first.offset is None else result + self._sum_of([first.offset], q)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether -ln(visible keys) is added to the rows as it is."""
+        return self.asked.visible_bias and self.asked.first is None
 
     def _masks(
         self, found: Modifiers, q: torch.fx.Proxy
@@ -315,7 +367,7 @@ class Emission:
             if written is None or not written[0].node < same_in(self.output.node, self.graph):
                 attn_mask, padding = self._attn_mask(terms, tensors, q), self._all_of(apart, q)
                 assert attn_mask is not None and padding is not None
-                counted = self._visible_bias(padding, attn_mask, left, right) if self.asked.visible_bias else None
+                counted = self._visible_bias(padding, attn_mask, left, right) if self._counts else None
                 written = self.written[key] = attn_mask, padding, counted
             attn_mask, padding, counted = written
             bias = counted if bias is None else bias if counted is None else bias + counted
@@ -416,7 +468,7 @@ class Emission:
         ]
         sizes = tuple(tuple(self.labels.size([label]) for label in group) for group in self.scores)
         lengths = len(terms), len(tensors)
-        return self.graph, *spelled, lengths, sizes, others, self.dtype, self.asked.visible_bias
+        return self.graph, *spelled, lengths, sizes, others, self.dtype, self._counts
 
     def _may_autocast(self) -> bool:
         """Whether autocast may be on where the op is called."""

@@ -74,6 +74,21 @@ class Modifiers:
         return self.cap is None and not self.terms and not self.masks and self.const_bias == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstToken:
+    """Arguments of ``sigswap::sigmoid_probs`` where the row bias knows the first visible key's score. ``offset``: what
+    is added to that bias."""
+
+    share: Operand
+    rest: Operand | None
+    offset: Operand | None
+    const_bias: float
+
+    @property
+    def operands(self) -> list[Operand]:
+        return [operand for operand in (self.share, self.rest, self.offset) if operand is not None]
+
+
 @dataclasses.dataclass
 class Call:
     """An attention as the op could compute it. ``path``: the nodes of the shadow that it would replace, in order."""
@@ -93,6 +108,7 @@ class Call:
     path: list[torch.fx.Node]
     seed: torch.fx.Node | None = None
     scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
+    first: FirstToken | None = None
 
 
 class Match:
@@ -113,7 +129,7 @@ class Match:
         found, axes = self._modifiers(axes)
         if self.labels.whole(axes[self.key_axis]) != self.labels.whole(self.keys):
             raise Refused("its sigmoid is not over the keys of the product")
-        visible_bias = self._row_bias(found, axes)
+        visible_bias, first = self._row_bias(found, axes)
         axes, dropout_p = self._probabilities(found, axes, visible_bias)
         value, output, value_dim = self._weighted(axes)
         return Call(
@@ -130,6 +146,7 @@ class Match:
             visible_bias,
             dropout_p,
             [*self.up, *self.down],
+            first=first,
         )
 
     def _check_uses(self) -> None:
@@ -323,17 +340,27 @@ class Match:
 
     # The probabilities.
 
-    def _row_bias(self, found: Modifiers, axes: Axes) -> bool:
-        """Adds the anchor's own bias to ``found``; whether it counts the visible keys."""
+    def _row_bias(self, found: Modifiers, axes: Axes) -> tuple[bool, FirstToken | None]:
+        """Adds the anchor's own bias to ``found``; whether it counts the visible keys, and whether it knows the first.
+
+        Where it does, ``found.const_bias`` is what is added to the scores alone.
+        """
         if op_name(self.anchor) == "sigmoid":
-            return False
+            return False, None
         if has_symbol(self.anchor):
             raise Refused("its bias depends on a size that varies")
-        bias = argument(self.anchor, 1, "bias", None)
+        bias, share, rest = (
+            None if node is None else broadcast(node, axes)
+            for node in (argument(self.anchor, i, name, None) for i, name in ((1, "bias"), (5, "share"), (6, "rest")))
+        )
+        visible_bias = argument(self.anchor, 3, "visible_bias", True)
+        const_bias = argument(self.anchor, 4, "const_bias", 0.0)
+        if share is not None:
+            return visible_bias, FirstToken(share, rest, bias, const_bias)
         if bias is not None:
-            found.terms.append(broadcast(bias, axes))
-        found.const_bias += argument(self.anchor, 4, "const_bias", 0.0)
-        return argument(self.anchor, 3, "visible_bias", True)
+            found.terms.append(bias)
+        found.const_bias += const_bias
+        return visible_bias, None
 
     def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
         """The axes of the probabilities where they meet the value, and their dropout."""

@@ -72,7 +72,7 @@ class SwapMode(TorchFunctionMode):
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
-        return softmax(*args, **kwargs, bias=bias, visible_bias=site.visible_bias, const_bias=site.const_bias)
+        return softmax(*args, **kwargs, **bias)
 
     def _sdpa(
         self,
@@ -84,16 +84,7 @@ class SwapMode(TorchFunctionMode):
         **kwargs: Any,
     ) -> Tensor:
         query, key = site.normalized(query, key)
-        return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            *args,
-            **kwargs,
-            bias=site.sdpa_bias(query),
-            visible_bias=site.visible_bias,
-            const_bias=site.const_bias,
-        )
+        return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query))
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(site.attention, *args, **kwargs)

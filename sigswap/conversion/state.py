@@ -10,9 +10,9 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
 from sigswap.errors import ConfigError, Hint, UnknownCallError
+from sigswap.functional.attention import FirstToken
 from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
 
 _ANOTHER_PATH = "this input takes another path through its code."
@@ -241,15 +242,28 @@ class OwnerState(nn.Module):
         return f"sites={len(self.plan.sites)}{scale}"
 
 
-class SiteState(nn.Module):
-    """The bias of one site, ``b = const_bias - [ln n_i] + c_h + w_h . q_i``, and its QK-norm.
+class RowBias(TypedDict):
+    """The row bias of one call, as the stand-ins take it."""
 
-    Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``query_norm.weight`` and
-    ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for it.
+    bias: Tensor | None
+    visible_bias: bool
+    const_bias: float
+    first_token: FirstToken | None
+
+
+class SiteState(nn.Module):
+    """The bias of one site, ``b = b0 + c_h + w_h . q_i`` with ``b0 = const_bias - [ln n_i]``, and its QK-norm.
+
+    With ``first_token`` it is ``b = d_h - logaddexp(s_if, -(a_h b0 + c_h + w_h . q_i))``.
+    Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``length_share`` a_h and ``offset`` d_h
+    [heads], ``query_norm.weight`` and ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for
+    it.
     """
 
     bias: nn.Parameter | None
     query_weight: nn.Parameter | None
+    length_share: nn.Parameter | None
+    offset: nn.Parameter | None
 
     def __init__(
         self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
@@ -258,6 +272,10 @@ class SiteState(nn.Module):
         self.plan = plan
         self.visible_bias, self.const_bias = bias_terms(config)
         self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
+        self.length_share = self.offset = None
+        if config.first_token:
+            self.length_share = nn.Parameter(torch.ones(plan.heads, dtype=dtype, device=device))
+            self.offset = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device))
         self.acts_on_product = config.query_bias or config.qk_norm is not None
         self.query_weight = None
         self.query_norm: HeadNorm | None = None
@@ -286,23 +304,40 @@ class SiteState(nn.Module):
             self.query_norm = HeadNorm(config.qk_norm, plan.heads, plan.head_dim, dtype, device)
             self.key_norm = HeadNorm(config.qk_norm, plan.key_heads, plan.head_dim, dtype, device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles from before first_token lack its two.
+        super().__setstate__(state)
+        for name in ("length_share", "offset"):
+            if name not in self._parameters:
+                vars(self).setdefault(name, None)
+
     @property
     def product(self) -> ProductPlan:
         """The product of a site that computes its own scores, and of which it is known."""
         assert self.plan.product is not None, f"{self.plan.kind} has no product"
         return self.plan.product
 
-    def sdpa_bias(self, query: Tensor) -> Tensor | None:
-        """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""
-        head_axis = self.plan.sdpa_head_axis
-        bias = None
-        if self.bias is not None:
-            bias = head_axis.spread(self.bias, query, unmerged="pack")
-        if self.query_weight is not None:
-            weight = head_axis.spread(self.query_weight, query, dim_axis=-1, unmerged="pack")
+    def sdpa_bias(self, query: Tensor) -> RowBias:
+        """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""
+
+        def spread(values: Tensor | None, dim_axis: int | None = None) -> Tensor | None:
+            if values is None:
+                return None
+            return self.plan.sdpa_head_axis.spread(values, query, dim_axis=dim_axis, unmerged="pack")
+
+        weight, projected = spread(self.query_weight, -1), None
+        if weight is not None:
             projected = (query * weight).sum(-1, keepdim=True)
-            bias = projected if bias is None else bias + projected
-        return bias
+        return self._row_bias(spread, projected)
+
+    def _row_bias(self, spread: Callable[[Tensor | None], Tensor | None], projected: Tensor | None) -> RowBias:
+        """``spread``: shapes a value per head to broadcast over the scores. ``projected``: w_h . q_i, so shaped."""
+        bias = spread(self.bias)
+        bias = projected if bias is None else bias if projected is None else bias + projected
+        share, first = spread(self.length_share), None
+        if share is not None:
+            bias, first = spread(self.offset), FirstToken(share, bias)
+        return RowBias(bias=bias, visible_bias=self.visible_bias, const_bias=self.const_bias, first_token=first)
 
     def normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
@@ -316,22 +351,19 @@ class SiteState(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
         query, key = self.normalized(query, key)
-        bias = self.sdpa_bias(query)
-        return sigmoid_heads(
-            query, key, value, **arguments, bias=bias, visible_bias=self.visible_bias, const_bias=self.const_bias
-        )
+        return sigmoid_heads(query, key, value, **arguments, **self.sdpa_bias(query))
 
-    def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:
-        """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
-        bias = None
-        if self.bias is not None:
-            bias = self.plan.head_axis.spread(self.bias, scores)
+    def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> RowBias:
+        """The bias of the rows of ``scores``, with size 1 at ``key_axis``. ``query_bias``: w_h . q_i, if there is."""
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1
             query_bias = query_bias.reshape(rows)
-            bias = query_bias if bias is None else bias + query_bias
-        return bias
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            return None if values is None else self.plan.head_axis.spread(values, scores)
+
+        return self._row_bias(spread, query_bias)
 
     def transformed_factors(
         self, query: Tensor, key: Tensor, plan: ProductPlan
@@ -348,7 +380,8 @@ class SiteState(nn.Module):
 
     def extra_repr(self) -> str:
         bias = "-ln(visible keys)" if self.visible_bias else f"{self.const_bias:.4g}"
-        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}"
+        first = "" if self.length_share is None else ", first token"
+        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}{first}"
 
 
 class HeadNorm(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sigswap.functional.attention import attend, probabilities
+from sigswap.functional.attention import FirstToken, attend, probabilities
 
 
 def softmax(
@@ -18,6 +18,7 @@ def softmax(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (third argument: dtype), with sigmoid.
 
@@ -27,7 +28,15 @@ def softmax(
         dtype = _stacklevel
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
-    result = probabilities(input, dim, bias=bias, visible_bias=visible_bias, const_bias=const_bias, dtype=dtype)
+    result = probabilities(
+        input,
+        dim,
+        bias=bias,
+        visible_bias=visible_bias,
+        const_bias=const_bias,
+        dtype=dtype,
+        first_token=first_token,
+    )
     return result if out is None else out.copy_(result)
 
 
@@ -44,6 +53,7 @@ def scaled_dot_product_attention(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
     return attend(
@@ -60,4 +70,5 @@ def scaled_dot_product_attention(
         softcap=None,
         window=None,
         enable_gqa=enable_gqa,
+        first_token=first_token,
     )
