@@ -149,7 +149,8 @@ def _followed_heads(steps: Sequence[Step], layout: HeadLayout) -> HeadLayout | N
     """``layout`` at the input of the first of ``steps``, followed to the last; None: its axis ends."""
     found: HeadLayout | None = layout
     for node, source in steps:
-        if found is None or found.axis is None:
+        before = None if found is None else found.axis
+        if found is None or before is None:
             return found
         op = op_of(node)
         if op.reshapes:
@@ -157,10 +158,10 @@ def _followed_heads(steps: Sequence[Step], layout: HeadLayout) -> HeadLayout | N
         elif not op.norm:
             if op.name in ("getitem", "amax", "mean"):
                 origins = [_source_of(node, axis) for axis in range(rank_of(node))]
-                axis = next((new for new, old in enumerate(origins) if old is not None and old[1] == found.axis), None)
+                axis = next((new for new, old in enumerate(origins) if old is not None and old[1] == before), None)
             else:
                 axes = axis_map(node, source)
-                axis = None if axes is None else axes[found.axis]
+                axis = None if axes is None else axes[before]
             found = None if axis is None else found.at(axis)
     return found
 

@@ -23,7 +23,7 @@ from sigswap.passes.emit import OP, Emission
 from sigswap.passes.find import data_dependent, score_site
 from sigswap.passes.masks import Masks
 from sigswap.passes.match import Match, Refused, match_call
-from sigswap.passes.nodes import argument, rank_of
+from sigswap.passes.nodes import number_argument, rank_of
 from sigswap.passes.normalize import graph_modules, normalize, source_of
 from sigswap.passes.ops import op_name
 from sigswap.passes.site import LeftAlone, Lowered
@@ -88,7 +88,7 @@ def _lower_scores(
 ) -> Lowered | LeftAlone:
     """Lowers the attention whose probabilities ``anchor`` makes from scores, and adds its nodes to ``replaced``."""
     rank = rank_of(anchor)
-    axes = [argument(anchor, 2, "dim", -1) % rank] if anchor.target is _PROBS else [rank - 1, rank - 2]
+    axes = [int(number_argument(anchor, 2, "dim", -1)) % rank] if anchor.target is _PROBS else [rank - 1, rank - 2]
     sites = [score_site(anchor, axis, data) for axis in axes]
     site = next((site for site in sites if not isinstance(site, LeftAlone)), None)
     if site is None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from torch.fx.node import Argument
 
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.axes import axis_map
@@ -33,7 +34,7 @@ from sigswap.passes.nodes import (
     tensor_input,
 )
 from sigswap.passes.normalize import has_symbol, is_symbolic, source_of
-from sigswap.passes.ops import AxisMap, Op, op_name, op_of
+from sigswap.passes.ops import Op, op_name, op_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Masks:
             return _terms_where(found, lambda value: value == 0)
         return None
 
-    def constant(self, value: Any) -> float | None:
+    def constant(self, value: Argument) -> float | None:
         """A number, or a tensor of one number."""
         if isinstance(value, torch.fx.Node):
             found = self.known(value)
@@ -160,7 +161,7 @@ class Masks:
 
     # Each of these gives what is known of ``node``, from what is known of its arguments.
 
-    def _value(self, value: Any, node: torch.fx.Node) -> Known:
+    def _value(self, value: Argument, node: torch.fx.Node) -> Known:
         """Of an argument of ``node``, on ``node``'s axes."""
         if isinstance(value, int | float | bool):
             return Constant(float(value))
@@ -171,7 +172,7 @@ class Masks:
             return None
         return _moved(self.known(value), [axis + shift for axis in range(len(before))], rank_of(node))
 
-    def _condition(self, value: Any, node: torch.fx.Node) -> Mask | None:
+    def _condition(self, value: Argument, node: torch.fx.Node) -> Mask | None:
         """Of a boolean argument of ``node``: what is known, or the tensor itself, unless that is edited."""
         if not isinstance(value, torch.fx.Node) or dtype_of(value) != torch.bool or memory_of(value) in self.edited:
             return None
@@ -245,7 +246,7 @@ class Masks:
         offset = first.offset - second.offset - (name in ("gt", "lt"))
         return Mask((dataclasses.replace(_itself(node), half=Affine(steps, offset)),))
 
-    def _both(self, node: torch.fx.Node, *sources: Any) -> Known:
+    def _both(self, node: torch.fx.Node, *sources: Argument) -> Known:
         terms: list[Term] = []
         for source in sources:
             part = self._condition(source, node)
@@ -259,7 +260,7 @@ class Masks:
         part = self._condition(source, node)
         return None if part is None else dataclasses.replace(part, true=1 - part.true, false=1 - part.false)
 
-    def _where(self, node: torch.fx.Node, condition: Any, true: Any, false: Any) -> Known:
+    def _where(self, node: torch.fx.Node, condition: Argument, true: Argument, false: Argument) -> Known:
         """Of masked_fill, too, whose order it is."""
         held = self._condition(condition, node)
         first, second = self._value(true, node), self._value(false, node)
@@ -273,9 +274,9 @@ class Masks:
         # A mask, masked again.
         if isinstance(first, Mask) and isinstance(second, Constant) and second.value == first.false:
             return dataclasses.replace(first, terms=(*held.terms, *first.terms))
-        again = isinstance(second, Mask) and isinstance(first, Constant) and first.value == second.false
-        if again and len(held.terms) == 1:
-            return dataclasses.replace(second, terms=(_opposite(held.terms[0]), *second.terms))
+        if len(held.terms) == 1 and isinstance(second, Mask) and isinstance(first, Constant):
+            again = dataclasses.replace(second, terms=(_opposite(held.terms[0]), *second.terms))
+            return again if first.value == second.false else None
         return None
 
     def _triangle(self, node: torch.fx.Node, name: str) -> Known:
@@ -308,11 +309,13 @@ class Masks:
                 return None
         return Constant(float(known.steps[axis]))
 
-    def _indexed(self, node: torch.fx.Node, source: torch.fx.Node, indices: Any) -> Known:
+    def _indexed(self, node: torch.fx.Node, source: torch.fx.Node, indices: Argument) -> Known:
         known = self.known(source)
         if isinstance(known, Constant):
             return known
-        if not isinstance(known, Affine) or len(indices) != len(known.steps) or has_symbol(node):
+        if not isinstance(known, Affine) or not isinstance(indices, Sequence) or has_symbol(node):
+            return None
+        if len(indices) != len(known.steps):
             return None
         steps, offset = [0] * rank_of(node), known.offset
         for step, index in zip(known.steps, indices, strict=True):
@@ -344,7 +347,7 @@ def _terms_where(mask: Mask, holds: Callable[[float], bool]) -> tuple[Term, ...]
     return () if true and false else None
 
 
-def _moved(known: Known, axes: AxisMap, rank: int) -> Known:
+def _moved(known: Known, axes: Sequence[int | None], rank: int) -> Known:
     """``known`` of a tensor whose axes are those ``axes`` of another, broadcast or viewed."""
     if isinstance(known, Affine):
         steps = [0] * rank

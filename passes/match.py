@@ -8,15 +8,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch.fx
+from torch.fx.node import Argument
 
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.labels import Axes, Label, Labels, contraction
 from sigswap.passes.masks import Masks, Term
-from sigswap.passes.nodes import argument, dtype_of, is_edit, is_floating, shape_of
+from sigswap.passes.nodes import (
+    argument,
+    dtype_of,
+    input_at,
+    is_edit,
+    is_floating,
+    number_argument,
+    shape_of,
+    tensor_input,
+)
 from sigswap.passes.normalize import has_symbol, source_of, tensor_of
 from sigswap.passes.ops import op_name, op_of, spelling_of
 from sigswap.passes.site import AttentionSite
@@ -46,14 +55,29 @@ class Visible:
     own: Axes
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstToken:
+    """Arguments of ``sigswap::sigmoid_probs`` where the row bias knows the first visible key's score. ``offset``: what
+    is added to that bias; ``const_bias``: the number in it."""
+
+    share: Operand
+    rest: Operand | None
+    offset: Operand | None
+    const_bias: float
+
+    @property
+    def operands(self) -> list[Operand]:
+        return [operand for operand in (self.share, self.rest, self.offset) if operand is not None]
+
+
 @dataclasses.dataclass
 class Modifiers:
     """What stands between the product of query and key and the probabilities::
 
         cap * tanh(scale * query_factors * key_factors * q.k) + const_bias + sum(terms), masked
 
-    without a ``cap``: scale * ..., no tanh. ``left`` and ``right``: a window, as the op has it; a causal mask is one
-    with nothing to the right (0).
+    without a ``cap``: scale * ..., no tanh. ``row_cap``: of the probabilities, as the op has it (0: none). ``left``
+    and ``right``: a window, as the op has it; a causal mask is one with nothing to the right (0).
     """
 
     scale: float = 1.0
@@ -67,26 +91,13 @@ class Modifiers:
     clamped: bool = False
     left: int = -1
     right: int = -1
+    row_cap: float = 0.0
+    first: FirstToken | None = None  # then neither const_bias nor the terms hold the anchor's own bias
 
     @property
     def is_bare(self) -> bool:
         """Whether nothing but scaling came yet."""
         return self.cap is None and not self.terms and not self.masks and self.const_bias == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstToken:
-    """Arguments of ``sigswap::sigmoid_probs`` where the row bias knows the first visible key's score. ``offset``: what
-    is added to that bias."""
-
-    share: Operand
-    rest: Operand | None
-    offset: Operand | None
-    const_bias: float
-
-    @property
-    def operands(self) -> list[Operand]:
-        return [operand for operand in (self.share, self.rest, self.offset) if operand is not None]
 
 
 @dataclasses.dataclass
@@ -108,7 +119,6 @@ class Call:
     path: list[torch.fx.Node]
     seed: torch.fx.Node | None = None
     scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
-    first: FirstToken | None = None
 
 
 class Match:
@@ -129,7 +139,7 @@ class Match:
         found, axes = self._modifiers(axes)
         if self.labels.whole(axes[self.key_axis]) != self.labels.whole(self.keys):
             raise Refused("its sigmoid is not over the keys of the product")
-        visible_bias, first = self._row_bias(found, axes)
+        visible_bias = self._row_bias(found, axes)
         axes, dropout_p = self._probabilities(found, axes, visible_bias)
         value, output, value_dim = self._weighted(axes)
         return Call(
@@ -146,7 +156,6 @@ class Match:
             visible_bias,
             dropout_p,
             [*self.up, *self.down],
-            first=first,
         )
 
     def _check_uses(self) -> None:
@@ -170,7 +179,7 @@ class Match:
             raise Refused("its scores are a product of a form that is not lowered (a sum, or a layer with a bias)")
         left, right = product.left, product.right
         names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
-        sizes: dict[Any, int] = {}
+        sizes: dict[Hashable, int] = {}
         for node, names in ((left, names_left), (right, names_right)):
             for name, size in zip(names, shape_of(node) or (), strict=True):
                 sizes[name] = max(sizes.get(name, 1), size)
@@ -187,7 +196,7 @@ class Match:
             raise Refused("its product of query and key contracts several axes, or has no axis of queries")
         self.rows, self.keys, self.head_dim = by_name[rows[-1]], by_name[key_name], by_name[contracted[0]]
 
-        def operand(node: torch.fx.Node, names: Sequence[Any]) -> Operand:
+        def operand(node: torch.fx.Node, names: Sequence[Hashable]) -> Operand:
             shape = shape_of(node) or ()
             return Operand(node, tuple(() if n == 1 else by_name[name] for name, n in zip(names, shape, strict=True)))
 
@@ -198,10 +207,10 @@ class Match:
         if op_name(self.product) == "baddbmm":
             if has_symbol(self.product):
                 raise Refused("its scores are scaled by a number that depends on a size that varies")
-            found.scale = float(self.product.kwargs.get("alpha", 1))
-            beta = float(self.product.kwargs.get("beta", 1))
+            found.scale = number_argument(self.product, None, "alpha", 1.0)
+            beta = number_argument(self.product, None, "beta", 1.0)
             if beta:
-                found.terms.append(broadcast(self.product.args[0], axes, beta))
+                found.terms.append(broadcast(tensor_input(self.product), axes, beta))
         for source, node in zip(self.up, self.up[1:], strict=False):
             if node is self.anchor:
                 break
@@ -245,17 +254,17 @@ class Match:
                 raise Refused("its soft cap comes after masks, a bias or a clamp")
             found.cap = 1.0
         elif name == "masked_fill":
-            self._mask(found, args[1], args[2], axes, inverted=True)
+            self._mask(found, tensor_input(node, 1), args[2], axes, inverted=True)
         elif name == "where":
             inverted = args[2] is source
-            self._mask(found, args[0], args[1] if inverted else args[2], axes, inverted)
+            self._mask(found, tensor_input(node), args[1] if inverted else args[2], axes, inverted)
         elif name in ("clamp", "clamp_min", "clamp_max", "maximum", "minimum"):
             self._clamp(node, source)
             found.clamped = True
         else:
             raise Refused(f"its scores pass through {spelling_of(node)}")
 
-    def _scale(self, found: Modifiers, other: Any, axes: Axes, divides: bool) -> None:
+    def _scale(self, found: Modifiers, other: Argument, axes: Axes, divides: bool) -> None:
         if found.clamped:
             raise Refused("its scores are clamped and then scaled")
         number = self.masks.constant(other)
@@ -306,7 +315,7 @@ class Match:
         else:
             raise Refused("a number that is not known is added to its scores")
 
-    def _mask(self, found: Modifiers, condition: Any, fill: Any, axes: Axes, inverted: bool) -> None:
+    def _mask(self, found: Modifiers, condition: torch.fx.Node, fill: Argument, axes: Axes, inverted: bool) -> None:
         """``inverted``: masked where the condition is True."""
         number = self.masks.constant(fill)
         if number is None or not number <= MASKED_SCORE:
@@ -323,12 +332,12 @@ class Match:
     def _clamp(self, node: torch.fx.Node, source: torch.fx.Node) -> None:
         """Bounds that a sigmoid does not feel: masked scores stay masked, and from 5000 on it is 1."""
         name = op_name(node)
+        bounds: list[tuple[Argument, Argument]]
         if name in ("maximum", "minimum"):
             bound = node.args[1] if node.args[0] is source else node.args[0]
             bounds = [(bound, None) if name == "maximum" else (None, bound)]
         elif name == "clamp":
-            low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
-            bounds = [(low, node.args[2] if len(node.args) > 2 else node.kwargs.get("max"))]
+            bounds = [(argument(node, 1, "min"), argument(node, 2, "max"))]
         else:
             bounds = [(node.args[1], None) if name == "clamp_min" else (None, node.args[1])]
         for low, high in bounds:
@@ -340,27 +349,22 @@ class Match:
 
     # The probabilities.
 
-    def _row_bias(self, found: Modifiers, axes: Axes) -> tuple[bool, FirstToken | None]:
-        """Adds the anchor's own bias to ``found``; whether it counts the visible keys, and whether it knows the first.
-
-        Where it does, ``found.const_bias`` is what is added to the scores alone.
-        """
+    def _row_bias(self, found: Modifiers, axes: Axes) -> bool:
+        """Adds the anchor's own bias and row cap to ``found``; whether it counts the visible keys."""
         if op_name(self.anchor) == "sigmoid":
-            return False, None
+            return False
         if has_symbol(self.anchor):
             raise Refused("its bias depends on a size that varies")
-        bias, share, rest = (
-            None if node is None else broadcast(node, axes)
-            for node in (argument(self.anchor, i, name, None) for i, name in ((1, "bias"), (5, "share"), (6, "rest")))
-        )
-        visible_bias = argument(self.anchor, 3, "visible_bias", True)
-        const_bias = argument(self.anchor, 4, "const_bias", 0.0)
+        arguments = (argument(self.anchor, i, name) for i, name in ((1, "bias"), (6, "share"), (7, "rest")))
+        bias, share, rest = (broadcast(x, axes) if isinstance(x, torch.fx.Node) else None for x in arguments)
+        const_bias = number_argument(self.anchor, 4, "const_bias", 0.0)
         if share is not None:
-            return visible_bias, FirstToken(share, rest, bias, const_bias)
-        if bias is not None:
-            found.terms.append(bias)
-        found.const_bias += const_bias
-        return visible_bias, None
+            found.first = FirstToken(share, rest, bias, const_bias)
+        else:
+            found.terms += [] if bias is None else [bias]
+            found.const_bias += const_bias
+        found.row_cap = number_argument(self.anchor, 5, "row_cap", 0.0)
+        return bool(argument(self.anchor, 3, "visible_bias", True))
 
     def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
         """The axes of the probabilities where they meet the value, and their dropout."""
@@ -377,20 +381,22 @@ class Match:
             if has_symbol(node):
                 raise Refused(f"its probabilities pass through {spelling_of(node)} {_VARYING}")
             if op.name == "dropout":
-                if args[2] and args[1] > 0:
+                if args[2] and (p := number_argument(node, 1, "p", 0.5)) > 0:
                     if dropout_p:
                         raise Refused("its probabilities pass through two dropouts")
-                    dropout_p = float(args[1])
+                    dropout_p = p
                 continue
-            hides = op.name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
+            # What is hidden now was counted by a visible bias, and is in the sum of a row with a cap.
+            counted = visible_bias or found.row_cap > 0 or found.first is not None
+            hides = op.name in ("masked_fill", "where") and not counted and dropout_p == 0
             fill = (
                 self.masks.constant(args[2] if op.name == "masked_fill" or args[1] is source else args[1])
                 if hides
                 else None
             )
-            if fill == 0:  # after the sigmoid: a mask, too, if the bias does not count it
-                condition, inverted = (args[1], True) if op.name == "masked_fill" else (args[0], args[2] is source)
-                self._conditions(found, condition, axes, inverted)
+            if fill == 0:  # after the sigmoid: a mask, too
+                filled = op.name == "masked_fill"
+                self._conditions(found, tensor_input(node, int(filled)), axes, filled or args[2] is source)
                 continue
             raise Refused(f"its probabilities pass through {spelling_of(node)}")
         return axes, dropout_p
@@ -433,20 +439,23 @@ class Match:
 
 def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     """A call of the op that is in the graph. Raises Refused."""
-    options = node.kwargs
-    tensors = [*node.args, *[None] * 6][:6]
-    shapes = [shape_of(tensor) for tensor in tensors[:3]]
-    if options.get("bottom_right") or None in shapes:
+    query, key, value = (tensor_input(node, position) for position in range(3))
+    shapes = [shape for tensor in (query, key, value) if (shape := shape_of(tensor)) is not None]
+    if node.kwargs.get("bottom_right") or len(shapes) < 3:
         raise Refused("its band is aligned with the last key")
+
+    def number(name: str, default: float | None = None) -> float:
+        return number_argument(node, None, name, default)
+
     source = source_of(node)
     if source is None or has_symbol(node):
         raise Refused("a number among its arguments depends on a size that varies")
     # scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     given = tensor_of(source.all_input_nodes[0])
     by_dim = source.target is not node.target and given is not None and not isinstance(given.shape[-1], int)
-    if by_dim and (argument(source, 6, "scale", None) is not None or options.get("softcap")):
+    if by_dim and (argument(source, 6, "scale") is not None or number("softcap", 0.0)):
         by_dim = False
-    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes  # type: ignore[misc]
+    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes
     labels = Labels()
 
     def new(size: int) -> tuple[Label, ...]:
@@ -456,14 +465,13 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     shared = new(kv_heads)
     whole = (*shared, *new(heads // kv_heads))
     found = Modifiers()
-    found.cap = options.get("softcap") or None
-    found.scale = options["scale"] / (found.cap or 1.0)
-    found.const_bias = options.get("const_bias", 0.0)
-    found.left, found.right = options.get("window_left", -1), options.get("window_right", -1)
-    if options.get("is_causal"):
-        found.right = 0
+    found.cap = number("softcap", 0.0) or None
+    found.scale = number("scale") / (found.cap or 1.0)
+    found.const_bias, found.row_cap = number("const_bias", 0.0), number("row_cap", 0.0)
+    found.left = int(number("window_left", -1))
+    found.right = 0 if node.kwargs.get("is_causal") else int(number("window_right", -1))
     axes = (outer, whole, rows, keys)
-    bias, attn_mask = tensors[3:5]
+    bias, attn_mask = input_at(node, 3), input_at(node, 4)
     if bias is not None:
         found.terms.append(broadcast(bias, axes))
     if attn_mask is not None and dtype_of(attn_mask) == torch.bool:
@@ -473,19 +481,19 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
         found.terms.append(broadcast(attn_mask, axes))
     return Call(
         labels,
-        Operand(tensors[0], (outer, whole, rows, dim)),
-        Operand(tensors[1], (outer, shared, keys, dim)),
-        Operand(tensors[2], (outer, shared, keys, own)),
+        Operand(query, (outer, whole, rows, dim)),
+        Operand(key, (outer, shared, keys, dim)),
+        Operand(value, (outer, shared, keys, own)),
         Operand(node, (outer, whole, rows, own)),
         rows,
         keys,
         dim,
         own,
         found,
-        options.get("visible_bias", True),
-        options.get("dropout_p", 0.0),
+        bool(node.kwargs.get("visible_bias", True)),
+        number("dropout_p", 0.0),
         [node],
-        tensors[5],
+        input_at(node, 5),
         by_dim,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx.node import Argument
 
 
 def tensor_at(node: torch.fx.Node) -> torch.Tensor | None:
@@ -59,9 +60,11 @@ def static_int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def argument(node: torch.fx.Node, position: int, name: str = "", default: Any = None) -> Any:
-    """An argument of the node, given by its position or by its name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def argument(node: torch.fx.Node, position: int | None, name: str = "", default: Argument = None) -> Argument:
+    """An argument of the node, given by its position (None: it has none) or by its name."""
+    if position is not None and len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
 
 
 def int_argument(node: torch.fx.Node, position: int, name: str = "dim", default: int | None = None) -> int | None:
@@ -69,12 +72,19 @@ def int_argument(node: torch.fx.Node, position: int, name: str = "dim", default:
     return static_int(argument(node, position, name, default))
 
 
+def number_argument(node: torch.fx.Node, position: int | None, name: str, default: float | None = None) -> float:
+    """An argument of an op that is always a number. Raises TypeError if it is none."""
+    value = argument(node, position, name, default)
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} of {node.format_node()} is not a number")
+    return value
+
+
 def axes_argument(node: torch.fx.Node, position: int, rank: int, name: str = "dim") -> tuple[int, ...] | None:
     """An argument that is one axis or several of a tensor of ``rank`` axes, counted from 0; None: not given."""
     value = argument(node, position, name)
-    if value is None:
-        return None
-    return tuple(axis % rank for axis in ([value] if isinstance(value, int) else value))
+    axes = [value] if isinstance(value, int) else value if isinstance(value, Sequence) else []
+    return tuple(axis % rank for axis in axes if isinstance(axis, int)) or None
 
 
 def input_at(node: torch.fx.Node, position: int = 0) -> torch.fx.Node | None:

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
+from sigswap.passes.nodes import input_at
 from sigswap.passes.products import PARAMETER
 
 _SOURCE = "sigswap_source"
@@ -82,7 +83,9 @@ def _renew(graph: torch.fx.Graph, source: torch.fx.Node, values: Mapping[torch.f
     operands = [node for node in source.all_input_nodes if node in values]
     numbers = {node: _concrete(node.meta.get("example_value")) for node in source.all_input_nodes if node not in values}
     results = [node for node in old if source in node.meta.get(_SAME, ())]
-    if results != old[-1:] or not operands or not all(isinstance(number, int | float) for number in numbers.values()):
+    function = source.target
+    known_numbers = all(isinstance(number, int | float) for number in numbers.values())
+    if results != old[-1:] or not operands or not known_numbers or not callable(function):
         return False  # it ran more than once, or is no function of tensors
     if not {values[node] for node in operands} <= {read for node in old for read in node.all_input_nodes}:
         return False  # an operand was edited in place before: it is the edit that is read
@@ -91,14 +94,14 @@ def _renew(graph: torch.fx.Graph, source: torch.fx.Node, values: Mapping[torch.f
     def call(*given: torch.Tensor) -> Any:
         known = {**numbers, **dict(zip(operands, given, strict=True))}
         with torch.fx.traceback.set_current_meta(source):
-            return source.target(*map_arg(source.args, known.get), **map_arg(source.kwargs, known.get))  # type: ignore[operator, arg-type]
+            return function(*map_arg(source.args, known.get), **map_arg(source.kwargs, known.get))
 
     try:
         traced = _trace(call, tensors, tensors[0].fake_mode).graph
     except Exception:  # who makes a new shadow will say why
         return False
-    output = traced.output_node().args[0]
-    if any(node.op == "get_attr" for node in traced.nodes) or getattr(output, "op", "") != "call_function":
+    output = input_at(traced.output_node())
+    if any(node.op == "get_attr" for node in traced.nodes) or output is None or output.op != "call_function":
         return False
     before, after = result.meta["val"], output.meta["val"]
     if (before.dtype, before.shape, before.stride()) != (after.dtype, after.shape, after.stride()):
@@ -185,6 +188,7 @@ class _Stamping(torch.fx.Interpreter):
         else:
             result = super().run_node(n)
         proxy_mode = get_proxy_mode()
+        assert proxy_mode is not None
         root = proxy_mode.tracer.graph._root
         node = root.prev
         while node is not root and node.op != "placeholder" and _SOURCE not in node.meta:
@@ -205,5 +209,6 @@ def _checkpointed(node: torch.fx.Node, module: torch.nn.Module) -> torch.fx.Grap
     """The body of an activation checkpoint, if ``node`` is one."""
     if node.op != "call_function" or node.target is not torch.ops.higher_order.tag_activation_checkpoint:
         return None
-    body = node.args[0]
-    return getattr(module, body.target) if isinstance(body, torch.fx.Node) and body.op == "get_attr" else None
+    body = input_at(node)
+    found = None if body is None or body.op != "get_attr" else getattr(module, str(body.target))
+    return found if isinstance(found, torch.fx.GraphModule) else None

@@ -29,16 +29,16 @@ def swap(
     graph_module: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
     stand_ins: Mapping[Any, Callable[..., Any]],
-    bias: Mapping[str, Any],
+    terms: Mapping[str, Any],
     keep: str | None = None,
 ) -> SwapResult:
     """Replaces every attention softmax in ``graph_module`` (a Dynamo graph) and its checkpoint regions, in place.
 
     ``stand_ins`` maps a torch function, or the name of a Tensor method, to the function that takes its place: with the
-    same arguments and the keywords ``bias``. The graph is linted and recompiled. ``keep``: why nothing is to be
+    same arguments and the keywords ``terms``. The graph is linted and recompiled. ``keep``: why nothing is to be
     replaced; the sites are then among those left alone.
     """
-    whole = 0 if keep else _swap_whole(graph_module, stand_ins, bias)
+    whole = 0 if keep else _swap_whole(graph_module, stand_ins, terms)
     if not _may_have_site(graph_module):
         return SwapResult(whole, ())
     shadow = normalize(graph_module, example_inputs)
@@ -53,7 +53,7 @@ def swap(
         if source is None or source.target not in stand_ins:
             left.append(_unreachable(site))
             continue
-        _replace(source, stand_ins[source.target], bias)
+        _replace(source, stand_ins[source.target], terms)
         swapped.append(source)
     for module in graph_modules(graph_module):
         module.graph.lint()
@@ -79,23 +79,23 @@ def _may_have_site(graph_module: torch.fx.GraphModule) -> bool:
 
 
 def _swap_whole(
-    graph_module: torch.fx.GraphModule, stand_ins: Mapping[Any, Callable[..., Any]], bias: Mapping[str, Any]
+    graph_module: torch.fx.GraphModule, stand_ins: Mapping[Any, Callable[..., Any]], terms: Mapping[str, Any]
 ) -> int:
     """Functions of torch.nn that are attention by definition, and whose softmax no graph node stands for."""
     count = 0
     for module in graph_modules(graph_module):
         for node in list(module.graph.nodes):
             if node.op == "call_function" and node.target in _WHOLE_ATTENTIONS:
-                _replace(node, stand_ins[node.target], bias)
+                _replace(node, stand_ins[node.target], terms)
                 count += 1
     return count
 
 
-def _replace(node: torch.fx.Node, stand_in: Callable[..., Any], bias: Mapping[str, Any]) -> None:
+def _replace(node: torch.fx.Node, stand_in: Callable[..., Any], terms: Mapping[str, Any]) -> None:
     """Makes ``node`` a call of ``stand_in``; its place, users and metadata stay."""
     node.op = "call_function"
     node.target = stand_in
-    node.kwargs = {**node.kwargs, **bias}
+    node.kwargs = {**node.kwargs, **terms}
 
 
 def _unreachable(site: AttentionSite) -> LeftAlone:

@@ -14,7 +14,7 @@ from sigswap.compiling.explain import CompiledSite, CompileReport, explain
 from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.install import revert
-from sigswap.conversion.record import is_converted, report
+from sigswap.conversion.record import is_converted, report, set_row_cap
 from sigswap.conversion.softmax import softmax
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
@@ -55,6 +55,7 @@ __all__ = [
     "report",
     "revert",
     "save",
+    "set_row_cap",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sigswap.errors import ConfigError
 
-_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "first_token", "qk_norm", "layer_scale", "hybrid_norm")
+_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "first_token", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +29,17 @@ class SigmoidConfig:
         learn_bias: adds ``c_h``, one trainable number per head, 0 at first.
         query_bias: adds ``w_h . q_i``, one trainable vector [head_dim] per head, 0 at first.
         first_token: takes the score ``s_first`` of the first key that a row sees as it is, with scale, soft cap and
-            additive mask, so that ``b0``, ``c_h`` and ``w_h`` stand for the rest of the row. Adds ``a_h``, one trainable
-            number per head, 1 at first, and ``d_h``, likewise, 0 at first. For decoders: their first token gets much
-            of the attention. The first key is that of the row: beside padding the first that is no padding, in packed
-            sequences each one's own, and in a window that has moved on the oldest one in it.
+            additive mask, so that ``b0``, ``c_h`` and ``w_h`` stand for the rest of the row. Adds ``a_h``, one
+            trainable number per head, 1 at first, and ``d_h``, likewise, 0 at first. For decoders: their first token
+            gets much of the attention. The first key is that of the row: beside padding the first that is no padding,
+            in packed sequences each one's own, and in a window that has moved on the oldest one in it.
         qk_norm: ``"rms"`` or ``"layer"`` normalises query and key over head_dim, with trainable weights
             [heads, head_dim], before their product. ``None``: no norm.
         layer_scale: multiplies the attention module's output by a trainable vector [channels] that
             starts at this value (1.0 leaves a pretrained model as it is; the paper's is 1e-4).
         hybrid_norm: puts a LayerNorm on the attention module's output (the paper's hybrid-norm).
+        row_cap: a number C divides each row of probabilities by ``max(C, their sum)``, so that no row of a
+            pretrained model sums to more than 1, at any length. ``None``: the paper's sigmoid, without a cap.
         overrides: per module path: ``{glob pattern: {field: value}}``; of several patterns that match
             a path, later ones win.
     """
@@ -49,6 +51,7 @@ class SigmoidConfig:
     qk_norm: Literal["rms", "layer"] | None = None
     layer_scale: float | None = None
     hybrid_norm: bool = False
+    row_cap: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class SigmoidConfig:
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and math.isfinite(scale)):
             raise ConfigError(f"{{argument}} must be None or a finite number, not {scale!r}.", argument="layer_scale")
+        check_row_cap(self.row_cap)
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(
                 f"{{argument}} must be a mapping of path pattern to fields, not {self.overrides!r}.",
@@ -113,6 +117,15 @@ class SigmoidConfig:
         if unknown:
             raise ConfigError(f"unknown fields {unknown}; the fields are {[*_OVERRIDABLE, 'overrides']}.")
         return cls(**data)
+
+
+def check_row_cap(row_cap: Any) -> None:
+    """Raises ConfigError unless it is None or a positive finite number."""
+    is_number = isinstance(row_cap, int | float) and not isinstance(row_cap, bool)
+    if row_cap is not None and not (is_number and 0.0 < row_cap < math.inf):
+        raise ConfigError(
+            f"{{argument}} must be None or a positive finite number, not {row_cap!r}.", argument="row_cap"
+        )
 
 
 def _check_bias(bias: object) -> None:

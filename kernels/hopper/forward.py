@@ -54,7 +54,7 @@ def supports(problem: Problem) -> bool:
     dropout and soft cap."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None:
+    if signature.is_empty or signature.attn_mask is not None or not problem.is_uncapped:
         return False
     if signature.widths != (WIDTH, WIDTH) or not signature.tma(min(signature.q_len, signature.kv_len)):
         return False

@@ -139,6 +139,9 @@ def convert(
         float | None, typer.Option(metavar="FLOAT", help="Scale attention's output, from this value on.")
     ] = None,
     hybrid_norm: Annotated[bool, typer.Option("--hybrid-norm", help="Put a LayerNorm on attention's output.")] = False,
+    row_cap: Annotated[
+        float | None, typer.Option(metavar="FLOAT", help="Divide each row by the larger of this and its sum.")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     strict: Annotated[
@@ -173,6 +176,7 @@ def convert(
         "qk_norm": qk_norm,
         "layer_scale": layer_scale,
         "hybrid_norm": hybrid_norm,
+        "row_cap": row_cap,
     }
     with _failures(as_json, debug):
         if out.is_dir() and any(out.iterdir()) and not force:

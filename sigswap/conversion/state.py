@@ -242,17 +242,24 @@ class OwnerState(nn.Module):
         return f"sites={len(self.plan.sites)}{scale}"
 
 
-class RowBias(TypedDict):
-    """The row bias of one call, as the stand-ins take it."""
+class Terms(TypedDict):
+    """Of one site, what is the same for all heads."""
 
-    bias: Tensor | None
     visible_bias: bool
     const_bias: float
+    row_cap: float | None
+
+
+class RowBias(TypedDict):
+    """Of one call, what is not."""
+
+    bias: Tensor | None
     first_token: FirstToken | None
 
 
 class SiteState(nn.Module):
-    """The bias of one site, ``b = b0 + c_h + w_h . q_i`` with ``b0 = const_bias - [ln n_i]``, and its QK-norm.
+    """The bias of one site, ``b = b0 + c_h + w_h . q_i`` with ``b0 = const_bias - [ln n_i]``, its QK-norm and
+    its row cap.
 
     With ``first_token`` it is ``b = d_h - logaddexp(s_if, -(a_h b0 + c_h + w_h . q_i))``.
     Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``length_share`` a_h and ``offset`` d_h
@@ -264,6 +271,7 @@ class SiteState(nn.Module):
     query_weight: nn.Parameter | None
     length_share: nn.Parameter | None
     offset: nn.Parameter | None
+    row_cap: float | None = None  # pickles of 0.1 have none
 
     def __init__(
         self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
@@ -271,6 +279,7 @@ class SiteState(nn.Module):
         super().__init__()
         self.plan = plan
         self.visible_bias, self.const_bias = bias_terms(config)
+        self.row_cap = config.row_cap
         self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
         self.length_share = self.offset = None
         if config.first_token:
@@ -337,7 +346,7 @@ class SiteState(nn.Module):
         share, first = spread(self.length_share), None
         if share is not None:
             bias, first = spread(self.offset), FirstToken(share, bias)
-        return RowBias(bias=bias, visible_bias=self.visible_bias, const_bias=self.const_bias, first_token=first)
+        return RowBias(bias=bias, first_token=first)
 
     def normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
@@ -346,12 +355,17 @@ class SiteState(nn.Module):
         axes = AxisPlan(-1, self.plan.sdpa_head_axis)
         return self.query_norm(query, axes, "pack"), self.key_norm(key, axes, "group")
 
+    @property
+    def terms(self) -> Terms:
+        """What is the same for all heads, for the functions of :mod:`sigswap.functional`."""
+        return {"visible_bias": self.visible_bias, "const_bias": self.const_bias, "row_cap": self.row_cap}
+
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, **arguments: Unpack[AttentionArguments]
     ) -> tuple[Tensor, Tensor | None]:
         """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
         query, key = self.normalized(query, key)
-        return sigmoid_heads(query, key, value, **arguments, **self.sdpa_bias(query))
+        return sigmoid_heads(query, key, value, **arguments, **self.sdpa_bias(query), **self.terms)
 
     def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> RowBias:
         """The bias of the rows of ``scores``, with size 1 at ``key_axis``. ``query_bias``: w_h . q_i, if there is."""
@@ -381,7 +395,8 @@ class SiteState(nn.Module):
     def extra_repr(self) -> str:
         bias = "-ln(visible keys)" if self.visible_bias else f"{self.const_bias:.4g}"
         first = "" if self.length_share is None else ", first token"
-        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}{first}"
+        cap = "" if self.row_cap is None else f", row_cap={self.row_cap:.4g}"
+        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}{first}{cap}"
 
 
 class HeadNorm(nn.Module):

@@ -50,12 +50,11 @@ def sigmoid_heads(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
     first_token: FirstToken | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The :class:`Attention` with row bias ``const_bias - [ln n_i] + bias``; ``bias`` broadcasts to [B, H, M, 1].
-
-    With ``first_token`` the first two terms become what it says.
-    """
+    """The :class:`Attention` with row bias ``const_bias - [ln n_i] + bias`` and a row cap; ``bias`` broadcasts to
+    [B, H, M, 1]. With ``first_token`` the first two terms become what it says."""
     if not need_weights:
         output = scaled_dot_product_attention(
             query,
@@ -67,6 +66,7 @@ def sigmoid_heads(
             bias=bias,
             visible_bias=visible_bias,
             const_bias=const_bias,
+            row_cap=row_cap,
             first_token=first_token,
         )
         return output, None
@@ -74,7 +74,13 @@ def sigmoid_heads(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     weights = softmax(
-        scores, -1, bias=bias, visible_bias=visible_bias, const_bias=const_bias, first_token=first_token
+        scores,
+        -1,
+        bias=bias,
+        visible_bias=visible_bias,
+        const_bias=const_bias,
+        row_cap=row_cap,
+        first_token=first_token,
     )
     if dropout_p > 0.0:
         weights = F.dropout(weights, p=dropout_p)

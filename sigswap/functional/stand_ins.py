@@ -18,6 +18,7 @@ def softmax(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
     first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (third argument: dtype), with sigmoid.
@@ -34,6 +35,7 @@ def softmax(
         bias=bias,
         visible_bias=visible_bias,
         const_bias=const_bias,
+        row_cap=row_cap,
         dtype=dtype,
         first_token=first_token,
     )
@@ -53,6 +55,7 @@ def scaled_dot_product_attention(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
     first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
@@ -70,5 +73,6 @@ def scaled_dot_product_attention(
         softcap=None,
         window=None,
         enable_gqa=enable_gqa,
+        row_cap=row_cap,
         first_token=first_token,
     )

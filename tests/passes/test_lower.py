@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sigswap.compiling.backend
+from sigswap.functional.attention import probabilities
 
 B, M, D = 2, 12, 8
 
@@ -41,17 +42,17 @@ def close_with_gradients(
     return grads
 
 
-def oracle_of(model: Handwritten) -> Handwritten:
+def oracle_of(model: Handwritten, row_cap: float | None = None) -> Handwritten:
     """The model in float64, with sigmoid written out in place of its softmax."""
     oracle = copy.deepcopy(model).double()
-    oracle.normalise = handwritten.sigmoid
+    oracle.normalise = handwritten.sigmoid if row_cap is None else handwritten.capped(row_cap)
     return oracle
 
 
-def compare(model: Handwritten, compiled: Any, x: Tensor) -> None:
+def compare(model: Handwritten, compiled: Any, x: Tensor, row_cap: float | None = None) -> None:
     """Output and all gradients of ``compiled`` are those of the oracle."""
     x64 = x.detach().double().requires_grad_()
-    oracle = oracle_of(model)
+    oracle = oracle_of(model, row_cap)
     x = x.detach().requires_grad_()
     actual, expected = compiled(x), oracle(x64)
     close_with_gradients(actual, expected, [x, *model.parameters()], [x64, *oracle.parameters()])
@@ -62,11 +63,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("row_cap", [None, 0.6])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_handwritten_attention_is_lowered(kind: type[Handwritten]) -> None:
-    model, graphs = kind().eval(), Graphs()
-    compare(model, graphs.compile(model), torch.randn(B, M, handwritten.DIM))
+def test_handwritten_attention_is_lowered(kind: type[Handwritten], row_cap: float | None) -> None:
+    model, graphs = kind().eval(), Graphs(row_cap=row_cap)
+    compare(model, graphs.compile(model), torch.randn(B, M, handwritten.DIM), row_cap)
     assert len(graphs.calls) == kind.sites and graphs.unfused == 0
+    assert {node.kwargs["row_cap"] for node in graphs.calls} == {row_cap or 0.0}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.dynamic], ids=lambda kind: kind.__name__)
@@ -605,6 +608,38 @@ def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
     q, k, v, bias = (leaf[..., :9, :9].detach() if leaf is leaves[3] else leaf[:, :, :9].detach() for leaf in leaves)
     ((_, mask, is_causal),) = operands_of(attention, q, k, v, bias)
     assert (mask, is_causal) == ((batch, HEADS, 9, 9), causal)
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_under_a_mask_and_a_row_cap(name: str) -> None:
+    """Padding stays in the mask: a hidden key would be in the sum of its row."""
+    build, visible, _, _ = BIASES[name]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=build(bias, q.shape[2]))
+
+    graphs = Graphs(row_cap=0.5)
+    leaves = [torch.randn(B, HEADS, 9, HEAD_DIM, requires_grad=True) for _ in range(3)]
+    leaves += [torch.randn(1, HEADS, 9, 9, requires_grad=True)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    q, k, v, bias = exact
+    scores = (q @ k.mT) * HEAD_DIM**-0.5 + torch.where(visible(9), build(bias, 9), 0.0)
+    expected = handwritten.capped(0.5)(scores.masked_fill(~visible(9), -math.inf), -1) @ v
+    close_with_gradients(graphs.compile(attention)(*leaves), expected, leaves, exact)
+    assert len(graphs.calls) == 1
+
+
+def test_what_is_hidden_after_a_capped_sigmoid_is_not_lowered() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, row_cap: float) -> Tensor:
+        p = probabilities(q @ k.mT, visible_bias=False, const_bias=-2.0, row_cap=row_cap)
+        return p.masked_fill(~_tril(M), 0.0) @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
+    graphs = Graphs()
+    close(graphs.compile(attention)(q, k, v, 0.5), attention(q.double(), k.double(), v.double(), 0.5))
+    assert not graphs.calls
+    graphs.compile(lambda *inputs: attention(*inputs, None))(q, k, v)
+    assert len(graphs.calls) == 1
 
 
 def test_a_bias_under_a_mask_whose_fill_depends_on_a_length() -> None:

@@ -16,15 +16,14 @@ OP = torch.ops.sigswap.sigmoid_attention.default
 class Graphs:
     """A backend that records what the passes give to the inner compiler: ``Graphs().compile(model)``."""
 
-    def __init__(self, inner: str = "aot_eager") -> None:
+    def __init__(self, inner: str = "aot_eager", row_cap: float | None = None) -> None:
         self.modules: list[torch.fx.GraphModule] = []
-        self.inner = inner
+        self.inner, self.row_cap = inner, row_cap
 
     def compile(self, model: Callable[..., Any], dynamic: bool | None = None, fullgraph: bool = True) -> Any:
         torch._dynamo.reset()
-        return torch.compile(
-            model, backend="sigswap", options={"inner": self._record}, dynamic=dynamic, fullgraph=fullgraph
-        )
+        options = {"inner": self._record, "row_cap": self.row_cap}
+        return torch.compile(model, backend="sigswap", options=options, dynamic=dynamic, fullgraph=fullgraph)
 
     def _record(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
         self.modules.append(module)

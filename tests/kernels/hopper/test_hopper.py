@@ -23,6 +23,7 @@ except ImportError as error:
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import backward_common
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 from sigswap.kernels.host.problem import Options, Problem
@@ -165,9 +166,9 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
         visible &= column >= row - left
     if right is not None:
         visible &= column <= row + right
-    assert hopper_bwd._visible_keys(signature) == int(visible.sum())
+    assert backward_common.visible_keys(signature) == int(visible.sum())
     seen = [bool(block.any()) for block in visible.split(hopper_bwd.KEYS, 1)]
-    assert hopper_bwd._sees_every_block(signature) == all(seen)
+    assert backward_common.sees_every_block(signature, hopper_bwd.KEYS) == all(seen)
     seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
     assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
 

@@ -125,7 +125,9 @@ def test_gradients(masked: bool) -> None:
     def run(*x: Tensor) -> Tensor:
         *qkv, share, rest, mask = x
         first = FirstToken(share, rest)
-        return attend(*qkv, attn_mask=mask if masked else None, is_causal=not masked, enable_gqa=True, first_token=first)
+        return attend(
+            *qkv, attn_mask=mask if masked else None, is_causal=not masked, enable_gqa=True, first_token=first
+        )
 
     inputs = (q, k, v, share, rest, mask)
     out = run(*inputs)
@@ -171,7 +173,7 @@ def test_memory_is_that_of_the_query_beside_padding() -> None:
 
 def test_repeated_masks() -> None:
     """A mask of fewer batches is repeated, as the attention op does it (Swin's windows)."""
-    q, k, v, share, rest = tensors()
+    q, k, _, share, _ = tensors()
     q, k = torch.cat([q, q.flip(2)]), torch.cat([k, k.flip(2)])
     mask = torch.rand(2, 1, M, N) < 0.5
     once = first_token_bias(q, k, share, None, mask, scale=0.3)
@@ -195,7 +197,7 @@ def test_errors() -> None:
     with pytest.raises(ArgumentError, match="share"):
         probabilities(scores, first_token=FirstToken(torch.ones(2, 3), None))
     with pytest.raises(ArgumentError, match="rest"):
-        torch.ops.sigswap.sigmoid_probs(scores, None, -1, True, 0.0, None, torch.ones(2, 1))
+        torch.ops.sigswap.sigmoid_probs(scores, rest=torch.ones(2, 1))
     q, k, *_ = tensors()
     with pytest.raises(ArgumentError, match="share"):
         first_token_bias(q, k, torch.ones(4, 1, 1, dtype=torch.long), scale=1.0)

@@ -28,8 +28,9 @@ from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
+from sigswap.kernels.host.results import empty_row_sums
 from sigswap.kernels.triton import backward as flash_bwd
-from sigswap.kernels.triton import decode, short_masked, sums
+from sigswap.kernels.triton import decode, row_caps, short_masked, sums
 from sigswap.kernels.triton import forward as flash_fwd
 
 CUDA = torch.cuda.is_available()
@@ -197,13 +198,14 @@ def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None =
     if bias is not None:
         row_bias = row_bias + bias
     p = torch.sigmoid(scores.masked_fill(~visible, -torch.inf) + row_bias)
+    divisor = p.sum(-1, keepdim=True).clamp(min=options.row_cap) if options.row_cap else None
     if options.dropout_p:
         assert problem.seed is not None
         if draws is None:
             draws = torch.arange(p.numel(), device=p.device).view(p.shape)
         keep = reference.random_uniform(problem.seed, draws) >= options.dropout_p
         p = p * keep / (1 - options.dropout_p)
-    out = p @ v
+    out = p @ v if divisor is None else p @ v / divisor
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     return [out, *torch.autograd.grad(out, wanted, problem.grad_out.to(dtype))]
 
@@ -214,11 +216,41 @@ def ours(problem: Problem, **tuning: Any) -> list[Tensor]:
 
 def results_of(forward: Any, backward: Any, problem: Problem, **tuning: Any) -> list[Tensor]:
     """Of the forward of one module and the backward of another: the output, and the gradients that are needed."""
-    out, grads = forward.forward(problem, **tuning), backward.backward(problem, **tuning)
+    if problem.options.row_cap:
+        out, row_sums = with_sums(forward, problem, **tuning)
+        assert torch.equal(out, forward.forward(problem, **tuning))
+        assert problem.grad_out is not None
+        grad_out, delta = row_caps.undivided(problem.grad_out, out, row_sums, problem.options.row_cap)
+        grads = backward.backward(dataclasses.replace(problem, grad_out=grad_out, row_delta=delta), **tuning)
+    else:
+        out, grads = forward.forward(problem, **tuning), backward.backward(problem, **tuning)
     given = [tensor is not None for tensor in problem.inputs]
     expected = [need and tensor for need, tensor in zip(problem.output_mask, given, strict=True)]
     assert [grad is not None for grad in grads] == expected
     return [out, *(grad for grad in grads if grad is not None)]
+
+
+def with_sums(forward: Any, problem: Problem, **tuning: Any) -> tuple[Tensor, Tensor]:
+    """The output and the rows' sums of probabilities, which are compared with those of the reference in float64."""
+    row_sums = empty_row_sums(problem.query)
+    out = forward.forward(dataclasses.replace(problem, row_sums=row_sums), **tuning)
+    exact = [t.double() if t is not None and t.is_floating_point() else t for t in problem.inputs]
+    truth = row_sums.double()
+    whole = Problem(*exact, problem.seed, problem.options, packed=problem.packed, row_sums=truth)
+    reference.forward(whole)
+    error = (row_sums - truth).norm() / truth.norm().clamp(min=1e-9)
+    assert error <= (2e-2 if problem.query.dtype == torch.bfloat16 else 2e-3), error  # those of rounded scores
+    return out, row_sums
+
+
+def capped(problem: Problem, index: int) -> Problem:
+    """With a row cap that is drawn from the index."""
+    cap = random.Random(5000 + index).choice((0.03, 0.5, 1.0))
+    return dataclasses.replace(problem, options=problem.options._replace(row_cap=cap))
+
+
+def capped_packed(problem: PackedProblem, index: int) -> PackedProblem:
+    return problem._replace(whole=capped(problem.whole, index), each=[capped(each, index) for each in problem.each])
 
 
 def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
@@ -240,8 +272,8 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
 
 
-def assert_windows_no_worse(index: int) -> None:
-    problem = window_problem(index)
+def assert_windows_no_worse(index: int, *, cap: bool = False) -> None:
+    problem = capped(window_problem(index), index) if cap else window_problem(index)
     assert problem.attn_mask is not None and short_masked.supports(problem)
     for tuning in ({}, {"programs": 0}):  # 0: each program takes all sequences with its mask
         assert_no_worse(results_of(short_masked, short_masked, problem, **tuning), problem)
@@ -454,6 +486,65 @@ def test_interpreted_masks_are_copied_no_larger_than_they_are_shard3() -> None:
 
 
 @in_interpreter
+@shards(20)
+def test_interpreted_capped(index: int) -> None:
+    problem = capped(random_problem(100 + index), index)
+    assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
+
+
+@in_interpreter
+@shards(8)
+def test_interpreted_capped_decoding(index: int) -> None:
+    problem = capped(random_problem(index, decoding=True), index)
+    for splits in (1, 2, 3):
+        out, _ = with_sums(decode, problem, splits=splits)
+        assert torch.equal(out, decode.forward(problem, splits=splits))
+        assert_no_worse([out], problem)
+
+
+@in_interpreter
+@shards(8)
+def test_interpreted_capped_repeated_mask(index: int) -> None:
+    problem = capped(random_problem(100 + index, repeats=2 + index % 2), index)
+    assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
+
+
+@in_interpreter
+@shards(12)
+def test_interpreted_capped_windows(index: int) -> None:
+    assert_windows_no_worse(index, cap=True)
+
+
+@in_interpreter
+@shards(12)
+def test_interpreted_capped_packed(index: int) -> None:
+    assert_packed_no_worse(capped_packed(random_packed_problem(index), index))
+
+
+@in_interpreter
+def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
+    long = torch.randn(1, 1, 1024, 128).bfloat16()
+    for query, key, names in (
+        (torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), ("forward", "backward")),
+        (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), ("decode", "backward")),
+        (long.expand(1, 20, -1, -1).contiguous(), long.expand(1, 20, -1, -1).contiguous(), ("forward", "backward")),
+    ):
+        problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), Options(0.1, row_cap=0.5))
+        kinds = [
+            dispatch.chosen(names, each).__name__
+            for names, each in (
+                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None)),
+                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None, row_sums=empty_row_sums(query))),
+                (dispatch.BACKWARD, dataclasses.replace(problem, row_delta=empty_row_sums(query))),
+            )
+        ]
+        assert kinds == [f"sigswap.kernels.triton.{name}" for name in (names[0], *names)]
+
+
+@in_interpreter
 @shards(12)
 def test_interpreted_sums(index: int) -> None:
     assert_sums(index)
@@ -506,6 +597,36 @@ def test_interpreted_packed(index: int) -> None:
 @pytest.mark.parametrize("index", range(60))
 def test_random_packed(index: int) -> None:
     assert_packed_no_worse(random_packed_problem(index))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_packed_capped(index: int) -> None:
+    assert_packed_no_worse(capped_packed(random_packed_problem(index), index))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(320))
+def test_random_features_capped(index: int) -> None:
+    problem = capped(random_problem(index, repeats=1 + (index % 4 == 3)), index)
+    assert_no_worse(ours(problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(40))
+def test_random_features_decoding_capped(index: int) -> None:
+    problem = capped(random_problem(index, decoding=True), index)
+    assert_no_worse([with_sums(decode, problem)[0]], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_windows_capped(index: int) -> None:
+    assert_windows_no_worse(index, cap=True)
 
 
 @pytest.mark.gpu
