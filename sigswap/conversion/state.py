@@ -328,11 +328,17 @@ class SiteState(nn.Module):
 
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""
+        return self._bias_of_query(query, self.plan.sdpa_head_axis)
 
+    def bias_of_heads(self, query: Tensor) -> RowBias:
+        """The same for a query [B, H, M, D], wherever the site's own has its heads."""
+        return self._bias_of_query(query, SDPA_HEADS)
+
+    def _bias_of_query(self, query: Tensor, head_axis: HeadAxis) -> RowBias:
         def spread(values: Tensor | None, dim_axis: int | None = None) -> Tensor | None:
             if values is None:
                 return None
-            return self.plan.sdpa_head_axis.spread(values, query, dim_axis=dim_axis, unmerged="pack")
+            return head_axis.spread(values, query, dim_axis=dim_axis, unmerged="pack")
 
         weight, projected = spread(self.query_weight, -1), None
         if weight is not None:
