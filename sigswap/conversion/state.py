@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -31,6 +32,8 @@ _CONVERT_EACH_PATH = Hint(
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
 UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
 """torch's own, between a module's forward and the next one's. Whole paths: a user's file may be called module.py."""
+FAR = 4
+"""By how much a run may be longer than what a calibration saw, before there is a warning."""
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
 decided_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Those that were converted or reverted. What is softmax in them is so by the user's choice. Where a graph has nothing
@@ -272,6 +275,7 @@ class SiteState(nn.Module):
     length_share: nn.Parameter | None
     offset: nn.Parameter | None
     row_cap: float | None = None  # pickles of 0.1 have none
+    fitted_length: int | None = None  # the most visible keys of a row that a calibration saw
 
     def __init__(
         self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
@@ -326,8 +330,22 @@ class SiteState(nn.Module):
         assert self.plan.product is not None, f"{self.plan.kind} has no product"
         return self.plan.product
 
+    def check_length(self, rows: int) -> None:
+        """Warns where a call has many more query rows than calibration saw keys. Compiled code does not look.
+
+        Rows, not keys: a static cache has more keys than any row sees.
+        """
+        if self.fitted_length is None or torch.compiler.is_compiling() or rows <= FAR * self.fitted_length:
+            return
+        warnings.warn(
+            f"a model whose attention was calibrated on at most {self.fitted_length} visible keys runs on {rows} "
+            "positions: its bias was not fitted for such a length. Calibrate it with a few inputs of that length.",
+            stacklevel=2,
+        )
+
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""
+        self.check_length(query.shape[-2])
         return self._bias_of_query(query, self.plan.sdpa_head_axis)
 
     def bias_of_heads(self, query: Tensor) -> RowBias:
@@ -375,6 +393,8 @@ class SiteState(nn.Module):
 
     def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> RowBias:
         """The bias of the rows of ``scores``, with size 1 at ``key_axis``. ``query_bias``: w_h . q_i, if there is."""
+        if self.plan.row_axis is not None:
+            self.check_length(scores.shape[self.plan.row_axis])
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1

@@ -28,8 +28,8 @@ from sigswap.training.fit import SiteFit, fit_channels, fit_norms, set_value
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import own_batches
 
-ROW_CAP = 1e-3
-"""Of a calibrated decoder: it is softmax but for rows whose bias is wrong by more than some three nats."""
+ROW_CAP = 1e-2
+"""Of a calibrated decoder: docs/experiments.md has what it is chosen by."""
 
 
 def calibrate(
@@ -64,7 +64,7 @@ def calibrate(
         refine: how many Gauss-Newton steps; each costs a pass over the batches.
         row_cap: a number: each module is fitted with that row cap (:func:`sigswap.set_row_cap`), and keeps it if its
             outputs are nearer to softmax's than they were before. The lower it is the nearer is the model to softmax;
-            training may lift it. ``"auto"``: 1e-3 for modules with ``first_token`` and without a row cap, and no other.
+            training may lift it. ``"auto"``: 0.01 for modules with ``first_token`` and without a row cap, and no other.
             ``None``: row caps stay as they are.
         seed: of the inputs that are made without ``batches``.
         progress: shows a progress bar on standard error, if that is a terminal.
@@ -152,7 +152,7 @@ def calibrate(
         for record in fits[site].length_records(path, index)
     ]
     result = CalibrationReport(heads, passes.seen, notes, lengths)
-    note_calibration(model, " ".join([result.summary(), *notes]))
+    note_calibration(model, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
     return result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import hf, randomise, tokens
 
 import sigswap
+from sigswap.conversion.state import SiteState
 from sigswap.errors import CalibrationError, ConfigError
 from sigswap.training import fit as fitting
 
@@ -158,9 +159,9 @@ def test_a_decoder_gets_a_low_row_cap_and_is_all_but_softmax() -> None:
         before = [model(batch) for batch in batches]
     report = sigswap.calibrate(model, batches, progress=False)
     conversion = sigswap.report(model)
-    assert any("0.001" in note for note in report.notes) and any("0.001" in note for note in conversion.notes)
+    assert any("0.01" in note for note in report.notes) and any("0.01" in note for note in conversion.notes)
     for ours, theirs in zip((model(batch) for batch in batches), before, strict=True):
-        assert (ours - theirs).square().sum() < 1e-3 * theirs.square().sum()
+        assert (ours - theirs).square().sum() < 2e-3 * theirs.square().sum()
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -172,6 +173,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     sigswap.save(model, tmp_path)
     loaded = sigswap.load(tmp_path)
     assert sigswap.report(loaded).notes == sigswap.report(model).notes
+    assert {module.fitted_length for module in loaded.modules() if isinstance(module, SiteState)} == {12}
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     names = [name for name in loaded.state_dict() if ".sigswap." in name]
     assert {name.rpartition(".")[2] for name in names} == {"bias", "query_weight", "length_share", "offset"}
@@ -209,6 +211,17 @@ def test_a_failed_calibration_leaves_the_cap() -> None:
     assert model.attention.sigswap.site(0).row_cap is None
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_run_far_beyond_the_fitted_length_warns(explicit: bool, recwarn: pytest.WarningsRecorder) -> None:
+    model, batches = model_and_batches(explicit)
+    model(torch.randn(1, 4 * LENGTH + 1, DIM, dtype=torch.float64))
+    sigswap.calibrate(model, batches, progress=False)
+    model(torch.randn(1, 4 * LENGTH, DIM, dtype=torch.float64))
+    assert not [w for w in recwarn if "calibrated" in str(w.message)]
+    with pytest.warns(UserWarning, match=f"at most {LENGTH} visible keys runs on {4 * LENGTH + 1} positions"):
+        model(torch.randn(1, 4 * LENGTH + 1, DIM, dtype=torch.float64))
 
 
 def test_rows_are_sampled_alike_however_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
