@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -81,10 +80,9 @@ class Recording:
         """
         errors: list[Exception] = []
         for way in self.ways:
-            try:
-                found = self._run(inputs, prepare, way)
-            except Exception as error:
-                errors.append(error)
+            found = self._run(inputs, prepare, way)
+            if isinstance(found, Exception):
+                errors.append(found)
             else:
                 self.ways = self.ways[self.ways.index(way) :]  # one that has failed would fail again
                 return found
@@ -123,17 +121,20 @@ class Recording:
                 with _unsafe_preserve_version_counter(tensor):
                     tensor.copy_(values)
 
-    def _run(self, inputs: Inputs, prepare: Prepare | None, way: Way) -> Run:
+    def _run(self, inputs: Inputs, prepare: Prepare | None, way: Way) -> Run | Exception:
         nodes: Nodes = WeakTensorKeyDictionary()
+        found: Run | Exception
         try:
             with self.untouched.keep():
-                return self._watched(inputs, prepare, way, nodes)
+                found = self._watched(inputs, prepare, way, nodes)
         except Exception as error:
-            _clear_frames(error)  # they hold the run's tensors
-            raise
-        finally:
-            if way == "fake":
-                forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
+            found = error
+        if way == "fake":
+            if isinstance(found, Exception):  # whose frames hold the run's tensors
+                found = found.with_traceback(None)
+                found.__context__ = found.__cause__ = None
+            forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
+        return found
 
     def _watched(self, inputs: Inputs, prepare: Prepare | None, way: Way, nodes: Nodes) -> Run:
         device = device_of(self.model)
@@ -168,9 +169,3 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 def _copied_to(device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.detach().to(device, copy=True)
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -68,9 +68,7 @@ class Watch(TorchFunctionMode):
     the run that are still there.
     """
 
-    def __init__(
-        self, model: nn.Module, parameters: Iterable[Tensor], inputs: Iterable[Tensor], nodes: Nodes
-    ) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], inputs: Iterable[Tensor], nodes: Nodes) -> None:
         super().__init__()
         self.model = model
         self.graph = torch.fx.Graph()
@@ -88,7 +86,7 @@ class Watch(TorchFunctionMode):
         self.edit_count = 0
         self.older = {id(tensor): tensor for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)}
         self.kept: dict[int, list[Tensor]] = {}  # a parameter's memory -> the parameters in it
-        self.written: list[tuple[Tensor, Tensor]] = []  # a parameter, and its values before it was written to
+        self.undo = contextlib.ExitStack()  # puts back the values of the parameters that were written to
         for tensor in inputs:
             self._placeholder(tensor, parameter=False)
         for tensor in parameters:
@@ -112,9 +110,8 @@ class Watch(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-            for tensor, values in self.written:
-                with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
-                    tensor.copy_(values)
+            with torch.no_grad():
+                self.undo.close()
             self.older.clear()
 
     # Modules and calls.
@@ -168,7 +165,9 @@ class Watch(TorchFunctionMode):
         """Keeps the values of the parameters that an op is about to write to."""
         for tensor in _written_by(func, args, kwargs):
             for parameter in self.kept.pop(_memory(tensor), ()):
-                self.written.append((parameter.detach(), parameter.detach().clone()))
+                values = parameter.detach()
+                self.undo.enter_context(_unsafe_preserve_version_counter(values))
+                self.undo.callback(values.copy_, values.clone())
 
     def note(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Adds the node of an op that has run."""
