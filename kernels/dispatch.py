@@ -6,7 +6,7 @@ To add a kernel, write one file in this folder and one word in a list below. The
     forward(problem: Problem) -> Tensor        in FORWARD
     backward(problem: Problem) -> Gradients    in BACKWARD; None for what is not needed
 
-``supports`` may look at :attr:`Problem.signature` (layouts, options) and what the backward is asked for, but not at
+``supports`` may look at :attr:`Problem.signature` (layouts, options) and :attr:`Problem.asked_for`, but not at
 numbers in tensors: its answer is kept for all problems that are equal in these. The word is the file's place in this
 folder. Files in ``triton/`` are imported where Triton is and the GPU is one that it compiles for, those in ``hopper/``
 only on the GPUs that they are written for. The last word of a list takes everything; the log says once why it does.
@@ -26,7 +26,7 @@ from torch import Tensor
 from sigswap.kernels.host.problem import Gradients, Problem
 
 FORWARD = ("triton.decode", "triton.short_masked", "hopper.forward", "triton.forward", "reference")
-BACKWARD = ("triton.short_masked", "hopper.backward", "triton.backward", "reference")
+BACKWARD = ("triton.short_masked", "hopper.backward", "hopper.backward_wide", "triton.backward", "reference")
 
 _HERE = nullcontext()
 
@@ -46,9 +46,19 @@ def backward(problem: Problem) -> Gradients:
         return grads
 
 
+def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -> tuple[Tensor, Tensor]:
+    """As :func:`sigswap.kernels.reference.undivided`, in one kernel where Triton takes the dtype."""
+    device = grad_out.device
+    takes = grad_out.dtype != torch.float64 and _obstacle(device.index or 0) is None
+    with _on(device):
+        kernel = _module("triton.row_caps" if takes else "reference")
+        grads: tuple[Tensor, Tensor] = kernel.undivided(grad_out, out, row_sums, row_cap)
+        return grads
+
+
 def chosen(names: tuple[str, ...], problem: Problem) -> Any:
     """The module of the first of the kernels that supports the problem."""
-    known, key = problem.signature.kernels, (names, problem.gradients_asked_for)
+    known, key = problem.signature.kernels, (names, problem.asked_for)
     kernel = known.get(key)
     if kernel is None:
         device = problem.query.device.index or 0

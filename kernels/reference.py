@@ -5,7 +5,7 @@ For query row i of one head, over the keys j that it sees (:func:`forward` has t
     s_ij = scale * q_i . k_j;  s_ij = softcap * tanh(s_ij / softcap), if softcap;  s_ij += mask_ij, if additive
     b_i  = const_bias - ln(max(n_i, 1)) if visible_bias + bias_i        n_i: the number of keys that row i sees
     p_ij = sigmoid(s_ij + b_i), exactly 0 where not visible; then dropout
-    o_i  = sum_j p_ij v_j
+    o_i  = sum_j p_ij v_j, divided by max(row_cap, sum_j p_ij with p before dropout), if there is a row cap
 
 Packed sequences are computed one after the other.
 
@@ -13,6 +13,8 @@ The backward recomputes p, and needs neither o nor a row statistic (with dP = dO
 
     dS = p (1 - p) dP;  dbias = sum_j dS;  dmask = dS;  dX = dS (1 - tanh^2), if softcap
     dQ = scale dX K;  dK = scale dX^T Q;  dV = p^T dO
+
+Below a row cap dO and dP are others: :func:`undivided` has them.
 
 Scores are never held for more than one tile: some heads, some query rows, and the keys they can see.
 Half precision is computed in float32 throughout, float64 in float64.
@@ -117,6 +119,24 @@ def backward(problem: Problem) -> Gradients:
     return grads
 
 
+def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -> tuple[Tensor, Tensor]:
+    """The backward through the division of a row cap, o = A / max(row_cap, sum_j p): dA, of grad_out's shape and
+    dtype, and what is to be subtracted from dP = dA V^T, of row_sums' shape and dtype::
+
+        r_i = max(cap, sum_j p_ij);  dA_i = dO_i / r_i;  delta_i = dA_i . o_i where the sum is above the cap, else 0
+
+    Args:
+        grad_out: dO, [..., Dv].
+        out: o, of its shape and dtype.
+        row_sums: The sums of p, [..., 1], in the compute dtype.
+        row_cap: Positive.
+    """
+    grad = (grad_out / row_sums.clamp(min=row_cap)).to(grad_out.dtype)
+    # Of the rounded dA: dP - delta is dA . (v_j - o), in which roundings of dA then cancel as its parts do.
+    delta = (grad.to(row_sums.dtype) * out).sum(-1, keepdim=True)
+    return grad, delta.masked_fill(row_sums <= row_cap, 0.0)
+
+
 def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
     """What Triton's ``tl.rand(seed, offset)`` draws: Philox4x32-10 (Salmon et al., SC 2011), first word.
 
@@ -150,8 +170,11 @@ def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
 def _forward_into(out: Tensor, problem: Problem, dropout: _Dropout | None) -> None:
     """Writes the output, [B, H, M, Dv] in any strides, to out."""
     query, key, value, options = problem.query, problem.key, problem.value, problem.options
+    row_sums = problem.row_sums
     if out.numel() == 0 or key.shape[2] == 0:
         out.zero_()
+        if row_sums is not None:
+            row_sums.zero_()
         return
     for heads in _head_groups(problem):
         k = _compute_copy(_cut(key, heads.batch, heads.kv_head))
@@ -159,10 +182,17 @@ def _forward_into(out: Tensor, problem: Problem, dropout: _Dropout | None) -> No
         for tile in _tiles(heads, query.shape[2], key.shape[2], options):
             q = _rows(query, tile, k) * options.scale
             p, _ = _probabilities(q, _keys(k, tile), problem, tile)
+            sums = p.sum(-1, keepdim=True) if options.row_cap > 0.0 or row_sums is not None else None
             if dropout is not None:
                 p = p * _dropout_factor(dropout, tile, options.dropout_p, p)
             o = torch.bmm(p.view(k.shape[0], q.shape[1], p.shape[-1]), _keys(v, tile))
-            _cut(out, *tile[:3]).copy_(o.view(*p.shape[:3], -1))
+            o = o.view(*p.shape[:3], -1)
+            if sums is not None:
+                if options.row_cap > 0.0:
+                    o /= sums.clamp(min=options.row_cap)
+                if row_sums is not None:
+                    _cut(row_sums, *tile[:3]).copy_(sums)
+            _cut(out, *tile[:3]).copy_(o)
 
 
 def _backward_into(targets: _Targets, problem: Problem, dropout: _Dropout | None) -> None:
@@ -193,6 +223,8 @@ def _backward_into(targets: _Targets, problem: Problem, dropout: _Dropout | None
             grad_s = torch.bmm(grad_o, _keys(v, tile).mT).view(p.shape)
             if factor is not None:
                 grad_s *= factor
+            if problem.row_delta is not None:
+                grad_s -= _cut(problem.row_delta, *tile[:3])
             grad_s *= p * (1 - p)
             if targets.row_sums is not None:
                 _cut(targets.row_sums, *tile[:3]).copy_(grad_s.sum(-1, keepdim=True))
@@ -403,6 +435,8 @@ def _one_sequence(problem: Problem, rows: slice, keys: slice) -> Problem:
         problem.seed,
         problem.options,
         grad_out=_part(problem.grad_out, rows),
+        row_sums=_part(problem.row_sums, rows),
+        row_delta=_part(problem.row_delta, rows),
     )
 
 

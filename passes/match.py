@@ -8,18 +8,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable
 
-import torch.fx
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument
 
 from sigswap.masked import MASKED_SCORE
-from sigswap.passes.labels import Axes, Label, Labels, contraction
-from sigswap.passes.masks import Masks, Term
-from sigswap.passes.nodes import argument, dtype_of, is_edit, is_floating, shape_of
+from sigswap.passes.labels import Axes, Label, Labels
+from sigswap.passes.masks import Condition, Masks
+from sigswap.passes.nodes import argument, dtype_of, input_at, is_edit, is_floating, number_arg, shape_of, tensor_input
 from sigswap.passes.normalize import has_symbol, source_of, tensor_of
 from sigswap.passes.ops import op_name, op_of, spelling_of
-from sigswap.passes.site import AttentionSite
+from sigswap.passes.products import contraction
+from sigswap.passes.site import AttentionSite, Factor
 
 _VARYING = "with a number that depends on a size that varies"
 
@@ -32,16 +34,16 @@ class Refused(Exception):
 class Operand:
     """A tensor of the shadow, and what its axes are. ``factor``: by which it is to be multiplied."""
 
-    node: torch.fx.Node
+    node: Node
     axes: Axes
     factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Visible:
-    """A term of a mask, with what the axes of the mask are (of ``term.half``), and those of the term's own node."""
+class LabelledCondition:
+    """A condition, with the labels of the mask's axes (those of ``condition.half``), and of its own node's."""
 
-    term: Term
+    condition: Condition
     axes: Axes
     own: Axes
 
@@ -52,8 +54,8 @@ class Modifiers:
 
         cap * tanh(scale * query_factors * key_factors * q.k) + const_bias + sum(terms), masked
 
-    without a ``cap``: scale * ..., no tanh. ``left`` and ``right``: a window, as the op has it; a causal mask is one
-    with nothing to the right (0).
+    without a ``cap``: scale * ..., no tanh. ``row_cap``: of the probabilities, as the op has it (0: none). ``left``
+    and ``right``: a window, as the op has it; a causal mask is one with nothing to the right (0).
     """
 
     scale: float = 1.0
@@ -62,11 +64,12 @@ class Modifiers:
     query_factors: list[tuple[Operand, bool]] = dataclasses.field(default_factory=list)  # (tensor, whether it divides)
     key_factors: list[tuple[Operand, bool]] = dataclasses.field(default_factory=list)
     terms: list[Operand] = dataclasses.field(default_factory=list)
-    masks: list[Visible] = dataclasses.field(default_factory=list)
+    masks: list[LabelledCondition] = dataclasses.field(default_factory=list)
     fill: float = -math.inf  # the largest score that a masked one has got
     clamped: bool = False
     left: int = -1
     right: int = -1
+    row_cap: float = 0.0
 
     @property
     def is_bare(self) -> bool:
@@ -90,8 +93,8 @@ class Call:
     modifiers: Modifiers
     visible_bias: bool
     dropout_p: float
-    path: list[torch.fx.Node]
-    seed: torch.fx.Node | None = None
+    path: list[Node]
+    seed: Node | None = None
     scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
 
 
@@ -99,11 +102,9 @@ class Match:
     """One attention whose scores are in the graph, with the paths that ``find`` has followed."""
 
     def __init__(self, site: AttentionSite, masks: Masks) -> None:
-        found = site.products[0]
-        self.anchor, self.product, self.output, self.masks = site.anchor, found.node, site.output, masks
-        self.key_axis, self.product_key_axis = site.key_axis, found.key_axis
-        self.labels = Labels()
-        self.up = [found.node, *found.path, site.anchor]  # from the product to the anchor
+        self.product, self.anchor, self.output, self.masks = site.products[0], site.anchor, site.output, masks
+        self.key_axis, self.labels = site.key_axis, Labels()
+        self.up = [self.product.node, *self.product.path, site.anchor]  # from the product to the anchor
         self.down = [*site.weights_path, site.output]  # after the anchor to the output
 
     def call(self) -> Call:
@@ -141,50 +142,44 @@ class Match:
                 raise Refused(f"its {what} are also {used} (output_attentions, say)")
             if is_edit(following) and following.args[0] is not node:
                 raise Refused("another tensor is edited in place by its scores")
-        if is_edit(self.product):
+        if is_edit(self.product.node):
             raise Refused("its scores are added to another tensor in place")
 
     # The scores.
 
     def _scores(self) -> tuple[Operand, Operand, Axes]:
         """Query and key, and the axes of their product."""
-        product = contraction(self.product)
-        if product is None:
+        product = contraction(self.product.node)
+        if product is None or _is_layer_with_bias(self.product.node):
             raise Refused("its scores are a product of a form that is not lowered (a sum, or a layer with a bias)")
-        left, right = product.left, product.right
-        names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
-        sizes: dict[Any, int] = {}
-        for node, names in ((left, names_left), (right, names_right)):
+        sizes: dict[Hashable, int] = {}
+        for node, names in zip(product.factors, product.names, strict=True):
             for name, size in zip(names, shape_of(node) or (), strict=True):
                 sizes[name] = max(sizes.get(name, 1), size)
         by_name = {name: () if size == 1 else (self.labels.new(size),) for name, size in sizes.items()}
-        contracted = [name for name in names_left if name in names_right and name not in names_out]
-        key_name = names_out[self.product_key_axis]
-        if (key_name in names_left) == (key_name in names_right):
-            raise Refused("its sigmoid is not over the keys of the product")
-        query, key = (left, names_left), (right, names_right)
-        if key_name in names_left:
-            query, key = key, query
-        rows = [name for name in names_out if name in query[1] and name not in key[1]]
-        if len(contracted) != 1 or not rows:
-            raise Refused("its product of query and key contracts several axes, or has no axis of queries")
-        self.rows, self.keys, self.head_dim = by_name[rows[-1]], by_name[key_name], by_name[contracted[0]]
 
-        def operand(node: torch.fx.Node, names: Sequence[Any]) -> Operand:
-            shape = shape_of(node) or ()
-            return Operand(node, tuple(() if n == 1 else by_name[name] for name, n in zip(names, shape, strict=True)))
+        def operand(factor: Factor) -> Operand:
+            sized = zip(product.names[factor.position], shape_of(factor.node) or (), strict=True)
+            return Operand(factor.node, tuple(() if size == 1 else by_name[name] for name, size in sized))
 
-        return operand(*query), operand(*key), tuple(by_name[name] for name in names_out)
+        query, key = product.names[self.product.query.position], product.names[self.product.key.position]
+        rows = [name for name in product.out if name in query and name not in key]
+        if not rows:
+            raise Refused("its product of query and key has no axis of queries")
+        self.rows, self.keys = by_name[rows[-1]], by_name[product.out[self.product.key_axis]]
+        self.head_dim = by_name[query[self.product.query.dim_axis]]
+        return operand(self.product.query), operand(self.product.key), tuple(by_name[name] for name in product.out)
 
     def _modifiers(self, axes: Axes) -> tuple[Modifiers, Axes]:
         found = Modifiers()
-        if op_name(self.product) == "baddbmm":
-            if has_symbol(self.product):
+        product = self.product.node
+        if op_name(product) == "baddbmm":
+            if has_symbol(product):
                 raise Refused("its scores are scaled by a number that depends on a size that varies")
-            found.scale = float(self.product.kwargs.get("alpha", 1))
-            beta = float(self.product.kwargs.get("beta", 1))
+            found.scale = number_arg(product, None, "alpha", 1.0)
+            beta = number_arg(product, None, "beta", 1.0)
             if beta:
-                found.terms.append(broadcast(self.product.args[0], axes, beta))
+                found.terms.append(broadcast(tensor_input(product), axes, beta))
         for source, node in zip(self.up, self.up[1:], strict=False):
             if node is self.anchor:
                 break
@@ -200,7 +195,7 @@ class Match:
             raise Refused("its masked scores are scaled to values that are not masked")
         return found, axes
 
-    def _modify(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
+    def _modify(self, found: Modifiers, node: Node, source: Node, axes: Axes) -> None:
         op, name, args = op_of(node), op_name(node), node.args
         if op.undone or op.copies:
             return
@@ -228,17 +223,17 @@ class Match:
                 raise Refused("its soft cap comes after masks, a bias or a clamp")
             found.cap = 1.0
         elif name == "masked_fill":
-            self._mask(found, args[1], args[2], axes, inverted=True)
+            self._mask(found, tensor_input(node, 1), args[2], axes, inverted=True)
         elif name == "where":
             inverted = args[2] is source
-            self._mask(found, args[0], args[1] if inverted else args[2], axes, inverted)
+            self._mask(found, tensor_input(node), args[1] if inverted else args[2], axes, inverted)
         elif name in ("clamp", "clamp_min", "clamp_max", "maximum", "minimum"):
             self._clamp(node, source)
             found.clamped = True
         else:
             raise Refused(f"its scores pass through {spelling_of(node)}")
 
-    def _scale(self, found: Modifiers, other: Any, axes: Axes, divides: bool) -> None:
+    def _scale(self, found: Modifiers, other: Argument, axes: Axes, divides: bool) -> None:
         if found.clamped:
             raise Refused("its scores are clamped and then scaled")
         number = self.masks.constant(other)
@@ -256,7 +251,7 @@ class Match:
             found.const_bias *= factor
             found.terms = [dataclasses.replace(term, factor=term.factor * factor) for term in found.terms]
             return
-        if not isinstance(other, torch.fx.Node):
+        if not isinstance(other, Node):
             raise Refused("its scores are multiplied by a number that is not known")
         if not found.is_bare:
             raise Refused("its scores are multiplied by a tensor after a mask or a bias")
@@ -269,27 +264,25 @@ class Match:
         else:
             raise Refused("its scores are multiplied by a tensor of their own size")
 
-    def _add(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
+    def _add(self, found: Modifiers, node: Node, source: Node, axes: Axes) -> None:
         name, (left, right) = op_name(node), node.args[:2]
-        alpha = self.masks.constant(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1))
+        alpha = self.masks.constant(argument(node, 2, "alpha", 1))
         if alpha is None or left is right:
             raise Refused(f"its scores pass through {spelling_of(node)} in a form that is not lowered")
-        first = right is source if name == "rsub" else left is source
-        other = (left if name == "rsub" else right) if first else (right if name == "rsub" else left)
-        if not first and (name != "add" or alpha != 1):
+        if name == "rsub":  # right - alpha * left
+            left, right = right, left
+        if left is not source and (name != "add" or alpha != 1):
             raise Refused("its scores are subtracted")
-        sign = alpha if name == "add" else -alpha
-        if name == "rsub" and first:
-            raise Refused("its scores are subtracted")
+        other, sign = right if left is source else left, alpha if name == "add" else -alpha
         number = self.masks.constant(other)
         if number is not None and number * sign > MASKED_SCORE:
             found.const_bias += sign * number
-        elif isinstance(other, torch.fx.Node):
+        elif isinstance(other, Node):
             found.terms.append(broadcast(other, axes, sign))
         else:
             raise Refused("a number that is not known is added to its scores")
 
-    def _mask(self, found: Modifiers, condition: Any, fill: Any, axes: Axes, inverted: bool) -> None:
+    def _mask(self, found: Modifiers, condition: Node, fill: Argument, axes: Axes, inverted: bool) -> None:
         """``inverted``: masked where the condition is True."""
         number = self.masks.constant(fill)
         if number is None or not number <= MASKED_SCORE:
@@ -297,21 +290,21 @@ class Match:
         found.fill = max(found.fill, number)
         self._conditions(found, condition, axes, inverted)
 
-    def _conditions(self, found: Modifiers, condition: torch.fx.Node, axes: Axes, inverted: bool) -> None:
+    def _conditions(self, found: Modifiers, condition: Node, axes: Axes, inverted: bool) -> None:
         if dtype_of(condition) != torch.bool:
             raise Refused("its mask is not boolean")
         whole = broadcast(condition, axes).axes
-        found.masks += [visible_of(term, whole) for term in self.masks.visible(condition, not inverted)]
+        found.masks += [labelled(each, whole) for each in self.masks.visible(condition, not inverted)]
 
-    def _clamp(self, node: torch.fx.Node, source: torch.fx.Node) -> None:
+    def _clamp(self, node: Node, source: Node) -> None:
         """Bounds that a sigmoid does not feel: masked scores stay masked, and from 5000 on it is 1."""
         name = op_name(node)
+        bounds: list[tuple[Argument, Argument]]
         if name in ("maximum", "minimum"):
             bound = node.args[1] if node.args[0] is source else node.args[0]
             bounds = [(bound, None) if name == "maximum" else (None, bound)]
         elif name == "clamp":
-            low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
-            bounds = [(low, node.args[2] if len(node.args) > 2 else node.kwargs.get("max"))]
+            bounds = [(argument(node, 1, "min"), argument(node, 2, "max"))]
         else:
             bounds = [(node.args[1], None) if name == "clamp_min" else (None, node.args[1])]
         for low, high in bounds:
@@ -324,16 +317,17 @@ class Match:
     # The probabilities.
 
     def _row_bias(self, found: Modifiers, axes: Axes) -> bool:
-        """Adds the anchor's own bias to ``found``; whether it counts the visible keys."""
+        """Adds the anchor's own bias and row cap to ``found``; whether it counts the visible keys."""
         if op_name(self.anchor) == "sigmoid":
             return False
         if has_symbol(self.anchor):
             raise Refused("its bias depends on a size that varies")
-        bias = argument(self.anchor, 1, "bias", None)
-        if bias is not None:
+        bias = argument(self.anchor, 1, "bias")
+        if isinstance(bias, Node):
             found.terms.append(broadcast(bias, axes))
-        found.const_bias += argument(self.anchor, 4, "const_bias", 0.0)
-        return argument(self.anchor, 3, "visible_bias", True)
+        found.const_bias += number_arg(self.anchor, 4, "const_bias", 0.0)
+        found.row_cap = number_arg(self.anchor, 5, "row_cap", 0.0)
+        return bool(argument(self.anchor, 3, "visible_bias", True))
 
     def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
         """The axes of the probabilities where they meet the value, and their dropout."""
@@ -350,20 +344,22 @@ class Match:
             if has_symbol(node):
                 raise Refused(f"its probabilities pass through {spelling_of(node)} {_VARYING}")
             if op.name == "dropout":
-                if args[2] and args[1] > 0:
+                if args[2] and (p := number_arg(node, 1, "p", 0.5)) > 0:
                     if dropout_p:
                         raise Refused("its probabilities pass through two dropouts")
-                    dropout_p = float(args[1])
+                    dropout_p = p
                 continue
-            hides = op.name in ("masked_fill", "where") and not visible_bias and dropout_p == 0
+            # What is hidden now was counted by a visible bias, and is in the sum of a row with a cap.
+            counted = visible_bias or found.row_cap > 0
+            hides = op.name in ("masked_fill", "where") and not counted and dropout_p == 0
             fill = (
                 self.masks.constant(args[2] if op.name == "masked_fill" or args[1] is source else args[1])
                 if hides
                 else None
             )
-            if fill == 0:  # after the sigmoid: a mask, too, if the bias does not count it
-                condition, inverted = (args[1], True) if op.name == "masked_fill" else (args[0], args[2] is source)
-                self._conditions(found, condition, axes, inverted)
+            if fill == 0:  # after the sigmoid: a mask, too
+                filled = op.name == "masked_fill"
+                self._conditions(found, tensor_input(node, int(filled)), axes, filled or args[2] is source)
                 continue
             raise Refused(f"its probabilities pass through {spelling_of(node)}")
         return axes, dropout_p
@@ -371,25 +367,21 @@ class Match:
     def _weighted(self, axes: Axes) -> tuple[Operand, Operand, tuple[Label, ...]]:
         """Value, output, and the label of the value's head_dim."""
         product = contraction(self.output)
-        if product is None or op_name(self.output) == "baddbmm":
+        if product is None or op_name(self.output) == "baddbmm" or _is_layer_with_bias(self.output):
             raise Refused("its product with the value is of a form that is not lowered")
-        left, right = product.left, product.right
-        names_left, names_right, names_out = product.left_names, product.right_names, product.out_names
-        weights = self.down[-2] if len(self.down) > 1 else self.anchor
-        if left is right:
+        if product.factors[0] is product.factors[1]:
             raise Refused("its probabilities weight themselves")
-        names, value, value_names = (
-            (names_left, right, names_right) if left is weights else (names_right, left, names_left)
-        )
+        at = product.factors.index(self.down[-2] if len(self.down) > 1 else self.anchor)
+        names, value, value_names = product.names[at], product.factors[1 - at], product.names[1 - at]
         named = dict(zip(names, axes, strict=True))
         shape = dict(zip(value_names, shape_of(value) or (), strict=True))
         own = [name for name in value_names if name not in named]
-        summed = [name for name in value_names if name in named and name not in names_out]
-        gone = [name for name in names if name not in names_out and name not in summed]
+        summed = [name for name in value_names if name in named and name not in product.out]
+        gone = [name for name in names if name not in product.out and name not in summed]
         keys = self.labels.whole(self.keys)
         if (
             len(own) != 1
-            or own[0] not in names_out
+            or own[0] not in product.out
             or gone
             or [self.labels.whole(named[name]) for name in summed] != [keys]
         ):
@@ -400,26 +392,29 @@ class Match:
             if size not in (1, self.labels.size(named[name])):
                 raise Refused("its value has an axis that its scores do not have")
         value_axes = tuple(() if shape[name] == 1 else named[name] for name in value_names)
-        output_axes = tuple(named[name] for name in names_out)
+        output_axes = tuple(named[name] for name in product.out)
         return Operand(value, value_axes), Operand(self.output, output_axes), value_dim
 
 
-def match_call(node: torch.fx.Node, masks: Masks) -> Call:
+def match_call(node: Node, masks: Masks) -> Call:
     """A call of the op that is in the graph. Raises Refused."""
-    options = node.kwargs
-    tensors = [*node.args, *[None] * 6][:6]
-    shapes = [shape_of(tensor) for tensor in tensors[:3]]
-    if options.get("bottom_right") or None in shapes:
+    query, key, value = (tensor_input(node, position) for position in range(3))
+    shapes = [shape for tensor in (query, key, value) if (shape := shape_of(tensor)) is not None]
+    if node.kwargs.get("bottom_right") or len(shapes) < 3:
         raise Refused("its band is aligned with the last key")
+
+    def number(name: str, default: float | None = None) -> float:
+        return number_arg(node, None, name, default)
+
     source = source_of(node)
     if source is None or has_symbol(node):
         raise Refused("a number among its arguments depends on a size that varies")
     # scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     given = tensor_of(source.all_input_nodes[0])
     by_dim = source.target is not node.target and given is not None and not isinstance(given.shape[-1], int)
-    if by_dim and (argument(source, 6, "scale", None) is not None or options.get("softcap")):
+    if by_dim and (argument(source, 6, "scale") is not None or number("softcap", 0.0)):
         by_dim = False
-    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes  # type: ignore[misc]
+    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _), (*_, value_dim) = shapes
     labels = Labels()
 
     def new(size: int) -> tuple[Label, ...]:
@@ -429,36 +424,35 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
     shared = new(kv_heads)
     whole = (*shared, *new(heads // kv_heads))
     found = Modifiers()
-    found.cap = options.get("softcap") or None
-    found.scale = options["scale"] / (found.cap or 1.0)
-    found.const_bias = options.get("const_bias", 0.0)
-    found.left, found.right = options.get("window_left", -1), options.get("window_right", -1)
-    if options.get("is_causal"):
-        found.right = 0
+    found.cap = number("softcap", 0.0) or None
+    found.scale = number("scale") / (found.cap or 1.0)
+    found.const_bias, found.row_cap = number("const_bias", 0.0), number("row_cap", 0.0)
+    found.left = int(number("window_left", -1))
+    found.right = 0 if node.kwargs.get("is_causal") else int(number("window_right", -1))
     axes = (outer, whole, rows, keys)
-    bias, attn_mask = tensors[3:5]
+    bias, attn_mask = input_at(node, 3), input_at(node, 4)
     if bias is not None:
         found.terms.append(broadcast(bias, axes))
     if attn_mask is not None and dtype_of(attn_mask) == torch.bool:
         operand = broadcast(attn_mask, axes)
-        found.masks += [visible_of(term, operand.axes) for term in masks.visible(attn_mask)]
+        found.masks += [labelled(each, operand.axes) for each in masks.visible(attn_mask)]
     elif attn_mask is not None:
         found.terms.append(broadcast(attn_mask, axes))
     return Call(
         labels,
-        Operand(tensors[0], (outer, whole, rows, dim)),
-        Operand(tensors[1], (outer, shared, keys, dim)),
-        Operand(tensors[2], (outer, shared, keys, own)),
+        Operand(query, (outer, whole, rows, dim)),
+        Operand(key, (outer, shared, keys, dim)),
+        Operand(value, (outer, shared, keys, own)),
         Operand(node, (outer, whole, rows, own)),
         rows,
         keys,
         dim,
         own,
         found,
-        options.get("visible_bias", True),
-        options.get("dropout_p", 0.0),
+        bool(node.kwargs.get("visible_bias", True)),
+        number("dropout_p", 0.0),
         [node],
-        tensors[5],
+        input_at(node, 5),
         by_dim,
     )
 
@@ -466,7 +460,11 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
 # Small questions about nodes.
 
 
-def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
+def _is_layer_with_bias(node: Node) -> bool:
+    return op_name(node) == "linear" and input_at(node, 2) is not None
+
+
+def broadcast(node: Node, axes: Axes, factor: float = 1.0) -> Operand:
     """``node``, broadcast against a tensor with the axes given."""
     shape = shape_of(node)
     if shape is None or len(shape) > len(axes):
@@ -475,8 +473,10 @@ def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
     return Operand(node, tuple(() if size == 1 else axis for axis, size in zip(own, shape, strict=True)), factor)
 
 
-def visible_of(term: Term, axes: Axes) -> Visible:
+def labelled(condition: Condition, axes: Axes) -> LabelledCondition:
     """``axes``: of the mask."""
-    shape = shape_of(term.node) or ()
-    own = tuple(() if axis is None or size == 1 else axes[axis] for axis, size in zip(term.axes, shape, strict=True))
-    return Visible(term, axes, own)
+    shape = shape_of(condition.node) or ()
+    own = tuple(
+        () if axis is None or size == 1 else axes[axis] for axis, size in zip(condition.axes, shape, strict=True)
+    )
+    return LabelledCondition(condition, axes, own)

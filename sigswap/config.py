@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sigswap.errors import ConfigError
 
-_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "qk_norm", "layer_scale", "hybrid_norm")
+_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class SigmoidConfig:
         layer_scale: multiplies the attention module's output by a trainable vector [channels] that
             starts at this value (1.0 leaves a pretrained model as it is; the paper's is 1e-4).
         hybrid_norm: puts a LayerNorm on the attention module's output (the paper's hybrid-norm).
+        row_cap: a number C divides each row of probabilities by ``max(C, their sum)``, so that no row of a
+            pretrained model sums to more than 1, at any length. ``None``: the paper's sigmoid, without a cap.
         overrides: per module path: ``{glob pattern: {field: value}}``; of several patterns that match
             a path, later ones win.
     """
@@ -41,6 +43,7 @@ class SigmoidConfig:
     qk_norm: Literal["rms", "layer"] | None = None
     layer_scale: float | None = None
     hybrid_norm: bool = False
+    row_cap: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class SigmoidConfig:
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and math.isfinite(scale)):
             raise ConfigError(f"{{argument}} must be None or a finite number, not {scale!r}.", argument="layer_scale")
+        check_row_cap(self.row_cap)
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(
                 f"{{argument}} must be a mapping of path pattern to fields, not {self.overrides!r}.",
@@ -105,6 +109,15 @@ class SigmoidConfig:
         if unknown:
             raise ConfigError(f"unknown fields {unknown}; the fields are {[*_OVERRIDABLE, 'overrides']}.")
         return cls(**data)
+
+
+def check_row_cap(row_cap: Any) -> None:
+    """Raises ConfigError unless it is None or a positive finite number."""
+    is_number = isinstance(row_cap, int | float) and not isinstance(row_cap, bool)
+    if row_cap is not None and not (is_number and 0.0 < row_cap < math.inf):
+        raise ConfigError(
+            f"{{argument}} must be None or a positive finite number, not {row_cap!r}.", argument="row_cap"
+        )
 
 
 def _check_bias(bias: object) -> None:

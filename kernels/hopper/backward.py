@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -38,14 +37,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigswap.kernels.hopper.common import Numbers, Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
-from sigswap.kernels.host.launch import Described, Launch, describable
+from sigswap.kernels.hopper.backward_common import (
+    _ROWS,
+    BY_THREAD,
+    ROWS,
+    RowTiles,
+    add_row_sums,
+    add_tile,
+    end_of_head,
+    heads_at_once,
+    load_head_bias,
+    lowest_bias,
+    next_tile,
+    probabilities,
+    put_row_biases,
+    row_tiles_for,
+    sees_every_block,
+    start_at_biases,
+    start_of_scores,
+    start_row_sums,
+    sum_per_thread,
+    takes,
+    unknown_zero,
+    visible_keys,
+)
+from sigswap.kernels.hopper.common import Tiles, load_tile, store_tile, sync
+from sigswap.kernels.hopper.grad_query import finish_kernel
+from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
 from sigswap.kernels.host.results import gradients_for, hand_over
-from sigswap.kernels.host.tiles import limits_of
-from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E, _ROW_BIAS_BLOCK, elements, store_rows
-from sigswap.kernels.triton.row_biases import RowBiases, row_biases_for
+from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 from sigswap.kernels.triton.sums import Sum
 
 LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
@@ -54,65 +76,21 @@ LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
 cost that one more. The sums of dQ have to be filled with zeros before and put in order after, which takes as long for
 short sequences as for long ones."""
 
-ROWS, KEYS, STAGES = 64, 128, 3
-"""A tile's rows; the keys of a program; tiles of rows in flight."""
+KEYS, STAGES = 128, 3
+"""The keys of a program; tiles of rows in flight."""
 
-_ROWS, _KEYS, _STAGES = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(STAGES)
-_ADD = tl.constexpr(
-    "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; "
-    "red.relaxed.gpu.global.add.v4.f32 [a], {$12, $13, $14, $15}; "
-    "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
-)
-_ADD_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f")
-_ADD_ONE = tl.constexpr(
-    "{ .reg .b64 a; .reg .pred first; setp.ge.s32 first, $8, 0; cvt.s64.s32 a, $8; add.s64 a, a, $4; "
-    "@first red.relaxed.gpu.global.add.f32 [a], $12; "
-    "@first red.relaxed.gpu.global.add.f32 [a + 32], $14; "
-    "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
-)
-_BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-"""One number, or several, of each thread of a warpgroup."""
+_KEYS, _STAGES = tl.constexpr(KEYS), tl.constexpr(STAGES)
 
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
     dropout and soft cap, where all of query, key and value want gradients."""
-    signature, grad_out = problem.signature, problem.grad_out
-    if grad_out is None or not all(problem.output_mask[:3]) or signature.attn_mask is not None:
-        return False
-    if torch.are_deterministic_algorithms_enabled() or abs(problem.options.scale) < 1e-6:
-        return False
-    if signature.is_empty or not signature.tma(signature.q_len) or limits_of(signature.device).capability >= 100:
-        return False
-    # A strided one is copied.
-    strided = grad_out.stride(-1) != 1
-    of_grad = contiguous_layout(grad_out.shape, grad_out.dtype) if strided else layout_of(grad_out)
-    operands = signature.query, signature.key, signature.value, of_grad
+    signature = problem.signature
     width, value_width = signature.widths
-    if width != value_width or width not in LONG or not all(describable(each) for each in operands):
-        return False
-    if any(each.shape[3] % 8 != 0 for each in operands):  # new gradients would not be describable
+    if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
-    return _sees_every_block(signature) and _visible_keys(signature) > long * signature.q_len
-
-
-def _sees_every_block(signature: Signature) -> bool:
-    """Whether some row sees some key of each program. A program whose keys no row sees would yet work through a tile of
-    rows, where 0 times NaN is NaN."""
-    shift, left, right = signature.options.band(signature.q_len, signature.kv_len)
-    last_block = (signature.kv_len - 1) // KEYS * KEYS
-    sees_last = right is None or signature.q_len - 1 + shift + right >= last_block
-    return sees_last and (left is None or shift - left < min(KEYS, signature.kv_len))
-
-
-def _visible_keys(signature: Signature) -> int:
-    """Of all rows together."""
-    shift, left, right = signature.options.band(signature.q_len, signature.kv_len)
-    row = np.arange(signature.q_len, dtype=np.int64) + shift
-    first = 0 if left is None else np.maximum(row - left, 0)
-    last = signature.kv_len - 1 if right is None else np.minimum(row + right, signature.kv_len - 1)
-    return int(np.maximum(last - first + 1, np.zeros_like(row)).sum())
+    return sees_every_block(signature, KEYS) and visible_keys(signature) > long * signature.q_len
 
 
 def backward(problem: Problem) -> Gradients:
@@ -120,6 +98,7 @@ def backward(problem: Problem) -> Gradients:
     grad_out = problem.readable_grad_out()
     plan = _plan(problem.signature, layout_of(grad_out), layouts)
     new_query, new_key, new_value, new_bias, _ = written
+    assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
@@ -132,16 +111,10 @@ def backward(problem: Problem) -> Gradients:
         plan.launch(*described, sums, None, plan.rows.described(biases), floor)
         plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:
+        assert parts is not None and new_bias is not None
         plan.sum_parts(parts, new_bias)
     hand_over(grads, written)
     return grads
-
-
-class _Rows(NamedTuple):
-    """How the kernel gets a bias tensor that differs between rows."""
-
-    biases: RowBiases
-    described: Numbers
 
 
 class _Plan(NamedTuple):
@@ -151,7 +124,7 @@ class _Plan(NamedTuple):
     sums: Layout
     """Of dQ, as the kernel adds it up."""
     finish: Launch
-    rows: _Rows | None
+    rows: RowTiles | None
     """Where the bias tensor differs between rows."""
     sum_parts: Sum | None
     """Where the gradient of the bias is a sum: of what launch writes, or, of rows' biases, finish."""
@@ -173,7 +146,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     )
     tiles = triton.cdiv(signature.q_len, ROWS)
     blocks = triton.cdiv(signature.kv_len, KEYS)
-    rows = _rows(signature)
+    rows = row_tiles_for(signature)
     row_sums = rows is not None and grad_bias is not None
     head_sums = rows is None and grad_bias is not None
     numbers = ROWS * (width + 1 if row_sums else width)
@@ -186,12 +159,9 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
             sum_parts = Sum(grad_bias, shape, signature.device)
             parts = contiguous_layout(shape, torch.float32)
     units = signature.batch * signature.kv_heads
-    at_once = 1
-    if band.has_left or band.has_right:
-        at_once = min(units, triton.cdiv(2 * limits_of(signature.device).multiprocessors, blocks))
     arguments = signature.arguments() | {
         "units": units,
-        "at_once": at_once,
+        "at_once": heads_at_once(signature, blocks, units),
         "DIM": width,
         "BANDED": band.has_left or band.has_right,
         "SUMS": head_sums,
@@ -202,9 +172,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     floor = None
     if rows is not None:
         bias, floor = rows.described, rows.biases.floor
-        length = rows.biases.layout.shape[2]
-        stride_b, stride_h, _ = rows.biases.layout.strides_or_zero(3)
-        arguments |= {"stride_bias_b": stride_b // length, "stride_bias_h": stride_h // length, "VISIBLE": False}
+        arguments |= rows.arguments()
     tensors = (*described, sums, parts if head_sums else None, bias, floor)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
@@ -212,168 +180,11 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
     finish_arguments |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
     outputs = sums, grad_query, of_rows
-    finish = Launch(_finish_kernel, sums.shape[0], signature.device, outputs, finish_arguments, num_warps=8)
+    finish = Launch(finish_kernel, sums.shape[0], signature.device, outputs, finish_arguments, num_warps=8)
     return _Plan(described, launch, sums, finish, rows, sum_parts)
 
 
-def _rows(signature: Signature) -> _Rows | None:
-    if signature.bias is None or signature.bias.shape[2] == 1:
-        return None
-    biases = row_biases_for(signature)
-    assert biases is not None
-    return _Rows(biases, Numbers(biases.layout, ROWS))
-
-
 # Device functions. A tile of scores is [keys, rows].
-
-
-@gluon.jit
-def _unknown_zero():
-    """0, of which the compiler does not know that. Addresses that it is part of are worked out where they are used,
-    and not kept in registers, of which there are none left."""
-    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _probabilities(
-    s, scale, row_bias, start, col0, key, row, shift, left, right, fast,
-    BY_ROW: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
-):  # fmt: skip
-    """sigmoid(scale * s + row_bias); 0 outside the band. If BY_ROW the row bias is in s already."""
-    if FORM == _FAST:
-        x = s * (scale * 0.5)
-    elif FORM == _AUTO:
-        x = s * (scale * gl.where(fast, 0.5, _LOG2E))
-    else:
-        x = s * (scale * _LOG2E)
-    if not BY_ROW:
-        x += row_bias
-    else:
-        edge = False
-        if HAS_RIGHT:
-            edge = col0 + key.shape[0] - 1 > start + shift + right
-        if HAS_LEFT:
-            edge = edge | (col0 < start + _ROWS - 1 + shift - left)
-        if edge:
-            if HAS_RIGHT:
-                x = gl.where((col0 + key)[:, None] <= (start + shift + right + row)[None, :], x, float("-inf"))
-            if HAS_LEFT:
-                x = gl.where((col0 + key)[:, None] >= (start + shift - left + row)[None, :], x, float("-inf"))
-    return sigmoid(x, fast, FORM, SLOW)
-
-
-@gluon.jit
-def _add(sums, tile, layout: gl.constexpr):
-    """Adds a product's tile to memory, in the order of its registers: for each eight columns of the tile a thread has
-    two of them in two rows that are 8 apart, 16 bytes."""
-    HEIGHT: gl.constexpr = tile.shape[0]
-    WIDTH: gl.constexpr = tile.shape[1]
-    row = gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
-    lane = row % 8 * 4 + column % 8 // 2 + _unknown_zero()
-    offset = ((row // 16 * (WIDTH // 8) + column // 8) * 32 + lane) * 16
-    address = gl.full([HEIGHT, WIDTH], 0, gl.int64, layout) + sums.to(gl.int64)
-    gl.inline_asm_elementwise(_ADD, _ADD_CONSTRAINTS, [address, offset, tile], dtype=gl.int32, is_pure=False, pack=4)
-
-
-@gluon.jit
-def _add_rows(sums, tile, layout: gl.constexpr):
-    """Adds the first column of a product's tile, eight columns wide, to memory: a thread has two numbers in each of two
-    rows that are 8 apart, and every fourth thread the first column."""
-    HEIGHT: gl.constexpr = tile.shape[0]
-    WIDTH: gl.constexpr = tile.shape[1]
-    row = gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))[:, None] + _unknown_zero()
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
-    offset = gl.where(column == 0, row * 4, -1)
-    address = gl.full([HEIGHT, WIDTH], 0, gl.int64, layout) + sums.to(gl.int64)
-    gl.inline_asm_elementwise(
-        _ADD_ONE, _ADD_CONSTRAINTS, [address, offset, tile], dtype=gl.int32, is_pure=False, pack=4
-    )
-
-
-@gluon.jit
-def _lowest(floor, place, group, stride_h, begin, end, q_len):
-    """The least bias of the rows begin to end of some heads."""
-    blocks = gl.cdiv(q_len, _ROW_BIAS_BLOCK)
-    end = gl.cdiv(gl.minimum(end, q_len), _ROW_BIAS_BLOCK)
-    lowest = gl.full([128], float("inf"), gl.float32, _BY_THREAD)
-    for member in range(group):
-        own = floor + (place + member * stride_h).to(gl.int64) * blocks
-        for first in range(begin // _ROW_BIAS_BLOCK, end, 128):
-            block = first + gl.arange(0, 128, _BY_THREAD)
-            lowest = gl.minimum(lowest, gl.load(own + block, mask=block < end, other=float("inf")))
-    return gl.min(lowest, 0)
-
-
-@gluon.jit
-def _sum_per_thread(ds):
-    """Of a tile [64, 64] over what each of 128 threads has of it."""
-    by_thread = ds.reshape([4, 2, 8, 8, 4, 2])
-    return gl.sum(gl.sum(gl.sum(by_thread, 5), 3), 1).reshape([128])
-
-
-@gluon.jit
-def _put_row_biases(
-    biases, start, head_bias, scale, q_len, kv_len, shift, left, right,
-    VISIBLE: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-):  # fmt: skip
-    """b_i / scale of a tile's rows, in shared memory."""
-    row = start + gl.arange(0, _ROWS, _BY_THREAD)
-    result = gl.full([_ROWS], 0.0, gl.float32, _BY_THREAD) + head_bias
-    if VISIBLE:
-        result -= log_of_visible(row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT)
-    biases.store(result / scale)
-
-
-@gluon.jit
-def _head_bias(bias, head, stride_h):
-    return gl.load(bias + head.to(gl.int64) * stride_h).to(gl.float32)
-
-
-@gluon.jit
-def _next_tile(start, tile, head, begin, end, skipped):
-    """The first row of the tile behind this one, its place among the sums of dQ, and its head."""
-    start_next = start + _ROWS
-    tile_next = tile + 1
-    head_next = head + 0
-    if start_next >= end:
-        start_next = begin
-        tile_next += skipped
-        head_next += 1
-    return start_next, tile_next, head_next
-
-
-@gluon.jit
-def _end_of_head(parts, sum_of_ds, heads_on, blocks):
-    """Where heads_on is 1, the sums go out, and those of the next head start. No branch: products are in flight."""
-    ends = gl.full(sum_of_ds.shape, 0, gl.int32, sum_of_ds.type.layout) + heads_on != 0
-    gl.store(parts, sum_of_ds, mask=ends)
-    return parts + heads_on.to(gl.int64) * blocks * 256, gl.where(ends, 0.0, sum_of_ds)
-
-
-@gluon.jit
-def _start_of_scores(biases, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr, BANDED: gl.constexpr):
-    """What the product of key and query is added to."""
-    start = gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT)
-    if BANDED:
-        start += biases.load(gl.SliceLayout(0, LAYOUT))[None, :]
-    return start
-
-
-@gluon.jit
-def _reciprocal(number):
-    """Worked out where it is used: see _unknown_zero()."""
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [number], dtype=gl.float32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _start_at(biases, scale, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr):
-    """_start_of_scores(), from biases [1, rows] that were loaded for the tile."""
-    numbers = biases._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    row_bias = numbers.load(gl.SliceLayout(0, LAYOUT)) * _reciprocal(scale)
-    return gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT) + row_bias[None, :]
 
 
 @gluon.jit
@@ -407,12 +218,6 @@ def _load(
         if start >= begin + span * _ROWS:
             head += 1
             start = begin
-
-
-@gluon.jit
-def _start_row_sums(ds, ones, no_sums):
-    """Of dS [keys, rows] the sums over keys: all columns of [rows, 8]."""
-    return warpgroup_mma(ds.permute((1, 0)), ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -465,12 +270,12 @@ def _compute(
     row_bias = const_bias + 0.0
     if HEAD_BIAS:
         bias += batch.to(gl.int64) * stride_bias_b
-        row_bias += _head_bias(bias, head, stride_bias_h)
+        row_bias += load_head_bias(bias, head, stride_bias_h)
     if BIAS_ROWS and FORM == _AUTO:
         place = batch * stride_bias_b + head * stride_bias_h
-        fast = _lowest(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
+        fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
     if BANDED and not BIAS_ROWS:
-        _put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
+        put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
     elif VISIBLE:
         const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
         row_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
@@ -487,9 +292,9 @@ def _compute(
     rows = q_tiles.index(0).reshape([_ROWS, DIM])
     grads = do_tiles.index(0).reshape([_ROWS, DIM])
     if BIAS_ROWS:
-        s_start = _start_at(biases.index(0), scale, of_scores, HALF)
+        s_start = start_at_biases(biases.index(0), scale, of_scores, HALF)
     else:
-        s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+        s_start = start_of_scores(biases, of_scores, HALF, BANDED)
     s_token = warpgroup_mma(
         keys.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BY_ROW, is_async=True
     )
@@ -497,7 +302,7 @@ def _compute(
         values.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
     s = warpgroup_mma_wait(1, deps=[s_token])
-    p = _probabilities(
+    p = probabilities(
         s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
         BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
     )  # fmt: skip
@@ -508,19 +313,20 @@ def _compute(
     ds_low = ds.to(dtype)
     ds_operand = gl.convert_layout(ds_low, as_operand)
     ds_tiles.index(1).slice(PART * HALF, HALF, 0).store(ds_low)
-    sum_of_ds = gl.zeros([128], gl.float32, _BY_THREAD)
+    sum_of_ds = gl.zeros([128], gl.float32, BY_THREAD)
     if SUMS:
-        sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
-        parts += PART * 128 + gl.arange(0, 128, _BY_THREAD)
+        sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
+        parts += PART * 128 + gl.arange(0, 128, BY_THREAD)
         parts += ((batch * heads + head).to(gl.int64) * blocks + col0 // _KEYS) * 256
     dv_acc, p_operand = warpgroup_mma_wait(0, deps=[dv_token, p_operand])
-    start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
+    start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, tiles - span)
     if GROUPED and SUMS:
-        parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
+        parts, sum_of_ds = end_of_head(parts, sum_of_ds, head_next - head, blocks, 256)
     if GROUPED and HEAD_BIAS:
-        row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
+        last_head = kv_head * group + group - 1
+        row_bias = const_bias + load_head_bias(bias, gl.minimum(head_next, last_head), stride_bias_h)
     if BANDED and not BIAS_ROWS:
-        _put_row_biases(
+        put_row_biases(
             biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
         )
     fence_async_shared()
@@ -544,7 +350,7 @@ def _compute(
         start = start_next
         tile = tile_next
         head = head_next
-        zero = _unknown_zero()
+        zero = unknown_zero()
         keys_now = k_tile.index(zero).reshape([_KEYS, DIM])
         values_now = v_tile.index(zero).reshape([_KEYS, DIM])
 
@@ -556,12 +362,12 @@ def _compute(
         )  # fmt: skip
         if ROW_SUMS:
             own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
-            row_token = _start_row_sums(own, ones.index(zero), no_sums)
+            row_token = start_row_sums(own, ones.index(zero), no_sums)
         if not BIAS_ROWS:
-            s_start = _start_of_scores(biases, of_scores, HALF, BANDED)
+            s_start = start_of_scores(biases, of_scores, HALF, BANDED)
         mbarrier.wait(full.index(stage), phase)
         if BIAS_ROWS:
-            s_start = _start_at(biases.index(stage), scale, of_scores, HALF)
+            s_start = start_at_biases(biases.index(stage), scale, of_scores, HALF)
         rows = q_tiles.index(stage).reshape([_ROWS, DIM])
         grads = do_tiles.index(stage).reshape([_ROWS, DIM])
         s_token = warpgroup_mma(
@@ -575,8 +381,8 @@ def _compute(
             dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(1, deps=[dk_token, dq_token, ds_operand])
         sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
         if ROW_SUMS:
-            _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
-        _add(sums_before, dq_tile, of_rows)
+            add_row_sums(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
+        add_tile(sums_before, dq_tile, of_rows)
         # The rows of the tile before and dS of the one before that are read.
         sync()
         mbarrier.arrive(empty.index(stage_before))
@@ -589,7 +395,7 @@ def _compute(
         )
 
         s = warpgroup_mma_wait(1, deps=[s_token])
-        p = _probabilities(
+        p = probabilities(
             s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
             BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
@@ -603,14 +409,16 @@ def _compute(
         mbarrier.wait(empty.index(stage_before), phase_before)
         ds_tiles.index(slot ^ 1).slice(PART * HALF, HALF, 0).store(ds_low)
         if SUMS:
-            sum_of_ds += gl.convert_layout(_sum_per_thread(ds), _BY_THREAD)
-        start_next, tile_next, head_next = _next_tile(start, tile, head, begin, end, tiles - span)
+            sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
+        start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, tiles - span)
         if GROUPED and SUMS:
-            parts, sum_of_ds = _end_of_head(parts, sum_of_ds, head_next - head, blocks)
+            parts, sum_of_ds = end_of_head(parts, sum_of_ds, head_next - head, blocks, 256)
         if GROUPED and HEAD_BIAS:
-            row_bias = const_bias + _head_bias(bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h)
+            row_bias = const_bias + load_head_bias(
+                bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h
+            )
         if BANDED and not BIAS_ROWS:
-            _put_row_biases(
+            put_row_biases(
                 biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
         fence_async_shared()
@@ -625,11 +433,11 @@ def _compute(
     dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
     dk_acc, dq_tile, ds_operand = warpgroup_mma_wait(0, deps=[dk_token, dq_token, ds_operand])
     sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
-    _add(sums_before, dq_tile, of_rows)
+    add_tile(sums_before, dq_tile, of_rows)
     if ROW_SUMS:
         own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
-        row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(own, ones.index(0), no_sums)])
-        _add_rows(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
+        row_sums = warpgroup_mma_wait(0, deps=[start_row_sums(own, ones.index(0), no_sums)])
+        add_row_sums(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
     slot ^= 1
     if slot == 0:
         slot_phase ^= 1
@@ -637,11 +445,11 @@ def _compute(
     dq_token = warpgroup_mma(ds_tiles.index(slot).permute((1, 0)), columns, no_rows, use_acc=False, is_async=True)
     dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
     sums += tile.to(gl.int64) * TILE_SUMS
-    _add(sums, dq_tile, of_rows)
+    add_tile(sums, dq_tile, of_rows)
     if ROW_SUMS:
         own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
-        row_sums = warpgroup_mma_wait(0, deps=[_start_row_sums(own, ones.index(0), no_sums)])
-        _add_rows(sums + ROW_SUMS_AT, row_sums, of_row_sums)
+        row_sums = warpgroup_mma_wait(0, deps=[start_row_sums(own, ones.index(0), no_sums)])
+        add_row_sums(sums + ROW_SUMS_AT, row_sums, of_row_sums)
 
     # The results go out by way of where keys and values lay, of which both warpgroups read all the keys.
     sync()
@@ -673,7 +481,7 @@ def _kernel(
     sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ half of the columns, then the other half; if
     ROW_SUMS of each row the sum of dS behind them.
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
-    bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (launch.RowBiases);
+    bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
@@ -721,24 +529,24 @@ def _kernel(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], dtype)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, _KEYS, _ROWS], ds_layout)
     # What a partition has no use for is not handed to it.
-    if BIAS_ROWS:
-        biases = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], bias.layout)
-        row_biases = bias
-        row_tiles = biases
-        row_stride_b = stride_bias_b
-        row_stride_h = stride_bias_h
-    else:
+    if not BIAS_ROWS:
         biases = gl.allocate_shared_memory(gl.float32, [2, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         row_biases: gl.constexpr = 0
         row_tiles: gl.constexpr = 0
         row_stride_b: gl.constexpr = 0
         row_stride_h: gl.constexpr = 0
-    if ROW_SUMS:
+    else:
+        biases = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], bias.layout)
+        row_biases = bias
+        row_tiles = biases
+        row_stride_b = stride_bias_b
+        row_stride_h = stride_bias_h
+    if not ROW_SUMS:
+        ones: gl.constexpr = 0
+    else:
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, _KEYS // 2], dtype)
         ones = gl.allocate_shared_memory(dtype, [1, 8, _KEYS // 2], ones_layout)
         ones.index(0).store(gl.full([8, _KEYS // 2], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    else:
-        ones: gl.constexpr = 0
     kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     keys_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
@@ -779,28 +587,3 @@ def _kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
-def _finish_kernel(
-    sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
-    stride_db_b, stride_db_h, stride_db_m,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """One program: a tile of dQ, from the order in which _add() put it in memory, and the sums of its rows of dS."""
-    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
-    tile = tl.program_id(0)
-    head = (tile // tiles % heads).to(tl.int64)
-    batch = (tile // tiles // heads).to(tl.int64)
-    start = tile % tiles * _ROWS
-    sums += tile.to(tl.int64) * (_ROWS * DIM if db is None else _ROWS * (DIM + 1))
-    numbers = tl.load(sums + tl.arange(0, _ROWS * DIM))
-    # [half of the columns, warp, eight columns, row, two columns, row and that 8 below, column]
-    numbers = numbers.reshape(2, 4, DIM // 16, 8, 4, 2, 2).permute(1, 5, 3, 0, 2, 4, 6).reshape(_ROWS, DIM)
-    dq += batch * stride_dq_b + head * stride_dq_h
-    store_rows(dq, numbers * scale, start, q_len, stride_dq_n, HEAD_DIM, _ROWS, DIM)
-    if db is not None:
-        row = start + tl.arange(0, _ROWS)
-        row_sums = tl.load(sums + _ROWS * DIM + tl.arange(0, _ROWS))
-        db += batch * stride_db_b + head * stride_db_h
-        tl.store(db + row.to(tl.int64) * stride_db_m, row_sums.to(db.dtype.element_ty), mask=row < q_len)

@@ -24,7 +24,7 @@ class Described:
         self, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.shape, self.strides, self.block, self.dtype = shape, strides, block, dtype
-        self._kind: type = TensorDescriptor
+        self._kind: Any = TensorDescriptor
         self._checked: dict[str, Any] | None = None
 
     def describe(self, tensor: Tensor) -> Any:
@@ -35,11 +35,11 @@ class Described:
             return tensor
         # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:
-            descriptor = self.describe(tensor)
-            self._kind, self._checked = type(descriptor), vars(descriptor) | {"base": None}  # no plan keeps a tensor
-            return descriptor
-        descriptor = object.__new__(self._kind)
-        vars(descriptor).update(self._checked)
+            first = self.describe(tensor)
+            self._kind, self._checked = type(first), vars(first) | {"base": None}  # no plan keeps a tensor
+            return first
+        descriptor: Any = object.__new__(self._kind)
+        descriptor.__dict__.update(self._checked)
         descriptor.base = tensor
         return descriptor
 

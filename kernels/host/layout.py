@@ -33,7 +33,8 @@ def layout_of(tensor: Tensor) -> Layout:
 def is_aligned(tensor: Tensor) -> bool:
     if recording.by is None:
         return tensor.data_ptr() % 16 == 0
-    return tensor.storage_offset() * tensor.itemsize % 16 == 0  # inductor aligns what it allocates and what it is given
+    # Inductor aligns what it allocates and what it is given.
+    return bool(tensor.storage_offset() * tensor.itemsize % 16 == 0)
 
 
 def contiguous_layout(shape: Iterable[int], dtype: torch.dtype = torch.int32) -> Layout:

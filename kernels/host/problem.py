@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ FEW_SCORES = 1 << 24
 """Fewer take the GPU less time than a call takes the host, to which tensor descriptors add: two of them more than a
 launch. So there are none, though the GPU would be faster with them."""
 
+LOWEST_MIXED_CAP = 1 / 16
+"""With a lower row cap all sigmoids are of the accurate form (:attr:`Signature.mixed_forms`)."""
+
 MAX_HEAD_DIM = 256
 """Of the Triton kernels."""
 
@@ -58,6 +62,7 @@ class Options(NamedTuple):
     window_right: int = -1
     softcap: float = 0.0
     dropout_p: float = 0.0
+    row_cap: float = 0.0
 
     def band(self, q_len: int, kv_len: int) -> tuple[int, int | None, int | None]:
         """Row i sees the keys i + shift - left ... i + shift + right; None: no limit on that side."""
@@ -105,6 +110,12 @@ class Problem:
     """Which of query, key, value, bias and attn_mask need a gradient."""
     grads: Gradients | None = None
     """Where the gradients are written, if they exist already."""
+    row_sums: Tensor | None = None
+    """Where the forward writes each row's sum of probabilities, before dropout, if it is asked for: [B, H, M, 1],
+    float32 (float64 of a float64 query)."""
+    row_delta: Tensor | None = None
+    """Of a backward below a row cap, of row_sums' shape and dtype: it is subtracted from dP, after dropout's part in
+    it. ``grad_out`` is that of the sums that the cap divides."""
     _signature: Signature | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
@@ -120,11 +131,17 @@ class Problem:
         return known
 
     @property
-    def gradients_asked_for(self) -> tuple[Any, ...]:
-        """What, besides its signature, the choice of a kernel for a backward depends on."""
+    def asked_for(self) -> tuple[Any, ...]:
+        """What, besides its signature, the choice of a kernel depends on."""
         if self.grad_out is None:
-            return ()
-        return layout_of(self.grad_out), self.output_mask, torch.are_deterministic_algorithms_enabled()
+            return (self.row_sums is None,)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return layout_of(self.grad_out), self.output_mask, self.row_delta is None, deterministic
+
+    @property
+    def is_uncapped(self) -> bool:
+        """Whether rows are plain sums, and these are not asked for."""
+        return self.options.row_cap == 0.0 and self.row_sums is None and self.row_delta is None
 
     @property
     def cu_seqlens(self) -> tuple[Tensor | None, Tensor | None]:
@@ -141,6 +158,20 @@ class Problem:
     def readable_grad_out(self) -> Tensor:
         assert self.grad_out is not None, "this is no backward"
         return unit_stride(self.grad_out)
+
+
+def problem_of(
+    inputs: Sequence[Any], options: Options, *, backward: bool = False, row_sums: Tensor | None = None
+) -> Problem:
+    """Of the inputs of an attention op: query, key, value, bias, attn_mask and seed; or of its backward: with grad_out
+    before them, and output_mask and row_delta behind."""
+    if not backward:
+        query, key, value, bias, attn_mask, seed = inputs
+        return Problem(query, key, value, bias, attn_mask, seed, options, row_sums=row_sums)
+    grad_out, query, key, value, bias, attn_mask, seed, output_mask, row_delta = inputs
+    problem = Problem(query, key, value, bias, attn_mask, seed, options, grad_out=grad_out, row_delta=row_delta)
+    problem.output_mask = tuple(output_mask)
+    return problem
 
 
 class Band(NamedTuple):
@@ -280,9 +311,11 @@ class Signature:
     def mixed_forms(self) -> bool:
         """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
 
-        float32 would show their errors. Where scores cost much anyway, one form is enough.
+        float32 would show their errors, and so would a low row cap, which magnifies rows of which all scores are low.
+        Where scores cost much anyway, one form is enough.
         """
-        return self.sigmoid_form == "auto" and self.element_size == 2 and self.plain
+        fine = self.sigmoid_form == "auto" and self.element_size == 2 and self.plain
+        return fine and (self.options.row_cap == 0.0 or self.options.row_cap >= LOWEST_MIXED_CAP)
 
     def form(self) -> int:
         """FAST, AUTO or ACCURATE, which stands for the kernel's SLOW form (:mod:`sigswap.kernels.triton.common`)."""
@@ -348,6 +381,7 @@ class Signature:
             "softcap": options.softcap,
             "const_bias": options.const_bias,
             "dropout_p": options.dropout_p,
+            "row_cap": options.row_cap,
             "HEAD_DIM": self.query.shape[3],
             "VALUE_DIM": self.value.shape[3],
             "BLOCK_D": block_d,
@@ -361,6 +395,7 @@ class Signature:
             "BOTTOM_RIGHT": options.bottom_right,
             "SOFTCAP": options.softcap > 0.0,
             "DROPOUT": options.dropout_p > 0.0,
+            "CAP": options.row_cap > 0.0,
             # Small probabilities would be subnormal in float16; they are held times 1024 there.
             "P_SCALE": 1024.0 if self.query.dtype == torch.float16 else 1.0,
             "FORM": self.form(),

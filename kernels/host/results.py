@@ -20,6 +20,13 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty_strided(*output_layout(query.shape, value.shape))
 
 
+def empty_row_sums(query: Tensor) -> Tensor:
+    """The rows' sums of probabilities, uninitialised: query's shape with 1 for the last size, contiguous, in float32
+    (float64 of a float64 query)."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*query.shape[:-1], 1), dtype=dtype)
+
+
 def empty_varlen_output(query: Tensor, value: Tensor) -> Tensor:
     """The output for packed sequences, uninitialised: [total_q, H, Dv], contiguous."""
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
@@ -59,5 +66,5 @@ def hand_over(grads: Gradients, written: Gradients) -> None:
     if written is grads:
         return
     for grad, new in zip(grads, written, strict=True):
-        if grad is not None and grad is not new:
+        if grad is not None and new is not None and grad is not new:
             grad.copy_(new)

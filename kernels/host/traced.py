@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx
@@ -20,8 +20,9 @@ from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sigswap.kernels import dispatch, reference
-from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.host.problem import Options, Problem, problem_of
 from sigswap.kernels.host.recording import recorded_by
+from sigswap.kernels.host.results import empty_row_sums
 from sigswap.kernels.op.registration import as_results
 from sigswap.kernels.triton.row_biases import count_kernel
 
@@ -34,19 +35,23 @@ class NotVisible(Exception):
     """The op has to stay as it is; says why."""
 
 
-def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.fx.GraphModule:
+Kind = Literal["forward", "sums", "backward"]
+"""Of ``sigswap::sigmoid_attention``, ``sigmoid_attention_sums`` and ``sigmoid_attention_backward``."""
+
+
+def launches(kind: Kind, inputs: Sequence[Any], options: Options) -> torch.fx.GraphModule:
     """A graph of what the op does, functional, with one placeholder for each of the inputs that is a tensor.
 
     Args:
-        backward: Of ``sigswap::sigmoid_attention_backward``, else of ``sigswap::sigmoid_attention``.
-        inputs: The op's, tensors fake, with sizes and strides that are numbers.
+        kind: Which op.
+        inputs: The op's, all of them, tensors fake, with sizes and strides that are numbers.
 
     Raises:
         NotVisible: A launch takes what ``wrap_triton`` does not pass on when it is traced (tensor descriptors, a limit
             on registers, Gluon) and the op has many scores, or it does not run Triton kernels.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
-    query, key = inputs[1:3] if backward else inputs[:2]
+    query, key = inputs[1:3] if kind == "backward" else inputs[:2]
     if not isinstance(count_kernel, triton.JITFunction):
         raise NotVisible("Triton's interpreter runs it")
     few = math.prod(query.shape[:3]) * key.shape[2] < FEW_SCORES
@@ -54,12 +59,13 @@ def launches(backward: bool, inputs: Sequence[Any], options: Options) -> torch.f
     def run(*given: Tensor) -> Any:
         remaining = iter(given)
         arguments = [next(remaining) if isinstance(each, Tensor) else each for each in inputs]
-        if not backward:
-            problem = Problem(*arguments, options)
+        if kind != "backward":
+            row_sums = empty_row_sums(arguments[0]) if kind == "sums" else None
+            problem = problem_of(arguments, options, row_sums=row_sums)
             _expect_kernels(dispatch.FORWARD, problem)
-            return dispatch.forward(problem)
-        grad_out, *tensors, output_mask = arguments
-        problem = Problem(*tensors, options, grad_out=grad_out, output_mask=tuple(output_mask))
+            out = dispatch.forward(problem)
+            return out if row_sums is None else (out, row_sums)
+        problem = problem_of(arguments, options, backward=True)
         _expect_kernels(dispatch.BACKWARD, problem)
         return as_results(problem.query, dispatch.backward(problem))
 

@@ -94,6 +94,11 @@ def check_varlen(
     _check_options(options, seed, query)
 
 
+def check_row_cap(row_cap: float) -> None:
+    if not 0.0 <= row_cap < math.inf:
+        raise ArgumentError(f"row_cap must be positive and finite, or 0 for none, not {row_cap}.")
+
+
 def _check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
     dtype, device = query.dtype, query.device
     if dtype not in _DTYPES:
@@ -157,6 +162,7 @@ def _check_options(options: Options, seed: Tensor | None, query: Tensor) -> None
         raise ArgumentError(f"softcap must be positive and finite, or 0 for none, not {options.softcap}.")
     if not 0.0 <= options.dropout_p <= 1.0:
         raise ArgumentError(f"dropout_p must be in [0, 1], not {options.dropout_p}.")
+    check_row_cap(options.row_cap)
     if options.dropout_p > 0.0:
         if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
             raise ArgumentError("seed must be an int64 tensor of one element, since dropout_p > 0.")

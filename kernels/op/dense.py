@@ -1,9 +1,11 @@
 """The registered ops for tensors [batch, heads, length, head_dim].
 
-Three ops, all of them pure functions (``torch.ops.sigswap`` holds them):
+Four ops, all of them pure functions (``torch.ops.sigswap`` holds them):
 
 - ``sigmoid_attention``: query, key and value to the output, without the scores in memory.
-- ``sigmoid_attention_backward``: its gradients. It has no derivative of its own; asking for one is an error.
+- ``sigmoid_attention_sums``: the same, and the sum of each row's probabilities before dropout and row cap
+  [B, H, M, 1], in float32 (float64 of a float64 query), which has no derivative.
+- ``sigmoid_attention_backward``: the gradients. It has no derivative of its own; asking for one is an error.
 - ``sigmoid_probs``: for models that compute their own scores: scores to probabilities. A composite op: one
   node in a graph of Dynamo's, and decomposed below autograd, so that inductor fuses it.
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
-from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.problem import Gradients, Options, Problem, problem_of
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.op import checks, vmap
 from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
@@ -43,6 +45,7 @@ def sigmoid_attention(
     window_right: int = -1,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    row_cap: float = 0.0,
 ) -> Tensor:
     """Sigmoid attention; :mod:`sigswap.kernels.reference` has the formulas.
 
@@ -66,6 +69,7 @@ def sigmoid_attention(
         window_right: Row i sees key j only if j <= i + window_right, likewise; -1: no limit.
         softcap: If positive, scores become softcap * tanh(scores / softcap), before masks and bias.
         dropout_p: The probability that an attention probability is dropped, in [0, 1].
+        row_cap: If positive, each row is divided by the larger of this and the sum of its probabilities before dropout.
 
     Returns:
         [B, H, M, Dv] of query's dtype, stored as [B, M, H, Dv]. Rows that see no key are 0.
@@ -75,11 +79,20 @@ def sigmoid_attention(
     """
     if is_plain(query, key, value, bias, attn_mask, seed):
         options = options_of(
-            scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
+            scale,
+            const_bias,
+            visible_bias,
+            is_causal,
+            bottom_right,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            row_cap,
         )
         if options is not None:
             return _attention.run((query, key, value, bias, attn_mask, seed), options)
-    return torch.ops.sigswap.sigmoid_attention.default(
+    out: Tensor = torch.ops.sigswap.sigmoid_attention.default(
         query,
         key,
         value,
@@ -95,7 +108,9 @@ def sigmoid_attention(
         window_right=window_right,
         softcap=softcap,
         dropout_p=dropout_p,
+        row_cap=row_cap,
     )
+    return out
 
 
 def sigmoid_probs(
@@ -104,6 +119,7 @@ def sigmoid_probs(
     dim: int = -1,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float = 0.0,
 ) -> Tensor:
     """Attention probabilities from scores that a model computed and masked: the counterpart of softmax.
 
@@ -117,20 +133,23 @@ def sigmoid_probs(
         dim: The dimension of the keys.
         visible_bias: Adds -ln n.
         const_bias: Added to every score.
+        row_cap: If positive, p is divided by the larger of this and its sum along ``dim``.
 
     Returns:
         Of scores' shape and dtype.
     """
-    return torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias)
+    probs: Tensor = torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias, row_cap)
+    return probs
 
 
-def _forward(run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options) -> Tensor:
-    return run(Problem(*inputs, options))
+def _forward(
+    run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options, row_sums: Tensor | None
+) -> Tensor:
+    return run(problem_of(inputs, options, row_sums=row_sums))
 
 
 def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], options: Options) -> Gradients:
-    grad_out, *tensors, output_mask = inputs
-    return run(Problem(*tensors, options, grad_out=grad_out, output_mask=tuple(output_mask)))
+    return run(problem_of(inputs, options, backward=True))
 
 
 _attention = AttentionOp(
@@ -152,6 +171,7 @@ def _probs(
     dim: int = -1,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float = 0.0,
 ) -> Tensor:
     if not scores.dtype.is_floating_point:
         raise ArgumentError(f"scores must be floating point, not {scores.dtype}.")
@@ -159,6 +179,7 @@ def _probs(
         raise ArgumentError(f"dim must be a dimension of scores {list(scores.shape)}, not {dim}.")
     if bias is not None:
         _check_score_bias(bias, scores, dim)
+    checks.check_row_cap(row_cap)
     with torch._C.DisableTorchFunction():
         exact = scores if scores.dtype == torch.float64 else scores.float()
         masked = exact <= MASKED_SCORE  # in float32: -5000 is no bfloat16
@@ -170,7 +191,10 @@ def _probs(
             row_bias = row_bias - visible.clamp(min=1).to(exact.dtype).log()
         if bias is not None:
             row_bias = row_bias + bias.to(exact.dtype)
-        return (exact + row_bias).sigmoid().to(scores.dtype)
+        p = (exact + row_bias).sigmoid()
+        if row_cap > 0.0:
+            p = p / p.sum(dim, keepdim=True).clamp(min=row_cap)
+        return p.to(scores.dtype)
 
 
 def _check_score_bias(bias: Tensor, scores: Tensor, dim: int) -> None:
@@ -191,7 +215,7 @@ def _check_score_bias(bias: Tensor, scores: Tensor, dim: int) -> None:
 def _register_autocast(device: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
-    def probs(scores: Tensor, *others: Any) -> Tensor:
+    def probs(scores: Tensor, *others: Any) -> Any:
         # CPU's autocast leaves softmax alone, too.
         if device != "CPU" and scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()
@@ -202,8 +226,8 @@ def _register_autocast(device: str) -> None:
 
 
 library.define(
-    "sigmoid_probs(Tensor scores, Tensor? bias=None, int dim=-1, bool visible_bias=True, float const_bias=0.0) "
-    "-> Tensor",
+    "sigmoid_probs(Tensor scores, Tensor? bias=None, int dim=-1, bool visible_bias=True, float const_bias=0.0, "
+    "float row_cap=0.0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.impl("sigmoid_probs", _probs, "CompositeImplicitAutograd")

@@ -1,12 +1,17 @@
 """How a call of an attention op reaches its implementation: what ``ops`` and ``varlen_ops`` share.
 
-An attention op is a pair of pure functions in ``torch.ops.sigswap``::
+An attention op is three pure functions in ``torch.ops.sigswap``::
 
     name(*inputs, *, options) -> Tensor
-    name_backward(grad_out, *inputs, output_mask, *, options) -> a gradient of each of the first inputs
+    name_sums(*inputs, *, options) -> the same, and the sum of each row's probabilities
+    name_backward(grad_out, *inputs, output_mask, row_delta=None, *, options) -> a gradient of each of the first inputs
 
 The inputs are tensors, and then numbers; the options are :class:`sigswap.kernels.host.problem.Options`.
-:class:`AttentionOp` registers both functions with PyTorch's dispatcher: implementation, fake, autograd, autocast.
+:class:`AttentionOp` registers these functions with PyTorch's dispatcher: implementation, fake, autograd, autocast.
+
+Without a row cap the backward needs the inputs alone. With one, the forward that is recorded is ``name_sums``, whose
+results are saved, and the gradient first goes through the division (:func:`sigswap.kernels.reference.undivided`).
+
 Every device runs :mod:`sigswap.kernels.reference`, but for CUDA, which runs :mod:`sigswap.kernels.dispatch`: Triton
 kernels, imported at the first call.
 
@@ -20,7 +25,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,19 +36,21 @@ from torch.autograd.function import _SingleLevelFunction
 from sigswap.errors import SigswapError
 from sigswap.kernels import reference
 from sigswap.kernels.host.problem import Gradients, Options, Problem
-from sigswap.kernels.host.results import empty_gradients
+from sigswap.kernels.host.results import empty_gradients, empty_row_sums
 
 OPTIONS = (
     "float scale, float const_bias=0.0, bool visible_bias=True, bool is_causal=False, bool bottom_right=False, "
-    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0"
+    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0, float row_cap=0.0"
 )
 AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 
-library = torch.library.Library("sigswap", "DEF")
+_Library: Callable[..., Any] = torch.library.Library
+library = _Library("sigswap", "DEF")
+_unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
 
 
 class AttentionOp:
-    """Defines and registers ``sigswap::<name>`` and ``sigswap::<name>_backward``.
+    """Defines and registers ``sigswap::<name>``, ``sigswap::<name>_sums`` and ``sigswap::<name>_backward``.
 
     Args:
         name: Of the op.
@@ -52,8 +59,8 @@ class AttentionOp:
         differentiable: How many of the tensors, from the first on, have a gradient.
         check: ``check(*inputs, options)`` raises ArgumentError unless the arguments are valid. It reads no values
             of tensors.
-        forward: ``forward(run, inputs, options)`` makes a problem of the inputs, has it ``run(problem)``, and returns
-            the output.
+        forward: ``forward(run, inputs, options, row_sums)`` makes a problem of the inputs, has it ``run(problem)``, and
+            returns the output; row_sums: where the rows' sums are written, or None.
         backward: ``backward(run, inputs, options)``, likewise, of the backward op's inputs; returns the gradients, None
             for what is not needed.
         empty: ``empty(*inputs)`` is the output, uninitialised.
@@ -67,7 +74,7 @@ class AttentionOp:
         tensors: int,
         differentiable: int,
         check: Callable[..., None],
-        forward: Callable[[Callable[[Problem], Tensor], tuple[Any, ...], Options], Tensor],
+        forward: Callable[[Callable[[Problem], Tensor], tuple[Any, ...], Options, Tensor | None], Tensor],
         backward: Callable[[Callable[[Problem], Gradients], tuple[Any, ...], Options], Gradients],
         empty: Callable[..., Tensor],
     ) -> None:
@@ -80,28 +87,36 @@ class AttentionOp:
 
         tags = (torch.Tag.pt2_compliant_tag,)
         library.define(f"{name}({inputs}, *, {OPTIONS}) -> Tensor", tags=tags)
+        library.define(f"{name}_sums({inputs}, *, {OPTIONS}) -> (Tensor, Tensor)", tags=tags)
         results = ", ".join(["Tensor"] * differentiable)
         library.define(
             f"{name}_backward(Tensor grad_out, {inputs.replace('=None', '')}, bool[{differentiable}] output_mask, "
-            f"*, {OPTIONS}) -> ({results})",
+            f"Tensor? row_delta=None, *, {OPTIONS}) -> ({results})",
             tags=tags,
         )
         self.op = getattr(torch.ops.sigswap, name).default
+        self.sums_op = getattr(torch.ops.sigswap, f"{name}_sums").default
         self.backward_op = getattr(torch.ops.sigswap, f"{name}_backward").default
         self._register()
 
     def run(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         """The op, directly. For inputs that :func:`is_plain`."""
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: self.tensors]):
-            return _Attention.apply(self, None, options, *inputs)
+            out: Tensor = _Attention.apply(self, None, options, False, *inputs)
+            return out
         return self.forward(inputs, options)
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         self._check(*inputs, options)
-        return self._forward(_implementation(inputs[0].is_cuda).forward, inputs, options)
+        return self._forward(_implementation(inputs[0].is_cuda).forward, inputs, options, None)
+
+    def forward_with_sums(self, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor]:
+        self._check(*inputs, options)
+        row_sums = empty_row_sums(inputs[0])
+        return self._forward(_implementation(inputs[0].is_cuda).forward, inputs, options, row_sums), row_sums
 
     def backward(self, inputs: tuple[Any, ...], options: Options) -> Gradients:
-        """inputs: of the backward op. None: not needed."""
+        """inputs: of the backward op, all of them. None: not needed."""
         return self._backward(_implementation(inputs[1].is_cuda).backward, inputs, options)
 
     def _register(self) -> None:
@@ -109,36 +124,54 @@ class AttentionOp:
         def complete(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return inputs + (None,) * (self._inputs - len(inputs))
 
+        def complete_backward(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return inputs + (None,) * (self._inputs + 3 - len(inputs))
+
         # TorchFunctionModes, such as sigswap's, are off inside of implementations.
         def forward(*inputs: Any, **keywords: Any) -> Tensor:
             with torch._C.DisableTorchFunction():
                 return self.forward(complete(inputs), Options(**keywords))
 
+        def forward_sums(*inputs: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+            with torch._C.DisableTorchFunction():
+                return self.forward_with_sums(complete(inputs), Options(**keywords))
+
         def backward(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
             with torch._C.DisableTorchFunction():
-                return as_results(inputs[1], self.backward(inputs, Options(**keywords)))
+                return as_results(inputs[1], self.backward(complete_backward(inputs), Options(**keywords)))
 
         def forward_fake(*inputs: Any, **keywords: Any) -> Tensor:
             inputs = complete(inputs)
             self._check(*inputs, Options(**keywords))
             return self._empty(*inputs)
 
+        def forward_sums_fake(*inputs: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+            return forward_fake(*inputs, **keywords), empty_row_sums(inputs[0])
+
         def backward_fake(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
-            grads = empty_gradients(inputs[1 : 1 + self.differentiable], inputs[-1])
+            output_mask = complete_backward(inputs)[-2]
+            grads = empty_gradients(inputs[1 : 1 + self.differentiable], output_mask)
             return as_results(inputs[1], grads)
 
-        def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Tensor:
+        def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: self.tensors]
             _check_no_tangents(self.name, tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-                return _recorded(_Attention, self, keyset, Options(**keywords), *complete(inputs))
+                return _recorded(_Attention, self, keyset, Options(**keywords), False, *complete(inputs))
             if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _IMPLEMENTED:
                 return forward(
                     *inputs, **keywords
                 )  # what is next, without matching the arguments with the schema again
             return _below_autograd(self.op, keyset, inputs, keywords)
 
-        def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        def forward_sums_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
+            tensors = inputs[: self.tensors]
+            _check_no_tangents(f"{self.name}_sums", tensors)
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+                return _recorded(_Attention, self, keyset, Options(**keywords), True, *complete(inputs))
+            return _below_autograd(self.sums_op, keyset, inputs, keywords)
+
+        def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: 1 + self.tensors]
             _check_no_tangents(f"{self.name}_backward", tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
@@ -149,6 +182,7 @@ class AttentionOp:
 
         for name, implementation, fake, autograd in (
             (self.name, forward, forward_fake, forward_autograd),
+            (f"{self.name}_sums", forward_sums, forward_sums_fake, forward_sums_autograd),
             (f"{self.name}_backward", backward, backward_fake, backward_autograd),
         ):
             library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -162,20 +196,21 @@ class AttentionOp:
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
         device_type = device.lower()
 
-        def forward(*inputs: Any, **keywords: Any) -> Tensor:
+        def forward(op: torch._ops.OpOverload, *inputs: Any, **keywords: Any) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
             cast = [
                 tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
                 for tensor in inputs[:3]
             ]
             with torch._C._ExcludeDispatchKeyGuard(keyset):
-                return self.op(*cast, *inputs[3:], **keywords)
+                return op(*cast, *inputs[3:], **keywords)
 
-        def backward(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        def backward(*inputs: Any, **keywords: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return self.backward_op(*inputs, **keywords)
 
-        library.impl(self.name, forward, f"Autocast{device}")
+        library.impl(self.name, functools.partial(forward, self.op), f"Autocast{device}")
+        library.impl(f"{self.name}_sums", functools.partial(forward, self.sums_op), f"Autocast{device}")
         library.impl(f"{self.name}_backward", backward, f"Autocast{device}")
 
 
@@ -208,7 +243,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_function_stack() > 0
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -241,8 +276,9 @@ def _options(
     window_right: Any,
     softcap: Any,
     dropout_p: Any,
+    row_cap: Any,
 ) -> Options:
-    floats, integers = (scale, const_bias, softcap, dropout_p), (window_left, window_right)
+    floats, integers = (scale, const_bias, softcap, dropout_p, row_cap), (window_left, window_right)
     if not all(type(number) is float or type(number) is int for number in floats):
         raise TypeError
     if not all(type(number) is int for number in integers):
@@ -259,6 +295,7 @@ def _options(
         window_right,
         float(softcap),
         float(dropout_p),
+        float(row_cap),
     )
 
 
@@ -281,40 +318,62 @@ class _Function(_SingleLevelFunction):
     """
 
     _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+    apply: ClassVar[Callable[..., Any]]
+
+
+_BESIDE_INPUTS = 4
+"""Of _Attention's arguments come before the inputs."""
 
 
 class _Attention(_Function):
     @staticmethod
     def forward(
-        ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet | None, options: Options, *inputs: Any
-    ) -> Tensor:
-        """Without a keyset, directly."""
+        ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet | None, options: Options, sums: bool, *inputs: Any
+    ) -> Any:
+        """Without a keyset, directly. sums: of the op that returns the rows' sums, too."""
         ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
-        ctx.save_for_backward(*inputs[: op.tensors])
+        tensors = inputs[: op.tensors]
+        if options.row_cap == 0.0 and not sums:
+            ctx.save_for_backward(*tensors)
+            if keyset is None:
+                return op.forward(inputs, options)
+            return _below_autograd_recorded(op.op, keyset, inputs, options._asdict())
         if keyset is None:
-            return op.forward(inputs, options)
-        return _below_autograd_recorded(op.op, keyset, inputs, options._asdict())
+            out, row_sums = op.forward_with_sums(inputs, options)
+        else:
+            out, row_sums = _below_autograd_recorded(op.sums_op, keyset, inputs, options._asdict())
+        ctx.save_for_backward(*tensors, *((out, row_sums) if options.row_cap > 0.0 else ()))
+        if not sums:
+            return out
+        ctx.mark_non_differentiable(row_sums)
+        return out, row_sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        op, tensors = ctx.op, ctx.saved_tensors
-        needed = ctx.needs_input_grad[3 : 3 + op.differentiable]
-        inputs = (grads[0], *tensors, *ctx.numbers, needed)
+        op, saved, grad, row_delta = ctx.op, ctx.saved_tensors, grads[0], None
+        tensors, results_of_forward = saved[: op.tensors], saved[op.tensors :]
+        needed = ctx.needs_input_grad[_BESIDE_INPUTS : _BESIDE_INPUTS + op.differentiable]
         results: Sequence[Tensor | None]
         # With create_graph the dispatcher records that there is no second derivative.
-        if not torch.is_grad_enabled() and is_plain(*grads, *tensors):  # hooks may have saved others
+        direct = not torch.is_grad_enabled() and is_plain(grad, *saved)  # hooks may have saved others
+        if results_of_forward:
+            implementation = _implementation(grad.is_cuda) if direct else reference  # which is made of traceable ops
+            grad, row_delta = implementation.undivided(grad, *results_of_forward, ctx.options.row_cap)
+        inputs = (grad, *tensors, *ctx.numbers, needed, row_delta)
+        if direct:
             results = op.backward(inputs, ctx.options)
         else:
             results = op.backward_op(*inputs, **ctx.options._asdict())
             results = [grad if need else None for grad, need in zip(results, needed, strict=True)]
-        return None, None, None, *results, *[None] * (len(tensors) - len(needed) + len(ctx.numbers))
+        others = [None] * (len(tensors) - len(needed) + len(ctx.numbers))
+        return *[None] * _BESIDE_INPUTS, *results, *others
 
 
 class _AttentionBackward(_Function):
     @staticmethod
     def forward(
         ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet, keywords: dict[str, Any], *inputs: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> Any:
         ctx.name = op.name
         return _below_autograd_recorded(op.backward_op, keyset, inputs, keywords)
 
@@ -349,5 +408,5 @@ def _below_autograd_recorded(*arguments: Any) -> Any:
 def _check_no_tangents(name: str, tensors: tuple[Tensor | None, ...]) -> None:
     if forward_ad._current_level < 0:
         return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if any(tensor is not None and _unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise SigswapError(f"{name} has no forward-mode derivative (jvp). Use backward mode (grad, vjp).")

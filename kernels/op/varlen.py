@@ -1,7 +1,8 @@
 """The registered op for packed sequences of different lengths.
 
-``sigmoid_attention_varlen`` and its gradients, ``sigmoid_attention_varlen_backward`` (``torch.ops.sigswap`` holds
-them). :mod:`sigswap.kernels.op.registration` says what runs them. This module imports no Triton.
+``sigmoid_attention_varlen``, the same with the rows' sums [total_q, H, 1], ``sigmoid_attention_varlen_sums``, and the
+gradients, ``sigmoid_attention_varlen_backward`` (``torch.ops.sigswap`` holds them).
+:mod:`sigswap.kernels.op.registration` says what runs them. This module imports no Triton.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def sigmoid_attention_varlen(
     window_right: int = -1,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    row_cap: float = 0.0,
 ) -> Tensor:
     """Sigmoid attention within each of several sequences that lie one behind the other; each is
     :func:`sigswap.kernels.op.dense.sigmoid_attention` of its own rows and keys, with its own lengths.
@@ -68,12 +70,21 @@ def sigmoid_attention_varlen(
     """
     if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
         options = options_of(
-            scale, const_bias, visible_bias, is_causal, bottom_right, window_left, window_right, softcap, dropout_p
+            scale,
+            const_bias,
+            visible_bias,
+            is_causal,
+            bottom_right,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            row_cap,
         )
         if options is not None:
             inputs = query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
             return _varlen.run(inputs, options)
-    return torch.ops.sigswap.sigmoid_attention_varlen.default(
+    out: Tensor = torch.ops.sigswap.sigmoid_attention_varlen.default(
         query,
         key,
         value,
@@ -92,22 +103,28 @@ def sigmoid_attention_varlen(
         window_right=window_right,
         softcap=softcap,
         dropout_p=dropout_p,
+        row_cap=row_cap,
     )
+    return out
 
 
-def _forward(run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options) -> Tensor:
+def _forward(
+    run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options, row_sums: Tensor | None
+) -> Tensor:
     out = empty_varlen_output(inputs[0], inputs[2])
     problem = _problem(inputs, options)
     problem.out = _heads_first(out)
+    problem.row_sums = None if row_sums is None else _heads_first(row_sums)
     run(problem)
     return out
 
 
 def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], options: Options) -> Gradients:
-    grad_out, *own, output_mask = inputs
+    grad_out, *own, output_mask, row_delta = inputs
     grads = empty_gradients(own[:4], output_mask)
     problem = _problem(own, options)
     problem.grad_out, problem.output_mask = _heads_first(grad_out), (*output_mask, False)
+    problem.row_delta = None if row_delta is None else _heads_first(row_delta)
     problem.grads = *(None if grad is None else _heads_first(grad) for grad in grads[:3]), _by_rows(grads[3]), None
     run(problem)
     return grads

@@ -6,6 +6,7 @@ inputs[i] that is mapped over, or None.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,27 +24,33 @@ def register_folding(op: AttentionOp) -> None:
 
     Dropout draws by the position in the batch, which then would differ from that of the op alone: it loops.
     """
-    loop, loop_backward = _loop(op.op), _loop(op.backward_op)
+    loop_backward = _loop(op.backward_op)
 
-    def forward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Tensor, int]:
+    def forward(
+        target: torch._ops.OpOverload, info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any
+    ) -> tuple[Any, Any]:
         if options.get("dropout_p", 0.0) > 0.0:
-            return loop(info, in_dims, *inputs, **options)
+            return _loop(target)(info, in_dims, *inputs, **options)
         size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
-        tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:3], in_dims, strict=False)]
+        tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:3], in_dims, strict=False)]
         for fold, tensor, dim in zip((_fold_broadcast, _fold_mask), inputs[3:5], in_dims[3:], strict=False):
             tensors.append(fold(tensor, dim, size, batch))
-        return op.op(*tensors, **options).unflatten(0, (size, batch)), 0
+        results: Any = target(*tensors, **options)
+        if isinstance(results, tuple):
+            return tuple(each.unflatten(0, (size, batch)) for each in results), (0,) * len(results)
+        return results.unflatten(0, (size, batch)), 0
 
     def backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
         if options.get("dropout_p", 0.0) > 0.0:
             return loop_backward(info, in_dims, *inputs, **options)
-        needs = inputs[-1]
+        needs, row_delta = inputs[7], inputs[8] if len(inputs) > 8 else None
         size, batch = info.batch_size, _batch(inputs[1], in_dims[1])
-        tensors = [_fold(tensor, dim, size) for tensor, dim in zip(inputs[:4], in_dims, strict=False)]
+        tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:4], in_dims, strict=False)]
         folds = _fold_broadcast, _fold_mask
         for fold, tensor, dim, needed in zip(folds, inputs[4:6], in_dims[4:], needs[3:], strict=False):
             tensors.append(fold(tensor, dim, size, batch, shared=not needed))
-        grads = op.backward_op(*tensors, None, needs, **options)
+        row_delta = None if row_delta is None else _fold(row_delta, in_dims[8], size)
+        grads = op.backward_op(*tensors, None, needs, row_delta, **options)
         results, out_dims = [], []
         for grad, tensor, dim, needed in zip(grads, inputs[1:6], in_dims[1:6], needs, strict=True):
             if needed and tensor is not None:
@@ -55,13 +62,14 @@ def register_folding(op: AttentionOp) -> None:
             out_dims.append(0 if needed and tensor is not None else None)
         return tuple(results), tuple(out_dims)
 
-    torch.library.register_vmap(op.op.name(), forward, lib=library)
+    for target in (op.op, op.sums_op):
+        torch.library.register_vmap(target.name(), functools.partial(forward, target), lib=library)
     torch.library.register_vmap(op.backward_op.name(), backward, lib=library)
 
 
 def register_looping(op: AttentionOp) -> None:
     """One call per element of the mapped dimension."""
-    for each in (op.op, op.backward_op):
+    for each in (op.op, op.sums_op, op.backward_op):
         torch.library.register_vmap(each.name(), _loop(each), lib=library)
 
 

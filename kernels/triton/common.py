@@ -21,7 +21,8 @@ Four forms of the sigmoid. The special-function unit is the bottleneck beside th
 The choice (FORM) is the kernel's where it depends on a tensor: per block of rows, from the row bias itself.
 
 Out of range rows and keys of a tile are loaded as zeros. Then ``v = 0`` makes their part of the output 0, and
-``dO = 0`` or ``v = 0`` makes their dS 0: no tile needs a mask for its ends.
+``dO = 0`` or ``v = 0`` makes their dS 0: no tile needs a mask for its ends. Only where rows have a cap (or their sums
+are asked for) keys out of range would count, and are left out of the last tile.
 """
 
 from __future__ import annotations
@@ -81,9 +82,10 @@ _CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32, cubic=True))
 _TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
 
 UNSPECIALIZED = (
-    *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for dim in "bhn"),
-    *("stride_sum_b", "stride_sum_h", "stride_sum_n", "stride_floor_b", "stride_floor_h", "stride_out_h"),
-    *("heads", "group", "q_len", "kv_len", "left", "right", "scale", "softcap", "const_bias", "dropout_p"),
+    *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "da", "dq", "dk", "dv") for dim in "bhn"),
+    *("stride_sum_b", "stride_sum_h", "stride_sum_n", "stride_delta_b", "stride_delta_h", "stride_delta_n"),
+    *("stride_floor_b", "stride_floor_h", "stride_out_h"),
+    *("heads", "group", "q_len", "kv_len", "left", "right", "scale", "softcap", "const_bias", "dropout_p", "row_cap"),
     *("stride_split", "splits", "mask_batches", "terms", "terms_per_split", "tiles", "total"),
 )
 """Scalars whose value (1, a multiple of 16) must not compile another kernel. Strides of operands come in units of 8
@@ -326,6 +328,18 @@ def store_rows(
 ):  # fmt: skip
     pointers, inside = places_of_rows(target, start, length, stride, DIM, BLOCK, WIDTH)
     tl.store(pointers, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_numbers(source, row, length, stride):
+    """One number for each of the rows of one head, 0 beyond length. source is the address of the first row's."""
+    return tl.load(source + row.to(tl.int64) * stride, mask=row < length, other=0.0)
+
+
+@triton.jit
+def store_numbers(target, numbers, row, length, stride):
+    """One number for each of the rows, up to length, of one head. target is the address of the first row's."""
+    tl.store(target + row.to(tl.int64) * stride, numbers, mask=row < length)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 One program reads a part of the keys of one key head, once, for all query heads that use it (their rows are one tile)
 and writes a partial output. Partial outputs of sigmoid attention simply add: no maxima, no logsumexp. The second
-kernel adds them in a fixed order, so that the result is the same in every run.
+kernel adds them in a fixed order, so that the result is the same in every run. With a row cap partial sums of the rows
+add likewise, and the division comes at the end.
 
 This is bound by memory: K and V are read once. So the sigmoid is always the accurate form.
 """
@@ -54,18 +55,21 @@ def supports(problem: Problem) -> bool:
 def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     """Deterministic. splits: over how many programs the keys are split."""
     if problem.signature.is_empty:
+        if problem.row_sums is not None:
+            problem.row_sums.zero_()
         return empty_output(problem.query, problem.value).zero_()
     problem = problem.readable(masks=False)
     query, key, value, bias, attn_mask = problem.inputs
-    plan = _plan(problem.signature, splits)
+    plan = _plan(problem.signature, problem.row_sums is not None, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
-    partial = out
+    partial, partial_sums = out, problem.row_sums
     if plan.add is not None:
         partial = new_tensor(plan.partial, query.device)
-    plan.launch(query, key, value, partial, bias, count, attn_mask)
+        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    plan.launch(query, key, value, partial, partial_sums, bias, count, attn_mask)
     if plan.add is not None:
-        plan.add(partial, out)
+        plan.add(partial, partial_sums, out, problem.row_sums)
     return out
 
 
@@ -76,11 +80,14 @@ class _Plan(NamedTuple):
     """Adds partial outputs, if there are several."""
     partial: Layout
     """Theirs, float32."""
+    partial_sums: Layout | None
+    """Of the rows' partial sums, float32 [splits, B, H, M]; None: not needed."""
     counts: Counts | None
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, splits: int | None) -> _Plan:
+def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
+    """sums: whether the rows' sums are asked for."""
     out = signature.output()
     batch, heads, kv_heads = signature.batch, signature.heads, signature.kv_heads
     q_len, kv_len, value_dim, device = signature.q_len, signature.kv_len, signature.value.shape[3], signature.device
@@ -96,7 +103,11 @@ def _plan(signature: Signature, splits: int | None) -> _Plan:
     target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
     arguments |= {"stride_split": partial.strides[0], "splits": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    tensors = (signature.query, signature.key, signature.value, target, *signature.side_layouts()[:3])
+    capped = signature.options.row_cap > 0.0
+    arguments["CAP"] = capped and splits == 1
+    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
+    sums_here = partial_sums if splits > 1 or sums else None
+    tensors = (signature.query, signature.key, signature.value, target, sums_here, *signature.side_layouts()[:3])
     stages = 3 if dim <= 128 else 2
     launch = Launch(_decode_kernel, programs * splits, device, tensors, arguments, num_warps=4, num_stages=stages)
     add = None
@@ -105,24 +116,29 @@ def _plan(signature: Signature, splits: int | None) -> _Plan:
         total = batch * heads * q_len * value_dim
         strides = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
         sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
-        add = Launch(_add_kernel, triton.cdiv(total, block), device, (partial, out), strides | sizes)
-    return _Plan(launch, out, add, partial, counts_for(signature))
+        sizes |= {"row_cap": signature.options.row_cap, "CAP": capped}
+        own_sums = contiguous_layout(partial.shape[1:4], torch.float32) if sums else None
+        added = partial, partial_sums, out, own_sums
+        add = Launch(_add_kernel, triton.cdiv(total, block), device, added, strides | sizes)
+    return _Plan(launch, out, add, partial, partial_sums, counts_for(signature))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _decode_kernel(
-    q, k, v, out, bias, count, mask, stride_split,
+    q, k, v, out, sum_out, bias, count, mask, stride_split,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, splits,
+    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, row_cap, splits,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, VISIBLE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    P_SCALE: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    CAP: tl.constexpr, P_SCALE: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one part of the keys, for BLOCK_M of the group * q_len rows of one key head."""
+    """One program: one part of the keys, for BLOCK_M of the group * q_len rows of one key head. sum_out, if given: the
+    rows' sums of p, contiguous. CAP: rows are divided here, for there is one part."""
     scale, softcap, const_bias = single(scale), single(softcap), single(const_bias)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
@@ -163,6 +179,8 @@ def _decode_kernel(
     begin += split * part
     end = tl.minimum(begin + part, end)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    SUMS: tl.constexpr = CAP or sum_out is not None
     for start in range(begin, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
         keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, False)
@@ -172,11 +190,19 @@ def _decode_kernel(
             s, row_bias[:, None], row[:, None], col[None, :], mask, stride_mask_m, stride_mask_n, q_len, kv_len,
             shift, left, right, scale, softcap, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
         )  # fmt: skip
+        if SUMS:
+            p = tl.where((col < kv_len)[None, :], p, 0.0)
+            row_sum += tl.sum(p, 1)
         if P_SCALE != 1.0:
             p *= P_SCALE
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
     if P_SCALE != 1.0:
         acc *= 1.0 / P_SCALE
+    if CAP:
+        acc /= tl.maximum(row_sum, single(row_cap))[:, None]
+    if sum_out is not None:
+        of_rows = (split.to(tl.int64) * (stride_split // VALUE_DIM) + (batch64 * heads + head) * q_len) + row
+        tl.store(sum_out + of_rows, row_sum, mask=index < group * q_len)
 
     dim = tl.arange(0, BLOCK_DV)
     out += split.to(tl.int64) * stride_split + batch64 * stride_o_b
@@ -187,15 +213,24 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _add_kernel(
-    partial, out, total, splits, heads, q_len, stride_o_b, stride_o_h, stride_o_n, DIM: tl.constexpr,
-    BLOCK: tl.constexpr
+    partial, partial_sums, out, sum_out, total, splits, heads, q_len, stride_o_b, stride_o_h, stride_o_n, row_cap,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """out = the sum of partial [splits, B, H, M, DIM] over its first dimension."""
+    """out = the sum of partial [splits, B, H, M, DIM] over its first dimension, divided by max(row_cap, the row's
+    sum), if CAP; sum_out = that of partial_sums [splits, B, H, M], if given."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
     acc = tl.zeros((BLOCK,), tl.float32)
+    row_sum = tl.zeros((BLOCK,), tl.float32)
     for split in range(0, splits):
         acc += tl.load(partial + tl.cast(split, tl.int64) * total + index, mask=inside, other=0.0)
+        if partial_sums is not None:
+            of_rows = tl.cast(split, tl.int64) * (total // DIM) + index // DIM
+            row_sum += tl.load(partial_sums + of_rows, mask=inside, other=0.0)
+    if CAP:
+        acc /= tl.maximum(row_sum, single(row_cap))
+    if sum_out is not None:
+        tl.store(sum_out + index // DIM, row_sum, mask=inside & (index % DIM == 0))
     dim = index % DIM
     row = index // DIM % q_len
     head = index // DIM // q_len % heads

@@ -3,6 +3,8 @@
 Sigmoid needs no row maximum, no row sum and no rescaling: o_i = sum_j sigmoid(s_ij + b_i) v_j is a plain sum, so
 the loop is two matrix products with a sigmoid between them, and nothing is saved for the backward. Blocks of keys
 that no row of the block sees are skipped; only blocks on the edge of the band compute a mask.
+
+With a row cap the probabilities are summed on the way, and the row is divided once, at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from sigswap.kernels.host.forms import AUTO, FAST
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
 from sigswap.kernels.host.layout import Layout, layout_of
-from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
@@ -35,6 +37,7 @@ from sigswap.kernels.triton.common import (
     probabilities,
     row_biases,
     single,
+    store_numbers,
     unit_of,
 )
 from sigswap.kernels.triton.row_biases import Counts, counts_for
@@ -48,19 +51,22 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
     """Deterministic. tile and tma override the tile configuration and the use of tensor descriptors, for tests and
     tuning."""
     if problem.signature.is_empty:
+        if problem.row_sums is not None:
+            problem.row_sums.zero_()
         out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
         return out.zero_()
     problem = problem.readable()
-    query, key, value, out = problem.query, problem.key, problem.value, problem.out
-    plan = _plan(problem.signature, None if out is None else layout_of(out), tile, tma)
-    if out is None:
-        out = query.new_empty_strided(plan.out.shape, plan.out.strides)
+    query, key, value, given = problem.query, problem.key, problem.value, problem.out
+    plan = _plan(
+        problem.signature, *(None if t is None else layout_of(t) for t in (given, problem.row_sums)), tile, tma
+    )
+    out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     if plan.described:
         by_key, by_value = plan.described
-        operands = query, by_key(key), by_value(value), out
+        operands = query, by_key(key), by_value(value), out, problem.row_sums
     else:
-        operands = query, key, value, out
+        operands = query, key, value, out, problem.row_sums
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
     plan.launch(*operands, problem.bias, count, problem.attn_mask, seed, *problem.cu_seqlens)
     return out
@@ -75,8 +81,10 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, out: Layout | None, tile: Tile | None, tma: bool | None) -> _Plan:
-    """out: None: of a new output."""
+def _plan(
+    signature: Signature, out: Layout | None, row_sums: Layout | None, tile: Tile | None, tma: bool | None
+) -> _Plan:
+    """out: None: of a new output. row_sums: None: not asked for."""
     out = out or signature.output()
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or tile_for(signature)
@@ -85,12 +93,13 @@ def _plan(signature: Signature, out: Layout | None, tile: Tile | None, tma: bool
         tma = signature.tma(signature.kv_len)
     if tma and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
-    arguments = signature.arguments(q=query, k=key, v=value, o=out) | {
+    arguments = signature.arguments(q=query, k=key, v=value, o=out)
+    arguments |= output_arguments(arguments, sum=row_sums) | {
         "TMA": described is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
     }
-    operands = query, *(described or (key, value)), out
+    operands = query, *(described or (key, value)), out, row_sums
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
@@ -137,16 +146,16 @@ def _short_rows(tile: Tile, rows: int) -> Tile:
 
 @triton.jit
 def _accumulate(
-    acc, q, bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
+    acc, row_sum, q, bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
     mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """acc += p v over all keys that some of the rows see; none, unless active is 1."""
+    """acc += p v, and row_sum += sum_j p if SUMS, over all keys that some of the rows see; none, unless active is 1."""
     bias *= unit_of(FORM)
     rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
     last_row = tl.minimum(row0 + BLOCK_M, q_len) - 1
@@ -161,31 +170,37 @@ def _accumulate(
             scores, bias[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
             scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
         )  # fmt: skip
+        if SUMS:
+            if start + BLOCK_N > kv_len:
+                p = tl.where(cols < kv_len, p, 0.0)
+            row_sum += tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(kept(seed, draw0, rows, cols, draw_len, dropout_p), p, 0.0)
         if P_SCALE != 1.0:
             p *= P_SCALE
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-    return acc
+    return acc, row_sum
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q, k, v, out, bias, count, mask, seed, cu_q, cu_k,
+    q, k, v, out, sum_out, bias, count, mask, seed, cu_q, cu_k,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
+    stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
+    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p, row_cap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses.
+    """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses. sum_out, if given, gets
+    the rows' sums of p before dropout.
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest; each sequence has its own.
     """
@@ -212,6 +227,8 @@ def _forward_kernel(
         k += k_start * stride_k_n
         v += k_start * stride_v_n
         out += q_start * stride_o_n
+        if sum_out is not None:
+            sum_out += q_start * stride_sum_n
         if bias is not None:
             bias += q_start * stride_bias_m
     q += batch64 * stride_q_b + head64 * stride_q_h
@@ -236,6 +253,8 @@ def _forward_kernel(
         left, right, BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    SUMS: tl.constexpr = CAP or sum_out is not None
 
     fast = 1
     if FORM == _AUTO:
@@ -250,27 +269,33 @@ def _forward_kernel(
         fast = (lowest >= _FAST_BIAS).to(tl.int32)
     # One of the two has no iterations. As the branches of an if they would not share their shared memory.
     if FORM >= _FAST:
-        acc = _accumulate(
-            acc, queries, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
+        acc, row_sum = _accumulate(
+            acc, row_sum, queries, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
             mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, SUMS,
         )  # fmt: skip
     if FORM != _FAST:
-        acc = _accumulate(
-            acc, queries, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
+        acc, row_sum = _accumulate(
+            acc, row_sum, queries, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
             batch, kv_head,
             mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, SUMS,
         )  # fmt: skip
 
     factor = 1.0 / P_SCALE
     if DROPOUT:
         factor = factor / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    if CAP:
+        acc *= (factor / tl.maximum(row_sum, single(row_cap)))[:, None]
+    else:
+        acc *= factor
+    if sum_out is not None:
+        sum_out += batch64 * stride_sum_b + head64 * stride_sum_h
+        store_numbers(sum_out, row_sum, row0 + tl.arange(0, BLOCK_M), q_len, stride_sum_n)
     # One tl.store in this kernel's own source, of float32: inductor may fuse what follows the attention into it.
-    acc *= factor
     place, inside = places_of_rows(out, row0, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
     tl.store(place, acc, mask=inside)

@@ -28,10 +28,12 @@ from sigswap.kernels.triton.common import (
     _MASKED_SCORE,
     UNSPECIALIZED,
     elements,
+    load_numbers,
     load_rows,
     row_stride,
     sigmoid,
     single,
+    store_numbers,
     store_rows,
     unit_of,
 )
@@ -74,9 +76,10 @@ def forward(problem: Problem, programs: int = FORWARD_PROGRAMS) -> Tensor:
     """Deterministic. programs: overrides their number, for tests and tuning."""
     problem = problem.readable()
     query, key, value, bias, attn_mask = problem.inputs
-    plan = _plan_forward(problem.signature, programs)
+    row_sums = problem.row_sums
+    plan = _plan_forward(problem.signature, None if row_sums is None else layout_of(row_sums), programs)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
-    plan.launch(query, key, value, out, bias, attn_mask)
+    plan.launch(query, key, value, out, row_sums, bias, attn_mask)
     return out
 
 
@@ -86,13 +89,15 @@ def backward(problem: Problem, programs: int = BACKWARD_PROGRAMS) -> Gradients:
     grad_out, problem = problem.readable_grad_out(), problem.readable()
     query, key, value, bias, attn_mask = problem.inputs
     *outputs, new_bias, new_mask = written
-    plan = _plan_backward(problem.signature, layout_of(grad_out), layouts, programs)
+    delta = problem.row_delta
+    of_delta = None if delta is None else layout_of(delta)
+    plan = _plan_backward(problem.signature, layout_of(grad_out), of_delta, layouts, programs)
     sums = None if plan.sum_bias is None else plan.sum_bias.empty_parts()
     parts = None if plan.sum_mask is None else plan.sum_mask.empty_parts()
-    plan.launch(query, key, value, grad_out, *outputs, sums, parts, bias, attn_mask)
-    if plan.sum_bias is not None:
+    plan.launch(query, key, value, grad_out, delta, *outputs, sums, parts, bias, attn_mask)
+    if plan.sum_bias is not None and sums is not None and new_bias is not None:
         plan.sum_bias(sums, new_bias)
-    if plan.sum_mask is not None:
+    if plan.sum_mask is not None and parts is not None and new_mask is not None:
         plan.sum_mask(parts, new_mask)
     hand_over(grads, written)
     return grads
@@ -104,11 +109,13 @@ class _ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan_forward(signature: Signature, programs: int) -> _ForwardPlan:
+def _plan_forward(signature: Signature, row_sums: Layout | None, programs: int) -> _ForwardPlan:
+    """row_sums: None: not asked for."""
     out = signature.output()
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=out)
+    arguments |= output_arguments(arguments, sum=row_sums)
     splits, divided = _division(signature, programs)
-    tensors = signature.query, signature.key, signature.value, out, signature.bias, signature.attn_mask
+    tensors = signature.query, signature.key, signature.value, out, row_sums, signature.bias, signature.attn_mask
     options = {"num_warps": 4, "num_stages": 3}
     blocks = splits * divided["tiles"]
     return _ForwardPlan(Launch(_forward_kernel, blocks, signature.device, tensors, arguments | divided, **options), out)
@@ -124,13 +131,13 @@ class _BackwardPlan(NamedTuple):
 
 @functools.lru_cache(MAX_PLANS)
 def _plan_backward(
-    signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], programs: int
+    signature: Signature, grad_out: Layout, delta: Layout | None, grads: tuple[Layout | None, ...], programs: int
 ) -> _BackwardPlan:
     """grads: of query, key, value, bias and attn_mask; None: not needed."""
     query, key, value, device = signature.query, signature.key, signature.value, signature.device
     *written, grad_bias, grad_mask = grads
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= output_arguments(arguments, **dict(zip(("dq", "dk", "dv"), written, strict=True)))
+    arguments |= output_arguments(arguments, delta=delta, **dict(zip(("dq", "dk", "dv"), written, strict=True)))
     splits, divided = _division(signature, programs)
     batches, heads, rows = divided["mask_batches"], signature.heads, signature.q_len
     sum_bias = sum_mask = None
@@ -139,7 +146,7 @@ def _plan_backward(
     if grad_mask is not None:
         sum_mask = Sum(grad_mask, (splits, batches, heads, rows, signature.kv_len), device)
     partial = (None if s is None else contiguous_layout(s.parts, torch.float32) for s in (sum_bias, sum_mask))
-    tensors = (query, key, value, grad_out, *written, *partial, signature.bias, signature.attn_mask)
+    tensors = (query, key, value, grad_out, delta, *written, *partial, signature.bias, signature.attn_mask)
     blocks, options = splits * divided["tiles"], {"num_warps": 4, "num_stages": 3}
     launch = Launch(_backward_kernel, blocks, device, tensors, arguments | divided, **options)
     return _BackwardPlan(launch, sum_bias, sum_mask)
@@ -215,18 +222,18 @@ def _rows_of(head, length, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q, k, v, out, bias, mask,
+    q, k, v, out, sum_out, bias, mask,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
-    stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
+    stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n, stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_h, stride_bias_m, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, q_len, kv_len, left, right, scale, const_bias, tiles, terms, terms_per_split,
+    heads, q_len, kv_len, left, right, scale, const_bias, row_cap, tiles, terms, terms_per_split,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head, in a part of the sequences that have one mask."""
+    """One program: one head, in a part of the sequences that have one mask. sum_out, if given: the rows' sums of p."""
     scale, const_bias = single(scale), single(const_bias)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
@@ -250,18 +257,25 @@ def _forward_kernel(
         keys = _rows_of(k + batch * stride_k_b, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D)
         values = _rows_of(v + batch * stride_v_b, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
-        p = _probabilities(s, scale, added, visible, FORM, ASM) * P_SCALE
-        acc = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / P_SCALE)
+        p = _probabilities(s, scale, added, visible, FORM, ASM)
+        acc = tl.dot((p * P_SCALE).to(values.dtype), values, input_precision=PRECISION) * (1.0 / P_SCALE)
+        if CAP or sum_out is not None:
+            row_sum = tl.sum(p, 1)
+            if CAP:
+                acc /= tl.maximum(row_sum, single(row_cap))[:, None]
+            if sum_out is not None:
+                sums = sum_out + batch * stride_sum_b + head64 * stride_sum_h
+                store_numbers(sums, row_sum, tl.arange(0, BLOCK_M), q_len, stride_sum_n)
         store_rows(out + batch * stride_o_b, acc, 0, q_len, stride_o_n, VALUE_DIM, BLOCK_M, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_kernel(
-    q, k, v, do, dq_out, dk_out, dv_out, sums, parts, bias, mask,
+    q, k, v, do, delta, dq_out, dk_out, dv_out, sums, parts, bias, mask,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dq_b, stride_dq_h, stride_dq_n, stride_dk_b, stride_dk_h, stride_dk_n,
-    stride_dv_b, stride_dv_h, stride_dv_n,
+    stride_dv_b, stride_dv_h, stride_dv_n, stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_h, stride_bias_m, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, q_len, kv_len, left, right, scale, const_bias, tiles, terms, terms_per_split,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -300,6 +314,9 @@ def _backward_kernel(
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         p = _probabilities(s, scale, added, visible, FORM, ASM)
+        if delta is not None:
+            of_rows = delta + batch * stride_delta_b + head64 * stride_delta_h
+            dp -= load_numbers(of_rows, tl.arange(0, BLOCK_M), q_len, stride_delta_n)[:, None]
         ds = (p - p * p) * dp
         total += ds
         if dv_out is not None:

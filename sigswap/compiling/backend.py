@@ -25,7 +25,7 @@ from sigswap.passes.normalize import graph_modules, modules_of
 from sigswap.passes.swap import SwapResult, swap
 
 logger = logging.getLogger("sigswap")
-_OPTIONS = ("inner", "inner_options", "bias", "strict")
+_OPTIONS = ("inner", "inner_options", "bias", "row_cap", "strict")
 _KEPT = "its model is converted, and leaves it as softmax (exclude, strict=False, or inside sigswap.softmax)"
 
 
@@ -44,6 +44,7 @@ def sigswap_backend(
       callable ``(graph_module, example_inputs) -> callable``.
     - ``inner_options``: for it, as ``options`` of torch.compile are for inductor.
     - ``bias``: "visible" (default), an int n or a float, as in :class:`sigswap.SigmoidConfig`.
+    - ``row_cap``: None (default) or a number, likewise.
     - ``strict``: an attention that cannot be swapped is an error (default) or is logged as a warning and stays softmax.
 
     ``mode`` of torch.compile goes to inductor.
@@ -56,10 +57,10 @@ def sigswap_backend(
         raise ArgumentError(
             f"{{argument}}: {unknown} are unknown to backend='sigswap'; it takes {list(_OPTIONS)}.", argument="options"
         )
-    visible_bias, const_bias = bias_terms(SigmoidConfig(bias=options.get("bias", "visible")))
+    config = SigmoidConfig(bias=options.get("bias", "visible"), row_cap=options.get("row_cap"))
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
 
-    result, lowering = swap_and_lower(graph_module, example_inputs, visible_bias=visible_bias, const_bias=const_bias)
+    result, lowering = swap_and_lower(graph_module, example_inputs, config)
     stuck = [left for left in result.left_alone if left.attention and left.reason != _KEPT]
     reasons = "; ".join(dict.fromkeys(left.reason for left in stuck))
     if stuck and options.get("strict", True):
@@ -86,13 +87,14 @@ def sigswap_backend(
 
 
 def swap_and_lower(
-    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, visible_bias: bool, const_bias: float
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], config: SigmoidConfig
 ) -> tuple[SwapResult, LowerResult]:
-    """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the row bias
-    given, and each sigmoid attention one call of FlashSigmoid."""
-    bias = {"visible_bias": visible_bias, "const_bias": const_bias}
+    """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the bias and the
+    row cap of ``config``, and each sigmoid attention one call of FlashSigmoid."""
+    visible_bias, const_bias = bias_terms(config)
+    terms = {"visible_bias": visible_bias, "const_bias": const_bias, "row_cap": config.row_cap}
     keep = _KEPT if _is_converted(graph_module) else None
-    swapped = swap(graph_module, example_inputs, _STAND_INS, bias, keep)
+    swapped = swap(graph_module, example_inputs, _STAND_INS, terms, keep)
     return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()), shadow=swapped.shadow)
 
 
@@ -134,11 +136,13 @@ def _inner_compiler(inner: Any, inner_options: Any, mode: str | None) -> Callabl
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which takes an attention before its own arguments, as one that takes the row bias by keyword."""
+    """``function``, which takes an attention before its own arguments, as one that takes bias and cap by keyword."""
 
     @functools.wraps(function)
-    def stand_in(*args: Any, visible_bias: bool, const_bias: float, **kwargs: Any) -> Any:
-        attention = functools.partial(multi_head.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias)
+    def stand_in(*args: Any, visible_bias: bool, const_bias: float, row_cap: float | None, **kwargs: Any) -> Any:
+        attention = functools.partial(
+            multi_head.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias, row_cap=row_cap
+        )
         return function(attention, *args, **kwargs)
 
     return stand_in

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sigswap.compiling.backend import swap_and_lower
+from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.errors import ExampleInputsError, Hint
 from sigswap.passes.normalize import modules_of, source_of
@@ -94,7 +95,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     def record(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        swapped, lowered = swap_and_lower(graph_module, inputs, visible_bias=True, const_bias=0.0)
+        swapped, lowered = swap_and_lower(graph_module, inputs, SigmoidConfig())
         found: list[tuple[torch.fx.Node | None, str, str]] = []
         found += [(site.node, "lowered", site.operands) for site in lowered.lowered]
         found += [(source_of(alone.anchor), "unfused", alone.reason) for alone in lowered.left_alone]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.fx
@@ -22,8 +22,11 @@ from sigswap.kernels.op import dense  # noqa: F401  # registers the ops
 
 logger = logging.getLogger("sigswap")
 
-_FORWARD = torch.ops.sigswap.sigmoid_attention.default
-_BACKWARD = torch.ops.sigswap.sigmoid_attention_backward.default
+_KINDS: dict[Any, Literal["forward", "sums", "backward"]] = {
+    torch.ops.sigswap.sigmoid_attention.default: "forward",
+    torch.ops.sigswap.sigmoid_attention_sums.default: "sums",
+    torch.ops.sigswap.sigmoid_attention_backward.default: "backward",
+}
 _LAUNCH = triton_kernel_wrapper_functional
 _EMPTY = torch.ops.aten.empty_strided.default
 _OTHER_EMPTY = {
@@ -56,7 +59,7 @@ def make_launches_visible(graph: torch.fx.Graph) -> int:
     done = 0
     made: dict[Any, Node] = {}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (_FORWARD, _BACKWARD):
+        if node.op == "call_function" and node.target in _KINDS:
             reason = _replace(graph, node, made)
             if reason is None:
                 done += 1
@@ -67,9 +70,9 @@ def make_launches_visible(graph: torch.fx.Graph) -> int:
 
 def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | None:
     """The reason, if it was not done. made: launches that are in the graph already, by what they do."""
-    backward = call.target is _BACKWARD
+    kind = _KINDS[call.target]
     inputs = list(call.args)
-    inputs += [None] * (6 - len(inputs))  # trailing ones that are None are left out, in the forward
+    inputs += [None] * ((9 if kind == "backward" else 6) - len(inputs))  # trailing ones that are None are left out
     operands = [each for each in inputs if isinstance(each, Node)]
     values = [value for node in operands if _on_gpu(value := node.meta.get("val"))]
     if len(values) < len(operands):
@@ -90,7 +93,7 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
         fake_mode = detect_fake_mode(values)
         assert fake_mode is not None, "a graph of inductor has fake tensors"
         with fake_mode, torch.no_grad():
-            launches = visible.launches(backward, given, Options(**numbers))
+            launches = visible.launches(kind, given, Options(**numbers))
     except visible.NotVisible as error:
         return str(error)
     except Exception:  # of PyTorch's or Triton's; the op does as well
@@ -102,8 +105,8 @@ def _replace(graph: torch.fx.Graph, call: Node, made: dict[Any, Node]) -> str | 
         return f"it also does {', '.join(map(str, others))}"
     with graph.inserting_before(call):
         results = _inline(launches.graph, graph, operands, made, call)
-    if backward:
-        for user in list(call.users):  # each takes one of the gradients
+    if kind != "forward":
+        for user in list(call.users):  # each takes one of the results
             index: Any = user.args[1]
             user.replace_all_uses_with(results[index])
             graph.erase_node(user)

@@ -72,7 +72,7 @@ class SwapMode(TorchFunctionMode):
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
-        return softmax(*args, **kwargs, bias=bias, visible_bias=site.visible_bias, const_bias=site.const_bias)
+        return softmax(*args, **kwargs, bias=bias, **site.terms)
 
     def _sdpa(
         self,
@@ -91,8 +91,7 @@ class SwapMode(TorchFunctionMode):
             *args,
             **kwargs,
             bias=site.sdpa_bias(query),
-            visible_bias=site.visible_bias,
-            const_bias=site.const_bias,
+            **site.terms,
         )
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from sigswap.config import SigmoidConfig
+from sigswap.config import SigmoidConfig, check_row_cap
 from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
-from sigswap.errors import Hint, NotConvertedError
+from sigswap.errors import ConfigError, Hint, NotConvertedError
 from sigswap.report import Report
 
 RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
@@ -50,8 +52,58 @@ class Conversion:
 
 
 def report(model: nn.Module) -> Report:
-    """What :func:`convert` did to ``model``. Raises NotConvertedError."""
-    return conversion_of(model).report
+    """What :func:`convert` did to ``model``, and the row caps as they are now. Raises NotConvertedError."""
+    found = conversion_of(model).report
+    caps = Counter(site.row_cap for state in owners_of(model).values() for site in state.sites())
+    if set(caps) == {None}:
+        return found
+    each = ", ".join(f"{'none' if cap is None else f'{cap:.4g}'} ({number} attentions)" for cap, number in caps.items())
+    return Report(found.sites, [*found.notes, f"Row cap: {each}."])
+
+
+def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | None) -> nn.Module:
+    """Changes the row caps of a converted model, in place; what is saved then has them, and compiled code follows.
+
+    Args:
+        model: As :func:`convert` returned it.
+        row_cap: For all attentions: a positive number, or None for no cap (:class:`SigmoidConfig`). Or by the path of
+            a converted module; others stay as they are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        NotConvertedError: ``model`` is not converted.
+        ConfigError: A cap is not as above, or a path is not that of a converted module.
+    """
+    conversion, states = conversion_of(model), owners_of(model)
+    given = row_cap if isinstance(row_cap, Mapping) else dict.fromkeys(states, row_cap)
+    unknown = sorted(set(given) - set(states))
+    if unknown:
+        raise ConfigError(
+            f"{{argument}} names {unknown}, which are no converted modules of {sorted(states)}.", argument="row_cap"
+        )
+    for cap in given.values():
+        check_row_cap(cap)
+    before = {path: state.site(0).row_cap for path, state in states.items()}
+    caps = {**before, **given}
+    # In the config without any other row_cap, so that no pattern comes after these.
+    config = conversion.config
+    overrides = {
+        pattern: {name: value for name, value in fields.items() if name != "row_cap"}
+        for pattern, fields in config.overrides.items()
+    }
+    common = next(iter(caps.values())) if len(set(caps.values())) == 1 else None
+    for path, cap in caps.items():
+        if cap != common:
+            pattern = glob.escape(path)
+            overrides[pattern] = {**overrides.get(pattern, {}), "row_cap": cap}
+    changed = dataclasses.replace(config, row_cap=common, overrides=overrides)
+    for path, cap in given.items():
+        for site in states[path].sites():
+            site.row_cap = cap
+    model.__dict__[RECORD] = dataclasses.replace(conversion, config=changed)
+    return model
 
 
 def is_converted(model: nn.Module) -> bool:

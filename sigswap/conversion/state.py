@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -241,8 +241,16 @@ class OwnerState(nn.Module):
         return f"sites={len(self.plan.sites)}{scale}"
 
 
+class Terms(TypedDict):
+    """Of one site, what is the same for all heads."""
+
+    visible_bias: bool
+    const_bias: float
+    row_cap: float | None
+
+
 class SiteState(nn.Module):
-    """The bias of one site, ``b = const_bias - [ln n_i] + c_h + w_h . q_i``, and its QK-norm.
+    """The bias of one site, ``b = const_bias - [ln n_i] + c_h + w_h . q_i``, its QK-norm and its row cap.
 
     Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``query_norm.weight`` and
     ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for it.
@@ -250,6 +258,7 @@ class SiteState(nn.Module):
 
     bias: nn.Parameter | None
     query_weight: nn.Parameter | None
+    row_cap: float | None = None  # pickles of 0.1 have none
 
     def __init__(
         self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
@@ -257,6 +266,7 @@ class SiteState(nn.Module):
         super().__init__()
         self.plan = plan
         self.visible_bias, self.const_bias = bias_terms(config)
+        self.row_cap = config.row_cap
         self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
         self.acts_on_product = config.query_bias or config.qk_norm is not None
         self.query_weight = None
@@ -311,15 +321,18 @@ class SiteState(nn.Module):
         axes = AxisPlan(-1, self.plan.sdpa_head_axis)
         return self.query_norm(query, axes, "pack"), self.key_norm(key, axes, "group")
 
+    @property
+    def terms(self) -> Terms:
+        """What is the same for all heads, for the functions of :mod:`sigswap.functional`."""
+        return {"visible_bias": self.visible_bias, "const_bias": self.const_bias, "row_cap": self.row_cap}
+
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, **arguments: Unpack[AttentionArguments]
     ) -> tuple[Tensor, Tensor | None]:
         """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
         query, key = self.normalized(query, key)
         bias = self.sdpa_bias(query)
-        return sigmoid_heads(
-            query, key, value, **arguments, bias=bias, visible_bias=self.visible_bias, const_bias=self.const_bias
-        )
+        return sigmoid_heads(query, key, value, **arguments, bias=bias, **self.terms)
 
     def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:
         """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
@@ -348,7 +361,8 @@ class SiteState(nn.Module):
 
     def extra_repr(self) -> str:
         bias = "-ln(visible keys)" if self.visible_bias else f"{self.const_bias:.4g}"
-        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}"
+        cap = "" if self.row_cap is None else f", row_cap={self.row_cap:.4g}"
+        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}{cap}"
 
 
 class HeadNorm(nn.Module):

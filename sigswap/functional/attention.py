@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,7 @@ def sigmoid_attention(
     softcap: float | None = None,
     window: Window | None = None,
     enable_gqa: bool = False,
+    row_cap: float | None = None,
 ) -> Tensor:
     """``sigmoid(scale * query @ key^T + bias) @ value``, with the shapes and defaults of
     ``F.scaled_dot_product_attention`` (arXiv 2409.04431, equation 3 and section 4).
@@ -56,6 +58,11 @@ def sigmoid_attention(
         window: ``(left, right)``: row i sees the keys i - left ... i + right; ``None`` or -1: no limit on that
             side. One int w is ``(w, w)``. (A ``sliding_window=w`` of transformers is ``w - 1``, causal.)
         enable_gqa: Lets key and value have fewer heads: H must be a multiple of theirs.
+        row_cap: ``None``: the paper's sigmoid, whose rows may sum to anything up to n. A positive number C: each row
+            of the output is divided by ``max(C, sum_j p_ij)``, where p are the row's probabilities before dropout
+            (which then acts on them as without a cap). So with C = 1 an output is never more than an average of
+            values, as softmax's is, and a row that sums to less than C keeps all but the factor 1 / C. Has gradients;
+            the output is saved for them.
 
     Returns:
         [..., H, M, Dv], of query's dtype (autocast's dtype under autocast).
@@ -78,6 +85,7 @@ def sigmoid_attention(
         softcap=softcap,
         window=window,
         enable_gqa=enable_gqa,
+        row_cap=row_cap,
     )
 
 
@@ -98,6 +106,7 @@ def sigmoid_attention_varlen(
     softcap: float | None = None,
     window: Window | None = None,
     enable_gqa: bool = False,
+    row_cap: float | None = None,
 ) -> Tensor:
     """:func:`sigmoid_attention` for sequences of different lengths, packed one behind the other without padding.
 
@@ -123,7 +132,7 @@ def sigmoid_attention_varlen(
             and N keys.
         bottom_right: Aligns the causal mask and the window of each sequence so that its last row is at its last key,
             as decoding with a cache needs (and as ``flash_attn_varlen_func`` does).
-        scale, dropout_p, softcap, window, enable_gqa: As those of :func:`sigmoid_attention`. With dropout, a
+        scale, dropout_p, softcap, window, enable_gqa, row_cap: As those of :func:`sigmoid_attention`. With dropout, a
             sequence draws what it would draw in a batch padded to max_seqlen_q and max_seqlen_k.
 
     Returns:
@@ -160,6 +169,7 @@ def sigmoid_attention_varlen(
         window_right=window_right,
         softcap=_softcap(softcap),
         dropout_p=dropout_p,
+        row_cap=_row_cap(row_cap),
     )
 
 
@@ -179,6 +189,7 @@ def attend(
     softcap: float | None = None,
     window: Window | None = None,
     enable_gqa: bool = False,
+    row_cap: float | None = None,
 ) -> Tensor:
     """:func:`sigmoid_attention` with the row bias ``const_bias - [ln n, if visible_bias] + [bias]``.
 
@@ -216,6 +227,7 @@ def attend(
         window_right=window_right,
         softcap=softcap,
         dropout_p=dropout_p,
+        row_cap=_row_cap(row_cap),
     )
     return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
 
@@ -227,6 +239,7 @@ def probabilities(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What ``softmax(scores, dim, dtype=dtype)`` becomes: ``sigmoid(scores + const_bias - [ln n] + [bias])``.
@@ -237,6 +250,7 @@ def probabilities(
         bias: Broadcasts to scores, with size 1 in ``dim``; has a gradient.
         visible_bias: Subtracts ln n; n is the number of scores along ``dim`` that are not masked.
         const_bias: Added to every score.
+        row_cap: A positive number: the result is divided by the larger of it and its sum along ``dim``.
         dtype: scores are cast to it first.
 
     Returns:
@@ -247,7 +261,7 @@ def probabilities(
     """
     if dtype is not None:
         scores = scores.to(dtype)
-    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias)
+    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap))
 
 
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:
@@ -281,6 +295,16 @@ def _softcap(softcap: float | None) -> float:
     if not softcap > 0.0:
         raise ArgumentError(f"softcap must be None or positive, not {softcap}.")
     return softcap
+
+
+def _row_cap(row_cap: float | None) -> float:
+    """As the op takes it: 0 is none."""
+    if row_cap is None:
+        return 0.0
+    is_number = isinstance(row_cap, int | float | torch.SymFloat) and not isinstance(row_cap, bool)
+    if not is_number or not 0.0 < row_cap < math.inf:
+        raise ArgumentError(f"row_cap must be None, or positive and finite, not {row_cap!r}.")
+    return row_cap
 
 
 def _dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:

@@ -49,8 +49,10 @@ def sigmoid_heads(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The :class:`Attention` with row bias ``const_bias - [ln n_i] + bias``; ``bias`` broadcasts to [B, H, M, 1]."""
+    """The :class:`Attention` with row bias ``const_bias - [ln n_i] + bias`` and a row cap; ``bias`` broadcasts to
+    [B, H, M, 1]."""
     if not need_weights:
         output = scaled_dot_product_attention(
             query,
@@ -62,12 +64,13 @@ def sigmoid_heads(
             bias=bias,
             visible_bias=visible_bias,
             const_bias=const_bias,
+            row_cap=row_cap,
         )
         return output, None
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = softmax(scores, -1, bias=bias, visible_bias=visible_bias, const_bias=const_bias)
+    weights = softmax(scores, -1, bias=bias, visible_bias=visible_bias, const_bias=const_bias, row_cap=row_cap)
     if dropout_p > 0.0:
         weights = F.dropout(weights, p=dropout_p)
     return weights @ value, weights

@@ -18,6 +18,7 @@ def softmax(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
 ) -> Tensor:
     """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (third argument: dtype), with sigmoid.
 
@@ -27,7 +28,9 @@ def softmax(
         dtype = _stacklevel
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
-    result = probabilities(input, dim, bias=bias, visible_bias=visible_bias, const_bias=const_bias, dtype=dtype)
+    result = probabilities(
+        input, dim, bias=bias, visible_bias=visible_bias, const_bias=const_bias, row_cap=row_cap, dtype=dtype
+    )
     return result if out is None else out.copy_(result)
 
 
@@ -44,6 +47,7 @@ def scaled_dot_product_attention(
     bias: Tensor | None = None,
     visible_bias: bool = True,
     const_bias: float = 0.0,
+    row_cap: float | None = None,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
     return attend(
@@ -60,4 +64,5 @@ def scaled_dot_product_attention(
         softcap=None,
         window=None,
         enable_gqa=enable_gqa,
+        row_cap=row_cap,
     )

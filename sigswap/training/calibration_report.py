@@ -91,7 +91,9 @@ class CalibrationReport:
                 *(_number(part.mean(field)) for field in ("unexpressed", "before", "after")),
                 "" if worst is None else f"{worst.head}: {_number(worst.after)}",
             )
-        table.caption = "\n".join([self.summary(), *self.notes])
+        table.caption = "\n".join(
+            [self.summary(), *self.notes, "sigswap.compare shows what is left of the whole model."]
+        )
         table.caption_justify = "left"
         return table
 

@@ -37,6 +37,7 @@ def oracle(
     window_right: int = -1,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    row_cap: float = 0.0,
 ) -> Tensor:
     """The definition, in float64, with the whole score matrix."""
     query, key, value = query.double(), key.double(), value.double()
@@ -67,9 +68,10 @@ def oracle(
         row_bias = row_bias + bias.double()
     logits = torch.where(visible, scores + row_bias, 0.0)
     p = torch.where(visible, 1 / (1 + torch.exp(-logits)), 0.0)
+    divisor = p.sum(-1, keepdim=True).clamp(min=row_cap) if row_cap else 1.0
     if keep is not None:
         p = torch.where(keep, p / (1 - dropout_p), 0.0)
-    return p @ value
+    return p @ value / divisor
 
 
 @st.composite
@@ -101,6 +103,7 @@ def problems(draw: st.DrawFn) -> dict:
             "window_right": draw(st.sampled_from([-1, 0, 5])),
             "softcap": draw(st.sampled_from([0.0, 1.5])),
             "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.3])),
+            "row_cap": draw(st.sampled_from([0.0, 0.2, 1.0])),
         },
         "seed": draw(st.integers(0, 2**62)),
     }

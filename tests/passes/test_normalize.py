@@ -20,7 +20,7 @@ from sigswap.passes import lower as lowering
 from sigswap.passes.normalize import normalize, source_of
 from sigswap.passes.swap import SwapResult, swap
 
-BIAS = {"visible_bias": True, "const_bias": 0.0}
+BIAS = {"visible_bias": True, "const_bias": 0.0, "row_cap": None}
 
 
 def swapped(function: Callable[..., Any], *inputs: Tensor, dynamic: bool | None = None) -> SwapResult:

@@ -23,6 +23,16 @@ def sigmoid(scores: Tensor, dim: int) -> Tensor:
     return torch.where(scores > -5000, torch.sigmoid(scores - visible.to(scores.dtype).log()), 0.0)
 
 
+def capped(row_cap: float) -> Normalise:
+    """sigmoid(), with rows that are divided by their sum where it is above the cap, else by the cap."""
+
+    def normalise(scores: Tensor, dim: int) -> Tensor:
+        p = sigmoid(scores, dim)
+        return p / p.sum(dim, keepdim=True).clamp(min=row_cap)
+
+    return normalise
+
+
 class Handwritten(nn.Module):
     """[batch, length, DIM] to the same; ``normalise``: of scores, along a dimension."""
 

@@ -23,7 +23,7 @@ from sigswap.kernels.host.recording import recorded_by
 from sigswap.kernels.host.results import gradients_for, hand_over
 
 OPTIONS = Options(0.25)
-OTHER_OPTIONS = Options(0.5, -1.0, False, True, True, 3, 4, 2.0, 0.5)
+OTHER_OPTIONS = Options(0.5, -1.0, False, True, True, 3, 4, 2.0, 0.5, 1.0)
 
 
 def heads_tensor(length: int = 8, dim: int = 16, dtype: torch.dtype = torch.float16, heads: int = 2) -> Tensor:

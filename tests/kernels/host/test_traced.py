@@ -16,13 +16,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sigswap
 from sigswap.compiling.launches import make_launches_visible
-from sigswap.kernels import dispatch
+from sigswap.kernels import dispatch, reference
 from sigswap.kernels.op import dense
 
 triton = pytest.importorskip("triton")
 
 LAUNCH = "triton_kernel_wrapper_functional"
-OPS = (torch.ops.sigswap.sigmoid_attention.default, torch.ops.sigswap.sigmoid_attention_backward.default)
+OPS = (
+    torch.ops.sigswap.sigmoid_attention.default,
+    torch.ops.sigswap.sigmoid_attention_backward.default,
+    torch.ops.sigswap.sigmoid_attention_sums.default,
+)
 
 
 CUDA = torch.cuda.is_available()
@@ -84,7 +88,9 @@ class Case:
             visible = visible.tril(scores.shape[3] - scores.shape[2] if self.options.get("bottom_right") else 0)
         scores = scores - visible.sum(-1, keepdim=True).clamp(min=1).double().log()
         scores = scores if bias is None else scores + bias.double()
-        return torch.where(visible, torch.sigmoid(scores), 0.0) @ value
+        p = torch.where(visible, torch.sigmoid(scores), 0.0)
+        row_cap = self.options.get("row_cap")
+        return p @ value / (p.sum(-1, keepdim=True).clamp(min=row_cap) if row_cap else 1.0)
 
 
 CASES = {
@@ -101,6 +107,10 @@ CASES = {
     "row bias": Case(bias=(2, 4, 70, 1), softcap=5.0),
     "float32": Case(dtype=torch.float32, dim=40),
     "odd": Case(q_len=17, kv_len=193, dim=72),
+    "capped": Case(row_cap=0.5),
+    "capped, causal": Case(row_cap=1.0, is_causal=True, bias=(2, 4, 70, 1), kv_heads=2),
+    "capped, decode": Case(row_cap=0.5, q_len=1, kv_len=1100, kv_heads=2, is_causal=True, bottom_right=True),
+    "capped, windows": Case(row_cap=0.5, q_len=49, kv_len=49, batch=8, mask=(4, 4, 49, 49)),
 }
 
 
@@ -108,8 +118,14 @@ def traced(case: Case, *, dynamic: bool = False) -> torch.fx.GraphModule:
     """Of the op, and of its backward."""
 
     def function(grad_out: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        out = case.run(*inputs)
-        return out, *OPS[1](grad_out, *inputs, None, [each is not None for each in inputs], **case.options)
+        needed = [each is not None for each in inputs]
+        row_cap = case.options.get("row_cap")
+        if not row_cap:
+            out = case.run(*inputs)
+            return out, *OPS[1](grad_out, *inputs, None, needed, **case.options)
+        out, sums = OPS[2](*inputs, None, **case.options)
+        grad, delta = reference.undivided(grad_out, out, sums, row_cap)
+        return out, sums, *OPS[1](grad, *inputs, None, needed, delta, **case.options)
 
     with torch.no_grad() if dynamic else FakeTensorMode():
         inputs = [None if each is None else each.detach() for each in case.inputs("cpu")]

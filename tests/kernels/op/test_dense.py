@@ -272,7 +272,7 @@ def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(
 
 
 def test_options_of_other_types_go_through_the_dispatcher() -> None:
-    numbers = 1.0, 0.0, True, False, False, -1, -1, 0.0, 0.0
+    numbers = 1.0, 0.0, True, False, False, -1, -1, 0.0, 0.0, 0.0
     for _ in range(2):  # equal ones are remembered
         assert options_of(*numbers) == Options(*numbers)
         converted = options_of(1, 0, *numbers[2:])

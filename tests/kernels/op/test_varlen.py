@@ -107,12 +107,13 @@ def oracle(inputs: Packed, options: Options) -> Tensor:
             if bias is not None:
                 row_bias = row_bias + bias.expand(query.shape[0], heads)[q_start:q_stop, h, None]
             p = torch.where(visible, torch.sigmoid(scores + row_bias), 0.0)
+            divisor = p.sum(1, keepdim=True).clamp(min=options.row_cap) if options.row_cap else 1.0
             if options.dropout_p:
                 assert seed is not None
                 offset = ((number * heads + h) * max_q + row) * max_k + col
                 keep = reference.random_uniform(seed, offset) >= options.dropout_p
                 p = torch.where(keep, p / (1 - options.dropout_p), 0.0)
-            columns.append(p @ v)
+            columns.append(p @ v / divisor)
         parts.append(torch.stack(columns, 1))
     return torch.cat(parts) if parts else out
 
@@ -140,6 +141,7 @@ OPTIONS = st.builds(
     window_right=st.sampled_from([-1, 0, 5]),
     softcap=st.sampled_from([0.0, 1.5]),
     dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    row_cap=st.sampled_from([0.0, 0.2, 1.0]),
 )
 
 
@@ -434,6 +436,7 @@ def random_case(index: int, device: str) -> tuple[Packed, Options]:
         window_right=choice(-1, -1, 0, 30),
         softcap=choice(0.0, 0.0, 2.0),
         dropout_p=choice(0.0, 0.0, 0.0, 0.2),
+        row_cap=0.5 * (index % 2),
     )
     inputs = packed(
         [q for q, _ in lengths],

@@ -25,11 +25,13 @@ pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
+from sigswap.kernels.host.results import empty_row_sums
 from sigswap.kernels.triton import backward as flash_bwd
-from sigswap.kernels.triton import decode, short_masked, sums
+from sigswap.kernels.triton import decode, row_caps, short_masked, sums
 from sigswap.kernels.triton import forward as flash_fwd
 
 CUDA = torch.cuda.is_available()
@@ -197,13 +199,14 @@ def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None =
     if bias is not None:
         row_bias = row_bias + bias
     p = torch.sigmoid(scores.masked_fill(~visible, -torch.inf) + row_bias)
+    divisor = p.sum(-1, keepdim=True).clamp(min=options.row_cap) if options.row_cap else None
     if options.dropout_p:
         assert problem.seed is not None
         if draws is None:
             draws = torch.arange(p.numel(), device=p.device).view(p.shape)
         keep = reference.random_uniform(problem.seed, draws) >= options.dropout_p
         p = p * keep / (1 - options.dropout_p)
-    out = p @ v
+    out = p @ v if divisor is None else p @ v / divisor
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     return [out, *torch.autograd.grad(out, wanted, problem.grad_out.to(dtype))]
 
@@ -214,11 +217,41 @@ def ours(problem: Problem, **tuning: Any) -> list[Tensor]:
 
 def results_of(forward: Any, backward: Any, problem: Problem, **tuning: Any) -> list[Tensor]:
     """Of the forward of one module and the backward of another: the output, and the gradients that are needed."""
-    out, grads = forward.forward(problem, **tuning), backward.backward(problem, **tuning)
+    if problem.options.row_cap:
+        out, row_sums = with_sums(forward, problem, **tuning)
+        assert torch.equal(out, forward.forward(problem, **tuning))
+        assert problem.grad_out is not None
+        grad_out, delta = row_caps.undivided(problem.grad_out, out, row_sums, problem.options.row_cap)
+        grads = backward.backward(dataclasses.replace(problem, grad_out=grad_out, row_delta=delta), **tuning)
+    else:
+        out, grads = forward.forward(problem, **tuning), backward.backward(problem, **tuning)
     given = [tensor is not None for tensor in problem.inputs]
     expected = [need and tensor for need, tensor in zip(problem.output_mask, given, strict=True)]
     assert [grad is not None for grad in grads] == expected
     return [out, *(grad for grad in grads if grad is not None)]
+
+
+def with_sums(forward: Any, problem: Problem, **tuning: Any) -> tuple[Tensor, Tensor]:
+    """The output and the rows' sums of probabilities, which are compared with those of the reference in float64."""
+    row_sums = empty_row_sums(problem.query)
+    out = forward.forward(dataclasses.replace(problem, row_sums=row_sums), **tuning)
+    exact = [t.double() if t is not None and t.is_floating_point() else t for t in problem.inputs]
+    truth = row_sums.double()
+    whole = Problem(*exact, problem.seed, problem.options, packed=problem.packed, row_sums=truth)
+    reference.forward(whole)
+    error = (row_sums - truth).norm() / truth.norm().clamp(min=1e-9)
+    assert error <= (2e-2 if problem.query.dtype == torch.bfloat16 else 2e-3), error  # those of rounded scores
+    return out, row_sums
+
+
+def capped(problem: Problem, index: int) -> Problem:
+    """With a row cap that is drawn from the index."""
+    cap = random.Random(5000 + index).choice((0.03, 0.5, 1.0))
+    return dataclasses.replace(problem, options=problem.options._replace(row_cap=cap))
+
+
+def capped_packed(problem: PackedProblem, index: int) -> PackedProblem:
+    return problem._replace(whole=capped(problem.whole, index), each=[capped(each, index) for each in problem.each])
 
 
 def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
@@ -240,17 +273,25 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
 
 
-def assert_windows_no_worse(index: int) -> None:
-    problem = window_problem(index)
+def assert_windows_no_worse(index: int, *, cap: bool = False) -> None:
+    problem = capped(window_problem(index), index) if cap else window_problem(index)
     assert problem.attn_mask is not None and short_masked.supports(problem)
     for tuning in ({}, {"programs": 0}):  # 0: each program takes all sequences with its mask
         assert_no_worse(results_of(short_masked, short_masked, problem, **tuning), problem)
 
 
-def hopper_problem(index: int, *, forward: bool = False) -> Problem:
+WIDE = (192, 128), (192, 192), (256, 256), (136, 72), (128, 200), (160, 160), (256, 128), (248, 184)
+"""head_dim of query and key, and value's."""
+
+
+def hopper_problem(
+    index: int, *, forward: bool = False, wide: bool = False, widths: tuple[int, int] | None = None
+) -> Problem:
     """A problem for the kernels of long sequences on Hopper GPUs; short ones, too, which have few tiles.
 
     forward: for that of the forward, which takes no narrow heads.
+    wide: for that of the backward of wide heads.
+    widths: head_dim and value's.
     """
     draw = random.Random(3000 + index)
     torch.manual_seed(3000 + index)
@@ -263,7 +304,9 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
     dims = draw.choice(((40, 48, 64, 64), (72, 80, 96, 128, 128)))
     if forward:
         dims = (72, 80, 96, 128, 128)
-    head_dim, value_dim = draw.choice(dims), draw.choice(dims)
+    head_dim, value_dim = widths or (draw.choice(dims), draw.choice(dims))
+    if wide:
+        head_dim, value_dim = draw.choice(WIDE)
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
         layout = draw.choice(("plain", "transposed", "sliced"))
@@ -454,6 +497,65 @@ def test_interpreted_masks_are_copied_no_larger_than_they_are_shard3() -> None:
 
 
 @in_interpreter
+@shards(20)
+def test_interpreted_capped(index: int) -> None:
+    problem = capped(random_problem(100 + index), index)
+    assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
+
+
+@in_interpreter
+@shards(8)
+def test_interpreted_capped_decoding(index: int) -> None:
+    problem = capped(random_problem(index, decoding=True), index)
+    for splits in (1, 2, 3):
+        out, _ = with_sums(decode, problem, splits=splits)
+        assert torch.equal(out, decode.forward(problem, splits=splits))
+        assert_no_worse([out], problem)
+
+
+@in_interpreter
+@shards(8)
+def test_interpreted_capped_repeated_mask(index: int) -> None:
+    problem = capped(random_problem(100 + index, repeats=2 + index % 2), index)
+    assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
+
+
+@in_interpreter
+@shards(12)
+def test_interpreted_capped_windows(index: int) -> None:
+    assert_windows_no_worse(index, cap=True)
+
+
+@in_interpreter
+@shards(12)
+def test_interpreted_capped_packed(index: int) -> None:
+    assert_packed_no_worse(capped_packed(random_packed_problem(index), index))
+
+
+@in_interpreter
+def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
+    long = torch.randn(1, 1, 1024, 128).bfloat16()
+    for query, key, names in (
+        (torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), ("forward", "backward")),
+        (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), ("decode", "backward")),
+        (long.expand(1, 20, -1, -1).contiguous(), long.expand(1, 20, -1, -1).contiguous(), ("forward", "backward")),
+    ):
+        problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), Options(0.1, row_cap=0.5))
+        kinds = [
+            dispatch.chosen(names, each).__name__
+            for names, each in (
+                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None)),
+                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None, row_sums=empty_row_sums(query))),
+                (dispatch.BACKWARD, dataclasses.replace(problem, row_delta=empty_row_sums(query))),
+            )
+        ]
+        assert kinds == [f"sigswap.kernels.triton.{name}" for name in (names[0], *names)]
+
+
+@in_interpreter
 @shards(12)
 def test_interpreted_sums(index: int) -> None:
     assert_sums(index)
@@ -510,6 +612,36 @@ def test_random_packed(index: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_packed_capped(index: int) -> None:
+    assert_packed_no_worse(capped_packed(random_packed_problem(index), index))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(320))
+def test_random_features_capped(index: int) -> None:
+    problem = capped(random_problem(index, repeats=1 + (index % 4 == 3)), index)
+    assert_no_worse(ours(problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(40))
+def test_random_features_decoding_capped(index: int) -> None:
+    problem = capped(random_problem(index, decoding=True), index)
+    assert_no_worse([with_sums(decode, problem)[0]], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_windows_capped(index: int) -> None:
+    assert_windows_no_worse(index, cap=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("index", range(320))
 def test_random_features(index: int) -> None:
     problem = random_problem(index)
@@ -554,9 +686,44 @@ def test_random_problems_on_hopper(index: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(160))
+def test_random_problems_on_hopper_with_wide_heads(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dS goes through memory at once, by parts, or not."""
+    problem = hopper_problem(index, wide=True)
+    query, key, value, *_ = problem.inputs
+    units = key.shape[0] * key.shape[1]
+    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    hopper_bwd_wide._plan.cache_clear()
+    for tensor in (query, key, value):  # what is not written is not what it should be
+        torch.full_like(tensor, torch.nan)
+    results = results_of(flash_fwd, hopper_bwd_wide, problem)
+    hopper_bwd_wide._plan.cache_clear()
+    assert_no_worse(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("index", range(120))
 def test_random_problems_on_hopper_forward(index: int) -> None:
-    problem = hopper_problem(index, forward=True)
+    assert_hopper_forward_no_worse(hopper_problem(index, forward=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("widths", "index"),
+    [
+        *((widths, 120 + index) for widths in ((192, 128), (192, 192), (256, 256)) for index in range(25)),
+        *(((draw, value), 145 + index) for draw in (80, 136, 248) for value in (72, 160, 200) for index in range(5)),
+    ],
+)
+def test_random_problems_on_hopper_forward_of_wide_heads(widths: tuple[int, int], index: int) -> None:
+    assert_hopper_forward_no_worse(hopper_problem(index, forward=True, widths=widths))
+
+
+def assert_hopper_forward_no_worse(problem: Problem) -> None:
     shape, strides = output_layout(problem.query.shape, problem.value.shape)
     # What is not written is not what it should be.
     torch.full(shape, torch.nan, dtype=problem.query.dtype, device=DEVICE)
@@ -571,12 +738,17 @@ def test_random_problems_on_hopper_forward(index: int) -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window_left": 700}])
 @pytest.mark.parametrize(("batch", "heads", "length"), [(9, 7, 1100), (16, 16, 1024), (3, 5, 4100), (1, 2, 16384)])
-def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(128, 128), pytest.param(192, 128, id="wide-192-128"), pytest.param(256, 256, id="wide-256")]
+)
+def test_hopper_forward_computes_every_row(
+    dim: int, value_dim: int, batch: int, heads: int, length: int, options: dict[str, Any]
+) -> None:
     """Programs divide the rows of all heads among them: more of them than there are programs, and not all causal."""
-    query, key = (torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16() for _ in range(2))
-    value = torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16()
+    query, key = (torch.randn(batch, heads, length, dim, device=DEVICE).bfloat16() for _ in range(2))
+    value = torch.randn(batch, heads, length, value_dim, device=DEVICE).bfloat16()
     given = Options(128**-0.5, **options)
-    torch.full_like(query, torch.nan)
+    torch.full_like(query[..., :1].expand(-1, -1, -1, value_dim), torch.nan)
     problem = Problem(query, key, value, None, None, None, given)
     out, other = hopper_fwd.forward(problem), flash_fwd.forward(problem)
     error = (out.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
@@ -587,9 +759,10 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("const_bias", [0.0, -12.0])
-def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
-    options = Options(128**-0.5, const_bias, is_causal=True)
-    query, key, value = (torch.randn(2, 4, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+@pytest.mark.parametrize("dim", [128, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
+def test_hopper_forward_sees_no_future_keys(dim: int, const_bias: float) -> None:
+    options = Options(dim**-0.5, const_bias, is_causal=True)
+    query, key, value = (torch.randn(2, 4, 2048, dim, device=DEVICE).bfloat16() for _ in range(3))
     out = hopper_fwd.forward(Problem(query, key, value, None, None, None, options))
     for row in (63, 64, 127, 128, 1000):
         other_key, other_value = key.clone(), value.clone()
@@ -602,12 +775,13 @@ def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-def test_hopper_takes_the_forward_of_long_sequences() -> None:
-    query, key, value = (torch.randn(2, 8, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+def test_hopper_takes_the_forward_of_long_sequences_and_wide_heads() -> None:
+    query, key, value = (torch.randn(2, 8, 2048, 264, device=DEVICE).bfloat16() for _ in range(3))
     options = Options(128**-0.5)
 
     def supports(options: Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
-        tensors = (tensor[:, :, :rows, :dim] for tensor in (query, key, value))
+        dims = dim, dim, more.get("value_dim", dim)
+        tensors = (tensor[:, :, :rows, :d] for tensor, d in zip((query, key, value), dims, strict=True))
         return hopper_fwd.supports(Problem(*tensors, more.get("bias"), more.get("mask"), None, options))
 
     assert supports() and supports(options=options._replace(is_causal=True)) and supports(dim=96)
@@ -617,8 +791,11 @@ def test_hopper_takes_the_forward_of_long_sequences() -> None:
     assert not supports(options=options._replace(is_causal=True, window_left=100))
     assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
     assert not supports(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
-    problem = Problem(query, key, value, None, None, None, options)
-    assert torch.equal(dispatch.forward(problem), hopper_fwd.forward(problem))
+    assert supports(dim=192, value_dim=128) and supports(dim=136) and supports(dim=256) and supports(value_dim=256)
+    assert not supports(dim=264) and not supports(dim=256, value_dim=64) and not supports(dim=192, value_dim=100)
+    for dim in (128, 192, 256):
+        problem = Problem(*(tensor[..., :dim] for tensor in (query, key, value)), None, None, None, options)
+        assert torch.equal(dispatch.forward(problem), hopper_fwd.forward(problem))
 
 
 @pytest.mark.gpu
@@ -658,15 +835,38 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+def test_hopper_takes_wide_heads_and_two_runs_do_not_differ_if_all_is_to_be_deterministic() -> None:
+    query, key = (torch.randn(1, 4, 4096, 192, device="cuda").bfloat16() for _ in range(2))
+    value, grad_out = (torch.randn(1, 4, 4096, 128, device="cuda").bfloat16() for _ in range(2))
+    problem = problem_of(query, key, value, None, None, None, grad_out, Options(192**-0.5, is_causal=True))
+    assert dispatch.chosen(dispatch.BACKWARD, problem) is hopper_bwd_wide
+    others = flash_bwd.backward(problem)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert dispatch.chosen(dispatch.BACKWARD, problem) is hopper_bwd_wide
+        first, second = dispatch.backward(problem), dispatch.backward(problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two, other in zip(first[:3], second[:3], others[:3], strict=True):
+        assert one is not None and two is not None and other is not None
+        assert torch.equal(one, two)
+        assert (one.float() - other.float()).norm() < 1e-2 * other.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("length", "const_bias"), [(2048, 0.0), (2048, -6.0), (8192, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_hopper_gives_exactly_0_to_future_keys(length: int, const_bias: float, dtype: torch.dtype) -> None:
-    query, key, value = (torch.randn(1, 2, length, 64, device="cuda").to(dtype) for _ in range(3))
+@pytest.mark.parametrize("dim", [64, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
+def test_hopper_gives_exactly_0_to_future_keys(dim: int, length: int, const_bias: float, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, length, dim, device="cuda").to(dtype) for _ in range(3))
     grad_out = torch.zeros_like(query)
     grad_out[:, :, 0] = 1
     options = Options(0.125, const_bias, is_causal=True)
     problem = problem_of(query, key, value, None, None, None, grad_out, options)
-    _, grad_key, grad_value, *_ = hopper_bwd.backward(problem)
+    backward = hopper_bwd.backward if dim == 64 else hopper_bwd_wide.backward
+    _, grad_key, grad_value, *_ = backward(problem)
     assert grad_key is not None and grad_value is not None
     assert (grad_key[:, :, 1:] == 0).all() and (grad_value[:, :, 1:] == 0).all()
     assert (grad_value[:, :, 0] != 0).all()

@@ -1,0 +1,85 @@
+"""Which kernel runs: a new one is a file and a word in a list of kernels/dispatch.py."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import sigswap
+from sigswap.kernels import dispatch, triton
+from sigswap.kernels.op import registration
+
+TOY = '''
+"""Attention over one key: its probability times its value."""
+
+import torch
+
+calls = []
+
+
+def supports(problem):
+    return problem.signature.kv_len == 1 and not problem.signature.options.is_causal
+
+
+def probability(problem):
+    options = problem.options
+    return torch.sigmoid(problem.query @ problem.key.mT * options.scale + options.const_bias)
+
+
+def forward(problem):
+    calls.append("forward")
+    return probability(problem) * problem.value
+
+
+def backward(problem):
+    calls.append("backward")
+    p, scale = probability(problem), problem.options.scale
+    grad_score = p * (1 - p) * (problem.grad_out @ problem.value.mT)
+    grads = (
+        scale * grad_score @ problem.key,
+        scale * grad_score.mT @ problem.query,
+        p.mT @ problem.grad_out,
+        None,
+        None,
+    )
+    return tuple(grad if needed else None for grad, needed in zip(grads, problem.output_mask))
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The file of a kernel in kernels/triton/, and its word, first in both lists; the lists run on the CPU here."""
+    (tmp_path / "toy_of_a_test.py").write_text(TOY)
+    monkeypatch.setattr(triton, "__path__", [*triton.__path__, str(tmp_path)])
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(dispatch, name, ("triton.toy_of_a_test", "reference"))
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(registration, "_implementation", lambda is_cuda: dispatch)
+    module = dispatch._module("triton.toy_of_a_test")
+    yield module
+    del sys.modules[module.__name__]
+
+
+def test_a_new_kernel_is_a_file_and_a_word(toy: ModuleType) -> None:
+    query = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, 3, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    out = sigswap.sigmoid_attention(query, key, value)
+    torch.testing.assert_close(out, torch.sigmoid((query * key).sum(-1, keepdim=True) / 2) * value)
+    assert torch.autograd.gradcheck(sigswap.sigmoid_attention, (query, key, value))
+    assert {*toy.calls} == {"forward", "backward"}
+
+
+def test_a_problem_that_it_does_not_support_goes_to_the_next(toy: ModuleType) -> None:
+    query, key, value = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64, requires_grad=True).unbind()
+    out = sigswap.sigmoid_attention(query, key, value)
+    out.sum().backward(inputs=[query])
+    expected = torch.sigmoid(query @ key.mT / 2 - torch.tensor(6.0, dtype=torch.float64).log()) @ value
+    torch.testing.assert_close(out, expected)
+    assert toy.calls == []
