@@ -19,6 +19,7 @@ from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_row
 from sigswap.passes.nodes import argument, axes_arg, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
 from sigswap.passes.products import PARAMETER, Factors, contraction, follow, is_parameter, product_of
+from sigswap.passes.row_terms import counts_from_the_last_key
 from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout, LeftAlone
 
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
@@ -145,6 +146,12 @@ def score_site(
             "its probabilities are mixed with others or normalised again before they weight the value, which would "
             "undo or bend what a sigmoid gives"
         )
+    for term in origin.terms:
+        if term not in data and counts_from_the_last_key(term, _with_above(term)):
+            origin.obstacle = (
+                "its position bias counts from the last key, so each further key shifts whole rows, which a softmax "
+                "ignores and a sigmoid does not"
+            )
     if origin.obstacle:
         return LeftAlone(anchor, origin.obstacle, True)
 
@@ -224,6 +231,7 @@ class _Origin:
     softcap: bool = False
     reason: str | None = None  # why no product was found
     obstacle: str | None = None  # why the attention cannot be swapped
+    terms: list[Node] = dataclasses.field(default_factory=list)  # that are added to them
 
 
 def _trace_scores(node: Node, key_axis: int, seen: set[tuple[Node, int]]) -> _Origin:
@@ -289,6 +297,8 @@ def _merge_term(origin: _Origin, node: Node, source: Node, key_axis: int, seen: 
         origin.masks |= term.masks
     elif additive:
         origin.masks.add("additive")
+        origin.terms.append(source)
+    origin.terms += term.terms
     origin.products += term.products
     origin.softcap |= term.softcap
     origin.obstacle = origin.obstacle or term.obstacle

@@ -322,6 +322,13 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         True,
         "by hand",
     ),
+    "alibi_from_the_last_key": (
+        lambda q, k, v, w: (q @ k.mT * D**-0.5 + torch.arange(1 - N, 1) * w[:, None, None].exp()).softmax(-1) @ v,
+        (Q, K, V, (H,)),
+        1,
+        True,
+        "counts from the last key",
+    ),
     "shifted": (
         lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))(q @ k.mT) @ v,
         (Q, K, V),
@@ -343,8 +350,8 @@ def test_leaves_near_misses_alone(name: str) -> None:
     assert reason in left.reason
 
 
-def test_what_is_no_attention_by_hand() -> None:
-    """Random features, a loss, and a temperature."""
+def test_what_looks_alike() -> None:
+    """Biases that do not count from the last key; random features, a loss, and a temperature by exp."""
 
     def features(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return (q @ w).exp() @ ((k @ w).exp().mT @ v)
@@ -355,6 +362,14 @@ def test_what_is_no_attention_by_hand() -> None:
     def temperature(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return ((q @ k.mT) * w.exp()).softmax(-1) @ v
 
+    def alibi(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + torch.arange(N) * w[:, None, None]).softmax(-1) @ v
+
+    def bias_per_key(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + w).softmax(-1) @ v
+
+    assert len(found(alibi, Q, K, V, (H,), parameters=1).sites) == 1
+    assert len(found(bias_per_key, Q, K, V, (N,), parameters=1).sites) == 1
     assert not found(features, Q, K, V, (D, D), parameters=1).left_alone
     assert not found(loss, Q, K, V).left_alone
     assert not found(temperature, Q, K, V, (H, 1, 1), parameters=1).left_alone
