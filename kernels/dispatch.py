@@ -26,7 +26,7 @@ from torch import Tensor
 from sigswap.kernels.host.problem import Gradients, Problem
 
 FORWARD = ("triton.decode", "triton.short_masked", "hopper.forward", "triton.forward", "reference")
-BACKWARD = ("triton.short_masked", "hopper.backward", "triton.backward", "reference")
+BACKWARD = ("triton.short_masked", "hopper.backward", "hopper.backward_wide", "triton.backward", "reference")
 
 _HERE = nullcontext()
 

@@ -1,1 +1,1 @@
-"""FX passes: normalize (to one spelling), find (the attention sites), swap (softmax to sigmoid)."""
+"""FX passes: normalize, find, swap, lower. README.md beside this file has the invariants of each."""

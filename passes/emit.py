@@ -8,8 +8,7 @@ import operator
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
-import torch.fx
-from torch.fx import Proxy
+from torch.fx import Node, Proxy
 
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.mask_plan import Boolean, MaskPlan, MaskPlanner
@@ -17,7 +16,7 @@ from sigswap.passes.masks import Masks
 from sigswap.passes.match import Call, FirstToken, Operand, Refused
 from sigswap.passes.nodes import dtype_of, edited_by, is_floating, memory_of, tensor_at
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
-from sigswap.passes.ops import spelling_of
+from sigswap.passes.ops import OPS, Op, spelling_of
 from sigswap.passes.site import Lowered
 from sigswap.passes.views import Group, Views, places_of, region_of
 
@@ -34,14 +33,14 @@ class Emission:
 
     def __init__(self, call: Call, masks: Masks) -> None:
         """Raises Refused: the attention's nodes cannot be had, or not be had where the op would be called."""
-        self.asked, self.labels, self.masks = call, call.labels, masks
+        self.call, self.labels, self.masks = call, call.labels, masks
         source, query = source_of(call.path[-1]), tensor_at(call.query.node)
         if source is None or query is None:
             raise Refused("its output is not in the graph")
         self.graph = source.graph
         self.written: dict[Hashable, Written] = {}
         self.views = views = Views(self.graph, call.labels, masks.edited, query.device)
-        self.output, self.trail = views.output(call.output)
+        self.output, self.output_views = views.output(call.output)
         self.query = views.base(call.query, upcast=True)
         self.key, self.value = views.key_and_value(call)
         for operand in (self.query, self.key, self.value, self.output):
@@ -68,7 +67,7 @@ class Emission:
             if dtype != self.dtype:
                 final = final.to(dtype)
             # A product is contiguous, and so may be viewed; the op's result is [B, M, H, D] in memory.
-            if len(self.asked.path) > 1 and _needs_strides(target):
+            if len(self.call.path) > 1 and _needs_strides(target):
                 final = final.contiguous()
         added = target.prev
         while added is not before:
@@ -85,7 +84,7 @@ class Emission:
 
     def _check_region(self) -> None:
         """The op is called where the output was: what its inputs met on the way must hold there."""
-        first, node = source_of(self.asked.path[0]), same_in(self.output.node, self.graph)
+        first, node = source_of(self.call.path[0]), same_in(self.output.node, self.graph)
         if first is None or first.graph is not self.graph:
             raise Refused("its scores and its output are in different graphs (a checkpoint between them)")
         while node is not None and node is not first and node.op != "root":
@@ -95,17 +94,17 @@ class Emission:
 
     def _check_edits(self) -> None:
         """No tensor that the op will read may be written to after it was first read."""
-        found = self.asked.modifiers
+        found = self.call.modifiers
         operands = [self.query, self.key, self.value, *found.terms]
         operands += [operand for operand, _ in found.query_factors + found.key_factors]
         operands += [] if found.first is None else found.first.operands
-        nodes = [operand.node for operand in operands] + [visible.term.node for visible in found.masks]
+        nodes = [operand.node for operand in operands] + [each.condition.node for each in found.masks]
         order = {node: number for number, node in enumerate(self.output.node.graph.nodes)}
         read: dict[int | None, int] = {}
         for node in nodes:
             read[memory_of(node)] = min(order[node], read.get(memory_of(node), order[node]))
         for node, number in order.items():
-            before = number < order[self.output.node] and node not in self.asked.path
+            before = number < order[self.output.node] and node not in self.call.path
             if before and any(number > read.get(memory_of(edited), number) for edited in edited_by(node)):
                 raise Refused("one of its operands is edited in place before its output")
 
@@ -113,21 +112,21 @@ class Emission:
 
     def _write(self) -> tuple[Proxy, str]:
         """The call, and its operands in words."""
-        call, found, groups, views = self.asked, self.asked.modifiers, self.groups, self.views
+        call, found, groups, views = self.call, self.call.modifiers, self.groups, self.views
         outer, heads, rows, keys = groups.scores
-        k, shared = views.canonical(self.key, (outer, heads, keys, groups.head_dim))
-        v, value_shared = views.canonical(self.value, (outer, heads, keys, groups.value_dim))
-        q, own = views.canonical(self.query, (outer, heads, rows, groups.head_dim))
-        if own[1] != heads or (own[0] != outer and shared[0] != outer):
+        k, key_groups = views.canonical(self.key, (outer, heads, keys, groups.head_dim))
+        v, value_groups = views.canonical(self.value, (outer, heads, keys, groups.value_dim))
+        q, query_groups = views.canonical(self.query, (outer, heads, rows, groups.head_dim))
+        if query_groups[1] != heads or (query_groups[0] != outer and key_groups[0] != outer):
             raise Refused("its queries lack a batch axis of its keys")
-        q = views.filled(q, 0, own[0], outer, k)
-        k, v = views.filled(k, 0, shared[0], outer, q), views.filled(v, 0, value_shared[0], outer, q)
-        repeated = shared[1] != heads
-        if shared[1] != heads[: len(shared[1])] or value_shared[1] != shared[1]:
+        q = views.filled(q, 0, query_groups[0], outer, k)
+        k, v = views.filled(k, 0, key_groups[0], outer, q), views.filled(v, 0, value_groups[0], outer, q)
+        repeated = key_groups[1] != heads
+        if key_groups[1] != heads[: len(key_groups[1])] or value_groups[1] != key_groups[1]:
             raise Refused("its keys are shared by heads that are not neighbours")
-        if own[3] != groups.head_dim or shared[2:] != [keys, groups.head_dim]:
+        if query_groups[3] != groups.head_dim or key_groups[2:] != [keys, groups.head_dim]:
             raise Refused("its query or key is broadcast along head_dim or its length")
-        if value_shared[2:] != [keys, groups.value_dim]:
+        if value_groups[2:] != [keys, groups.value_dim]:
             raise Refused("its value is broadcast along head_dim or its length")
         inputs = [same_in(operand.node, self.graph) for operand in (self.query, self.key, self.value)]
         dtypes = [_dtype(node) for node in inputs if node is not None]
@@ -144,7 +143,7 @@ class Emission:
         if padding is not None:
             # Where the value is 0 a key adds nothing to the output, nor, as dP = dO V^T is 0, to any gradient.
             v = views.call(torch.where, padding.transpose(2, 3), v, 0.0)
-        seed: torch.fx.Node | None = None
+        seed: Node | None = None
         if call.dropout_p:
             seed = None if call.seed is None else same_in(call.seed, self.graph)
             if seed is None:
@@ -162,7 +161,7 @@ class Emission:
             const_bias, visible_bias = 0.0, False
             words.append("first token")
         words += ["row bias"] if bias is not None else []
-        words += [f"{self.labels.size(heads)} heads over {self.labels.size(shared[1])}"] if repeated else []
+        words += [f"{self.labels.size(heads)} heads over {self.labels.size(key_groups[1])}"] if repeated else []
         words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
         words += [f"row cap {found.row_cap:.4g}"] if found.row_cap else []
         result = views.call(
@@ -199,7 +198,7 @@ class Emission:
         What is added to a row's scores, the first one included, is taken off again by its bias: with t added to both,
         t - logaddexp(s + t, r) is -logaddexp(s, r - t).
         """
-        call, added = self.views.call, self.asked.modifiers.const_bias
+        call, added = self.views.call, self.call.modifiers.const_bias
         share = self._sum_of([first.share], q)
         assert share is not None
         rest = self._plus(None if first.rest is None else self._sum_of([first.rest], q), bias)
@@ -214,7 +213,7 @@ class Emission:
             attn_mask,
             padding,
             const_bias=first.const_bias,
-            visible_bias=self.asked.visible_bias,
+            visible_bias=self.call.visible_bias,
             **options,
         )
         return result if first.offset is None else call(operator.add, result, self._sum_of([first.offset], q))
@@ -222,7 +221,7 @@ class Emission:
     @property
     def _counts(self) -> bool:
         """Whether -ln(visible keys) is added to the rows as it is."""
-        return self.asked.visible_bias and self.asked.modifiers.first is None
+        return self.call.visible_bias and self.call.modifiers.first is None
 
     def _masks(self, plan: MaskPlan, q: Proxy) -> tuple[Proxy | None, Proxy | None, Proxy | None]:
         """Row bias, attn_mask and padding ([B, 1, 1, N], True is visible), each None if there is none.
@@ -355,13 +354,15 @@ class Emission:
 
     def _erase(self) -> None:
         """Erases what was replaced: above all dropout, which would go on drawing random numbers."""
-        sources = [same_in(node, self.graph) for node in self.trail] + [source_of(node) for node in self.asked.path]
+        sources = [same_in(node, self.graph) for node in self.output_views] + [
+            source_of(node) for node in self.call.path
+        ]
         for node in sorted({x for x in sources if x is not None and x.graph is self.graph}, reverse=True):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
 
 
-def _dtype(node: torch.fx.Node) -> torch.dtype:
+def _dtype(node: Node) -> torch.dtype:
     """Of a node of the Dynamo graph: inside of autocast regions the shadow's may be another."""
     tensor = tensor_of(node)
     if tensor is None:
@@ -369,12 +370,14 @@ def _dtype(node: torch.fx.Node) -> torch.dtype:
     return tensor.dtype
 
 
-def _needs_strides(node: torch.fx.Node) -> bool:
-    """Whether a tensor, or a transpose of it, is viewed or returned, so that its strides matter."""
+def _needs_strides(node: Node) -> bool:
+    """Whether a tensor, or a transpose or a part of it, is viewed or returned, so that its strides matter."""
     for user in node.users:
         name = str(user.target) if user.op == "call_method" else spelling_of(user)
         if user.op == "output" or name in ("view", "view_as", "as_strided", "_unsafe_view", "stride", "is_contiguous"):
             return True
-        if name in ("transpose", "permute", "unsqueeze", "squeeze", "getitem") and _needs_strides(user):
+        row = OPS.get(name, Op(name))
+        views = row.moves is not None or row.part or row.splits or name in ("getitem", "unbind")
+        if views and _needs_strides(user):
             return True
     return False

@@ -9,31 +9,22 @@ from one over the keys. A softmax for which both ends can't be shown is left alo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.fx
+from torch.fx import Graph, Node
 
 from sigswap.passes.axes import axis_map, chain_inputs
-from sigswap.passes.heads import factor_heads, key_heads, product_key_heads, score_heads, score_rows, with_heads
-from sigswap.passes.nodes import (
-    argument,
-    axes_argument,
-    dtype_of,
-    input_at,
-    input_list,
-    int_argument,
-    rank_of,
-    shape_of,
-    tensor_input,
-)
-from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
-from sigswap.passes.products import PARAMETER, Factors, einsum_labels, follow, is_parameter, matrix_factors, product_of
+from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
+from sigswap.passes.nodes import argument, axes_arg, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
+from sigswap.passes.ops import OPAQUE, Op, op_name, op_of, spelling_of
+from sigswap.passes.products import PARAMETER, Factors, contraction, follow, is_parameter, product_of
 from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout, LeftAlone
 
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
 
 
-def find(graph: torch.fx.Graph) -> FindResult:
+def find(graph: Graph) -> FindResult:
     """Every softmax attention in ``graph``, and every softmax that is left alone with its reason.
 
     ``graph``: pre-dispatch ATen with ``meta["val"]`` on its nodes (as ``make_fx(pre_dispatch=True)`` gives), and
@@ -47,7 +38,7 @@ def find(graph: torch.fx.Graph) -> FindResult:
         if op.name == "scaled_dot_product_attention":
             sites.append(_sdpa_site(node))
         elif op.softmax:
-            found = score_site(node, int_argument(node, 1), data)
+            found = score_site(node, int_arg(node, 1), data)
             if isinstance(found, AttentionSite):
                 sites.append(found)
             else:
@@ -57,16 +48,16 @@ def find(graph: torch.fx.Graph) -> FindResult:
     return FindResult(tuple(sites), tuple(left))
 
 
-def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
+def _sdpa_site(node: Node) -> AttentionSite:
     query, key = tensor_input(node, 0), tensor_input(node, 1)
-    rank, query_shape, key_shape = rank_of(query), shape_of(query), shape_of(key)
+    rank, query_shape = rank_of(query), shape_of(query)
     head = factor_heads(query, rank - 1)
     if head is None:
         head = HeadLayout(rank - 3, query_shape[-3]) if query_shape and rank >= 4 else ONE_HEAD
     mask = argument(node, 3, "attn_mask")
     if argument(node, 5, "is_causal"):
         mask_kind = "causal"
-    elif isinstance(mask, torch.fx.Node):
+    elif isinstance(mask, Node):
         mask_kind = "boolean" if dtype_of(mask) == torch.bool else "additive"
     else:
         mask_kind = "none"
@@ -80,16 +71,16 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
         row_axis=rank - 2,
         head=head,
         head_dim=query_shape[-1] if query_shape else None,
-        key_heads=key_heads(key, head, key_shape),
+        key_heads=1 if head.axis == rank_of(key) - 2 else key_heads(key, head),  # the heads may be further rows
         mask=mask_kind,
         scale=scale if isinstance(scale, float) else None,
         dropout=bool(argument(node, 4, "dropout_p")),
     )
 
 
-def data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+def data_dependent(graph: Graph) -> set[Node]:
     """The nodes that depend on the model's inputs, not on its parameters alone."""
-    data: set[torch.fx.Node] = set()
+    data: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             if not node.meta.get(PARAMETER):
@@ -99,7 +90,7 @@ def data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return data
 
 
-def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
+def score_site(anchor: Node, axis: int | None, data: set[Node]) -> AttentionSite | LeftAlone:
     """The attention whose probabilities ``anchor`` makes from its first argument, the scores, over their axis ``axis``.
 
     ``data``: :func:`data_dependent` of the graph.
@@ -116,15 +107,16 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
     origin.products.sort(key=lambda product: product.key not in data)
     if origin.products and not _is_computed(origin.products[0].key, data):
         return LeftAlone(anchor, "its keys do not depend on the model's input (a router or a classifier)", False)
-    output = _weighted_sum(anchor, key_axis)
+    found = _weighted_sum(anchor, key_axis)
     if not origin.products:
         # A product of activations that is not understood, over an axis that a value is weighted over: in doubt, an
         # attention, so that it is not left without a word.
-        doubtful = output is not None and _has_product_above(scores)
+        doubtful = found is not None and _has_product_above(scores)
         return LeftAlone(anchor, origin.reason or "its scores are not a product of query and key", doubtful)
-    if output is None:
+    if found is None:
         return LeftAlone(anchor, "its probabilities do not weight a value over the softmax's axis", False)
-    if output.remade and origin.obstacle is None:
+    output, weights = found
+    if weights.remade and origin.obstacle is None:
         origin.obstacle = (
             "its probabilities are mixed with others or normalised again before they weight the value, which would "
             "undo or bend what a sigmoid gives"
@@ -137,48 +129,43 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
     return AttentionSite(
         kind="softmax",
         anchor=anchor,
-        output=output.product,
+        output=output,
         products=products,
         key_axis=key_axis,
         row_axis=score_rows(origin.products[0], head),
         head=head,
         head_dim=products[0].head_dim,
-        key_heads=product_key_heads(products[0]),
+        key_heads=key_heads(products[0].key.node, products[0].key.head),
         mask="+".join(sorted(origin.masks)) or "none",
         softcap=origin.softcap,
-        dropout=output.dropout,
-        weights_path=output.path,
+        dropout=weights.dropout,
+        weights_path=weights.path,
     )
 
 
-def _is_computed(node: torch.fx.Node, data: set[torch.fx.Node]) -> bool:
+def _is_computed(node: Node, data: set[Node]) -> bool:
     """Whether ``node`` depends on the model's inputs, or is what a layer makes of parameters."""
-    if node in data:
-        return True
+    return node in data or any(op_of(above).layer or op_of(above).product for above in _with_above(node))
+
+
+def _has_product_above(node: Node) -> bool:
+    """Whether a product of two activations goes into ``node``, with no layer in between."""
+    for above in _with_above(node, lambda op: op.product or op.layer or op.softmax):
+        factors = [source for source in above.all_input_nodes if rank_of(source) > 0]
+        if op_of(above).product and not any(is_parameter(factor) for factor in factors):
+            return True
+    return False
+
+
+def _with_above(node: Node, is_end: Callable[[Op], bool] = lambda op: False) -> Iterator[Node]:
+    """``node`` and what it comes from, but nothing that goes through an end."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
-        if op_of(current).layer or op_of(current).product:
-            return True
-        pending += [source for source in current.all_input_nodes if source not in seen]
-        seen.update(current.all_input_nodes)
-    return False
-
-
-def _has_product_above(node: torch.fx.Node) -> bool:
-    """Whether a product of two activations goes into ``node``, with no layer in between."""
-    pending, seen = [node], {node}
-    while pending and len(seen) < _LONGEST_WALK:
-        current = pending.pop()
-        op = op_of(current)
-        if op.product:
-            factors = [source for source in current.all_input_nodes if rank_of(source) > 0]
-            if not any(is_parameter(factor) for factor in factors):
-                return True
-        elif not op.layer and not op.softmax:
+        yield current
+        if not is_end(op_of(current)):
             pending += [source for source in current.all_input_nodes if source not in seen]
             seen.update(current.all_input_nodes)
-    return False
 
 
 # Up: from the softmax to the product of query and key.
@@ -195,7 +182,7 @@ class _Origin:
     obstacle: str | None = None  # why the attention cannot be swapped
 
 
-def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.Node, int]]) -> _Origin:
+def _trace_scores(node: Node, key_axis: int, seen: set[tuple[Node, int]]) -> _Origin:
     op = op_of(node)
     if (node, key_axis) in seen or len(seen) > _LONGEST_WALK:
         return _Origin(reason="its scores come from too many ops to follow")
@@ -232,19 +219,13 @@ def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.N
     if op.name == "pad" and before is not None and after is not None and after[key_axis] != before[key_axis]:
         origin.obstacle = "its softmax runs over the keys and padded logits"
     if op.name == "cat":
-        axis = int_argument(node, 1, default=0)
+        axis = int_arg(node, 1, default=0)
         if axis is not None and axis % rank_of(node) == key_axis and len(origin.products) < len(inputs):
             origin.obstacle = "its softmax runs over the keys and extra logits (attention sinks)"
     return origin
 
 
-def _merge_term(
-    origin: _Origin,
-    node: torch.fx.Node,
-    source: torch.fx.Node,
-    key_axis: int,
-    seen: set[tuple[torch.fx.Node, int]],
-) -> None:
+def _merge_term(origin: _Origin, node: Node, source: Node, key_axis: int, seen: set[tuple[Node, int]]) -> None:
     """Adds to ``origin`` what flows from ``source`` into ``node``."""
     axes, before, after = axis_map(node, source), shape_of(source), shape_of(node)
     additive = op_name(node) in ("add", "sub", "baddbmm")
@@ -270,13 +251,13 @@ def _merge_term(
     origin.reason = origin.reason or term.reason
 
 
-def _mixes_heads(product: Factors, node: torch.fx.Node, source: torch.fx.Node) -> bool:
+def _mixes_heads(product: Factors, node: Node, source: Node) -> bool:
     """Whether a linear layer on the scores mixes heads ("talking heads"), and not queries or channels."""
     mixed = rank_of(source) - 1 if op_name(node) == "linear" else 1
     return any(follow(product.path, axis) == mixed for axis in product.batch_axes)
 
 
-def _is_row_reduction(node: torch.fx.Node) -> bool:
+def _is_row_reduction(node: Node) -> bool:
     while op_of(node).keeps_row_numbers and (source := input_at(node)) is not None:
         node = source
     return op_of(node).reduces
@@ -285,18 +266,22 @@ def _is_row_reduction(node: torch.fx.Node) -> bool:
 # Down: from the softmax to the product with the value.
 
 
-@dataclasses.dataclass
-class _WeightedSum:
-    product: torch.fx.Node
-    path: tuple[torch.fx.Node, ...]  # from the softmax to the product, both left out
-    dropout: bool
-    remade: bool  # the probabilities are added to or divided before, by more than a number
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The probabilities at one node on their way down."""
+
+    node: Node
+    axis: int
+    path: tuple[Node, ...] = ()  # from after the softmax to the node
+    dropout: bool = False
+    multiplied: bool = False  # by another tensor: a sum over the keys would then be the product with the value
+    remade: bool = False  # added to something, or divided by more than a number
 
 
-def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
-    """The product that contracts the probabilities' keys with a value, and what happens to them before it."""
+def _weighted_sum(anchor: Node, key_axis: int) -> tuple[Node, _Weights] | None:
+    """The product that contracts the probabilities' keys with a value, and the probabilities as it gets them."""
     pending = [_Weights(anchor, key_axis)]
-    seen: set[tuple[torch.fx.Node, int]] = set()
+    seen: set[tuple[Node, int]] = set()
     while pending:
         weights = pending.pop(0)
         for user in weights.node.users:
@@ -304,12 +289,13 @@ def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
                 continue
             seen.add((user, weights.axis))
             if _contracts(user, weights.node, weights.axis) or (weights.multiplied and _sums(user, weights)):
-                return _WeightedSum(user, weights.path, weights.dropout, weights.remade)
-            axes = axis_map(user, weights.node) if weights.node in chain_inputs(user) else None
+                return user, weights
+            inputs = chain_inputs(user)
+            axes = axis_map(user, weights.node) if weights.node in inputs else None
             axis = None if axes is None else axes[weights.axis]
             if axis is None:
                 continue
-            name, tensors = op_name(user), len(chain_inputs(user))
+            name, tensors = op_name(user), len(inputs)
             pending.append(
                 _Weights(
                     user,
@@ -323,37 +309,15 @@ def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> _WeightedSum | None:
     return None
 
 
-@dataclasses.dataclass
-class _Weights:
-    """The probabilities at one node on their way down."""
-
-    node: torch.fx.Node
-    axis: int
-    path: tuple[torch.fx.Node, ...] = ()
-    dropout: bool = False
-    multiplied: bool = False  # by another tensor: a sum over the keys would then be the product with the value
-    remade: bool = False
+def _sums(user: Node, weights: _Weights) -> bool:
+    return op_name(user) == "sum" and axes_arg(user, 1, rank_of(weights.node)) == (weights.axis,)
 
 
-def _sums(user: torch.fx.Node, weights: _Weights) -> bool:
-    return op_name(user) == "sum" and axes_argument(user, 1, rank_of(weights.node)) == (weights.axis,)
-
-
-def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
-    op = op_of(user)
-    if op.matrix:
-        first, second = matrix_factors(user)
-        if first is weights and axis == rank_of(first) - 1:
-            return True
-        return second is weights and axis == max(rank_of(second) - 2, 0)
-    if op.name == "linear":
-        first, second = matrix_factors(user)
-        return first is weights and axis == rank_of(weights) - 1 and not is_parameter(second)
-    if op.name == "einsum":
-        labels, operands = einsum_labels(user), input_list(user, 1)
-        if labels is None or weights not in operands:
-            return False
-        position = operands.index(weights)
-        label = labels[0][position][axis]
-        return label in labels[0][1 - position] and label not in labels[1]
-    return False
+def _contracts(user: Node, weights: Node, axis: int) -> bool:
+    """Whether ``user`` is a product that sums over ``axis`` of ``weights``, and no layer."""
+    product = contraction(user)
+    if product is None or weights not in product.factors:
+        return False
+    at = product.factors.index(weights)
+    name, other = product.names[at][axis], product.factors[1 - at]
+    return name in product.names[1 - at] and name not in product.out and not (op_of(user).layer and is_parameter(other))

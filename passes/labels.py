@@ -10,16 +10,14 @@ groups.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.passes.axes import axis_map, reshape_groups
-from sigswap.passes.nodes import input_list, int_argument, rank_of, shape_of
+from sigswap.passes.nodes import int_arg, shape_of
 from sigswap.passes.ops import op_of
-from sigswap.passes.products import einsum_labels, matrix_factors
 
 Label = int
 Axes = tuple[tuple[Label, ...], ...]  # per axis of a tensor
@@ -47,7 +45,7 @@ class Labels:
     def axes(self, axes: Axes) -> Axes:
         return tuple(self.whole(axis) for axis in axes)
 
-    def through(self, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> Axes | None:
+    def through(self, node: Node, source: Node, axes: Axes) -> Axes | None:
         """The axes of ``node``, which is a view or an elementwise op of ``source``, whose axes are given.
 
         None: the op is none of these, or an axis cannot be followed.
@@ -69,7 +67,7 @@ class Labels:
                 result[target] = axis
         return tuple(result)
 
-    def above(self, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> Axes | None:
+    def above(self, node: Node, source: Node, axes: Axes) -> Axes | None:
         """The axes of ``source``, of which ``node`` is a view, a copy or a broadcast, and has the axes given.
 
         A broadcast axis has no label in ``source``. None: the op is none of these, or an axis cannot be followed.
@@ -98,8 +96,8 @@ class Labels:
         self._parts[label] = self.new(self._sizes[label] // inner), self.new(inner)
         return self._parts[label]
 
-    def _unrepeated(self, node: torch.fx.Node, before: tuple[int, ...], axes: Axes) -> Axes | None:
-        repeats, axis = int_argument(node, 1, "repeats"), int_argument(node, 2)
+    def _unrepeated(self, node: Node, before: tuple[int, ...], axes: Axes) -> Axes | None:
+        repeats, axis = int_arg(node, 1, "repeats"), int_arg(node, 2)
         if repeats is None or axis is None:
             return None
         axis %= len(before)
@@ -143,42 +141,3 @@ class Labels:
                 pending.insert(0, inner)
             taken.append(label)
         return tuple(taken) if self.size(taken) == size else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """A product of two tensors, with a name for each axis of the factors and of the result."""
-
-    left: torch.fx.Node
-    right: torch.fx.Node
-    left_names: list[Hashable]
-    right_names: list[Hashable]
-    out_names: list[Hashable]
-
-
-def contraction(node: torch.fx.Node) -> Contraction | None:
-    """``node`` as a product of two tensors.
-
-    None: it is no product, or one with a bias (``linear`` with three arguments) or a repeated name.
-    """
-    op = op_of(node)
-    if op.name == "einsum":
-        spelled, factors = einsum_labels(node), input_list(node, 1)
-        if spelled is None:
-            return None
-        (first, second), out = spelled
-        return Contraction(factors[0], factors[1], [*first], [*second], [*out])
-    if not (op.matrix or (op.name == "linear" and len(node.args) == 2)):
-        return None
-    left, right = matrix_factors(node)
-    rank, rank_left, rank_right = rank_of(node), rank_of(left), rank_of(right)
-    if rank_left < 2 or rank_right < 2:
-        return None
-    batch: list[Hashable] = list(range(rank - 2))
-    return Contraction(
-        left,
-        right,
-        [*batch[len(batch) - (rank_left - 2) :], "row", "inner"],
-        [*batch[len(batch) - (rank_right - 2) :], *(["inner", "column"] if op.matrix else ["column", "inner"])],
-        [*batch, "row", "column"],
-    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import Node
 
 AxisMap = list[int | None]
 """For every axis of an op's input the axis of its output that holds it, or None where it is merged, split or gone."""
@@ -135,9 +135,9 @@ _ROWS = (
     _elementwise("div", "divide true_divide", operands=(0, 1)),
     _elementwise("minimum", operands=(0, 1)),
     _elementwise("maximum", operands=(0, 1)),
-    _elementwise("neg", linear=True, shifts=True),
+    _elementwise("neg", "negative", linear=True, shifts=True),
     _elementwise("tanh"),
-    _elementwise("clamp"),
+    _elementwise("clamp", "clip"),
     _elementwise("clamp_min"),
     _elementwise("clamp_max"),
     _elementwise("nan_to_num", linear=True),
@@ -187,7 +187,7 @@ _ROWS = (
     Op("repeat", tiles=True, copies=True),
     Op("repeat_interleave", copies=True),
     # Products, layers, norms.
-    Op("matmul", "mm bmm", operands=(0, 1), product=True, matrix=True),
+    Op("matmul", "mm bmm linalg_matmul", operands=(0, 1), product=True, matrix=True),
     Op("baddbmm", operands=(1, 2), product=True, matrix=True),
     Op("einsum", product=True),
     Op("cdist", "_cdist_forward", product=True),
@@ -201,7 +201,7 @@ _ROWS = (
     Op("softmax", "_softmax _safe_softmax special_softmax", softmax=True),
     Op("amax", reduces=True),
     Op("mean", reduces=True),
-    Op("max", "min amin median kthvalue logsumexp topk sort", reduces=True),
+    Op("max", "min amin median kthvalue logsumexp special_logsumexp topk sort", reduces=True),
     Op("split", "chunk split_with_sizes tensor_split", splits=True),
     # What masks are made of.
     Op("ones", "ones_like new_ones", fills=True),
@@ -210,7 +210,12 @@ _ROWS = (
     Op("scalar_tensor", fills=True),
     Op("logical_and", "bitwise_and __and__"),
     Op("logical_not", "bitwise_not"),
-    *(Op(name, compares=getattr(operator, name)) for name in ("le", "lt", "ge", "gt", "eq", "ne")),
+    Op("le", "less_equal", compares=operator.le),
+    Op("lt", "less", compares=operator.lt),
+    Op("ge", "greater_equal", compares=operator.ge),
+    Op("gt", "greater", compares=operator.gt),
+    Op("eq", compares=operator.eq),
+    Op("ne", "not_equal", compares=operator.ne),
 )
 OPS: dict[str, Op] = {spelling: row for row in _ROWS for spelling in (row.name, *row.spellings.split())}
 """Each row by each of its spellings."""
@@ -228,7 +233,7 @@ OPAQUE = (
 """Parts of the names of attention that runs inside one op, whose softmax cannot be changed."""
 
 
-def spelling_of(node: torch.fx.Node) -> str:
+def spelling_of(node: Node) -> str:
     """The ATen name without namespace, overload and in-place underscore; "" for anything that is not a call."""
     if node.op != "call_function":
         return ""
@@ -237,17 +242,15 @@ def spelling_of(node: torch.fx.Node) -> str:
     return "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", str(node.target))
 
 
-def op_of(node: torch.fx.Node) -> Op:
+def op_of(node: Node) -> Op:
     """The node's row; one without properties for an op that the table does not have, or for what is no call."""
     spelling = spelling_of(node)
     return OPS.get(spelling) or _without_row(spelling)
 
 
-def op_name(node: torch.fx.Node) -> str:
+def op_name(node: Node) -> str:
     """The name of the node's row, the same for all spellings; its own where there is no row."""
-    spelling = spelling_of(node)
-    row = OPS.get(spelling)
-    return spelling if row is None else row.name
+    return op_of(node).name
 
 
 @functools.cache

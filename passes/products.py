@@ -3,24 +3,73 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.passes.axes import Step, axis_map
-from sigswap.passes.nodes import argument, axes_argument, input_at, input_list, rank_of, shape_of, tensor_input
+from sigswap.passes.nodes import argument, axes_arg, input_at, input_list, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import op_name, op_of
 
 PARAMETER = "sigswap_parameter"  # node.meta key: set on the placeholders that are parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A matrix product, or an einsum of two tensors, with a name for each axis of the factors and of the result.
+
+    Axes of one name are the same axis. A batch axis of a matrix product has an int for a name.
+    """
+
+    factors: tuple[Node, Node]
+    names: tuple[list[Hashable], list[Hashable]]
+    out: list[Hashable]
+
+
+def contraction(node: Node) -> Contraction | None:
+    """``node`` as a product of two tensors (without what ``baddbmm`` and ``linear`` add); None: it is none."""
+    op = op_of(node)
+    if op.name == "einsum":
+        return _einsum(node)
+    if not (op.matrix or op.name == "linear"):
+        return None
+    first, second = (tensor_input(node, position) for position in (op.operands if op.matrix else (0, 1)))
+    batch = range(max(rank_of(first), rank_of(second)) - 2)
+    left: list[Hashable] = [*batch, "row", "inner"][-rank_of(first) :]
+    right: list[Hashable] = [*batch, "inner", "column"] if op.matrix else [*batch, "column", "inner"]
+    right = right[-rank_of(second) :] if rank_of(second) > 1 else ["inner"]
+    out = [*batch, *(name for name in ("row", "column") if name in (*left, *right))]
+    return Contraction((first, second), (left, right), out)
+
+
+def _einsum(node: Node) -> Contraction | None:
+    """An ellipsis is spelled out, as "0", "1", ..."""
+    operands = input_list(node, 1)
+    if len(operands) != 2:
+        return None
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
+
+    def spelled(term: str, rank: int) -> list[Hashable]:
+        before, dots, after = term.partition("...")
+        width = rank - len(before) - len(after) if dots else 0
+        return [*before, *(str(i) for i in range(9 - width, 9)), *after]
+
+    first, second = (spelled(term, rank_of(x)) for term, x in zip(inputs.split(","), operands, strict=True))
+    if len(set(first)) < len(first) or len(set(second)) < len(second):
+        return None
+    if not arrow:
+        names = sorted(str(name) for name in {*first, *second})
+        output = "".join(name for name in names if name.isdigit() or (name in first) != (name in second))
+    return Contraction((operands[0], operands[1]), (first, second), spelled(output, rank_of(node)))
 
 
 @dataclasses.dataclass
 class Factors:
     """A product whose output's ``key_axis`` comes from one factor; ``query_axis`` from the other, if known."""
 
-    node: torch.fx.Node
-    query: torch.fx.Node
-    key: torch.fx.Node
+    node: Node
+    query: Node
+    key: Node
     query_arg: int
     query_dim_axis: int
     key_dim_axis: int
@@ -28,8 +77,8 @@ class Factors:
     query_axis: int | None
     batch_axes: dict[int, tuple[int, int]]  # axis of the output -> (axis of the query, axis of the key)
     row_axes: dict[int, int]  # axis of the output -> axis of the query alone
+    query_in_order: bool
     path: list[Step] = dataclasses.field(default_factory=list)  # from the product down to the softmax's scores
-    query_in_order: bool = True
 
     @property
     def query_axes(self) -> dict[int, int]:
@@ -37,16 +86,16 @@ class Factors:
         return {**{out: axes[0] for out, axes in self.batch_axes.items()}, **self.row_axes}
 
 
-def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
+def product_of(node: Node, key_axis: int) -> Factors | str | None:
     """``node`` as a product whose ``key_axis`` comes from the key; a reason if it is a product but not that one."""
     op = op_of(node)
     found: Factors | str | None
-    if op.matrix or op.name == "linear":
-        found = _matrix_product(node, key_axis)
-    elif op.name == "einsum":
-        found = _einsum_product(node, key_axis)
-    elif op.name == "sum":
+    if op.name == "sum":
         found = _summed_product(node, key_axis)
+    elif op.name == "linear" and key_axis != rank_of(node) - 1:
+        return None  # a layer over another axis: the walk goes on through it
+    elif op.matrix or op.name in ("linear", "einsum"):
+        found = _contracted_product(node, key_axis)
     else:
         return None
     if isinstance(found, Factors) and (is_parameter(found.query) or is_parameter(found.key)):
@@ -54,96 +103,41 @@ def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
     return found
 
 
-def matrix_factors(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
-    """The factors of a matrix product, or of ``linear``, which transposes the second one."""
-    first, second = op_of(node).operands if op_of(node).matrix else (0, 1)
-    return tensor_input(node, first), tensor_input(node, second)
-
-
-def _matrix_product(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
-    first, second = matrix_factors(node)
-    transposed = op_name(node) == "linear"
-    rank, rank1, rank2 = rank_of(node), rank_of(first), rank_of(second)
-    if rank1 < 2 or rank2 < 2:
+def _contracted_product(node: Node, key_axis: int) -> Factors | str:
+    product, einsum = contraction(node), op_name(node) == "einsum"
+    if product is None:
+        return "its scores are an einsum that is not a product of two tensors"
+    if not einsum and min(map(len, product.names)) < 2:
         # A linear layer follows an axis (talking heads), a matrix-vector product scores keys by one vector.
         return "its scores are a matrix-vector product, not one of queries and keys"
-    if transposed and key_axis != rank - 1:
-        return None  # a linear layer over another axis: the walk goes on through it
-    contracted2 = rank2 - 1 if transposed else rank2 - 2
-    batch = {
-        axis: (axis - (rank - rank1), axis - (rank - rank2))
-        for axis in range(rank - 2)
-        if axis >= rank - rank1 and axis >= rank - rank2
-    }
-    if key_axis == rank - 1:
-        rows = {axis: axis - (rank - rank1) for axis in range(rank - rank1, rank - 1) if axis not in batch}
-        return Factors(node, first, second, 0, rank1 - 1, contracted2, key_axis, rank - 2, batch, rows)
-    if key_axis == rank - 2:
-        swapped = {axis: (second_axis, first_axis) for axis, (first_axis, second_axis) in batch.items()}
-        rows = {axis: axis - (rank - rank2) for axis in range(rank - rank2, rank) if axis not in (*batch, key_axis)}
-        return Factors(node, second, first, 1, contracted2, rank1 - 1, key_axis, rank - 1, swapped, rows)
-    return "its softmax runs over a batch axis of the product, not over keys"
-
-
-def _einsum_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
-    labels = einsum_labels(node)
-    if labels is None:
-        return "its scores are an einsum that is not a product of two tensors"
-    (first, second), out = labels
-    operands = input_list(node, 1)
-    label = out[key_axis]
-    if (label in first) == (label in second):
+    name, out = product.out[key_axis], product.out
+    if isinstance(name, int) or (name in product.names[0]) == (name in product.names[1]):
         return "its softmax runs over a batch axis of the product, not over keys"
-    query_arg = 0 if label in second else 1
-    query, key = (first, second) if query_arg == 0 else (second, first)
+    query_arg = 0 if name in product.names[1] else 1
+    query, key = product.names[query_arg], product.names[1 - query_arg]
     contracted = [c for c in query if c in key and c not in out]
     if len(contracted) != 1:
         return "its scores are an einsum that contracts no axis or several"
-    rows = [c for c in out if c in query and c not in key]
-    batch = {out.index(c): (query.index(c), key.index(c)) for c in out if c in query and c in key}
-    factors = Factors(
+    rows = {i: query.index(c) for i, c in enumerate(out) if c in query and c not in key}
+    return Factors(
         node,
-        operands[query_arg],
-        operands[1 - query_arg],
+        product.factors[query_arg],
+        product.factors[1 - query_arg],
         query_arg,
         query.index(contracted[0]),
         key.index(contracted[0]),
         key_axis,
-        out.index(rows[-1]) if rows else None,
-        batch,
-        {out.index(c): query.index(c) for c in rows},
+        max(rows, default=None),
+        {i: (query.index(c), key.index(c)) for i, c in enumerate(out) if c in query and c in key},
+        rows,
+        query_in_order=[c for c in query if c not in contracted] == [c for c in out if c != name],
     )
-    factors.query_in_order = [c for c in query if c != contracted[0]] == [c for c in out if c != label]
-    return factors
 
 
-def einsum_labels(node: torch.fx.Node) -> tuple[tuple[list[str], list[str]], list[str]] | None:
-    """The labels of a two-operand einsum's factors and output, an ellipsis spelled out as "0", "1", ..."""
-    operands = input_list(node, 1)
-    if len(operands) != 2:
-        return None
-    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-
-    def spelled(term: str, rank: int) -> list[str]:
-        before, dots, after = term.partition("...")
-        width = rank - len(before) - len(after) if dots else 0
-        return [*before, *(str(i) for i in range(9 - width, 9)), *after]
-
-    first, second = (spelled(term, rank_of(x)) for term, x in zip(terms, operands, strict=True))
-    if len(set(first)) < len(first) or len(set(second)) < len(second):
-        return None
-    if not arrow:
-        counts = [c for c in (*first, *second) if c.isalpha()]
-        dotted = sorted({c for c in (*first, *second) if c.isdigit()})
-        return (first, second), [*dotted, *sorted(c for c in set(counts) if counts.count(c) == 1)]
-    return (first, second), spelled(output, rank_of(node))
-
-
-def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
+def _summed_product(node: Node, key_axis: int) -> Factors | str:
     """``(query * key).sum(head_dim)``, with queries and keys spread over axes of their own."""
     reason = "its scores are a sum that is not a product of query and key"
-    source, (contracted, *others) = tensor_input(node), axes_argument(node, 1, rank_of(tensor_input(node))) or (-1,)
+    source, (contracted, *others) = tensor_input(node), axes_arg(node, 1, rank_of(tensor_input(node))) or (-1,)
     if op_name(source) != "mul" or contracted < 0 or others:
         return reason
     rank, whole = rank_of(source), shape_of(source)
@@ -167,15 +161,14 @@ def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
         else:
             batch[out_axis] = (axis, axis)
     row = max(rows, default=None)
-    found = Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch, rows)
-    found.query_in_order = False  # the factors are spread over axes of size 1
-    return found
+    # The factors are spread over axes of size 1, so the query is not in order.
+    return Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch, rows, False)
 
 
-def is_parameter(node: torch.fx.Node) -> bool:
+def is_parameter(node: Node) -> bool:
     """Whether ``node`` is a parameter, as it is or through views, casts and scaling by a number."""
     while op_of(node).keeps_parameter:
-        if any(isinstance(arg, torch.fx.Node) and rank_of(arg) > 0 for arg in node.args[1:]):
+        if any(isinstance(arg, Node) and rank_of(arg) > 0 for arg in node.args[1:]):
             return False
         source = input_at(node)
         if source is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch.fx
+from torch.fx import Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +13,7 @@ class HeadLayout:
     """Where the heads are in a tensor: ``axis`` holds ``heads``, or, if ``merged``, those and the batch or the rows.
 
     Merged heads are the inner ones (batch*heads), or, if ``outer``, the outermost (heads*batch). ``axis`` counts from
-    0, or from the end (:meth:`from_end`); None: one head and no axis for it.
+    0; None: one head and no axis for it.
     """
 
     axis: int | None
@@ -25,36 +25,39 @@ class HeadLayout:
         """The same heads on another axis, of a tensor that the axis was followed to."""
         return dataclasses.replace(self, axis=axis)
 
-    def from_end(self, rank: int) -> HeadLayout:
-        """With the axis of a tensor of ``rank`` axes counted from the end, as plans have it that meet other ranks."""
-        return self if self.axis is None else self.at(self.axis - rank)
-
 
 ONE_HEAD = HeadLayout(None, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """The product of query and key: which argument of ``node`` is which, and the axes that matter.
+class Factor:
+    """The query or the key of a product: its tensor, ``position`` among the two factors, and axis of head_dim.
 
-    ``key_axis``: of the product. ``path``: the nodes through which it flows, from after it to the softmax's scores.
-    ``query_arg`` and ``key_arg`` count the two factors (0 or 1). ``query_head`` and ``key_head`` say where
-    the heads are in the factors, ``query_dim_axis`` and ``key_dim_axis`` which axis is head_dim.
+    ``scale``: the number by which it was multiplied before the product.
     """
 
-    node: torch.fx.Node
-    path: tuple[torch.fx.Node, ...]
-    query_arg: int
-    key_arg: int
+    node: Node
+    position: int
+    dim_axis: int
+    head: HeadLayout
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The product of query and key.
+
+    ``key_axis``: of the product. ``path``: the nodes through which it flows, from after it to the softmax's scores.
+    ``rows_in_order``: the query without head_dim reshapes to the scores without their key axis.
+    """
+
+    node: Node
+    path: tuple[Node, ...]
     key_axis: int
-    query_dim_axis: int
-    key_dim_axis: int
-    query_head: HeadLayout
-    key_head: HeadLayout
+    query: Factor
+    key: Factor
     head_dim: int
-    rows_in_order: bool  # query without head_dim reshapes to the scores without their key axis
-    query_scale: float = 1.0  # by which the query was multiplied before the product
-    key_scale: float = 1.0
+    rows_in_order: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,8 @@ class AttentionSite:
     """
 
     kind: Literal["softmax", "sdpa"]
-    anchor: torch.fx.Node
-    output: torch.fx.Node
+    anchor: Node
+    output: Node
     products: tuple[Product, ...]
     key_axis: int
     row_axis: int | None
@@ -81,14 +84,14 @@ class AttentionSite:
     scale: float | None = None
     softcap: bool = False
     dropout: bool = False
-    weights_path: tuple[torch.fx.Node, ...] = ()
+    weights_path: tuple[Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftAlone:
     """A softmax that is not swapped. ``attention``: it is one, but of a form that cannot be swapped."""
 
-    anchor: torch.fx.Node
+    anchor: Node
     reason: str
     attention: bool
 
@@ -97,7 +100,7 @@ class LeftAlone:
 class Lowered:
     """A site that is now one call of the op: ``node``, in the Dynamo graph, and its operands in words."""
 
-    node: torch.fx.Node
+    node: Node
     operands: str
 
 

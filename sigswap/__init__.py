@@ -9,7 +9,7 @@
 from typing import TYPE_CHECKING
 
 from sigswap import errors, former_names
-from sigswap.api import convert, inspect
+from sigswap.api import compare, convert, inspect
 from sigswap.compiling.explain import CompiledSite, CompileReport, explain
 from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
@@ -22,7 +22,9 @@ from sigswap.saving import transformers_hook
 from sigswap.saving.checkpoint import load, save
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
+from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
 from sigswap.training.distill import DistillationReport, distill, param_groups
+from sigswap.training.lookups import Lookups
 from sigswap.version import __version__ as __version__
 
 former_names.keep()
@@ -30,17 +32,24 @@ transformers_hook.install()  # from_pretrained of a saved model works once sigsw
 
 __all__ = [
     "CalibrationReport",
+    "Comparison",
     "CompileReport",
     "CompiledSite",
+    "DistanceMeasure",
     "DistillationReport",
     "HeadRecord",
     "InductorLaunches",
     "InductorLowering",
+    "LayerMeasure",
+    "Lookups",
+    "Measure",
+    "PositionMeasure",
     "Report",
     "SigmoidConfig",
     "SiteRanking",
     "SiteRecord",
     "calibrate",
+    "compare",
     "compile_attention",
     "convert",
     "distill",

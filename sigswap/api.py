@@ -1,4 +1,5 @@
-"""``convert`` and ``inspect``: find the softmax attentions of a model, plan them, install the plan, calibrate it.
+"""``convert`` and ``inspect``: find the softmax attentions of a model, plan them, install the plan, calibrate it;
+``compare``: open the original, and measure.
 
 They are above the rooms that they compose, so that conversion need not know training, which builds on it.
 """
@@ -6,6 +7,7 @@ They are above the rooms that they compose, so that conversion need not know tra
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,11 @@ from sigswap.errors import (
     UnswappableSiteError,
 )
 from sigswap.report import Report
+from sigswap.saving import sources
+from sigswap.saving.checkpoint import is_saved, load
 from sigswap.training.calibrate import calibrate
+from sigswap.training.compare import compare_models
+from sigswap.training.comparison_report import Comparison
 
 
 def convert(
@@ -120,6 +126,80 @@ def inspect(
     _check_convertible(model)
     with ReachableAttention(model):
         return search(model, example_inputs, include, exclude)[1]
+
+
+def compare(
+    model: nn.Module,
+    original: nn.Module | str | os.PathLike[str] | None = None,
+    batches: Any = None,
+    *,
+    tokens: Any = None,
+    max_length: int | None = None,
+    sequences: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """What the swap did to a converted ``model``: its figures beside those of its softmax ``original``.
+
+    For language models (decoders whose logits are over their vocabulary): the loss on the batches, overall and by the
+    number of tokens before; the Kullback-Leibler divergence from the original and how often the most likely token
+    agrees; and lookups, which loss does not show, on sequences of random tokens: copying (200 tokens, and the same
+    again: the share of the second half that is predicted), associative recall (up to 64 pairs of a key and a value,
+    then the keys in another order: the share of values that are), and recall at distances of up to the model's context
+    length. None of the last two is among what :func:`sigswap.distill` mixes in by default.
+
+    For models with other logits: agreement, divergence, and accuracy if the batches have ``labels``. For all else: the
+    cosine of the embeddings (the mean over the tokens that ``attention_mask`` does not hide) and the share of each
+    one's five nearest neighbours that are kept. For all: by converted module, the error of its output, and the sums of
+    its rows, which softmax makes 1 and sigmoid does not.
+
+    Both models run in eval mode, without gradients and compiled code, a batch at a time. Memory is two models and
+    their outputs on a batch; of a long sequence of lookups only the logits that are asked, if the model can do that.
+
+    Args:
+        model: converted; it is not changed.
+        original: the model before the conversion, or a converted copy, which then runs as softmax; or where it is: a
+            directory or hub id of transformers, one that sigswap.save wrote, ``timm:NAME`` or ``module:function``.
+            ``None``: ``model`` itself with the swap switched off, which is the original until its weights are trained.
+        batches: as for :func:`sigswap.calibrate`; some that neither a calibration nor a training has seen. ``None``:
+            inputs made from what the model knows of itself.
+        tokens: of language models, what lookups are made of: the tokenizer, or token ids; as for distill.
+        max_length: the longest context of lookups; ``None``: the model's. On a CPU thousands of tokens take minutes.
+        sequences: of each kind of lookup; fewer, but two at least, where that would be more than 131,072 tokens.
+        seed: of the lookups, and of inputs that are made.
+        progress: shows a progress bar on standard error, if that is a terminal.
+
+    Raises:
+        NotConvertedError: ``model`` is not converted.
+        ArgumentError: an argument is not as above, ``original`` is another model, or a sequence is longer than the
+            model's positions.
+        CalibrationError: a model fails on a batch, or the two give outputs of different shapes.
+    """
+    if isinstance(original, str | os.PathLike):
+        original = _opened(os.fspath(original))
+    elif original is not None and not isinstance(original, nn.Module):
+        raise ArgumentError(
+            f"{{argument}} must be a model or where one is saved, not a {type(original).__name__}.", argument="original"
+        )
+    return compare_models(
+        model,
+        original,
+        batches,
+        tokens=tokens,
+        max_length=max_length,
+        sequences=sequences,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _opened(source: str) -> nn.Module:
+    """The model that ``source`` names. Raises as sigswap.load and sigswap.saving.sources do."""
+    if is_saved(source):
+        return load(source)
+    if sources.is_factory(source):
+        return sources.build(source, {}, pretrained=source.startswith("timm:"))
+    return sources.from_transformers(source)
 
 
 def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:

@@ -98,6 +98,7 @@ def backward(problem: Problem) -> Gradients:
     grad_out = problem.readable_grad_out()
     plan = _plan(problem.signature, layout_of(grad_out), layouts)
     new_query, new_key, new_value, new_bias, _ = written
+    assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
@@ -110,6 +111,7 @@ def backward(problem: Problem) -> Gradients:
         plan.launch(*described, sums, None, plan.rows.described(biases), floor)
         plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:
+        assert parts is not None and new_bias is not None
         plan.sum_parts(parts, new_bias)
     hand_over(grads, written)
     return grads
@@ -479,7 +481,7 @@ def _kernel(
     sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ half of the columns, then the other half; if
     ROW_SUMS of each row the sum of dS behind them.
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
-    bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (launch.RowBiases);
+    bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
@@ -527,24 +529,24 @@ def _kernel(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], dtype)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, _KEYS, _ROWS], ds_layout)
     # What a partition has no use for is not handed to it.
-    if BIAS_ROWS:
-        biases = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], bias.layout)
-        row_biases = bias
-        row_tiles = biases
-        row_stride_b = stride_bias_b
-        row_stride_h = stride_bias_h
-    else:
+    if not BIAS_ROWS:
         biases = gl.allocate_shared_memory(gl.float32, [2, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         row_biases: gl.constexpr = 0
         row_tiles: gl.constexpr = 0
         row_stride_b: gl.constexpr = 0
         row_stride_h: gl.constexpr = 0
-    if ROW_SUMS:
+    else:
+        biases = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], bias.layout)
+        row_biases = bias
+        row_tiles = biases
+        row_stride_b = stride_bias_b
+        row_stride_h = stride_bias_h
+    if not ROW_SUMS:
+        ones: gl.constexpr = 0
+    else:
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, _KEYS // 2], dtype)
         ones = gl.allocate_shared_memory(dtype, [1, 8, _KEYS // 2], ones_layout)
         ones.index(0).store(gl.full([8, _KEYS // 2], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    else:
-        ones: gl.constexpr = 0
     kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     keys_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)

@@ -105,7 +105,8 @@ def heads_at_once(signature: Signature, blocks: int, units: int) -> int:
     band = signature.band()
     if not (band.has_left or band.has_right):
         return 1
-    return min(units, triton.cdiv(2 * limits_of(signature.device).multiprocessors, blocks))
+    at_once: int = triton.cdiv(2 * limits_of(signature.device).multiprocessors, blocks)
+    return min(units, at_once)
 
 
 # Device functions. A tile of scores is [keys, rows].

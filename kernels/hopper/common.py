@@ -27,11 +27,15 @@ store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 
 class Tiles(Described):
-    """A [B, H, N, D] tensor for Gluon, which is told how a tile lies in shared memory."""
+    """A [B, H, N, D] tensor for Gluon, which is told how a tile lies in shared memory.
 
-    def __init__(self, layout: Layout, rows: int) -> None:
+    columns: of a tile; 0: the head's, up to a power of two.
+    """
+
+    def __init__(self, layout: Layout, rows: int, columns: int = 0) -> None:
         rows_of = by_rows(layout, rows)
-        super().__init__(rows_of.shape, rows_of.strides, rows_of.block, rows_of.dtype)
+        block = (*rows_of.block[:3], columns or rows_of.block[3])
+        super().__init__(rows_of.shape, rows_of.strides, block, rows_of.dtype)
 
     def describe(self, tensor: Tensor) -> Any:
         shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)

@@ -1,4 +1,4 @@
-"""dQ, in the memory order of a gradient, from what the Gluon kernels of the backward leave of it."""
+"""dQ from what the Gluon kernels of the backward leave in memory: sums in the order of registers, or dS."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ import triton.language as tl
 
 from sigswap.kernels.hopper.backward_common import _ROWS
 from sigswap.kernels.triton.common import elements, store_rows
+
+KEYS, BLOCK = 64, 128
+"""Where dS goes through memory: the keys of a tile of it; the rows of dQ that a product_kernel()'s program has."""
+
+COLUMNS = 64
+"""Of dQ that a program of finish_columns_kernel() puts in order."""
+
+PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 4}
+"""Of product_kernel()'s launch."""
+
+_KEYS, _BLOCK, _COLUMNS = tl.constexpr(KEYS), tl.constexpr(BLOCK), tl.constexpr(COLUMNS)
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
@@ -32,3 +43,101 @@ def finish_kernel(
         row_sums = tl.load(sums + _ROWS * DIM + tl.arange(0, _ROWS))
         db += batch * stride_db_b + head * stride_db_h
         tl.store(db + row.to(tl.int64) * stride_db_m, row_sums.to(db.dtype.element_ty), mask=row < q_len)
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
+def finish_columns_kernel(
+    sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
+    stride_db_b, stride_db_h, stride_db_m,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: 64 columns of a tile of dQ, from the order in which add_tile() put it in memory, and, by the
+    first of them, the sums of its rows of dS.
+
+    FIRST: columns of the first warpgroup.
+    """
+    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
+    CHUNKS: tl.constexpr = DIM // _COLUMNS
+    tile = tl.program_id(0) // CHUNKS
+    column0 = tl.program_id(0) % CHUNKS * _COLUMNS
+    head = (tile // tiles % heads).to(tl.int64)
+    batch = (tile // tiles // heads).to(tl.int64)
+    start = tile % tiles * _ROWS
+    sums += tile.to(tl.int64) * (_ROWS * DIM if db is None else _ROWS * (DIM + 1))
+    width = tl.where(column0 < FIRST, FIRST, DIM - FIRST)
+    before = tl.where(column0 < FIRST, 0, FIRST)
+    # [warp, eight columns, row, two columns, row and that 8 below, column], of which a warp has 16 times its width.
+    WARP: tl.constexpr = 16 * _COLUMNS
+    number = tl.arange(0, 4 * WARP)
+    place = before * _ROWS + number // WARP * (16 * width) + (column0 - before) * 16 + number % WARP
+    numbers = tl.load(sums + place).reshape(4, _COLUMNS // 8, 8, 4, 2, 2)
+    numbers = numbers.permute(0, 4, 2, 1, 3, 5).reshape(_ROWS, _COLUMNS)
+    row = start + tl.arange(0, _ROWS)
+    column = column0 + tl.arange(0, _COLUMNS)
+    dq += batch * stride_dq_b + head * stride_dq_h
+    inside = (row < q_len)[:, None] & (column < HEAD_DIM)[None, :]
+    pointers = dq + (row * stride_dq_n)[:, None] + column[None, :]
+    tl.store(pointers, (numbers * scale).to(dq.dtype.element_ty), mask=inside)
+    if db is not None and column0 == 0:
+        row_sums = tl.load(sums + _ROWS * DIM + tl.arange(0, _ROWS))
+        db += batch * stride_db_b + head * stride_db_h
+        tl.store(db + row.to(tl.int64) * stride_db_m, row_sums.to(db.dtype.element_ty), mask=row < q_len)
+
+
+@triton.jit(do_not_specialize=[
+    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "first_head", "among",
+    "stride_db_b", "stride_db_h", "stride_db_m",
+])  # fmt: skip
+def product_kernel(
+    ds, k, k_rest, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, stride_db_b, stride_db_h, stride_db_m,
+    heads, group, q_len, kv_len, left, right, scale, first_head, among,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, ROW_SUMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: 128 rows of dQ of one head, dS times the keys; if ROW_SUMS, too, of each row the sum of dS.
+
+    ds: [among * keys, queries] of the heads from first_head on, the keys of each up to a multiple of 64. Tiles of 64
+    keys and 128 rows in which no row sees a key are not there.
+    """
+    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
+    REST: tl.constexpr = k_rest is not None
+    COLUMNS: tl.constexpr = DIM - 64 if REST else DIM
+    # Under a causal mask the last rows take longest, and start first.
+    place = tl.program_id(0) % among
+    start = (tl.cdiv(q_len, _BLOCK) - 1 - tl.program_id(0) // among) * _BLOCK
+    head = (first_head + place) % heads
+    batch = (first_head + place) // heads
+    shift = kv_len - q_len if BOTTOM_RIGHT else 0
+    begin = 0
+    end = kv_len
+    if HAS_RIGHT:
+        end = tl.minimum(end, start + _BLOCK + shift + right)
+    if HAS_LEFT:
+        first = tl.maximum(start + shift - left, 0)
+        begin = first // _KEYS * _KEYS
+        end = tl.where(first < kv_len, end, 0)
+    first_key = place * (tl.cdiv(kv_len, _KEYS) * _KEYS)
+    acc = tl.zeros((_BLOCK, COLUMNS), tl.float32)
+    acc_rest = tl.zeros((_BLOCK, 64), tl.float32)
+    sums = tl.zeros((_BLOCK,), tl.float32)
+    for col0 in range(begin, end, _KEYS):
+        tile = ds.load([first_key + col0, start])
+        keys = k.load([batch, head // group, col0, 0]).reshape(_KEYS, COLUMNS)
+        acc = tl.dot(tile.T, keys, acc)
+        if REST:
+            acc_rest = tl.dot(tile.T, k_rest.load([batch, head // group, col0, COLUMNS]).reshape(_KEYS, 64), acc_rest)
+        if ROW_SUMS:
+            sums += tl.sum(tile.to(tl.float32), 0)
+    dq += batch.to(tl.int64) * stride_dq_b + head.to(tl.int64) * stride_dq_h
+    row = start + tl.arange(0, _BLOCK)
+    column = tl.arange(0, COLUMNS)
+    rows = dq + (row * stride_dq_n)[:, None]
+    inside = (row < q_len)[:, None]
+    tl.store(rows + column[None, :], (acc * scale).to(dq.dtype.element_ty), mask=inside & (column < HEAD_DIM)[None, :])
+    if REST:
+        column = COLUMNS + tl.arange(0, 64)
+        value = (acc_rest * scale).to(dq.dtype.element_ty)
+        tl.store(rows + column[None, :], value, mask=inside & (column < HEAD_DIM)[None, :])
+    if ROW_SUMS:
+        db += batch.to(tl.int64) * stride_db_b + head.to(tl.int64) * stride_db_h
+        tl.store(db + row.to(tl.int64) * stride_db_m, sums.to(db.dtype.element_ty), mask=row < q_len)

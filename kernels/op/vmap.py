@@ -35,21 +35,21 @@ def register_folding(op: AttentionOp) -> None:
         tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:3], in_dims, strict=False)]
         for fold, tensor, dim in zip((_fold_broadcast, _fold_mask), inputs[3:5], in_dims[3:], strict=False):
             tensors.append(fold(tensor, dim, size, batch))
-        results = target(*tensors, **options)
-        if isinstance(results, Tensor):
-            return results.unflatten(0, (size, batch)), 0
-        return tuple(each.unflatten(0, (size, batch)) for each in results), (0,) * len(results)
+        results: Any = target(*tensors, **options)
+        if isinstance(results, tuple):
+            return tuple(each.unflatten(0, (size, batch)) for each in results), (0,) * len(results)
+        return results.unflatten(0, (size, batch)), 0
 
     def backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
         if options.get("dropout_p", 0.0) > 0.0:
             return loop_backward(info, in_dims, *inputs, **options)
-        needs, row_delta, delta_dim = inputs[7], *((inputs[8], in_dims[8]) if len(inputs) > 8 else (None, None))
+        needs, row_delta = inputs[7], inputs[8] if len(inputs) > 8 else None
         size, batch = info.batch_size, _batch(inputs[1], in_dims[1])
         tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:4], in_dims, strict=False)]
         folds = _fold_broadcast, _fold_mask
         for fold, tensor, dim, needed in zip(folds, inputs[4:6], in_dims[4:], needs[3:], strict=False):
             tensors.append(fold(tensor, dim, size, batch, shared=not needed))
-        row_delta = None if row_delta is None else _fold(row_delta, delta_dim, size)
+        row_delta = None if row_delta is None else _fold(row_delta, in_dims[8], size)
         grads = op.backward_op(*tensors, None, needs, row_delta, **options)
         results, out_dims = [], []
         for grad, tensor, dim, needed in zip(grads, inputs[1:6], in_dims[1:6], needs, strict=True):

@@ -118,8 +118,8 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
         sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
         sizes |= {"row_cap": signature.options.row_cap, "CAP": capped}
         own_sums = contiguous_layout(partial.shape[1:4], torch.float32) if sums else None
-        tensors = partial, partial_sums, out, own_sums
-        add = Launch(_add_kernel, triton.cdiv(total, block), device, tensors, strides | sizes)
+        added = partial, partial_sums, out, own_sums
+        add = Launch(_add_kernel, triton.cdiv(total, block), device, added, strides | sizes)
     return _Plan(launch, out, add, partial, partial_sums, counts_for(signature))
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``sigswap inspect | convert | bench | demo``. torch and others are imported on use."""
+"""The command line: ``sigswap inspect | convert | compare | bench | demo``. torch and others are imported on use."""
 
 from __future__ import annotations
 
@@ -228,6 +228,79 @@ def convert(
             if calibration is not None:
                 console.print(calibration)
             console.print(f"Saved to {out}. Load it with {_loader(built)}({str(out)!r}).", highlight=False)
+            console.print(f"What the swap did to it: sigswap compare {out} {model}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A converted model that sigswap saved.")],
+    original: Annotated[
+        str,
+        typer.Argument(metavar="ORIGINAL", help="The model before: a directory, hub id, timm:NAME or module:function."),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="Compare on this text, or these images, with which it was not trained: a file, or the files in a "
+            "directory and below. Without it inputs are made up.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many blocks, lines or images of --text.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a block of text, for language models.")] = 512,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="The longest context in which lookups are asked. Default: the model's."),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of each kind of lookup.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the lookups, and of inputs that are made up.")] = 0,
+    example: Example = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the figures: .png, .svg, .pdf or .html.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the converted model in DIR with its softmax ORIGINAL.
+
+    Language models: loss, divergence, and what loss does not show: copying and recall. Others: agreement, or
+    embeddings. Each figure stands beside the original's.
+    """
+    with _failures(False, debug):
+        import sigswap
+        from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
+        from sigswap.saving.checkpoint import is_saved
+        from sigswap.saving.transformers_hook import is_transformers_model
+        from sigswap.training.calibration_report import check_picture
+
+        for path in (json_file, picture):  # before the minutes of comparing
+            if path is not None and not path.resolve().parent.is_dir():
+                raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
+        if picture is not None:
+            check_picture(picture)
+        if not is_saved(model):
+            raise ArgumentError(f"{model} holds no model that sigswap saved.")
+        found = None if text is None else find_samples(text, samples, "--text")
+        with _errors.status(f"Loading {model} and {original}"):
+            converted = sigswap.load(model)
+            before = _build(original, weights=True, pretrained=original.startswith("timm:"))
+        tokenizer, beside = None, original
+        if is_transformers_model(converted):
+            tokenizer, beside = find_tokenizer(str(model), original)
+        batches = None if example is None else [_example(example)]
+        if text is not None and found is not None:
+            if _writes(converted) and tokenizer is not None:
+                batches = block_batches(converted, tokenizer, text, samples, length)
+            else:
+                batches = make_batches(converted, beside, found, "--text")
+        result = sigswap.compare(
+            converted, before, batches, tokens=tokenizer, max_length=max_length, sequences=sequences, seed=seed
+        )
+        Console().print(result)
+        if json_file is not None:
+            json_file.write_text(result.to_json() + "\n", encoding="utf-8")
+        if picture is not None:
+            result.save(picture)
 
 
 @app.command()
@@ -350,6 +423,11 @@ def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
 
         snapshot_download(spec, allow_patterns=list(COMPANIONS))  # save copies them from the cache
     return model
+
+
+def _writes(model: Any) -> bool:
+    """Whether a transformers model is a decoder that writes text."""
+    return bool(hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder)
 
 
 def _factory(built: nn.Module, spec: str) -> str | None:

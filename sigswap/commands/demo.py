@@ -28,6 +28,7 @@ from torch import Tensor
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.optional import require
 from sigswap.report import Report
+from sigswap.training.comparison_report import Comparison
 
 BATCH = 16
 CALIBRATED = 64
@@ -56,6 +57,7 @@ class DemoResult:
     seconds: float
     load_equal: bool
     auto_model_equal: bool
+    comparison: Comparison
     directory: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class DemoResult:
         yield f"Loaded with transformers' AutoModel.from_pretrained: {_equal(self.auto_model_equal)}"
         if self.directory is not None:
             yield f"The model is in {self.directory}."
+        yield "What the swap did to it, as sigswap.compare says it, on the same sentences:"
+        yield self.comparison
 
 
 def run(
@@ -134,6 +138,7 @@ def run(
             torch.equal(embed(loaded, tokenizer, evaluation), expected)
             for loaded in (sigswap.load(directory), transformers.AutoModel.from_pretrained(directory))
         ]
+    comparison = sigswap.compare(model, original, batches(tokenizer, evaluation))
     if not all(equal):
         raise SigswapError("The loaded model's embeddings differ from those of the model that was saved.")
     return DemoResult(
@@ -145,6 +150,7 @@ def run(
         seconds=time.perf_counter() - started,
         load_equal=equal[0],
         auto_model_equal=equal[1],
+        comparison=comparison,
         directory=None if out is None else str(out),
     )
 

@@ -140,8 +140,9 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def stand_in(*args: Any, visible_bias: bool, const_bias: float, row_cap: float | None, **kwargs: Any) -> Any:
-        terms = {"visible_bias": visible_bias, "const_bias": const_bias, "row_cap": row_cap}
-        attention = functools.partial(multi_head.sigmoid_heads, **terms)
+        attention = functools.partial(
+            multi_head.sigmoid_heads, visible_bias=visible_bias, const_bias=const_bias, row_cap=row_cap
+        )
         return function(attention, *args, **kwargs)
 
     return stand_in

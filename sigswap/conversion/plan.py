@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sigswap.conversion.head_axis import HeadAxis
 from sigswap.conversion.recording import Call, Run, Stack
 from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
-from sigswap.passes.site import AttentionSite, HeadLayout, Product
+from sigswap.passes.site import AttentionSite, Factor, Product
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -247,7 +247,7 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         return SitePlan("multi_head_attention", heads[0], heads[0], heads[1], mask=site.mask)
     rank = site.anchor.meta["val"].dim()
     product = None
-    if len(site.products) == 1 and site.products[0].query_head.heads and site.products[0].key_head.heads:
+    if len(site.products) == 1 and site.products[0].query.head.heads and site.products[0].key.head.heads:
         product_call = run.call_of(site.products[0].node)
         if product_call is not None and run.calls[product_call].family == "product":
             product = _product_plan(site.products[0])
@@ -268,20 +268,12 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
 
 
 def _product_plan(product: Product) -> ProductPlan:
-    factors: Sequence[Any] = [x for x in product.node.all_input_nodes if x.meta["val"].dim() > 1][-2:]
-    ranks = [x.meta["val"].dim() for x in factors] if len(factors) == 2 else [factors[0].meta["val"].dim()] * 2
+    def axes(factor: Factor) -> AxisPlan:
+        rank = factor.node.meta["val"].dim()
+        return AxisPlan(factor.dim_axis - rank, HeadAxis.of(factor.head, rank), factor.scale)
 
-    def axes(arg: int, dim_axis: int, head: HeadLayout, scale: float) -> AxisPlan:
-        rank = ranks[arg]
-        return AxisPlan(dim_axis - rank, HeadAxis.of(head, rank), scale)
-
-    return ProductPlan(
-        product.query_arg,
-        product.key_arg,
-        axes(product.query_arg, product.query_dim_axis, product.query_head, product.query_scale),
-        axes(product.key_arg, product.key_dim_axis, product.key_head, product.key_scale),
-        product.rows_in_order,
-    )
+    query, key = product.query, product.key
+    return ProductPlan(query.position, key.position, axes(query), axes(key), product.rows_in_order)
 
 
 def _channels(owner: nn.Module, output: Any) -> tuple[int, int | None]:

@@ -89,7 +89,7 @@ def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | 
     for cap in given.values():
         check_row_cap(cap)
     before = {path: state.site(0).row_cap for path, state in states.items()}
-    caps = before | given
+    caps = {**before, **given}
     # In the config without any other row_cap, so that no pattern comes after these.
     config = conversion.config
     overrides = {

@@ -45,6 +45,8 @@ FORMAT = 1
 # Not a file: the name is what a loader without sigswap prints when it cannot find it.
 NO_SUCH_WEIGHTS = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-before-loading.safetensors"
 _TARGET = "transformers.modeling_utils"
+# By these attributes transformers remembers, on the model and on its config, that a model is quantized.
+_QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "_is_quantized")
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
@@ -168,10 +170,8 @@ def _register(modeling_utils: ModuleType) -> None:
             for module in model.modules():
                 if isinstance(module, PreTrainedModel):
                     for owner in (module, module.config):
-                        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+                        for name in _QUANTIZATION_MARKS:
                             vars(owner).pop(name, None)
-                    for name in ("quantization_config", "_is_quantized"):
-                        vars(module.config).pop(name, None)
             for tensor in [*model.parameters(), *model.buffers()]:
                 # transformers leaves CPU weights where they lie in the mapped file, at any offset. In the last bit,
                 # results depend on the alignment, and those of the loaded model shall be those of the saved one.
@@ -209,7 +209,7 @@ def _register(modeling_utils: ModuleType) -> None:
         entry = marks_of(self)
         if entry is None:
             return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
-        with _marked_config(self.config, entry):
+        with _without_gguf_marks(self), _marked_config(self.config, entry):
             return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
 
     @functools.wraps(from_pretrained)
@@ -250,7 +250,7 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
     if not is_converted(model):
         return None
     config = model.config
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not _is_unpacked_gguf(model):
         raise CheckpointError(
             "A model that is both quantized and converted cannot be saved.",
             hint=Hint("Save it in its original precision."),
@@ -262,6 +262,27 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
         "attn_implementation": {path: part._attn_implementation for path, part in _config_parts(config)},
         "conversion": conversion_of(model).to_dict(),
     }
+
+
+def _is_unpacked_gguf(model: Any) -> bool:
+    """Whether ``model`` is marked as quantized only because it was read from a GGUF file: its weights are plain floats.
+
+    Seen with transformers 5.22 to 5.24, which leave the marks on a model whose weights they unpacked.
+    """
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    return getattr(method, "value", method) == "gguf" and all(p.is_floating_point() for p in model.parameters())
+
+
+@contextmanager
+def _without_gguf_marks(model: Any) -> Iterator[None]:
+    """While it is open, a model with unpacked GGUF weights is not marked as quantized: it is saved as what it is."""
+    owners = [vars(model), vars(model.config)] if _is_unpacked_gguf(model) else []
+    kept = [{name: owner.pop(name) for name in _QUANTIZATION_MARKS if name in owner} for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, marks in zip(owners, kept, strict=True):
+            owner.update(marks)
 
 
 def _config_parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sigswap.conversion.example_inputs import as_call
 from sigswap.conversion.recording import Inputs, device_of
 from sigswap.errors import ArgumentError, CalibrationError, Hint
+from sigswap.training.sums import first_tensor
 
 
 def as_calls(batches: Any) -> Iterable[Inputs]:
@@ -71,3 +74,32 @@ def main_output(output: Any) -> Tensor | None:
 def progress_bar(show: bool) -> Progress:
     """On standard error, gone at the end."""
     return Progress(console=Console(stderr=True), transient=True, disable=not show)
+
+
+@contextmanager
+def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[tuple[str, Tensor]]]:
+    """The outputs (their first tensors) of the modules ``paths`` while it is open, in the order of their calls."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def noting(path: str) -> Any:
+        return lambda module, args, output: outputs.append((path, first_tensor(output)))
+
+    hooks = [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no compiled code; back to what it was at the end."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, value in training.items():
+            module.training = value

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from sigswap.config import check_row_cap
@@ -22,7 +21,7 @@ from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.batches import as_calls, call_model, main_output, progress_bar
+from sigswap.training.batches import as_calls, call_model, main_output, progress_bar, quiet
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
 from sigswap.training.fit import SiteFit, fit_channels, fit_norms, set_value
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
@@ -99,7 +98,7 @@ def calibrate(
     normed = any(site.query_norm is not None for site in fits)
     total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
     passes = _Passes(model, states, calls)
-    with _unchanged_if_it_fails(states), _quiet(model), progress_bar(progress) as bar:
+    with _unchanged_if_it_fails(states), quiet(model), progress_bar(progress) as bar:
         task = bar.add_task("Calibrating", total=None)
 
         def run(phase: Phase) -> Observer:
@@ -166,7 +165,7 @@ def rank_sites(model: nn.Module, batches: Any, *, progress: bool = True) -> Site
     """
     states = owners_of(model)
     calls = list(as_calls(batches))
-    with _quiet(model), progress_bar(progress) as bar:
+    with quiet(model), progress_bar(progress) as bar:
         task = bar.add_task("Ranking sites", total=2 * len(states) + 1)
         with softmax(model):
             truth = [_output(model, call, index) for index, call in enumerate(calls)]
@@ -278,19 +277,6 @@ def _unchanged_if_it_fails(states: Mapping[str, OwnerState]) -> Iterator[None]:
         for parameter, value in before.items():
             set_value(parameter, value)
         raise
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled code; back to what it was at the end."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, value in training.items():
-            module.training = value
 
 
 def _output(model: nn.Module, call: Inputs, index: int) -> Tensor:

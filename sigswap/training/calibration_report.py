@@ -91,7 +91,7 @@ class CalibrationReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Draws the heads as heat maps, layers by heads, into a .png, .svg or .pdf, or with the table into an .html.
 
-        Raises as :func:`check_picture` does.
+        Raises ArgumentError for another suffix or a directory that is not there, and SigswapError without matplotlib.
         """
         path = Path(path)
         check_picture(path)
@@ -119,7 +119,9 @@ class CalibrationReport:
                 *(_number(part.mean(field)) for field in ("unexpressed", "before", "after")),
                 "" if worst is None else f"{worst.head}: {_number(worst.after)}",
             )
-        table.caption = "\n".join(line for line in (self.summary(), self.by_length(), *self.notes) if line)
+        last = "sigswap.compare shows what is left of the whole model."
+        lines = [self.summary(), self.by_length(), *self.notes, last]
+        table.caption = "\n".join(line for line in lines if line)
         table.caption_justify = "left"
         return table
 

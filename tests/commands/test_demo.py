@@ -25,12 +25,16 @@ def test_demo(tmp_path: Path) -> None:
     assert tuned.cosine > calibrated.cosine - 0.02
     assert result.load_equal and result.auto_model_equal
     assert [site.status for site in result.report.sites] == ["swapped"] * 6
+    assert result.comparison.kind == "encoder"
+    assert result.comparison["cosine similarity"].converted == pytest.approx(tuned.cosine, abs=1e-4)
+    assert result.comparison["nearest 5 neighbours kept"].converted == pytest.approx(tuned.neighbours_kept, abs=0.01)
     assert json.loads(json.dumps(result.to_dict()))["stages"][0]["name"] == before.name
     assert sigswap.is_converted(sigswap.load(tmp_path / "out"))
     console = Console(record=True, width=120, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(result)
     text = console.export_text()
     assert "equal bit for bit" in text and "not usable" in text
+    assert "original (softmax)" in text
 
 
 def test_more_steps_than_text() -> None:

@@ -39,7 +39,11 @@ print(json.dumps({{
 }}))
 """
 
-OPS = [f"sigswap::sigmoid_{name}{suffix}" for name in ("attention", "attention_varlen") for suffix in ("", "_backward")]
+OPS = [
+    f"sigswap::sigmoid_{name}{suffix}"
+    for name in ("attention", "attention_varlen")
+    for suffix in ("", "_sums", "_backward")
+]
 
 
 def snapshot(before: str) -> dict[str, list[str]]:

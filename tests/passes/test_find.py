@@ -116,7 +116,7 @@ def test_finds_every_spelling(
     assert site.dropout == (after == "dropout")
     assert site.softcap == (scale == "softcap")
     (traced,) = site.products
-    assert traced.query_arg == (1 if product == "keys_first" else 0)
+    assert traced.query.position == (1 if product == "keys_first" else 0)
 
 
 def test_finds_merged_heads() -> None:

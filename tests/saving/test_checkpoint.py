@@ -491,6 +491,33 @@ def test_transformers_round_trip(tmp_path: Path, name: str, direct: bool) -> Non
     assert torch.equal(_first(sigswap.load(tmp_path / "again")(**inputs)), expected)
 
 
+def test_model_from_a_gguf_file(tmp_path: Path) -> None:
+    """transformers marks it as quantized also where it has unpacked the weights into plain floats."""
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf", reason="transformers before 5.22 does not")
+    model = converted_bert()
+    config = transformers.GgufConfig(gguf_file="model.gguf", dequantize=True)
+    marks = {
+        "hf_quantizer": gguf.GgufHfQuantizer(config),
+        "is_quantized": True,
+        "quantization_method": config.quant_method,
+    }
+    vars(model).update(marks)
+    model.config.quantization_config, model.config._is_quantized = config, True
+    sigswap.save(model, tmp_path)
+    loaded = sigswap.load(tmp_path)
+    assert_same_state(model, loaded)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert not getattr(loaded, "is_quantized", False) and "gguf" not in (tmp_path / "config.json").read_text()
+    # What transformers marked stays marked, for transformers.
+    assert vars(model).items() >= marks.items()
+    assert model.config.quantization_config is config and model.config._is_quantized
+    packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    model.bert.pooler = None
+    model.cls.predictions.bias = packed
+    with pytest.raises(CheckpointError, match="both quantized and converted"):
+        sigswap.save(model, tmp_path / "packed")
+
+
 def test_from_pretrained_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = converted_bert()
     sigswap.save(model, tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch import Tensor
 
 import sigswap.compiling.backend  # noqa: F401  the backend's name
 
@@ -43,3 +44,24 @@ class Graphs:
     def unfused(self) -> int:
         names = ("softmax", "sigmoid", "sigmoid_probs.default")
         return sum(getattr(node.target, "__name__", node.target) in names for node in self.nodes)
+
+
+def calls_in(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of each call of the op in ``function``."""
+    calls = []
+
+    class Record(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is OP:
+                calls.append((args, kwargs))
+            return super().call_function(target, args, kwargs)
+
+    torch._dynamo.reset()
+    torch.compile(function, backend="sigswap", options={"inner": lambda module, _: Record(module).run})(*inputs)
+    return calls
+
+
+def operands_of(function: Callable[..., Any], *inputs: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
+    """Of each call of the op in ``function``: the shapes of its query and its mask, and whether it is causal."""
+    calls = calls_in(function, *inputs)
+    return [(tuple(args[0].shape), tuple(args[4].shape), options["is_causal"]) for args, options in calls]

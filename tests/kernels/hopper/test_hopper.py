@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import triton
+from h100 import pretended
 
 try:
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 except ImportError as error:
@@ -23,7 +25,8 @@ except ImportError as error:
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
-from sigswap.kernels.hopper import backward_common
+from sigswap.kernels.hopper import backward_common, grad_query
+from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 from sigswap.kernels.host.problem import Options, Problem
@@ -33,7 +36,7 @@ PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 def assert_products_in_flight(
     kernel: Any,
-    rows: dict[str, int],
+    rows: dict[str, int | tuple[int, int]],
     width: int,
     dtype: str,
     spilled: int,
@@ -44,13 +47,18 @@ def assert_products_in_flight(
 ) -> None:
     """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
 
-    rows: of a tile of each described tensor. Of the other tensors those are given that are not among the constants.
+    rows: of a tile of each described tensor, [1, 1, rows, width]; or its rows and columns; dS has no other dimensions.
+        Of the other tensors those are given that are not among the constants.
     described_bias: whether the bias comes by tiles of 64 rows, too.
     spilled: bytes of registers that may be.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     of_rows = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    types = {name: f"tensordesc<{dtype}[1,1,{n},{width}],{shared!r}>" for name, n in rows.items()}
+    tiles = {name: n if isinstance(n, tuple) else (n, width) for name, n in rows.items()}
+    types = {name: f"tensordesc<{dtype}[1,1,{n},{columns}],{shared!r}>" for name, (n, columns) in tiles.items()}
+    if "ds" in tiles:
+        of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
     types |= dict.fromkeys(("sums", "parts", "bias", "floor"), "*fp32") | {"scale": "fp32", "const_bias": "fp32"}
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
@@ -62,7 +70,11 @@ def assert_products_in_flight(
         constexprs={(at,): constants[name] for at, name in zip(count(), names) if name in constants},
         attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types.get(name, "")[:1] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert_compiles(source, {"num_warps": 4}, spilled, folder)
+
+
+def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: Path) -> None:
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= 232448
     # ptxas says where it waits for each product before the next (C7510 to C7514), for one reason or another.
     (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
@@ -105,11 +117,89 @@ def test_the_backward_compiles_with_its_products_in_flight(
     absent: dict[str, Any] = {} if bias else {"bias": None}
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
-    rows = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
+    rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
     spilled = 160 if by_row else 128
     assert_products_in_flight(
         hopper_bwd._kernel, rows, dim, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
     )
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (192, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "grouped", "bias", "stored"),
+    [
+        ("bf16", "none", FAST, False, None, True),
+        ("bf16", "causal", TAIL, False, None, True),
+        ("bf16", "causal", AUTO, True, "heads", True),
+        ("fp16", "window", ACCURATE, False, "heads", True),
+        ("bf16", "causal", AUTO, True, "rows", True),
+        ("fp16", "none", CUBIC_TAIL, True, "rows", True),
+        ("bf16", "none", FAST, False, None, False),
+        ("bf16", "causal", AUTO, True, "heads", False),
+        ("bf16", "causal", AUTO, True, "rows", False),
+    ],
+)
+def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
+    dim: int,
+    value_dim: int,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    stored: bool,
+    tmp_path: Path,
+) -> None:
+    """stored: whether dS goes through memory, or dQ is added up."""
+    by_row = bias == "rows"
+    constants = features(dtype, band, form, bottom_right=grouped) | {
+        "BANDED": band != "none",
+        "BIAS_ROWS": by_row,
+        "SUMS": bias == "heads",
+        "ROW_SUMS": by_row and not stored,
+        "GROUPED": grouped,
+        "STAGES": 2 if dim == 256 else 3,
+    }
+    constants |= {"VISIBLE": False} if by_row else {}
+    absent: dict[str, Any] = {} if bias else {"bias": None}
+    absent |= {} if bias == "heads" else {"parts": None}
+    absent |= {} if by_row and form == AUTO else {"floor": None}
+    absent |= {"sums": None} if stored else {"ds": None}
+    tiles: dict[str, int | tuple[int, int]] = {"ds": (64, 64)} if stored else {}
+    for name in ("q", "k", "v", "do", "dk", "dv"):
+        wide, rest = hopper_bwd_wide._columns(dim if name in ("q", "k", "dk") else value_dim)
+        tiles[name] = 64, wide
+        if rest:
+            tiles[f"{name}_rest"] = 64, rest
+        else:
+            absent[f"{name}_rest"] = None
+    spilled = 0 if stored or dim < 256 else 64
+    assert_products_in_flight(
+        hopper_bwd_wide._kernel, tiles, 0, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+    )
+
+
+@pytest.mark.parametrize("dim", [192, 256])
+@pytest.mark.parametrize("banded", [False, True])
+def test_the_product_of_ds_and_keys_is_in_flight(dim: int, banded: bool, tmp_path: Path) -> None:
+    kernel = grad_query.product_kernel
+    constants: dict[str, Any] = {"HEAD_DIM": dim, "DIM": dim, "HAS_LEFT": banded, "HAS_RIGHT": banded}
+    constants |= {"BOTTOM_RIGHT": False, "ROW_SUMS": False, "UNIT": 8, "WIDE": False, "db": None}
+    wide, rest = hopper_bwd_wide._columns(dim)
+    types = {"ds": "tensordesc<bf16[64,128]>", "k": f"tensordesc<bf16[1,1,64,{wide}]>", "dq": "*bf16", "scale": "fp32"}
+    if rest:
+        types["k_rest"] = f"tensordesc<bf16[1,1,64,{rest}]>"
+    else:
+        constants["k_rest"] = None
+    types |= dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(at,): constants[name] for at, name in enumerate(names) if name in constants},
+        attrs={(names.index("dq"),): [["tt.divisibility", 16]]},
+    )
+    assert_compiles(source, grad_query.PRODUCT_OPTIONS, 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -125,14 +215,43 @@ def test_the_backward_compiles_with_its_products_in_flight(
 def test_the_forward_compiles_with_its_products_in_flight(
     dtype: str, band: str, form: int, bias: str | None, tmp_path: Path
 ) -> None:
-    constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows"}
+    assert_forward_products_in_flight((2, 2), dtype, band, form, bias, 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "dtype", "band", "form", "bias"),
+    [
+        *((pieces, "bf16", "causal", AUTO, "rows") for pieces in hopper_fwd.TILES if max(pieces) > 2),
+        *((pieces, "bf16", "none", FAST, None) for pieces in ((3, 2), (4, 4))),
+        *((pieces, "fp16", "window", CUBIC_TAIL, "heads") for pieces in ((3, 2), (4, 4))),
+    ],
+)
+def test_the_forward_of_wide_heads_compiles_with_its_products_in_flight(
+    pieces: tuple[int, int], dtype: str, band: str, form: int, bias: str | None, tmp_path: Path
+) -> None:
+    """But for a few numbers that are needed once per item, all stays in registers."""
+    assert_forward_products_in_flight(pieces, dtype, band, form, bias, 40 if bias else 0, tmp_path)
+
+
+def assert_forward_products_in_flight(
+    pieces: tuple[int, int], dtype: str, band: str, form: int, bias: str | None, spilled: int, folder: Path
+) -> None:
+    """pieces: of 64 columns, of head_dim and value's."""
+    tile = hopper_fwd.TILES[pieces]
+    constants = features(dtype, band, form, bottom_right=False) | {
+        "BIAS_ROWS": bias == "rows",
+        "STAGES": tile.stages,
+        "PARTS": triton.cdiv(64 * pieces[0], tile.part),
+        "V_PARTS": triton.cdiv(64 * pieces[1], tile.v_part),
+    }
     absent: dict[str, Any] = {} if bias else {"bias": None}
-    rows = {"q": 64, "k": 128, "v": 128, "out": 64}
-    assert_products_in_flight(hopper_fwd._kernel, rows, 128, dtype, 0, tmp_path, **constants, **absent)
+    tiles: dict[str, int | tuple[int, int]] = {"q": (64, tile.part), "k": (tile.keys, tile.part)}
+    tiles |= {"v": (tile.keys, tile.v_part), "out": (64, tile.stored)}
+    assert_products_in_flight(hopper_fwd._kernel, tiles, 0, dtype, spilled, folder, **constants, **absent)
 
 
 def features(dtype: str, band: str, form: int, *, bottom_right: bool) -> dict[str, Any]:
-    """The constants that both kernels have."""
+    """The constants that all these kernels have."""
     return {
         "VISIBLE": True,
         "HAS_LEFT": band == "window",
@@ -146,8 +265,8 @@ def features(dtype: str, band: str, form: int, *, bottom_right: bool) -> dict[st
 
 @pytest.mark.parametrize("index", range(40))
 def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
-    """How many keys all rows see together, whether each program of the backward has a key that some row sees, and each
-    item of the forward a row that sees some: by counting."""
+    """How many keys all rows see together, whether each program of a backward has a key that some row sees, each item
+    of the forward a row that sees some, and how many blocks of keys that takes: by counting."""
     draw = random.Random(index)
     q_len, kv_len = draw.choice((1, 60, 128, 300, 700)), draw.choice((1, 60, 128, 129, 300, 700))
     options = Options(
@@ -167,10 +286,113 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     if right is not None:
         visible &= column <= row + right
     assert backward_common.visible_keys(signature) == int(visible.sum())
-    seen = [bool(block.any()) for block in visible.split(hopper_bwd.KEYS, 1)]
-    assert backward_common.sees_every_block(signature, hopper_bwd.KEYS) == all(seen)
+    for keys in (grad_query.KEYS, hopper_bwd.KEYS):
+        seen = [bool(block.any()) for block in visible.split(keys, 1)]
+        assert backward_common.sees_every_block(signature, keys) == all(seen)
     seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
     assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
+    for keys in {tile.keys for tile in hopper_fwd.TILES.values()}:
+        seen_by_item = [item.any(0).nonzero().flatten() // keys for item in visible.split(hopper_fwd.ROWS, 0)]
+        counts = [int(blocks[-1] - blocks[0]) + 1 if len(blocks) else 1 for blocks in seen_by_item]
+        assert hopper_fwd._key_blocks(signature, keys).tolist() == counts
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"),
+    [(4, 8, 4096), (4, 16, 4096), (16, 8, 1024), (8, 16, 2048), (1, 8, 16384), (1, 40, 3000), (8, 12, 1500)],
+)
+def test_programs_end_at_the_same_time_under_a_causal_mask(batch: int, heads: int, length: int) -> None:
+    query = torch.empty(1, dtype=torch.bfloat16).expand(batch, heads, length, 256)
+    signature = Problem(query, query, query, None, None, None, Options(scale=1.0, is_causal=True)).signature
+    order = hopper_fwd._order(signature, 64, 132)
+    times = hopper_fwd._key_blocks(signature, 64) + 1
+    mean = int(times.sum()) * batch * heads / 132
+    assert hopper_fwd._longest(order, times, batch * heads, 132) <= 1.03 * mean
+    if length >= 4096:
+        assert order.at_once * length <= 132 * hopper_fwd.ROWS  # and read the keys of few heads
+
+
+def problem_on_no_gpu(length: int = 4096, dim: int = 256, value_dim: int | None = None, **more: Any) -> Problem:
+    """Of two sequences of four heads, each of which two query heads share; for :func:`no_memory`."""
+    dtype = more.get("dtype", torch.bfloat16)
+    query, key = (torch.empty(2, heads, length, dim, dtype=dtype, device="meta") for heads in (8, 4))
+    value, grad_out = (torch.empty(2, n, length, value_dim or dim, dtype=dtype, device="meta") for n in (4, 8))
+    options = Options(dim**-0.5, **more.get("options", {}))
+    needed = more.get("needed", (True, True, True, False, False))
+    mask = more.get("mask")
+    return Problem(query, key, value, more.get("bias"), mask, None, options, grad_out=grad_out, output_mask=needed)
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors need no memory to be at an address."""
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
+
+
+def test_which_wide_heads_the_backward_supports(no_memory: None) -> None:
+    def supports(*sizes: int, **more: Any) -> bool:
+        return hopper_bwd_wide.supports(problem_on_no_gpu(*sizes, **more))
+
+    assert supports() and supports(dim=192, value_dim=128) and supports(dim=136) and supports(length=1024)
+    assert supports(dim=128, value_dim=256) and supports(dtype=torch.float16)
+    assert supports(options={"is_causal": True}) and supports(options={"window_left": 300, "window_right": 0})
+    assert supports(bias=torch.empty(1, 8, 4096, 1)) and supports(bias=torch.empty(1, 8, 1, 1))
+    assert not supports(dim=128) and not supports(dim=100, value_dim=100) and not supports(dim=196)
+    assert not supports(dim=192, value_dim=64) and not supports(dtype=torch.float32) and not supports(dim=264)
+    assert not supports(length=255) and not supports(options={"is_causal": True, "window_left": 200})
+    assert not supports(options={"dropout_p": 0.1}) and not supports(options={"softcap": 1.0})
+    assert not supports(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool))
+    assert not supports(needed=(True, True, False, False, False))
+
+
+def test_determinism_of_wide_heads_is_a_matter_of_memory(no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dQ that is added up in no fixed order differs between runs; dS of one key head is let through memory up to a
+    limit."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert hopper_bwd_wide.supports(problem_on_no_gpu(8192))
+    assert not hopper_bwd_wide.supports(problem_on_no_gpu(16384))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert hopper_bwd_wide.supports(problem_on_no_gpu(16384))
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "forward", "backward"),
+    [
+        (64, 64, "triton.forward", "hopper.backward"),
+        (128, 128, "hopper.forward", "hopper.backward"),
+        (192, 128, "hopper.forward", "hopper.backward_wide"),
+        (128, 192, "hopper.forward", "hopper.backward_wide"),
+        (192, 192, "hopper.forward", "hopper.backward_wide"),
+        (256, 256, "hopper.forward", "hopper.backward_wide"),
+        (256, 64, "triton.forward", "triton.backward"),
+        (264, 264, "reference", "reference"),
+    ],
+)
+def test_which_kernels_run_on_a_hopper_gpu(
+    dim: int, value_dim: int, forward: str, backward: str, no_memory: None
+) -> None:
+    problem = problem_on_no_gpu(2048, dim, value_dim)
+    with pretended():
+        for names, name in ((dispatch.FORWARD, forward), (dispatch.BACKWARD, backward)):
+            assert dispatch.chosen(names, problem) is dispatch._module(name)
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_ds_goes_through_memory_by_as_many_heads_as_it_may_take(index: int, no_memory: None) -> None:
+    draw = random.Random(index)
+    batch, kv_heads, group = draw.choice((1, 3, 16)), draw.choice((1, 4, 5)), draw.choice((1, 2, 8))
+    q_len, kv_len = draw.choice((300, 1024, 5000, 16384)), draw.choice((300, 1024, 5000, 16384))
+    query = torch.empty(batch, kv_heads * group, q_len, 256, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(batch, kv_heads, kv_len, 256, dtype=torch.bfloat16, device="meta")
+    own = group * -(-q_len // 128) * 128 * -(-kv_len // 64) * 64 * 2
+    at_once = hopper_bwd_wide._units_at_once(Problem(query, key, key, None, None, None, Options(1.0)).signature)
+    if own > hopper_bwd_wide.MOST_BYTES:
+        assert at_once == 0
+    else:
+        assert 1 <= at_once <= batch * kv_heads
+        assert at_once == 1 or at_once * own <= hopper_bwd_wide.STORED_BYTES
+        launches = -(-batch * kv_heads // at_once)
+        assert launches == -(-batch * kv_heads // max(1, hopper_bwd_wide.STORED_BYTES // own))
 
 
 def test_another_gluon_leaves_the_other_kernels(
@@ -183,7 +405,7 @@ def test_another_gluon_leaves_the_other_kernels(
         cache.cache_clear()
     try:
         assert [name for name, _ in dispatch._usable(dispatch.BACKWARD, 0)] == list(dispatch.BACKWARD)
-        for name in ("forward", "backward"):
+        for name in ("forward", "backward", "backward_wide"):
             monkeypatch.setitem(sys.modules, f"sigswap.kernels.hopper.{name}", None)
             monkeypatch.delattr(f"sigswap.kernels.hopper.{name}")
         dispatch._usable.cache_clear()

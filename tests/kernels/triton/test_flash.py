@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
@@ -279,10 +280,18 @@ def assert_windows_no_worse(index: int, *, cap: bool = False) -> None:
         assert_no_worse(results_of(short_masked, short_masked, problem, **tuning), problem)
 
 
-def hopper_problem(index: int, *, forward: bool = False) -> Problem:
+WIDE = (192, 128), (192, 192), (256, 256), (136, 72), (128, 200), (160, 160), (256, 128), (248, 184)
+"""head_dim of query and key, and value's."""
+
+
+def hopper_problem(
+    index: int, *, forward: bool = False, wide: bool = False, widths: tuple[int, int] | None = None
+) -> Problem:
     """A problem for the kernels of long sequences on Hopper GPUs; short ones, too, which have few tiles.
 
     forward: for that of the forward, which takes no narrow heads.
+    wide: for that of the backward of wide heads.
+    widths: head_dim and value's.
     """
     draw = random.Random(3000 + index)
     torch.manual_seed(3000 + index)
@@ -295,7 +304,9 @@ def hopper_problem(index: int, *, forward: bool = False) -> Problem:
     dims = draw.choice(((40, 48, 64, 64), (72, 80, 96, 128, 128)))
     if forward:
         dims = (72, 80, 96, 128, 128)
-    head_dim, value_dim = draw.choice(dims), draw.choice(dims)
+    head_dim, value_dim = widths or (draw.choice(dims), draw.choice(dims))
+    if wide:
+        head_dim, value_dim = draw.choice(WIDE)
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
         layout = draw.choice(("plain", "transposed", "sliced"))
@@ -675,9 +686,44 @@ def test_random_problems_on_hopper(index: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(160))
+def test_random_problems_on_hopper_with_wide_heads(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dS goes through memory at once, by parts, or not."""
+    problem = hopper_problem(index, wide=True)
+    query, key, value, *_ = problem.inputs
+    units = key.shape[0] * key.shape[1]
+    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    hopper_bwd_wide._plan.cache_clear()
+    for tensor in (query, key, value):  # what is not written is not what it should be
+        torch.full_like(tensor, torch.nan)
+    results = results_of(flash_fwd, hopper_bwd_wide, problem)
+    hopper_bwd_wide._plan.cache_clear()
+    assert_no_worse(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("index", range(120))
 def test_random_problems_on_hopper_forward(index: int) -> None:
-    problem = hopper_problem(index, forward=True)
+    assert_hopper_forward_no_worse(hopper_problem(index, forward=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("widths", "index"),
+    [
+        *((widths, 120 + index) for widths in ((192, 128), (192, 192), (256, 256)) for index in range(25)),
+        *(((draw, value), 145 + index) for draw in (80, 136, 248) for value in (72, 160, 200) for index in range(5)),
+    ],
+)
+def test_random_problems_on_hopper_forward_of_wide_heads(widths: tuple[int, int], index: int) -> None:
+    assert_hopper_forward_no_worse(hopper_problem(index, forward=True, widths=widths))
+
+
+def assert_hopper_forward_no_worse(problem: Problem) -> None:
     shape, strides = output_layout(problem.query.shape, problem.value.shape)
     # What is not written is not what it should be.
     torch.full(shape, torch.nan, dtype=problem.query.dtype, device=DEVICE)
@@ -692,12 +738,17 @@ def test_random_problems_on_hopper_forward(index: int) -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window_left": 700}])
 @pytest.mark.parametrize(("batch", "heads", "length"), [(9, 7, 1100), (16, 16, 1024), (3, 5, 4100), (1, 2, 16384)])
-def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(128, 128), pytest.param(192, 128, id="wide-192-128"), pytest.param(256, 256, id="wide-256")]
+)
+def test_hopper_forward_computes_every_row(
+    dim: int, value_dim: int, batch: int, heads: int, length: int, options: dict[str, Any]
+) -> None:
     """Programs divide the rows of all heads among them: more of them than there are programs, and not all causal."""
-    query, key = (torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16() for _ in range(2))
-    value = torch.randn(batch, heads, length, 128, device=DEVICE).bfloat16()
+    query, key = (torch.randn(batch, heads, length, dim, device=DEVICE).bfloat16() for _ in range(2))
+    value = torch.randn(batch, heads, length, value_dim, device=DEVICE).bfloat16()
     given = Options(128**-0.5, **options)
-    torch.full_like(query, torch.nan)
+    torch.full_like(query[..., :1].expand(-1, -1, -1, value_dim), torch.nan)
     problem = Problem(query, key, value, None, None, None, given)
     out, other = hopper_fwd.forward(problem), flash_fwd.forward(problem)
     error = (out.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
@@ -708,9 +759,10 @@ def test_hopper_forward_computes_every_row(batch: int, heads: int, length: int, 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("const_bias", [0.0, -12.0])
-def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
-    options = Options(128**-0.5, const_bias, is_causal=True)
-    query, key, value = (torch.randn(2, 4, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+@pytest.mark.parametrize("dim", [128, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
+def test_hopper_forward_sees_no_future_keys(dim: int, const_bias: float) -> None:
+    options = Options(dim**-0.5, const_bias, is_causal=True)
+    query, key, value = (torch.randn(2, 4, 2048, dim, device=DEVICE).bfloat16() for _ in range(3))
     out = hopper_fwd.forward(Problem(query, key, value, None, None, None, options))
     for row in (63, 64, 127, 128, 1000):
         other_key, other_value = key.clone(), value.clone()
@@ -723,12 +775,13 @@ def test_hopper_forward_sees_no_future_keys(const_bias: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-def test_hopper_takes_the_forward_of_long_sequences() -> None:
-    query, key, value = (torch.randn(2, 8, 2048, 128, device=DEVICE).bfloat16() for _ in range(3))
+def test_hopper_takes_the_forward_of_long_sequences_and_wide_heads() -> None:
+    query, key, value = (torch.randn(2, 8, 2048, 264, device=DEVICE).bfloat16() for _ in range(3))
     options = Options(128**-0.5)
 
     def supports(options: Options = options, rows: int = 2048, dim: int = 128, **more: Any) -> bool:
-        tensors = (tensor[:, :, :rows, :dim] for tensor in (query, key, value))
+        dims = dim, dim, more.get("value_dim", dim)
+        tensors = (tensor[:, :, :rows, :d] for tensor, d in zip((query, key, value), dims, strict=True))
         return hopper_fwd.supports(Problem(*tensors, more.get("bias"), more.get("mask"), None, options))
 
     assert supports() and supports(options=options._replace(is_causal=True)) and supports(dim=96)
@@ -738,8 +791,11 @@ def test_hopper_takes_the_forward_of_long_sequences() -> None:
     assert not supports(options=options._replace(is_causal=True, window_left=100))
     assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
     assert not supports(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
-    problem = Problem(query, key, value, None, None, None, options)
-    assert torch.equal(dispatch.forward(problem), hopper_fwd.forward(problem))
+    assert supports(dim=192, value_dim=128) and supports(dim=136) and supports(dim=256) and supports(value_dim=256)
+    assert not supports(dim=264) and not supports(dim=256, value_dim=64) and not supports(dim=192, value_dim=100)
+    for dim in (128, 192, 256):
+        problem = Problem(*(tensor[..., :dim] for tensor in (query, key, value)), None, None, None, options)
+        assert torch.equal(dispatch.forward(problem), hopper_fwd.forward(problem))
 
 
 @pytest.mark.gpu
@@ -779,15 +835,38 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+def test_hopper_takes_wide_heads_and_two_runs_do_not_differ_if_all_is_to_be_deterministic() -> None:
+    query, key = (torch.randn(1, 4, 4096, 192, device="cuda").bfloat16() for _ in range(2))
+    value, grad_out = (torch.randn(1, 4, 4096, 128, device="cuda").bfloat16() for _ in range(2))
+    problem = problem_of(query, key, value, None, None, None, grad_out, Options(192**-0.5, is_causal=True))
+    assert dispatch.chosen(dispatch.BACKWARD, problem) is hopper_bwd_wide
+    others = flash_bwd.backward(problem)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert dispatch.chosen(dispatch.BACKWARD, problem) is hopper_bwd_wide
+        first, second = dispatch.backward(problem), dispatch.backward(problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two, other in zip(first[:3], second[:3], others[:3], strict=True):
+        assert one is not None and two is not None and other is not None
+        assert torch.equal(one, two)
+        assert (one.float() - other.float()).norm() < 1e-2 * other.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("length", "const_bias"), [(2048, 0.0), (2048, -6.0), (8192, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_hopper_gives_exactly_0_to_future_keys(length: int, const_bias: float, dtype: torch.dtype) -> None:
-    query, key, value = (torch.randn(1, 2, length, 64, device="cuda").to(dtype) for _ in range(3))
+@pytest.mark.parametrize("dim", [64, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
+def test_hopper_gives_exactly_0_to_future_keys(dim: int, length: int, const_bias: float, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, length, dim, device="cuda").to(dtype) for _ in range(3))
     grad_out = torch.zeros_like(query)
     grad_out[:, :, 0] = 1
     options = Options(0.125, const_bias, is_causal=True)
     problem = problem_of(query, key, value, None, None, None, grad_out, options)
-    _, grad_key, grad_value, *_ = hopper_bwd.backward(problem)
+    backward = hopper_bwd.backward if dim == 64 else hopper_bwd_wide.backward
+    _, grad_key, grad_value, *_ = backward(problem)
     assert grad_key is not None and grad_value is not None
     assert (grad_key[:, :, 1:] == 0).all() and (grad_value[:, :, 1:] == 0).all()
     assert (grad_value[:, :, 0] != 0).all()

@@ -1,0 +1,97 @@
+"""The sums of a converted model's rows, sum over j of p_ij, before the row cap: 1 under softmax, anything here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sigswap.conversion.mode import SwapMode
+from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.functional.torch_functions import SWAPS
+
+
+@dataclasses.dataclass
+class RowSums:
+    """What the rows of one owner's attention sum to, over all heads, calls and batches. Rows that see no key, of
+    padding say, sum to 0 and count as any other."""
+
+    total: float = 0.0
+    rows: int = 0
+    largest: float = 0.0
+
+    def add(self, sums: Tensor) -> None:
+        """The sums of some rows, of any shape."""
+        if sums.numel():
+            self.total += float(sums.double().sum())
+            self.rows += sums.numel()
+            self.largest = max(self.largest, float(sums.max()))
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.rows if self.rows else None
+
+
+class RowSumObserver:
+    """Runs converted modules as they are, and gathers their row sums (see sigswap.training.observe.observed)."""
+
+    def __init__(self) -> None:
+        self.owners: dict[OwnerState, RowSums] = {}
+
+    def run(self, owner: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The owner's forward as sigmoid, as without an observer."""
+        state: OwnerState = owner.sigswap  # type: ignore[assignment]
+        mode = _SummingMode(state, self.owners.setdefault(state, RowSums()))
+        with mode:
+            output = forward(owner, *args, **kwargs)
+        state.check_totals(mode.counts)
+        return state.finish(output)
+
+
+class _SummingMode(SwapMode):
+    """The sum of a row is its attention to values that are 1, without the site's row cap."""
+
+    def __init__(self, state: OwnerState, sums: RowSums) -> None:
+        super().__init__(state)
+        self.sums = sums
+
+    def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
+        of_product = self.product_of, self.query_bias
+        with _uncapped(site):
+            probabilities = super()._softmax(site, args, kwargs)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if dim is None:
+            dim = 0 if probabilities.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+        self.sums.add(probabilities.sum(dim))
+        if site.row_cap is None:
+            return probabilities
+        self.product_of, self.query_bias = of_product
+        return super()._softmax(site, args, kwargs)
+
+    def _sdpa(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with _uncapped(site):
+            self.sums.add(super()._sdpa(site, query, key, torch.ones_like(value[..., :1]), *args, **kwargs))
+        return super()._sdpa(site, query, key, value, *args, **kwargs)
+
+    def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
+        def attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+            asked = {**arguments, "need_weights": False}
+            with _uncapped(site):
+                self.sums.add(site.attention(query, key, torch.ones_like(value[..., :1]), **asked)[0])
+            return site.attention(query, key, value, **arguments)
+
+        return SWAPS[func].stand_in(attention, *args, **kwargs)
+
+
+@contextmanager
+def _uncapped(site: SiteState) -> Iterator[None]:
+    cap = site.row_cap
+    site.row_cap = None
+    try:
+        yield
+    finally:
+        site.row_cap = cap

@@ -1,0 +1,42 @@
+"""Which tensors the op reads: those above copies, transposes, repeats and casts, where that is the same."""
+
+from __future__ import annotations
+
+import handwritten
+import torch
+from compare import close, oracle_of
+from graphs import Graphs
+from handwritten import HEADS, Handwritten
+from torch import Tensor
+
+B, M, D = 2, 12, 8
+
+
+def test_half_precision_stays_half() -> None:
+    """An upcast of query and key, whose products are exact anyway, is left out; that of the scores, too."""
+
+    class Upcast(Handwritten):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            scores = q.float() @ k.float().mT * 0.3 if q.dtype != torch.float64 else q @ k.mT * 0.3
+            return self.merged(self.normalise(scores, -1).to(v.dtype) @ v)
+
+    model, graphs = Upcast().bfloat16().eval(), Graphs()
+    x = torch.randn(B, M, handwritten.DIM).bfloat16()
+    actual = graphs.compile(model)(x)
+    above = list(graphs.calls[0].all_input_nodes)
+    for node in above:
+        assert node.target != "float"
+        above += node.all_input_nodes
+    close(actual.detach(), oracle_of(model)(x.double()).detach(), 3e-2)
+
+
+def test_a_copy_without_gradients_stays_without() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            copied = k.clone()
+        return torch.sigmoid(q @ copied.mT) @ v
+
+    q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
+    Graphs().compile(attention)(q, k, v).sum().backward()
+    assert k.grad is None and q.grad is not None
