@@ -262,7 +262,8 @@ def _regression_beside_first(x: Tensor, first: Tensor, total: Tensor, site: Site
     ridge = RIDGE * size * ~free + 1e-9 * size.amax(-1, keepdim=True).clamp(min=1e-12)
 
     def solved(gram: Tensor, moment: Tensor) -> Tensor:
-        return torch.linalg.solve(gram, moment)
+        solution: Tensor = torch.linalg.solve(gram, moment)
+        return solution
 
     weighted = x * weight.unsqueeze(-1)
     start = solved(x.mT @ weighted / max(1, rows) + torch.diag_embed(ridge), _times(weighted, target) / max(1, rows))
