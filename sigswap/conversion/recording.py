@@ -100,10 +100,13 @@ class Recording:
         ) from errors[-1]
 
     def check(self, inputs: Inputs) -> None:
-        """Runs the model, converted, twice. Raises ConversionError if it fails: its calls are not those of its plan."""
+        """Runs the model, converted; twice, where that costs no compute: a cache may change what the second run calls.
+
+        Raises ConversionError if it fails: its calls are not those of its plan.
+        """
         failures: list[str] = []
         for way in self.ways:
-            found = self._run(inputs, None, way, times=2)
+            found = self._run(inputs, None, way, times=2 if way == "fake" else 1)
             if not isinstance(found, Exception):
                 return
             failures.append(f"{type(found).__name__}: {found}")
