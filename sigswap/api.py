@@ -173,7 +173,7 @@ def compare(
             inputs made from what the model knows of itself.
         tokens: of language models, what lookups are made of: the tokenizer, or token ids; as for distill.
         max_length: the longest context of lookups; ``None``: the model's. On a CPU thousands of tokens take minutes.
-        sequences: of each kind of lookup.
+        sequences: of each kind of lookup; fewer, but two at least, where that would be more than 131,072 tokens.
         seed: of the lookups, and of inputs that are made.
         progress: shows a progress bar on standard error, if that is a terminal.
 
