@@ -1,8 +1,8 @@
 """Terms of scores that change with the number of keys by what is constant along a row.
 
-A softmax ignores that, a sigmoid does not: with ALiBi that counts from the last key (``arange(1 - n, 1) * slope`` of MPT)
-a row's probabilities would change with every key that comes after it, so that decoding with a cache, or padding, gives
-something else than a full forward.
+A softmax ignores that, a sigmoid does not. With ALiBi that counts from the last key (``arange(1 - n, 1) * slope``) the
+probabilities of a row would change with each key that comes after it, and decoding with a cache, or padding, would
+give something else than a full forward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_OPS = 200  # that a bias is made by
 
 
 def counts_from_the_last_key(term: Node, above: Iterable[Node]) -> bool:
-    """Whether ``term`` [..., 1, keys] falls evenly from 0 at the last key. ``above``: it and what it comes from."""
+    """Whether ``term`` [..., 1, keys] falls evenly from 0 at the last key; ``above``: what it comes from."""
     shape, ops = shape_of(term), set(above)
     if not shape or shape[-1] < 3 or shape[-2:-1] not in ((), (1,)) or len(ops) > _MOST_OPS:
         return False

@@ -6,18 +6,21 @@ They are above the rooms that they compose, so that conversion need not know tra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
+from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.conversion.implementations import ReachableAttention
 from sigswap.conversion.install import apply_conversion, revert
 from sigswap.conversion.record import Conversion, is_converted
+from sigswap.conversion.recording import Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.state import decided_models
 from sigswap.errors import (
@@ -106,8 +109,12 @@ def convert(
             attention.before,
         )
         apply_conversion(model, conversion)
-        if calibrate_with is not None:
-            _calibrate_or_revert(model, calibrate_with)
+        with _reverted_on_failure(model):
+            recording = Recording(model)
+            for call in resolve_inputs(model, example_inputs):
+                recording.check(call)
+            if calibrate_with is not None:
+                calibrate(model, calibrate_with)
         attention.keep()
     return model
 
@@ -203,9 +210,10 @@ def _opened(source: str) -> nn.Module:
     return sources.from_transformers(source)
 
 
-def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
+@contextlib.contextmanager
+def _reverted_on_failure(model: nn.Module) -> Iterator[None]:
     try:
-        calibrate(model, batches)
+        yield
     except BaseException:
         revert(model)
         decided_models.discard(model)
