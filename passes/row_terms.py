@@ -7,7 +7,8 @@ give something else than a full forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ def counts_from_the_last_key(term: Node, above: Iterable[Node]) -> bool:
 
 def _computed(term: Node, ops: set[Node]) -> Tensor | None:
     """The value of ``term`` on a CPU, with ones for what is not made by ops; None if an op cannot be run there."""
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
+    known: Callable[[Node], Any] = values.get
     try:
         for node in term.graph.nodes:
             if node not in ops:
@@ -46,7 +48,8 @@ def _computed(term: Node, ops: set[Node]) -> Tensor | None:
             else:
                 kwargs = {name: value for name, value in node.kwargs.items() if name not in ("device", "pin_memory")}
                 args = tuple(torch.device("cpu") if isinstance(arg, torch.device) else arg for arg in node.args)
-                values[node] = node.target(*map_arg(args, values.get), **map_arg(kwargs, values.get))  # type: ignore[operator]
+                assert callable(node.target)
+                values[node] = node.target(*map_arg(args, known), **map_arg(kwargs, known))
     except Exception:  # of a symbolic size, say
         return None
     value = values.get(term)
