@@ -25,7 +25,7 @@ PERIOD = 32
 EDITED = 0.05
 """Of a repeat with edits, the share of tokens that are replaced; as many are left out, and as many put in."""
 PART = 4
-"""Tokens of a key, and of a value. With one of each even softmax finds little: SmolLM2-135M 5% of 32 pairs."""
+"""Tokens of a key, and of a value. SmolLM2-135M with softmax finds 35% of 32 such pairs, and 5% with one token each."""
 ASKED_PAIRS, NEAR_PAIRS = 32, 4
 """The pairs of a probe of associative recall, and of recall at a distance."""
 ASKED_LENGTH = 400
