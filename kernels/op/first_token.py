@@ -17,12 +17,17 @@ Memory is that of the query, and where a mask [.., M, N] is given that of the ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.op.registration import library
+
+# torch leaves it untyped.
+_unflatten: Callable[[Tensor, int, tuple[int, int]], Tensor] = Tensor.unflatten
 
 
 def first_token_bias(
@@ -56,7 +61,7 @@ def first_token_bias(
         [B, H, M, 1], in float32, or float64 for a query in float64. It has gradients with respect to query, key, share,
         rest and an additive mask. In a row that sees no key it is finite, and means nothing.
     """
-    return torch.ops.sigswap.first_token_bias.default(
+    bias: Tensor = torch.ops.sigswap.first_token_bias.default(
         query,
         key,
         share,
@@ -72,6 +77,7 @@ def first_token_bias(
         window_right=window_right,
         softcap=softcap,
     )
+    return bias
 
 
 def bias_of_first(
@@ -194,8 +200,8 @@ def _picked(key: Tensor, first: Tensor, heads: int) -> Tensor:
 def _products(query: Tensor, key: Tensor, wide: torch.dtype) -> Tensor:
     """q_i . k_i, [B, H, M, 1], for key [B, Hk, M|1, D]."""
     batch, heads, rows, _ = query.shape
-    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-    product = (grouped.to(wide) * key.unsqueeze(2).to(wide)).sum(-1, keepdim=True)
+    grouped = _unflatten(query, 1, (key.shape[1], heads // key.shape[1]))
+    product: Tensor = (grouped.to(wide) * key.unsqueeze(2).to(wide)).sum(-1, keepdim=True)
     return product.reshape(batch, heads, rows, 1)
 
 

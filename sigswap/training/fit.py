@@ -122,7 +122,7 @@ class SiteFit:
         better = cost < self.least
         self.least = torch.where(better, cost, self.least)
         self.error = torch.where(better, error, self.error)
-        new = _cpu(sums.lengths)
+        new: Tensor = sums.lengths.cpu()
         old = self.before_lengths if self.lengths is None else self.lengths
         self.lengths = new if old is None else torch.where(better.unsqueeze(-1), new, old)
         self.best = self.best.where(better, self.present)
@@ -199,7 +199,7 @@ class _Bias:
         return torch.cat(list(self.values.values()), -1)
 
     def with_flat(self, flat: Tensor) -> _Bias:
-        parts = flat.split([size for _, size in self.sizes()], -1)
+        parts = torch.split(flat, [size for _, size in self.sizes()], -1)
         return _Bias(dict(zip(self.values, parts, strict=True)))
 
     def moved(self, step: Tensor) -> _Bias:
