@@ -17,17 +17,12 @@ Memory is that of the query, and where a mask [.., M, N] is given that of the ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.op.registration import library
-
-# torch leaves it untyped.
-_unflatten: Callable[[Tensor, int, tuple[int, int]], Tensor] = Tensor.unflatten
 
 
 def first_token_bias(
@@ -199,8 +194,8 @@ def _picked(key: Tensor, first: Tensor, heads: int) -> Tensor:
 
 def _products(query: Tensor, key: Tensor, wide: torch.dtype) -> Tensor:
     """q_i . k_i, [B, H, M, 1], for key [B, Hk, M|1, D]."""
-    batch, heads, rows, _ = query.shape
-    grouped = _unflatten(query, 1, (key.shape[1], heads // key.shape[1]))
+    batch, heads, rows, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], rows, dim)
     product: Tensor = (grouped.to(wide) * key.unsqueeze(2).to(wide)).sum(-1, keepdim=True)
     return product.reshape(batch, heads, rows, 1)
 
