@@ -162,13 +162,12 @@ def forget(tensors: Callable[[], list[Tensor]]) -> None:
     for tensor in tensors():
         _take_out(tensor)
     gc.collect()
-    for tensor in tensors():
-        holder = _holder(tensor)
-        if holder is not None:
-            raise ConversionError(
-                f"a fake tensor {list(tensor.shape)} that the model's forward made while it was looked at is still "
-                f"held by {holder}, and the model may come upon it. Restart the process before it is used further."
-            )
+    holder = _holder(tensors())
+    if holder is not None:
+        raise ConversionError(
+            "a fake tensor that the model's forward made while it was looked at is still held "
+            f"by {holder}, and the model may come upon it. Restart the process before it is used further."
+        )
 
 
 def _clear_functools_caches(held: set[int]) -> None:
@@ -207,21 +206,25 @@ def _is_namespace(names: dict[Any, Any]) -> bool:
     return any(getattr(holder, "__dict__", None) is names for holder in gc.get_referrers(names))
 
 
-def _holder(tensor: Tensor) -> str | None:
-    """The kind of object that holds ``tensor``; None for frames alone, those of an error that a log keeps, say."""
-    pending, seen = [tensor], set[int]()
-    while pending:
-        thing = pending.pop()
-        for holder in gc.get_referrers(thing):
-            kind = type(holder)
-            if id(holder) in seen or holder is pending or kind in _FRAMES or kind.__name__.endswith("iterator"):
+def _holder(tensors: list[Tensor]) -> str | None:
+    """What leads from a module's or a class's names to one of ``tensors``; None: nothing does.
+
+    Frames do not count: a log record keeps those of the error by which a run has ended.
+    """
+    level: list[Any] = list(tensors)
+    seen = {id(level), *map(id, level)}
+    while level:
+        above = []
+        for holder in gc.get_referrers(*level):
+            if id(holder) in seen or holder is above or isinstance(holder, _FRAMES):
                 continue
+            if isinstance(holder, types.ModuleType | type):
+                return ", ".join(sorted({type(thing).__name__ for thing in level} - {"dict"})) or type(holder).__name__
             seen.add(id(holder))
-            if kind not in _ON_THE_WAY and not issubclass(kind, nn.Module):  # of the copy: the model was put back
-                return kind.__name__
-            pending.append(holder)
+            above.append(holder)
+        seen.add(id(above))
+        level = above
     return None
 
 
 _FRAMES = (types.FrameType, types.TracebackType, types.GeneratorType)
-_ON_THE_WAY = (dict, collections.OrderedDict, tuple, list, types.CellType, types.FunctionType, types.MethodType)
