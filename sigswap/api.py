@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -228,6 +229,11 @@ def _check_convertible(model: nn.Module) -> None:
             f"{type(model).__name__} is converted already.",
             hint=Hint("Call sigswap.revert first to convert it in another way."),
         )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):  # a run, which gives it a shape, cannot be taken back
+            raise ConversionError(
+                f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted.")
+            )
     for path, module in model.named_modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise ConversionError(

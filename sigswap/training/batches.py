@@ -17,7 +17,6 @@ from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import as_call
 from sigswap.conversion.recording import Inputs
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.sums import first_tensor
 
 
 def as_calls(batches: Any) -> Iterable[Inputs]:
@@ -79,11 +78,17 @@ def progress_bar(show: bool) -> Progress:
 
 @contextmanager
 def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[tuple[str, Tensor]]]:
-    """The outputs (their first tensors) of the modules ``paths`` while it is open, in the order of their calls."""
+    """The outputs of the modules ``paths`` (what :func:`main_output` finds in them) while it is open, in the order of
+    their calls. A call that returns no such tensor is not among them."""
     outputs: list[tuple[str, Tensor]] = []
 
     def noting(path: str) -> Any:
-        return lambda module, args, output: outputs.append((path, first_tensor(output)))
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            found = main_output(output)
+            if found is not None:
+                outputs.append((path, found))
+
+        return note
 
     hooks = [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
     try:

@@ -207,7 +207,7 @@ class _LanguageSums:
         for row in range(len(ids)):
             before = visible[row].cumsum(0)[:-1]
             asked = (visible[row, :-1] & visible[row, 1:]).nonzero().flatten()
-            for part in torch.split(asked, CHUNK):
+            for part in torch.split(asked, CHUNK) if len(asked) else ():  # of nothing, split makes an empty part
                 self._add(y[row, part], t[row, part], ids[row, part + 1].long(), before[part].cpu())
 
     def _add(self, y: Tensor, t: Tensor, following: Tensor, before: Tensor) -> None:

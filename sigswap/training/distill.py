@@ -33,7 +33,6 @@ from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Mixer, mixer_for
 from sigswap.training.recompute import checkpointed_layers
 from sigswap.training.resuming import EVERY, Kept
-from sigswap.training.sums import first_tensor
 
 SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
@@ -391,10 +390,15 @@ class _Lesson:
 
     def layerwise(self, call: Inputs, index: int, weight: float = 1.0) -> float:
         """One backward pass per module call, each through that module alone."""
-        calls: list[tuple[str, Any, Any, Any]] = []
+        calls: list[tuple[str, Any, Any, Tensor]] = []
 
         def recorder(path: str) -> Any:
-            return lambda module, args, kwargs, output: calls.append((path, args, kwargs, output))
+            def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                found = main_output(output)
+                if found is not None:
+                    calls.append((path, args, kwargs, found))
+
+            return record
 
         hooks = [
             self.teacher.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True)
@@ -408,10 +412,11 @@ class _Lesson:
         if not calls:
             raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
         total = 0.0
-        for path, args, kwargs, output in calls:
+        for path, args, kwargs, truth in calls:
             with self._cast():
-                ours = first_tensor(self.model.get_submodule(path)(*args, **kwargs))
-            loss = _relative_error(ours, first_tensor(output))
+                ours = main_output(self.model.get_submodule(path)(*args, **kwargs))
+            assert ours is not None, "the teacher's module returns such a tensor"
+            loss = _relative_error(ours, truth)
             torch.autograd.backward(weight * loss / len(calls))
             total += float(loss.detach()) / len(calls)
         return total
@@ -439,6 +444,8 @@ class _Lesson:
             positions = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
             if isinstance(mask, Tensor) and mask.shape == y.shape[:2]:
                 positions = mask.to(y.device).bool()
+            if not bool(positions.any()):
+                raise CalibrationError(f"attention_mask of batch {index} hides every position.", argument="batches")
             pooled = [_mean(x, positions) for x in (y, t)]
             t, y = (x.flatten(0, 1) if bool(positions.all()) else x[positions] for x in (t, y))
         if getattr(output, "logits", None) is not None or y.shape[-1] == _vocabulary(self.model):

@@ -383,6 +383,14 @@ def test_failures_leave_the_model_alone() -> None:
     failing(compiled, errors.ConversionError, "first is compiled", example_inputs=(x, y))
     with pytest.raises(errors.ConversionError, match="compile it afterwards"):
         sigswap.convert(torch.compile(Two(), backend="eager"), example_inputs=(x, y))
+
+    lazy = nn.Sequential(nn.LazyLinear(H * D), nn.TransformerEncoderLayer(H * D, H, batch_first=True))
+    failing(lazy, errors.ConversionError, r"0\.weight has no shape yet. Run the model once", example_inputs=x)
+    with pytest.raises(errors.ConversionError, match="no shape yet"):
+        sigswap.inspect(lazy, example_inputs=x)
+    assert lazy(x).shape == x.shape
+    assert sigswap.is_converted(sigswap.convert(lazy, example_inputs=x))
+
     with pytest.raises(errors.ArgumentError, match="model"):
         sigswap.convert("model")  # type: ignore[arg-type]
     with pytest.raises(errors.ArgumentError, match="config"):

@@ -127,6 +127,56 @@ def ask(rule: Callable[[Tensor], Tensor], original_rule: Callable[[Tensor], Tens
     return sigswap.compare(model, original, [batch], progress=False)
 
 
+def test_rows_without_two_tokens_do_not_count() -> None:
+    """A text of one token, and a row of padding alone, in a batch with others: no token of theirs has one before."""
+    original = randomise(hf("LlamaForCausalLM"), gain=0.7).eval()
+    model = converted(original)
+    (batch,) = texts(1)
+    mask = batch["attention_mask"].clone()
+    mask[1, 1:], mask[2] = 0, 0
+    rows = torch.tensor([0, 3])
+    with_them = sigswap.compare(model, original, [{**batch, "attention_mask": mask}], max_length=8, sequences=1)
+    without = {"input_ids": batch["input_ids"][rows], "attention_mask": mask[rows]}
+    alone = sigswap.compare(model, original, [without], max_length=8, sequences=1)
+    assert [row.tokens for row in with_them.by_position] == [row.tokens for row in alone.by_position]
+    for ours, theirs in zip(with_them.measures, alone.measures, strict=True):
+        assert ours.converted == pytest.approx(theirs.converted, rel=1e-4), ours.name
+    with pytest.raises(ArgumentError, match="no token with another one before it"):
+        sigswap.compare(model, original, [{**batch, "attention_mask": torch.zeros_like(mask)}])
+    with pytest.raises(CalibrationError, match="attention_mask of batch 0 hides every position"):
+        sigswap.distill(model, original, [{**batch, "attention_mask": torch.zeros_like(mask)}], steps=1, lookups=False)
+
+
+@pytest.mark.parametrize("form", [lambda y: {"y": y}, lambda y: (None, y), lambda y: [3, (y, None)]])
+def test_modules_that_return_more_than_a_tensor(form: Callable[[Tensor], Any]) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Any:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return form(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    original, x = Attends().eval(), torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
+    model = converted(original, x)
+    with torch.no_grad():
+        values = original.qkv(x)[..., 32:].double()
+        queries, keys = (part.double().unflatten(-1, (2, 8)) for part in original.qkv(x)[..., :32].chunk(2, -1))
+        scores = torch.einsum("bihd,bjhd->bhij", queries, keys) * 8**-0.5
+        bias = model.sigswap.site(0).bias.double().view(2, 1, 1)
+        y, t = (
+            torch.einsum("bhij,bjhd->bihd", p, values.unflatten(-1, (2, 8)))
+            for p in (torch.sigmoid(scores - math.log(6) + bias), scores.softmax(-1))
+        )
+        error = float((y - t).square().sum() / t.square().sum())
+    found = sigswap.compare(model, original, [x]).layers[0].error
+    assert found == pytest.approx(error, rel=1e-4)
+    report = sigswap.distill(model, original, [x], steps=1, layerwise_steps=1, lr=0.0)
+    assert report.layerwise[0] == pytest.approx(error, rel=1e-4)
+
+
 def test_a_model_that_always_copies() -> None:
     result = ask(half_back, silent)
     assert (result["copying"].original, result["copying"].converted) == (pytest.approx(0.0, abs=0.01), 1.0)
