@@ -231,9 +231,7 @@ def _check_convertible(model: nn.Module) -> None:
         )
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):  # a run, which gives it a shape, cannot be taken back
-            raise ConversionError(
-                f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted.")
-            )
+            raise ConversionError(f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted."))
     for path, module in model.named_modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise ConversionError(
