@@ -153,9 +153,9 @@ def compare(
     For language models (decoders whose logits are over their vocabulary): the loss on the batches, overall and by the
     number of tokens before; the Kullback-Leibler divergence from the original and how often the most likely token
     agrees; and lookups, which loss does not show, on sequences of random tokens: copying (200 tokens, and the same
-    again: the share of the second half that is predicted), associative recall (up to 64 pairs of a key and a value,
-    then the keys in another order: the share of values that are), and recall at distances of up to the model's context
-    length. None of the last two is among what :func:`sigswap.distill` mixes in by default.
+    again: the share of the second half that is predicted), associative recall (up to 32 pairs of a key and a value, of
+    four tokens each, then the keys in another order: the share of the values that is), and recall at distances of up to
+    the model's context length. None of the last two is among what :func:`sigswap.distill` mixes in by default.
 
     For models with other logits: agreement, divergence, and accuracy if the batches have ``labels``. For all else: the
     cosine of the embeddings (the mean over the tokens that ``attention_mask`` does not hide) and the share of each

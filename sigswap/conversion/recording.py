@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -146,6 +147,7 @@ class Recording:
             found = error
         if way == "fake":
             if isinstance(found, Exception):  # whose frames hold the run's tensors
+                _clear_frames(found)
                 found = found.with_traceback(None)
                 found.__context__ = found.__cause__ = None
             forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
@@ -181,6 +183,15 @@ def _inference(model: nn.Module) -> Iterator[None]:
         module.__dict__["training"] = False  # not .eval(): some models override it
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Empties the frames that an error has come through, which a log record may hold, too."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            frame.f_locals  # noqa: B018  # brings a copy of the locals up to date
+        error = error.__cause__ or error.__context__
 
 
 def _copied_to(device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -322,7 +322,7 @@ class SiteState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles from before first_token lack its two.
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in ("length_share", "offset"):
             if name not in self._parameters:
                 vars(self).setdefault(name, None)

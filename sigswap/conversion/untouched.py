@@ -45,7 +45,7 @@ class Untouched:
         numpy: Any = sys.modules.get("numpy")
         python_state = random.getstate()
         numpy_state = numpy.random.get_state() if numpy is not None else None
-        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         try:
             with torch.random.fork_rng(devices=cuda):
                 yield
@@ -59,7 +59,7 @@ class Untouched:
     def _note(self, model: nn.Module, classes: set[type]) -> None:
         pending: collections.deque[Any] = collections.deque([model])
         pending.extend(cls for cls in classes if self._is_the_models(cls.__module__))
-        pending.extend(module for name, module in list(sys.modules.items()) if name in {c.__module__ for c in classes})
+        pending.extend(sys.modules.get(name) for name in {cls.__module__ for cls in classes})
         seen: dict[int, Any] = {}
         most = _MOST_OBJECTS + 20 * sum(1 for _ in model.modules())
         while pending and len(seen) < most:
@@ -137,7 +137,7 @@ def _put_back_names(thing: Any, before: dict[str, Any]) -> None:
     """The globals of a module or the attributes of a class, but for code: what was imported stays so."""
     now = dict(vars(thing))
     for name, value in now.items():
-        if before.get(name, now) is not value and not isinstance(value, _CODE):
+        if before.get(name, now) is not value and not isinstance(value, _CODE) and not name.startswith("__"):
             if name in before:
                 setattr(thing, name, before[name])
             else:
@@ -162,10 +162,11 @@ def forget(tensors: Callable[[], list[Tensor]]) -> None:
     for tensor in tensors():
         _take_out(tensor)
     gc.collect()
-    for tensor in tensors():
+    holder = _holder(tensors())
+    if holder is not None:
         raise ConversionError(
-            f"a fake tensor {list(tensor.shape)} that the model's forward made while it was looked at is still held "
-            f"({_holder(tensor)}), and the model may come upon it. Restart the process before it is used further."
+            "a fake tensor that the model's forward made while it was looked at is still held "
+            f"by {holder}, and the model may come upon it. Restart the process before it is used further."
         )
 
 
@@ -205,6 +206,25 @@ def _is_namespace(names: dict[Any, Any]) -> bool:
     return any(getattr(holder, "__dict__", None) is names for holder in gc.get_referrers(names))
 
 
-def _holder(tensor: Tensor) -> str:
-    holders = [h for h in gc.get_referrers(tensor) if not isinstance(h, types.FrameType | list)]
-    return "by " + ", ".join(sorted({type(holder).__name__ for holder in holders})) if holders else "out of sight"
+def _holder(tensors: list[Tensor]) -> str | None:
+    """What leads from a module's or a class's names to one of ``tensors``; None: nothing does.
+
+    Frames do not count: a log record keeps those of the error by which a run has ended.
+    """
+    level: list[Any] = list(tensors)
+    seen = {id(level), *map(id, level)}
+    while level:
+        above = []
+        for holder in gc.get_referrers(*level):
+            if id(holder) in seen or holder is above or isinstance(holder, _FRAMES):
+                continue
+            if isinstance(holder, types.ModuleType | type):
+                return ", ".join(sorted({type(thing).__name__ for thing in level} - {"dict"})) or type(holder).__name__
+            seen.add(id(holder))
+            above.append(holder)
+        seen.add(id(above))
+        level = above
+    return None
+
+
+_FRAMES = (types.FrameType, types.TracebackType, types.GeneratorType)

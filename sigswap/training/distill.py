@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import accepts
 from sigswap.conversion.record import is_converted, owners_of
-from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import softmax
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, CalibrationError, Hint

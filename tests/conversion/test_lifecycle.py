@@ -485,7 +485,7 @@ class _Failing(nn.Module):
 
 
 class _RowConstant(nn.Module):
-    """Subtracts the row's maximum before softmax: no change there, but sigmoid is not shift-invariant."""
+    """Subtracts the row's mean before softmax: no change there, but sigmoid is not shift-invariant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -494,7 +494,7 @@ class _RowConstant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
         scores = q @ k.transpose(-2, -1) / 4.0
-        scores = scores - scores.amax(-1, keepdim=True)
+        scores = scores - scores.mean(-1, keepdim=True)
         return scores.softmax(-1) @ v
 
 

@@ -109,6 +109,7 @@ def test_learned_bias(case: Case) -> None:
             assert (parameter.grad != 0).all(), name
 
 
+@pytest.mark.slow
 @all_cases
 def test_first_token(case: Case) -> None:
     """The first visible key's score as it is, and the numbers beside it, per head and trained."""
@@ -256,6 +257,7 @@ def test_backend_swaps_and_lowers_an_unconverted_model(case: Case) -> None:
         assert not [node for node in graphs.nodes if "sigmoid_probs" in str(node.target)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in LAST if case[0].name != "torch_decoder"], ids=case_id)
 def test_first_token_is_lowered(case: Case) -> None:
     entry, _ = case

@@ -312,7 +312,7 @@ def test_a_cache_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     other.cache["mine"] = 1
     assert_converts(Attention(into_a_dict))
     assert list(other.cache) == ["mine", 6] and type(other.cache[6]) is Tensor
-    with pytest.raises(errors.ConversionError, match=r"still held .by Box"):
+    with pytest.raises(errors.ConversionError, match=r"still held by"):
         sigswap.convert(Attention(into_an_attribute), example_inputs=example())
     del other.box.table
 
@@ -403,3 +403,47 @@ def test_what_would_fail_on_its_own_inputs_is_refused() -> None:
         assert not sigswap.is_converted(model) and "table" not in vars(model)
         assert list(model.state_dict()) == names and [type(module) for module in model.modules()] == kinds
     assert_converts(Cached())
+
+
+# Models of transformers that only run on real tensors, or as they are.
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_mixture_of_experts(dtype: torch.dtype) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config).eval().to(dtype)
+    ids = torch.randint(0, 97, (1, 8))
+    before = model(ids).logits
+    sigswap.convert(model)
+    assert sigswap.report(model).count("swapped") == 2
+    with sigswap.softmax(model):
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_hidden_states_that_were_asked_for_before() -> None:
+    """transformers installs hooks for them, which the copy keeps."""
+    transformers = pytest.importorskip("transformers")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = transformers.BertModel(transformers.BertConfig(**SMALL))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.stack(self.encoder(ids, output_hidden_states=True).hidden_states).mean(0)
+
+    model, ids = Model().eval(), torch.randint(0, 97, (2, 6))
+    model(ids)
+    assert Recording(model).run(((ids,), {})).way == "fake"
+    sigswap.convert(model, example_inputs=ids)
+    assert sigswap.report(model).count("swapped") == 2

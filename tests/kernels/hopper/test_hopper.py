@@ -124,6 +124,7 @@ def test_the_backward_compiles_with_its_products_in_flight(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (192, 128)])
 @pytest.mark.parametrize(
     ("dtype", "band", "form", "grouped", "bias", "stored"),
@@ -218,6 +219,7 @@ def test_the_forward_compiles_with_its_products_in_flight(
     assert_forward_products_in_flight((2, 2), dtype, band, form, bias, 0, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pieces", "dtype", "band", "form", "bias"),
     [
