@@ -214,7 +214,7 @@ def _holder(tensors: list[Tensor]) -> str | None:
     level: list[Any] = list(tensors)
     seen = {id(level), *map(id, level)}
     while level:
-        above = []
+        above: list[Any] = []
         for holder in gc.get_referrers(*level):
             if id(holder) in seen or holder is above or isinstance(holder, _FRAMES):
                 continue

@@ -35,9 +35,15 @@ class TextInputs:
     keyword: str | None
 
     def ids(self, call: Inputs) -> Tensor:
-        """[B, T]."""
+        """[B, T]. Raises ArgumentError where ``call`` has no such ids."""
         args, kwargs = call
-        found: Tensor = args[0] if self.keyword is None else kwargs[self.keyword]
+        found = kwargs.get(self.keyword) if self.keyword is not None else args[0] if args else None
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            place = "the first positional argument" if self.keyword is None else self.keyword
+            raise ArgumentError(
+                f"{{argument}} must all hold their token ids [B, T] as {place}, as the first one does.",
+                argument="batches",
+            )
         return found
 
     def call(self, ids: Tensor) -> Inputs:

@@ -407,6 +407,11 @@ def test_wrong_arguments() -> None:
         sigswap.compare(model, original, texts(1), max_length=0)
     with pytest.raises(ArgumentError, match="tokens must be a tokenizer"):
         sigswap.compare(model, original, texts(1), tokens=3)
+    for mixed in ([texts(1)[0]["input_ids"], *texts(1)], [*texts(1), texts(1)[0]["input_ids"]]):
+        with pytest.raises(ArgumentError, match="batches must all hold their token ids"):
+            sigswap.compare(model, original, mixed)
+        with pytest.raises(ArgumentError, match="batches must all hold their token ids"):
+            sigswap.distill(model, original, mixed, steps=2)
     plain = ShiftedDecoder()
     with pytest.raises(ArgumentError, match="does not say what its inputs look like"):
         sigswap.compare(sigswap.convert(plain, example_inputs=texts(1)[0]["input_ids"]))
