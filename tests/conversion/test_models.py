@@ -223,6 +223,7 @@ def test_dropout_keeps_the_mean(kind: str) -> None:
 # ---------------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in FIRST if not case[0].inductor], ids=case_id)
 def test_compiled_aot_eager(case: Case) -> None:
     entry, _ = case

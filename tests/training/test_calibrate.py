@@ -283,6 +283,7 @@ def error(model: nn.Module, data: Any, truth: list[Tensor]) -> float:
 ZOO = tuple(BY_NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name: str) -> None:
     """Every way to own attention: the heads' errors fall, the output comes nearer, and revert gives the original."""
