@@ -9,6 +9,7 @@
   multiplies.
 - There are as many programs as multiprocessors. Each goes from item to item, an item being 128 rows of a head; what
   the next one needs is loaded before the one before has ended.
+- With a row cap each warpgroup sums the probabilities of its rows, and divides them once, at the end.
 - A width that is no power of two, which a tensor's has to be, is held in parts: 192 columns cost no more than that.
 
 At head_dim 64 there are twice as many probabilities for as many matrix products, and
@@ -21,6 +22,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sigswap.kernels.hopper.common import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
 from sigswap.kernels.host.launch import Launch, describable
-from sigswap.kernels.host.layout import Layout
+from sigswap.kernels.host.layout import Layout, contiguous_layout
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
@@ -56,7 +58,7 @@ def supports(problem: Problem) -> bool:
     dropout and soft cap."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None or not problem.is_uncapped:
+    if signature.is_empty or signature.attn_mask is not None:
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)):
         return False
@@ -83,10 +85,11 @@ def _sees_in_every_item(signature: Signature) -> bool:
 
 def forward(problem: Problem) -> Tensor:
     """Deterministic."""
-    plan = _plan(problem.signature)
+    row_sums = problem.row_sums
+    plan = _plan(problem.signature, row_sums is not None)
     out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides)
     tensors = problem.query, problem.key, problem.value, out
-    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), problem.bias)
+    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), problem.bias, row_sums)
     return out
 
 
@@ -129,7 +132,8 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature) -> _Plan:
+def _plan(signature: Signature, sums: bool) -> _Plan:
+    """sums: whether the rows' sums are asked for."""
     tile = TILES[triton.cdiv(signature.query.shape[3], 64), triton.cdiv(signature.value.shape[3], 64)]
     out = signature.output()
     described = (
@@ -148,7 +152,8 @@ def _plan(signature: Signature) -> _Plan:
         "PARTS": triton.cdiv(signature.query.shape[3], tile.part),
         "V_PARTS": triton.cdiv(signature.value.shape[3], tile.v_part),
     }
-    tensors = (*described, signature.bias)
+    row_sums = contiguous_layout((*signature.query.shape[:3], 1), torch.float32) if sums else None
+    tensors = (*described, signature.bias, row_sums)
     return _Plan(described, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
 
 
@@ -280,6 +285,14 @@ def _probabilities(
 
 
 @gluon.jit
+def _summed(p, row_sum, key, end, kv_len):
+    """Probabilities without those of keys beyond the last, before end, and row_sum with their sums."""
+    if end > kv_len:
+        p = gl.where(key[None, :] < kv_len, p, 0.0)
+    return p, row_sum + gl.sum(p, 1)
+
+
+@gluon.jit
 def _next_stage(stage, phase, STAGES: gl.constexpr):
     stage += 1
     if stage == STAGES:
@@ -372,12 +385,12 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    out, bias, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    out, bias, sum_out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     units, order, heads, q_len, kv_len, shift, left, right, total,
-    stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
+    stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias, row_cap,
     PART: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: its half of the rows of each item."""
     KEYS: gl.constexpr = k_tiles.shape[3]
@@ -387,6 +400,7 @@ def _attend(
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, of_v_part, 16])
     as_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     dtype: gl.constexpr = k_tiles.dtype
+    SUMS: gl.constexpr = CAP or sum_out is not None
     # The first half of the rows may see no key of the last block.
     SKIPS: gl.constexpr = HAS_RIGHT and PART == 0 and KEYS <= _HALF
     row_of_part = PART * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, of_scores))
@@ -430,6 +444,7 @@ def _attend(
         row_bias *= unit
         own_scale = scale * unit
         sums = (gl.zeros([_HALF, of_v_part], gl.float32, of_out),) * V_PARTS
+        row_sum = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, of_scores))
 
         # Scores of the first block of keys.
         mbarrier.wait(q_full, q_phase)
@@ -444,6 +459,8 @@ def _attend(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
             HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
+        if SUMS:
+            p, row_sum = _summed(p, row_sum, start + key_of_block, start + KEYS, kv_len)
         p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
 
         # In each turn the scores of this block, and the part of the block before in the output.
@@ -468,6 +485,8 @@ def _attend(
                 s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
                 fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
             )  # fmt: skip
+            if SUMS:
+                p, row_sum = _summed(p, row_sum, start + key_of_block, start + KEYS, kv_len)
             sums = _added(sum_tokens, p_operand)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
@@ -487,8 +506,12 @@ def _attend(
         sync()
         mbarrier.arrive(v_empty.index(stage))
         stage, phase = _next_stage(stage, phase, STAGES)
+        if sum_out is not None:
+            place = sum_out + (batch * heads + head).to(gl.int64) * q_len + row
+            gl.store(place, row_sum, mask=row < q_len)
+        divisor = gl.convert_layout(gl.maximum(row_sum, row_cap), gl.SliceLayout(1, of_out))
         for j in gl.static_range(V_PARTS):
-            pieces = _in_pieces(sums[j], of_store)
+            pieces = _in_pieces(sums[j] / divisor[:, None] if CAP else sums[j], of_store)
             for i in gl.static_range(of_v_part // of_store):
                 if j + i > 0:
                     tma.store_wait(0)
@@ -509,16 +532,16 @@ def _attend(
 
 @gluon.jit(do_not_specialize=[
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "heads", "group", "q_len", "kv_len", "left", "right", "scale",
-    "const_bias", "units", "order",
+    "const_bias", "row_cap", "units", "order",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, out, bias, stride_bias_b, stride_bias_h, stride_bias_m,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, units, order,
+    q, k, v, out, bias, sum_out, stride_bias_b, stride_bias_h, stride_bias_m,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, row_cap, units, order,
     STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """One program: some of the items."""
+    """One program: some of the items. sum_out, if given: the rows' sums of p, contiguous."""
     KEYS: gl.constexpr = k.block_type.shape[2]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     total = gl.cdiv(q_len, _ROWS) * units
@@ -550,18 +573,20 @@ def _kernel(
     gl.warp_specialize(
         [
             (_attend, (
-                out, bias, q_tiles, k_tiles, v_tiles, out_tiles,
+                out, bias, sum_out, q_tiles, k_tiles, v_tiles, out_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 units, order, heads, q_len, kv_len, shift, left, right, total,
-                stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
-                0, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias, row_cap,
+                0, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM,
+                SLOW,
             )),
             (_attend, (
-                out, bias, q_tiles, k_tiles, v_tiles, out_tiles,
+                out, bias, sum_out, q_tiles, k_tiles, v_tiles, out_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 units, order, heads, q_len, kv_len, shift, left, right, total,
-                stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
-                1, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias, row_cap,
+                1, STAGES, PARTS, V_PARTS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM,
+                SLOW,
             )),
             (_load, (
                 q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,

@@ -59,7 +59,9 @@ def assert_products_in_flight(
     if "ds" in tiles:
         of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
-    types |= dict.fromkeys(("sums", "parts", "bias", "floor"), "*fp32") | {"scale": "fp32", "const_bias": "fp32"}
+    types |= dict.fromkeys(("sums", "parts", "bias", "floor", "sum_out"), "*fp32") | dict.fromkeys(
+        ("scale", "const_bias", "row_cap"), "fp32"
+    )
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     types |= dict.fromkeys(constants, "constexpr")
@@ -218,6 +220,21 @@ def test_the_forward_compiles_with_its_products_in_flight(
     assert_forward_products_in_flight((2, 2), dtype, band, form, bias, 0, tmp_path)
 
 
+@pytest.mark.parametrize("pieces", [(2, 2), (3, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "bias", "sums"),
+    [
+        ("bf16", "causal", TAIL, "heads", True),
+        ("bf16", "none", FAST, None, False),
+        ("fp16", "causal", CUBIC_TAIL, "rows", True),
+    ],
+)
+def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
+    pieces: tuple[int, int], dtype: str, band: str, form: int, bias: str | None, sums: bool, tmp_path: Path
+) -> None:
+    assert_forward_products_in_flight(pieces, dtype, band, form, bias, 80, tmp_path, cap=True, sums=sums)
+
+
 @pytest.mark.parametrize(
     ("pieces", "dtype", "band", "form", "bias"),
     [
@@ -234,17 +251,27 @@ def test_the_forward_of_wide_heads_compiles_with_its_products_in_flight(
 
 
 def assert_forward_products_in_flight(
-    pieces: tuple[int, int], dtype: str, band: str, form: int, bias: str | None, spilled: int, folder: Path
+    pieces: tuple[int, int],
+    dtype: str,
+    band: str,
+    form: int,
+    bias: str | None,
+    spilled: int,
+    folder: Path,
+    *,
+    cap: bool = False,
+    sums: bool = False,
 ) -> None:
     """pieces: of 64 columns, of head_dim and value's."""
     tile = hopper_fwd.TILES[pieces]
     constants = features(dtype, band, form, bottom_right=False) | {
         "BIAS_ROWS": bias == "rows",
+        "CAP": cap,
         "STAGES": tile.stages,
         "PARTS": triton.cdiv(64 * pieces[0], tile.part),
         "V_PARTS": triton.cdiv(64 * pieces[1], tile.v_part),
     }
-    absent: dict[str, Any] = {} if bias else {"bias": None}
+    absent: dict[str, Any] = ({} if bias else {"bias": None}) | ({} if sums else {"sum_out": None})
     tiles: dict[str, int | tuple[int, int]] = {"q": (64, tile.part), "k": (tile.keys, tile.part)}
     tiles |= {"v": (tile.keys, tile.v_part), "out": (64, tile.stored)}
     assert_products_in_flight(hopper_fwd._kernel, tiles, 0, dtype, spilled, folder, **constants, **absent)

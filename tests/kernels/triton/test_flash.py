@@ -538,21 +538,20 @@ def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     long = torch.randn(1, 1, 1024, 128).bfloat16()
-    for query, key, names in (
-        (torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), ("forward", "backward")),
-        (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), ("decode", "backward")),
-        (long.expand(1, 20, -1, -1).contiguous(), long.expand(1, 20, -1, -1).contiguous(), ("forward", "backward")),
+    wide = long.expand(1, 20, -1, -1).contiguous()
+    for query, key, forward, backward in (
+        (torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), "triton.forward", "triton.backward"),
+        (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), "triton.decode", "triton.backward"),
+        (wide, wide, "hopper.forward", "triton.backward"),
     ):
         problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), Options(0.1, row_cap=0.5))
-        kinds = [
-            dispatch.chosen(names, each).__name__
-            for names, each in (
-                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None)),
-                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None, row_sums=empty_row_sums(query))),
-                (dispatch.BACKWARD, dataclasses.replace(problem, row_delta=empty_row_sums(query))),
-            )
-        ]
-        assert kinds == [f"sigswap.kernels.triton.{name}" for name in (names[0], *names)]
+        sums = empty_row_sums(query)
+        for names, each, kernel in (
+            (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None), forward),
+            (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None, row_sums=sums), forward),
+            (dispatch.BACKWARD, dataclasses.replace(problem, row_delta=sums), backward),
+        ):
+            assert dispatch.chosen(names, each).__name__ == f"sigswap.kernels.{kernel}"
 
 
 @in_interpreter
@@ -721,6 +720,17 @@ def test_random_problems_on_hopper_forward(index: int) -> None:
 )
 def test_random_problems_on_hopper_forward_of_wide_heads(widths: tuple[int, int], index: int) -> None:
     assert_hopper_forward_no_worse(hopper_problem(index, forward=True, widths=widths))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("widths", [None, (192, 128), (192, 192), (256, 256), (80, 200)])
+@pytest.mark.parametrize("index", range(40))
+def test_random_problems_on_hopper_forward_capped(widths: tuple[int, int] | None, index: int) -> None:
+    problem = capped(hopper_problem(index, forward=True, widths=widths), index)
+    assert_hopper_forward_no_worse(problem)
+    assert torch.equal(with_sums(hopper_fwd, problem)[0], hopper_fwd.forward(problem))
 
 
 def assert_hopper_forward_no_worse(problem: Problem) -> None:
