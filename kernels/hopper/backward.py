@@ -47,6 +47,7 @@ from sigswap.kernels.hopper.backward_common import (
     end_of_head,
     heads_at_once,
     load_head_bias,
+    load_tiles,
     lowest_bias,
     next_tile,
     probabilities,
@@ -54,14 +55,16 @@ from sigswap.kernels.hopper.backward_common import (
     row_tiles_for,
     sees_every_block,
     start_at_biases,
+    start_at_delta,
     start_of_scores,
     start_row_sums,
     sum_per_thread,
     takes,
+    takes_delta,
     unknown_zero,
     visible_keys,
 )
-from sigswap.kernels.hopper.common import Tiles, load_tile, store_tile, sync
+from sigswap.kernels.hopper.common import Numbers, Tiles, store_tile, sync
 from sigswap.kernels.hopper.grad_query import finish_kernel
 from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
@@ -89,6 +92,8 @@ def supports(problem: Problem) -> bool:
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
+    if not takes_delta(problem, KEYS):
+        return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
     return sees_every_block(signature, KEYS) and visible_keys(signature) > long * signature.q_len
 
@@ -96,19 +101,21 @@ def supports(problem: Problem) -> bool:
 def backward(problem: Problem) -> Gradients:
     grads, written, layouts = gradients_for(problem)
     grad_out = problem.readable_grad_out()
-    plan = _plan(problem.signature, layout_of(grad_out), layouts)
+    delta = problem.row_delta
+    plan = _plan(problem.signature, layout_of(grad_out), layouts, delta is not None)
     new_query, new_key, new_value, new_bias, _ = written
     assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
+    of_rows = None if plan.delta is None or delta is None else plan.delta(delta)
     if plan.rows is None:
-        plan.launch(*described, sums, parts, problem.bias, None)
+        plan.launch(*described, sums, parts, problem.bias, None, of_rows)
         plan.finish(sums, new_query, None)
     else:
         biases, floor = plan.rows.biases(problem, None)
-        plan.launch(*described, sums, None, plan.rows.described(biases), floor)
+        plan.launch(*described, sums, None, plan.rows.described(biases), floor, of_rows)
         plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
@@ -120,6 +127,8 @@ def backward(problem: Problem) -> Gradients:
 class _Plan(NamedTuple):
     described: tuple[Described, ...]
     """query, key, value, grad_out and the gradients of key and value."""
+    delta: Numbers | None
+    """Below a row cap."""
     launch: Launch
     sums: Layout
     """Of dQ, as the kernel adds it up."""
@@ -131,7 +140,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...]) -> _Plan:
+def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], capped: bool) -> _Plan:
     grad_query, grad_key, grad_value, grad_bias, _ = grads
     assert grad_query is not None and grad_key is not None and grad_value is not None
     width = signature.widths[0]
@@ -167,13 +176,15 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "SUMS": head_sums,
         "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
+        "DELTA": capped,
     }
+    delta = Numbers(contiguous_layout(signature.query.shape[:3], torch.float32), ROWS) if capped else None
     bias: Layout | Described | None = signature.bias
     floor = None
     if rows is not None:
         bias, floor = rows.described, rows.biases.floor
         arguments |= rows.arguments()
-    tensors = (*described, sums, parts if head_sums else None, bias, floor)
+    tensors = (*described, sums, parts if head_sums else None, bias, floor, delta)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
@@ -181,54 +192,21 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     finish_arguments |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
     outputs = sums, grad_query, of_rows
     finish = Launch(finish_kernel, sums.shape[0], signature.device, outputs, finish_arguments, num_warps=8)
-    return _Plan(described, launch, sums, finish, rows, sum_parts)
+    return _Plan(described, delta, launch, sums, finish, rows, sum_parts)
 
 
 # Device functions. A tile of scores is [keys, rows].
 
 
 @gluon.jit
-def _load(
-    q, k, v, do, bias, k_tile, v_tile, q_tiles, do_tiles, biases, kv_full, full, empty,
-    batch, kv_head, group, col0, begin, span, stride_bias_b, stride_bias_h, BIAS_ROWS: gl.constexpr,
-):  # fmt: skip
-    """One warp: all that the others compute with."""
-    mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
-    load_tile(k, [batch, kv_head, col0, 0], kv_full, k_tile.index(0))
-    load_tile(v, [batch, kv_head, col0, 0], kv_full, v_tile.index(0))
-    stage = 0
-    phase = 1
-    head = kv_head * group
-    start = begin
-    for _ in range(group * span):
-        mbarrier.wait(empty.index(stage), phase)
-        if BIAS_ROWS:
-            mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes + bias.block_type.nbytes)
-            place = batch * stride_bias_b + head * stride_bias_h
-            load_tile(bias, [place, start], full.index(stage), biases.index(stage))
-        else:
-            mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes)
-        load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
-        load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
-        stage += 1
-        start += _ROWS
-        if stage == _STAGES:
-            stage = 0
-            phase ^= 1
-        if start >= begin + span * _ROWS:
-            head += 1
-            start = begin
-
-
-@gluon.jit
 def _compute(
     dk, dv, sums, parts, bias, floor, k_tile, v_tile, q_tiles, do_tiles, ds_tiles,
-    biases, ones, kv_full, full, empty, ds_full, keys_read,
+    biases, deltas, ones, kv_full, full, empty, ds_full, keys_read,
     batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
     stride_bias_b, stride_bias_h, scale, const_bias, fast,
     PART: gl.constexpr, DIM: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
-    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: dK and dV of its half of the keys, and its half of the columns of dQ."""
     HALF: gl.constexpr = _KEYS // 2
@@ -298,8 +276,11 @@ def _compute(
     s_token = warpgroup_mma(
         keys.slice(PART * HALF, HALF, 0), rows.permute((1, 0)), s_start, use_acc=BY_ROW, is_async=True
     )
+    dp_start = no_scores
+    if DELTA:
+        dp_start = start_at_delta(deltas.index(0), of_scores, HALF)
     dp_token = warpgroup_mma(
-        values.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
+        values.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), dp_start, use_acc=DELTA, is_async=True
     )
     s = warpgroup_mma_wait(1, deps=[s_token])
     p = probabilities(
@@ -390,8 +371,11 @@ def _compute(
         slot ^= 1
         if slot == 0:
             slot_phase ^= 1
+        dp_start = no_scores
+        if DELTA:
+            dp_start = start_at_delta(deltas.index(stage), of_scores, HALF)
         dp_token = warpgroup_mma(
-            values_now.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), no_scores, use_acc=False, is_async=True
+            values_now.slice(PART * HALF, HALF, 0), grads.permute((1, 0)), dp_start, use_acc=DELTA, is_async=True
         )
 
         s = warpgroup_mma_wait(1, deps=[s_token])
@@ -470,11 +454,11 @@ def _compute(
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, sums, parts, bias, floor, stride_bias_b, stride_bias_h,
+    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, stride_bias_b, stride_bias_h,
     heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
     DIM: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
-    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -483,6 +467,7 @@ def _kernel(
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
+    delta: float32 [B * H, M], if DELTA: it is subtracted from dP.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
     blocks = gl.cdiv(kv_len, _KEYS)
@@ -541,6 +526,12 @@ def _kernel(
         row_tiles = biases
         row_stride_b = stride_bias_b
         row_stride_h = stride_bias_h
+    if not DELTA:
+        deltas: gl.constexpr = 0
+        of_delta: gl.constexpr = 0
+    else:
+        deltas = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], delta.layout)
+        of_delta = delta
     if not ROW_SUMS:
         ones: gl.constexpr = 0
     else:
@@ -565,23 +556,25 @@ def _kernel(
         [
             (_compute, (
                 dk, dv, sums, parts, 0 if BIAS_ROWS else bias, floor, k_tile, v_tile, q_tiles, do_tiles, ds_tiles,
-                biases, ones, kv_full, full, empty, ds_full, keys_read,
+                biases, deltas, ones, kv_full, full, empty, ds_full, keys_read,
                 batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
                 stride_bias_b, stride_bias_h, scale, const_bias, fast,
-                0, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM,
-                SLOW,
+                0, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA,
+                P_SCALE, FORM, SLOW,
             )),
             (_compute, (
                 dk, dv, sums, parts, 0 if BIAS_ROWS else bias, floor, k_tile, v_tile, q_tiles, do_tiles, ds_tiles,
-                biases, ones, kv_full, full, empty, ds_full, keys_read,
+                biases, deltas, ones, kv_full, full, empty, ds_full, keys_read,
                 batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
                 stride_bias_b, stride_bias_h, scale, const_bias, fast,
-                1, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM,
-                SLOW,
+                1, DIM, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA,
+                P_SCALE, FORM, SLOW,
             )),
-            (_load, (
-                q, k, v, do, row_biases, k_tile, v_tile, q_tiles, do_tiles, row_tiles, kv_full, full, empty,
-                batch, kv_head, group, col0, begin, span, row_stride_b, row_stride_h, BIAS_ROWS,
+            (load_tiles, (
+                q, k, v, do, row_biases, of_delta, k_tile, v_tile, q_tiles, do_tiles, row_tiles, deltas,
+                kv_full, full, empty,
+                batch, kv_head, heads, group, col0, begin, span, row_stride_b, row_stride_h, _STAGES, BIAS_ROWS,
+                DELTA,
             )),
         ],
         [4, 1],

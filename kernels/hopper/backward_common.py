@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from sigswap.kernels.hopper.common import Numbers, log_of_visible, sigmoid
+from sigswap.kernels.hopper.common import Numbers, load_tile, log_of_visible, sigmoid
 from sigswap.kernels.host.launch import describable
 from sigswap.kernels.host.layout import contiguous_layout, layout_of
 from sigswap.kernels.host.problem import Problem, Signature
@@ -42,11 +42,11 @@ BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 def takes(problem: Problem) -> bool:
     """Whether a backward in Gluon takes the problem, but for its lengths and the widths of its heads: half precision,
-    without mask, dropout, soft cap and row cap, where all of query, key and value want gradients."""
+    without mask, dropout and soft cap, where all of query, key and value want gradients."""
     signature, grad_out = problem.signature, problem.grad_out
     if grad_out is None or not all(problem.output_mask[:3]):
         return False
-    if signature.attn_mask is not None or not problem.is_uncapped:
+    if signature.attn_mask is not None:
         return False
     if abs(problem.options.scale) < 1e-6 or signature.is_empty or not signature.tma(signature.q_len):
         return False
@@ -58,6 +58,17 @@ def takes(problem: Problem) -> bool:
     # New gradients are describable where head_dims are multiples of 8.
     operands = signature.query, signature.key, signature.value, of_grad
     return all(describable(each) and each.shape[3] % 8 == 0 for each in operands)
+
+
+def takes_delta(problem: Problem, keys: int) -> bool:
+    """Whether delta, if there is one, can be loaded by tiles, and keys out of range, whose dS is not 0 then, do no
+    harm. They are in sums of dS, where the last of the programs, which have so many keys, has some."""
+    delta, signature = problem.row_delta, problem.signature
+    if delta is None:
+        return True
+    if not delta.is_contiguous() or signature.q_len % 4 != 0:
+        return False
+    return signature.bias is None or not problem.output_mask[3] or signature.kv_len % keys == 0
 
 
 def sees_every_block(signature: Signature, keys: int) -> bool:
@@ -110,6 +121,42 @@ def heads_at_once(signature: Signature, blocks: int, units: int) -> int:
 
 
 # Device functions. A tile of scores is [keys, rows].
+
+
+@gluon.jit
+def load_tiles(
+    q, k, v, do, bias, delta, k_tile, v_tile, q_tiles, do_tiles, biases, deltas, kv_full, full, empty,
+    batch, kv_head, heads, group, col0, begin, span, stride_bias_b, stride_bias_h,
+    STAGES: gl.constexpr, BIAS_ROWS: gl.constexpr, DELTA: gl.constexpr,
+):  # fmt: skip
+    """One warp: all that the others compute with."""
+    mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
+    load_tile(k, [batch, kv_head, col0, 0], kv_full, k_tile.index(0))
+    load_tile(v, [batch, kv_head, col0, 0], kv_full, v_tile.index(0))
+    stage = 0
+    phase = 1
+    head = kv_head * group
+    start = begin
+    for _ in range(group * span):
+        mbarrier.wait(empty.index(stage), phase)
+        # A tile of numbers of rows is 4 bytes each.
+        numbers: gl.constexpr = 4 * _ROWS * (BIAS_ROWS + DELTA)
+        mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes + numbers)
+        if BIAS_ROWS:
+            place = batch * stride_bias_b + head * stride_bias_h
+            load_tile(bias, [place, start], full.index(stage), biases.index(stage))
+        if DELTA:
+            load_tile(delta, [batch * heads + head, start], full.index(stage), deltas.index(stage))
+        load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
+        load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
+        stage += 1
+        start += _ROWS
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        if start >= begin + span * _ROWS:
+            head += 1
+            start = begin
 
 
 @gluon.jit
@@ -262,6 +309,15 @@ def start_at_biases(biases, scale, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.conste
     numbers = biases._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     row_bias = numbers.load(gl.SliceLayout(0, LAYOUT)) * _reciprocal(scale)
     return gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT) + row_bias[None, :]
+
+
+@gluon.jit
+def start_at_delta(deltas, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr):
+    """What the product of value and output gradient is added to below a row cap, from numbers [1, rows] that were
+    loaded for the tile."""
+    numbers = deltas._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    delta = numbers.load(gl.SliceLayout(0, LAYOUT))
+    return gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT) - delta[None, :]
 
 
 @gluon.jit

@@ -43,13 +43,14 @@ def assert_products_in_flight(
     folder: Path,
     *,
     described_bias: bool = False,
+    described_delta: bool = False,
     **constants: Any,
 ) -> None:
     """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
 
     rows: of a tile of each described tensor, [1, 1, rows, width]; or its rows and columns; dS has no other dimensions.
         Of the other tensors those are given that are not among the constants.
-    described_bias: whether the bias comes by tiles of 64 rows, too.
+    described_bias, described_delta: whether the bias, and delta, come by tiles of 64 rows, too.
     spilled: bytes of registers that may be.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -62,6 +63,8 @@ def assert_products_in_flight(
     types |= dict.fromkeys(("sums", "parts", "bias", "floor", "sum_out"), "*fp32") | dict.fromkeys(
         ("scale", "const_bias", "row_cap"), "fp32"
     )
+    if described_delta:
+        types["delta"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     types |= dict.fromkeys(constants, "constexpr")
@@ -106,6 +109,36 @@ def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: 
 def test_the_backward_compiles_with_its_products_in_flight(
     dim: int, dtype: str, band: str, form: int, grouped: bool, bias: str | None, tmp_path: Path
 ) -> None:
+    assert_backward_products_in_flight(dim, dtype, band, form, grouped, bias, tmp_path)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "grouped", "bias"),
+    [
+        ("bf16", "none", FAST, False, None),
+        ("bf16", "causal", AUTO, True, "heads"),
+        ("bf16", "causal", AUTO, True, "rows"),
+        ("fp16", "causal", CUBIC_TAIL, False, None),
+    ],
+)
+def test_the_backward_below_a_row_cap_compiles_with_its_products_in_flight(
+    dim: int, dtype: str, band: str, form: int, grouped: bool, bias: str | None, tmp_path: Path
+) -> None:
+    assert_backward_products_in_flight(dim, dtype, band, form, grouped, bias, tmp_path, capped=True)
+
+
+def assert_backward_products_in_flight(
+    dim: int,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    folder: Path,
+    *,
+    capped: bool = False,
+) -> None:
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
         "DIM": dim,
@@ -114,15 +147,26 @@ def test_the_backward_compiles_with_its_products_in_flight(
         "SUMS": bias == "heads",
         "ROW_SUMS": bias == "rows",
         "GROUPED": grouped,
+        "DELTA": capped,
     }
     constants |= {"VISIBLE": False} if by_row else {}
     absent: dict[str, Any] = {} if bias else {"bias": None}
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
+    absent |= {} if capped else {"delta": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    spilled = 160 if by_row else 128
+    spilled = (160 if by_row else 128) + (96 if capped else 0)
     assert_products_in_flight(
-        hopper_bwd._kernel, rows, dim, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+        hopper_bwd._kernel,
+        rows,
+        dim,
+        dtype,
+        spilled,
+        folder,
+        described_bias=by_row,
+        described_delta=capped,
+        **constants,
+        **absent,
     )
 
 
