@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import backward_common
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
@@ -542,7 +543,7 @@ def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch
     for query, key, forward, backward in (
         (torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), "triton.forward", "triton.backward"),
         (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), "triton.decode", "triton.backward"),
-        (wide, wide, "hopper.forward", "triton.backward"),
+        (wide, wide, "hopper.forward", "hopper.backward"),
     ):
         problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), Options(0.1, row_cap=0.5))
         sums = empty_row_sums(query)
@@ -679,6 +680,18 @@ def test_random_windows(index: int) -> None:
 @pytest.mark.parametrize("index", range(120))
 def test_random_problems_on_hopper(index: int) -> None:
     problem = hopper_problem(index)
+    assert_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(300))
+def test_random_problems_on_hopper_capped(index: int) -> None:
+    problem = capped(hopper_problem(index), index)
+    below = dataclasses.replace(problem, row_delta=empty_row_sums(problem.query))
+    if not backward_common.takes_delta(below, hopper_bwd.KEYS):
+        pytest.skip("of lengths that other kernels take")
     assert_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
 
 
