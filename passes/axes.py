@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.passes.nodes import input_at, rank_of, shape_of
 from sigswap.passes.ops import AxisMap, op_of
 
-Step = tuple[torch.fx.Node, torch.fx.Node]
+Step = tuple[Node, Node]
 """An op, and the input of it that a walk comes from or goes to."""
 
 
-def chain_inputs(node: torch.fx.Node) -> list[torch.fx.Node]:
+def chain_inputs(node: Node) -> list[Node]:
     """The inputs through which scores may flow into ``node``; [] where the walk has to end."""
-    found: list[torch.fx.Node] = []
+    found: list[Node] = []
     for position in op_of(node).flows_from:
         given = node.args[position] if position < len(node.args) else None
         parts = given if isinstance(given, Sequence) else [given]
-        found += [part for part in parts if isinstance(part, torch.fx.Node) and rank_of(part) > 0]
+        found += [part for part in parts if isinstance(part, Node) and rank_of(part) > 0]
     return found
 
 
-def axis_map(node: torch.fx.Node, source: torch.fx.Node) -> AxisMap | None:
+def axis_map(node: Node, source: Node) -> AxisMap | None:
     """For every axis of ``source`` the axis of ``node`` that holds it, or None where it is merged, split or gone.
 
     None as a whole: the op is not one that keeps axes.

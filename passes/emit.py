@@ -8,8 +8,7 @@ import operator
 from collections.abc import Hashable, Sequence
 
 import torch
-import torch.fx
-from torch.fx import Proxy
+from torch.fx import Node, Proxy
 
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.mask_plan import Boolean, MaskPlan, MaskPlanner
@@ -33,14 +32,14 @@ class Emission:
 
     def __init__(self, call: Call, masks: Masks) -> None:
         """Raises Refused: the attention's nodes cannot be had, or not be had where the op would be called."""
-        self.asked, self.labels, self.masks = call, call.labels, masks
+        self.call, self.labels, self.masks = call, call.labels, masks
         source, query = source_of(call.path[-1]), tensor_at(call.query.node)
         if source is None or query is None:
             raise Refused("its output is not in the graph")
         self.graph = source.graph
         self.written: dict[Hashable, Written] = {}
         self.views = views = Views(self.graph, call.labels, masks.edited, query.device)
-        self.output, self.trail = views.output(call.output)
+        self.output, self.output_views = views.output(call.output)
         self.query = views.base(call.query, upcast=True)
         self.key, self.value = views.key_and_value(call)
         for operand in (self.query, self.key, self.value, self.output):
@@ -67,7 +66,7 @@ class Emission:
             if dtype != self.dtype:
                 final = final.to(dtype)
             # A product is contiguous, and so may be viewed; the op's result is [B, M, H, D] in memory.
-            if len(self.asked.path) > 1 and _needs_strides(target):
+            if len(self.call.path) > 1 and _needs_strides(target):
                 final = final.contiguous()
         added = target.prev
         while added is not before:
@@ -84,7 +83,7 @@ class Emission:
 
     def _check_region(self) -> None:
         """The op is called where the output was: what its inputs met on the way must hold there."""
-        first, node = source_of(self.asked.path[0]), same_in(self.output.node, self.graph)
+        first, node = source_of(self.call.path[0]), same_in(self.output.node, self.graph)
         if first is None or first.graph is not self.graph:
             raise Refused("its scores and its output are in different graphs (a checkpoint between them)")
         while node is not None and node is not first and node.op != "root":
@@ -94,16 +93,16 @@ class Emission:
 
     def _check_edits(self) -> None:
         """No tensor that the op will read may be written to after it was first read."""
-        found = self.asked.modifiers
+        found = self.call.modifiers
         operands = [self.query, self.key, self.value, *found.terms]
         operands += [operand for operand, _ in found.query_factors + found.key_factors]
-        nodes = [operand.node for operand in operands] + [visible.term.node for visible in found.masks]
+        nodes = [operand.node for operand in operands] + [each.condition.node for each in found.masks]
         order = {node: number for number, node in enumerate(self.output.node.graph.nodes)}
         read: dict[int | None, int] = {}
         for node in nodes:
             read[memory_of(node)] = min(order[node], read.get(memory_of(node), order[node]))
         for node, number in order.items():
-            before = number < order[self.output.node] and node not in self.asked.path
+            before = number < order[self.output.node] and node not in self.call.path
             if before and any(number > read.get(memory_of(edited), number) for edited in edited_by(node)):
                 raise Refused("one of its operands is edited in place before its output")
 
@@ -111,21 +110,21 @@ class Emission:
 
     def _write(self) -> tuple[Proxy, str]:
         """The call, and its operands in words."""
-        call, found, groups, views = self.asked, self.asked.modifiers, self.groups, self.views
+        call, found, groups, views = self.call, self.call.modifiers, self.groups, self.views
         outer, heads, rows, keys = groups.scores
-        k, shared = views.canonical(self.key, (outer, heads, keys, groups.head_dim))
-        v, value_shared = views.canonical(self.value, (outer, heads, keys, groups.value_dim))
-        q, own = views.canonical(self.query, (outer, heads, rows, groups.head_dim))
-        if own[1] != heads or (own[0] != outer and shared[0] != outer):
+        k, key_groups = views.canonical(self.key, (outer, heads, keys, groups.head_dim))
+        v, value_groups = views.canonical(self.value, (outer, heads, keys, groups.value_dim))
+        q, query_groups = views.canonical(self.query, (outer, heads, rows, groups.head_dim))
+        if query_groups[1] != heads or (query_groups[0] != outer and key_groups[0] != outer):
             raise Refused("its queries lack a batch axis of its keys")
-        q = views.filled(q, 0, own[0], outer, k)
-        k, v = views.filled(k, 0, shared[0], outer, q), views.filled(v, 0, value_shared[0], outer, q)
-        repeated = shared[1] != heads
-        if shared[1] != heads[: len(shared[1])] or value_shared[1] != shared[1]:
+        q = views.filled(q, 0, query_groups[0], outer, k)
+        k, v = views.filled(k, 0, key_groups[0], outer, q), views.filled(v, 0, value_groups[0], outer, q)
+        repeated = key_groups[1] != heads
+        if key_groups[1] != heads[: len(key_groups[1])] or value_groups[1] != key_groups[1]:
             raise Refused("its keys are shared by heads that are not neighbours")
-        if own[3] != groups.head_dim or shared[2:] != [keys, groups.head_dim]:
+        if query_groups[3] != groups.head_dim or key_groups[2:] != [keys, groups.head_dim]:
             raise Refused("its query or key is broadcast along head_dim or its length")
-        if value_shared[2:] != [keys, groups.value_dim]:
+        if value_groups[2:] != [keys, groups.value_dim]:
             raise Refused("its value is broadcast along head_dim or its length")
         inputs = [same_in(operand.node, self.graph) for operand in (self.query, self.key, self.value)]
         dtypes = [_dtype(node) for node in inputs if node is not None]
@@ -142,7 +141,7 @@ class Emission:
         if padding is not None:
             # Where the value is 0 a key adds nothing to the output, nor, as dP = dO V^T is 0, to any gradient.
             v = views.call(torch.where, padding.transpose(2, 3), v, 0.0)
-        seed: torch.fx.Node | None = None
+        seed: Node | None = None
         if call.dropout_p:
             seed = None if call.seed is None else same_in(call.seed, self.graph)
             if seed is None:
@@ -154,7 +153,7 @@ class Emission:
         words = [f"scale {scale:.4g}", *plan.words]
         words += [f"soft cap {cap:.4g}"] if cap is not None else []
         words += ["row bias"] if bias is not None else []
-        words += [f"{self.labels.size(heads)} heads over {self.labels.size(shared[1])}"] if repeated else []
+        words += [f"{self.labels.size(heads)} heads over {self.labels.size(key_groups[1])}"] if repeated else []
         words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
         words += [f"row cap {found.row_cap:.4g}"] if found.row_cap else []
         result = views.call(
@@ -189,7 +188,7 @@ class Emission:
         if written is None or not written[0].node < same_in(self.output.node, self.graph):
             attn_mask, padding = self._attn_mask(plan, q), self._all_of(plan.padding, q)
             assert attn_mask is not None and padding is not None
-            counted = self._visible_bias(padding, attn_mask, plan) if self.asked.visible_bias else None
+            counted = self._visible_bias(padding, attn_mask, plan) if self.call.visible_bias else None
             written = self.written[key] = attn_mask, padding, counted
         attn_mask, padding, counted = written
         return self._plus(bias, counted), attn_mask, padding
@@ -261,7 +260,7 @@ class Emission:
         ]
         sizes = tuple(tuple(self.labels.size([label]) for label in group) for group in self.groups.scores)
         lengths = len(plan.terms), len(plan.tensors)
-        return self.graph, *spelled, lengths, sizes, plan.left, plan.right, self.dtype, self.asked.visible_bias
+        return self.graph, *spelled, lengths, sizes, plan.left, plan.right, self.dtype, self.call.visible_bias
 
     def _repeats(self, operands: Sequence[Operand]) -> bool:
         """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""
@@ -307,13 +306,15 @@ class Emission:
 
     def _erase(self) -> None:
         """Erases what was replaced: above all dropout, which would go on drawing random numbers."""
-        sources = [same_in(node, self.graph) for node in self.trail] + [source_of(node) for node in self.asked.path]
+        sources = [same_in(node, self.graph) for node in self.output_views] + [
+            source_of(node) for node in self.call.path
+        ]
         for node in sorted({x for x in sources if x is not None and x.graph is self.graph}, reverse=True):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
 
 
-def _dtype(node: torch.fx.Node) -> torch.dtype:
+def _dtype(node: Node) -> torch.dtype:
     """Of a node of the Dynamo graph: inside of autocast regions the shadow's may be another."""
     tensor = tensor_of(node)
     if tensor is None:
@@ -321,7 +322,7 @@ def _dtype(node: torch.fx.Node) -> torch.dtype:
     return tensor.dtype
 
 
-def _needs_strides(node: torch.fx.Node) -> bool:
+def _needs_strides(node: Node) -> bool:
     """Whether a tensor, or a transpose or a part of it, is viewed or returned, so that its strides matter."""
     for user in node.users:
         name = str(user.target) if user.op == "call_method" else spelling_of(user)

@@ -12,20 +12,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.fx
+from torch.fx import Graph, Node
 
 from sigswap.passes.axes import axis_map, chain_inputs
 from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
-from sigswap.passes.nodes import (
-    argument,
-    axes_argument,
-    dtype_of,
-    input_at,
-    int_argument,
-    rank_of,
-    shape_of,
-    tensor_input,
-)
+from sigswap.passes.nodes import argument, axes_arg, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import OPAQUE, Op, op_name, op_of, spelling_of
 from sigswap.passes.products import PARAMETER, Factors, contraction, follow, is_parameter, product_of
 from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout, LeftAlone
@@ -33,7 +24,7 @@ from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout,
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
 
 
-def find(graph: torch.fx.Graph) -> FindResult:
+def find(graph: Graph) -> FindResult:
     """Every softmax attention in ``graph``, and every softmax that is left alone with its reason.
 
     ``graph``: pre-dispatch ATen with ``meta["val"]`` on its nodes (as ``make_fx(pre_dispatch=True)`` gives), and
@@ -47,7 +38,7 @@ def find(graph: torch.fx.Graph) -> FindResult:
         if op.name == "scaled_dot_product_attention":
             sites.append(_sdpa_site(node))
         elif op.softmax:
-            found = score_site(node, int_argument(node, 1), data)
+            found = score_site(node, int_arg(node, 1), data)
             if isinstance(found, AttentionSite):
                 sites.append(found)
             else:
@@ -57,7 +48,7 @@ def find(graph: torch.fx.Graph) -> FindResult:
     return FindResult(tuple(sites), tuple(left))
 
 
-def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
+def _sdpa_site(node: Node) -> AttentionSite:
     query, key = tensor_input(node, 0), tensor_input(node, 1)
     rank, query_shape = rank_of(query), shape_of(query)
     head = factor_heads(query, rank - 1)
@@ -66,7 +57,7 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
     mask = argument(node, 3, "attn_mask")
     if argument(node, 5, "is_causal"):
         mask_kind = "causal"
-    elif isinstance(mask, torch.fx.Node):
+    elif isinstance(mask, Node):
         mask_kind = "boolean" if dtype_of(mask) == torch.bool else "additive"
     else:
         mask_kind = "none"
@@ -87,9 +78,9 @@ def _sdpa_site(node: torch.fx.Node) -> AttentionSite:
     )
 
 
-def data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+def data_dependent(graph: Graph) -> set[Node]:
     """The nodes that depend on the model's inputs, not on its parameters alone."""
-    data: set[torch.fx.Node] = set()
+    data: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             if not node.meta.get(PARAMETER):
@@ -99,7 +90,7 @@ def data_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return data
 
 
-def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]) -> AttentionSite | LeftAlone:
+def score_site(anchor: Node, axis: int | None, data: set[Node]) -> AttentionSite | LeftAlone:
     """The attention whose probabilities ``anchor`` makes from its first argument, the scores, over their axis ``axis``.
 
     ``data``: :func:`data_dependent` of the graph.
@@ -152,12 +143,12 @@ def score_site(anchor: torch.fx.Node, axis: int | None, data: set[torch.fx.Node]
     )
 
 
-def _is_computed(node: torch.fx.Node, data: set[torch.fx.Node]) -> bool:
+def _is_computed(node: Node, data: set[Node]) -> bool:
     """Whether ``node`` depends on the model's inputs, or is what a layer makes of parameters."""
     return node in data or any(op_of(above).layer or op_of(above).product for above in _with_above(node))
 
 
-def _has_product_above(node: torch.fx.Node) -> bool:
+def _has_product_above(node: Node) -> bool:
     """Whether a product of two activations goes into ``node``, with no layer in between."""
     for above in _with_above(node, lambda op: op.product or op.layer or op.softmax):
         factors = [source for source in above.all_input_nodes if rank_of(source) > 0]
@@ -166,7 +157,7 @@ def _has_product_above(node: torch.fx.Node) -> bool:
     return False
 
 
-def _with_above(node: torch.fx.Node, is_end: Callable[[Op], bool] = lambda op: False) -> Iterator[torch.fx.Node]:
+def _with_above(node: Node, is_end: Callable[[Op], bool] = lambda op: False) -> Iterator[Node]:
     """``node`` and what it comes from, but nothing that goes through an end."""
     pending, seen = [node], {node}
     while pending:
@@ -191,7 +182,7 @@ class _Origin:
     obstacle: str | None = None  # why the attention cannot be swapped
 
 
-def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.Node, int]]) -> _Origin:
+def _trace_scores(node: Node, key_axis: int, seen: set[tuple[Node, int]]) -> _Origin:
     op = op_of(node)
     if (node, key_axis) in seen or len(seen) > _LONGEST_WALK:
         return _Origin(reason="its scores come from too many ops to follow")
@@ -228,19 +219,13 @@ def _trace_scores(node: torch.fx.Node, key_axis: int, seen: set[tuple[torch.fx.N
     if op.name == "pad" and before is not None and after is not None and after[key_axis] != before[key_axis]:
         origin.obstacle = "its softmax runs over the keys and padded logits"
     if op.name == "cat":
-        axis = int_argument(node, 1, default=0)
+        axis = int_arg(node, 1, default=0)
         if axis is not None and axis % rank_of(node) == key_axis and len(origin.products) < len(inputs):
             origin.obstacle = "its softmax runs over the keys and extra logits (attention sinks)"
     return origin
 
 
-def _merge_term(
-    origin: _Origin,
-    node: torch.fx.Node,
-    source: torch.fx.Node,
-    key_axis: int,
-    seen: set[tuple[torch.fx.Node, int]],
-) -> None:
+def _merge_term(origin: _Origin, node: Node, source: Node, key_axis: int, seen: set[tuple[Node, int]]) -> None:
     """Adds to ``origin`` what flows from ``source`` into ``node``."""
     axes, before, after = axis_map(node, source), shape_of(source), shape_of(node)
     additive = op_name(node) in ("add", "sub", "baddbmm")
@@ -266,13 +251,13 @@ def _merge_term(
     origin.reason = origin.reason or term.reason
 
 
-def _mixes_heads(product: Factors, node: torch.fx.Node, source: torch.fx.Node) -> bool:
+def _mixes_heads(product: Factors, node: Node, source: Node) -> bool:
     """Whether a linear layer on the scores mixes heads ("talking heads"), and not queries or channels."""
     mixed = rank_of(source) - 1 if op_name(node) == "linear" else 1
     return any(follow(product.path, axis) == mixed for axis in product.batch_axes)
 
 
-def _is_row_reduction(node: torch.fx.Node) -> bool:
+def _is_row_reduction(node: Node) -> bool:
     while op_of(node).keeps_row_numbers and (source := input_at(node)) is not None:
         node = source
     return op_of(node).reduces
@@ -285,18 +270,18 @@ def _is_row_reduction(node: torch.fx.Node) -> bool:
 class _Weights:
     """The probabilities at one node on their way down."""
 
-    node: torch.fx.Node
+    node: Node
     axis: int
-    path: tuple[torch.fx.Node, ...] = ()  # from after the softmax to the node
+    path: tuple[Node, ...] = ()  # from after the softmax to the node
     dropout: bool = False
     multiplied: bool = False  # by another tensor: a sum over the keys would then be the product with the value
     remade: bool = False  # added to something, or divided by more than a number
 
 
-def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> tuple[torch.fx.Node, _Weights] | None:
+def _weighted_sum(anchor: Node, key_axis: int) -> tuple[Node, _Weights] | None:
     """The product that contracts the probabilities' keys with a value, and the probabilities as it gets them."""
     pending = [_Weights(anchor, key_axis)]
-    seen: set[tuple[torch.fx.Node, int]] = set()
+    seen: set[tuple[Node, int]] = set()
     while pending:
         weights = pending.pop(0)
         for user in weights.node.users:
@@ -324,11 +309,11 @@ def _weighted_sum(anchor: torch.fx.Node, key_axis: int) -> tuple[torch.fx.Node, 
     return None
 
 
-def _sums(user: torch.fx.Node, weights: _Weights) -> bool:
-    return op_name(user) == "sum" and axes_argument(user, 1, rank_of(weights.node)) == (weights.axis,)
+def _sums(user: Node, weights: _Weights) -> bool:
+    return op_name(user) == "sum" and axes_arg(user, 1, rank_of(weights.node)) == (weights.axis,)
 
 
-def _contracts(user: torch.fx.Node, weights: torch.fx.Node, axis: int) -> bool:
+def _contracts(user: Node, weights: Node, axis: int) -> bool:
     """Whether ``user`` is a product that sums over ``axis`` of ``weights``, and no layer."""
     product = contraction(user)
     if product is None or weights not in product.factors:

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.passes.axes import Step, axis_map, chain_inputs, reshape_groups
-from sigswap.passes.nodes import (
-    argument,
-    axes_argument,
-    input_at,
-    input_list,
-    int_argument,
-    rank_of,
-    shape_of,
-    tensor_input,
-)
+from sigswap.passes.nodes import argument, axes_arg, input_at, input_list, int_arg, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import op_name, op_of
 from sigswap.passes.products import Factors, follow
 from sigswap.passes.site import ONE_HEAD, Factor, HeadLayout, Product
 
 
-def score_heads(product: Factors, scores: torch.fx.Node, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
+def score_heads(product: Factors, scores: Node, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
     """Where the heads are in the scores. See :func:`factor_heads`; the axis is followed from the query down."""
     found = factor_heads(product.query, product.query_dim_axis)
     if found is not None:
@@ -67,7 +58,7 @@ def score_rows(product: Factors, head: HeadLayout) -> int | None:
     return next(iter(axes)) if len(axes) == 1 else None
 
 
-def factor_heads(factor: torch.fx.Node, dim_axis: int) -> HeadLayout | None:
+def factor_heads(factor: Node, dim_axis: int) -> HeadLayout | None:
     """Where the heads are in a query: on the axis that was split from the channels together with head_dim.
 
     ONE_HEAD: the channels were never split. None: it cannot be told (the split is outside of the graph).
@@ -102,16 +93,16 @@ def factor_heads(factor: torch.fx.Node, dim_axis: int) -> HeadLayout | None:
         node, axis = step
 
 
-def _joined_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
+def _joined_heads(node: Node, axis: int) -> HeadLayout | None:
     """If ``node`` puts the pieces into which ``axis`` was split beside one another, elsewhere: those are the heads."""
     name, parts = op_name(node), input_list(node)
-    to = int_argument(node, 1, default=0)
+    to = int_arg(node, 1, default=0)
     if name not in ("cat", "stack") or to is None or not parts or any(op_name(part) != "getitem" for part in parts):
         return None
     to %= rank_of(node)
     pieces = {tensor_input(part) for part in parts}
     split = pieces.pop()
-    along = int_argument(split, 2, default=0) or 0
+    along = int_arg(split, 2, default=0) or 0
     if to == axis or pieces or not op_of(split).splits:
         return None
     stacked = name == "stack"
@@ -120,7 +111,7 @@ def _joined_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
     return HeadLayout(to, len(parts), merged=not stacked, outer=not stacked)
 
 
-def _source_of(node: torch.fx.Node, axis: int) -> tuple[torch.fx.Node, int] | None:
+def _source_of(node: Node, axis: int) -> tuple[Node, int] | None:
     """The input of ``node`` from which ``axis`` comes, and that axis there."""
     op, source = op_of(node), input_at(node)
     if op.name == "getitem" and source is not None:
@@ -128,13 +119,13 @@ def _source_of(node: torch.fx.Node, axis: int) -> tuple[torch.fx.Node, int] | No
         if whole is None:
             return None
         if op_name(source) == "unbind":
-            gone = (int_argument(source, 1, default=0) or 0) % rank_of(whole)
+            gone = (int_arg(source, 1, default=0) or 0) % rank_of(whole)
             return whole, axis + (axis >= gone)
         return (whole, axis) if op_of(source).splits else None
     if op.norm and source is not None:
         return source, axis
     if op.name in ("amax", "mean") and source is not None and len(node.args) == 2 and isinstance(node.args[1], list):
-        reduced = axes_argument(node, 1, rank_of(source)) or ()
+        reduced = axes_arg(node, 1, rank_of(source)) or ()
         return source, [a for a in range(rank_of(source)) if a not in reduced][axis]
     if op.layer:
         return None
@@ -166,7 +157,7 @@ def _followed_heads(steps: Sequence[Step], layout: HeadLayout) -> HeadLayout | N
     return found
 
 
-def _groups(node: torch.fx.Node, source: torch.fx.Node | None) -> Iterator[tuple[list[int], list[int]]]:
+def _groups(node: Node, source: Node | None) -> Iterator[tuple[list[int], list[int]]]:
     """The groups of axes that a reshape ``node`` turns into one another; none for any other op."""
     if op_of(node).reshapes and source is not None:
         before, after = shape_of(source), shape_of(node)
@@ -174,7 +165,7 @@ def _groups(node: torch.fx.Node, source: torch.fx.Node | None) -> Iterator[tuple
             yield from reshape_groups(before, after) or ()
 
 
-def _reshaped_heads(source: torch.fx.Node, node: torch.fx.Node, layout: HeadLayout) -> HeadLayout | None:
+def _reshaped_heads(source: Node, node: Node, layout: HeadLayout) -> HeadLayout | None:
     """``layout`` after the reshape ``node``, which may merge the heads with other axes or split them off again."""
     before, after, axis = shape_of(source) or (), shape_of(node) or (), layout.axis
     for old, new in _groups(node, source):
@@ -200,7 +191,7 @@ def _reshaped_heads(source: torch.fx.Node, node: torch.fx.Node, layout: HeadLayo
     return None
 
 
-def _merged_heads(node: torch.fx.Node, axis: int) -> HeadLayout | None:
+def _merged_heads(node: Node, axis: int) -> HeadLayout | None:
     """If ``axis`` of ``node`` is batch*heads, the heads in it: the walk up ends where a reshape merged them."""
     current, position = node, axis
     while True:
@@ -231,7 +222,7 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
     if found is None and given is not None and given.axis is not None and _followed_heads(factors.path, given) == head:
         found = given.at(factors.query_axes[given.axis])
 
-    def layout(operand: torch.fx.Node, which: int) -> HeadLayout:
+    def layout(operand: Node, which: int) -> HeadLayout:
         shape = shape_of(operand)
         if head.axis is None or shape is None:
             return HeadLayout(None, 1 if head.axis is None else 0)
@@ -251,7 +242,7 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
             return HeadLayout(axes[which], head.heads, merged=True)
         return HeadLayout(None, 0)
 
-    def factor(node: torch.fx.Node, which: int, position: int, dim_axis: int) -> Factor:
+    def factor(node: Node, which: int, position: int, dim_axis: int) -> Factor:
         return Factor(node, position, dim_axis, layout(node, which), _constant_scale(node))
 
     shape = shape_of(factors.query)
@@ -267,7 +258,7 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
     )
 
 
-def _constant_scale(factor: torch.fx.Node) -> float:
+def _constant_scale(factor: Node) -> float:
     """The product of the numbers by which ``factor`` was multiplied on its way to the product."""
     scale, node = 1.0, factor
     while len(chain_inputs(node)) == 1:
@@ -280,21 +271,21 @@ def _constant_scale(factor: torch.fx.Node) -> float:
     return scale
 
 
-def key_heads(key: torch.fx.Node, head: HeadLayout) -> int:
+def key_heads(key: Node, head: HeadLayout) -> int:
     """The heads of the key, before they were repeated for the query's (grouped-query attention)."""
     if head.axis is None or head.merged or head.axis >= rank_of(key):
         return head.heads
     return _unrepeated(key, head.axis)
 
 
-def _unrepeated(key: torch.fx.Node, axis: int) -> int:
+def _unrepeated(key: Node, axis: int) -> int:
     """The size of ``axis`` before an expand and reshape, or a repeat_interleave, repeated its heads."""
     node, sizes = key, shape_of(key)
     most = sizes[axis] if sizes else 1
     while True:
         size, source = shape_of(node), input_at(node)
         if op_name(node) == "repeat_interleave":
-            repeats = int_argument(node, 1, "repeats")
+            repeats = int_arg(node, 1, "repeats")
             return size[axis] // repeats if size and repeats else (size or (1,))[axis]
         above = source
         while above is not None and op_of(above).same and op_of(above).copies:

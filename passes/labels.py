@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.passes.axes import axis_map, reshape_groups
-from sigswap.passes.nodes import int_argument, shape_of
+from sigswap.passes.nodes import int_arg, shape_of
 from sigswap.passes.ops import op_of
 
 Label = int
@@ -45,7 +45,7 @@ class Labels:
     def axes(self, axes: Axes) -> Axes:
         return tuple(self.whole(axis) for axis in axes)
 
-    def through(self, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> Axes | None:
+    def through(self, node: Node, source: Node, axes: Axes) -> Axes | None:
         """The axes of ``node``, which is a view or an elementwise op of ``source``, whose axes are given.
 
         None: the op is none of these, or an axis cannot be followed.
@@ -67,7 +67,7 @@ class Labels:
                 result[target] = axis
         return tuple(result)
 
-    def above(self, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> Axes | None:
+    def above(self, node: Node, source: Node, axes: Axes) -> Axes | None:
         """The axes of ``source``, of which ``node`` is a view, a copy or a broadcast, and has the axes given.
 
         A broadcast axis has no label in ``source``. None: the op is none of these, or an axis cannot be followed.
@@ -96,8 +96,8 @@ class Labels:
         self._parts[label] = self.new(self._sizes[label] // inner), self.new(inner)
         return self._parts[label]
 
-    def _unrepeated(self, node: torch.fx.Node, before: tuple[int, ...], axes: Axes) -> Axes | None:
-        repeats, axis = int_argument(node, 1, "repeats"), int_argument(node, 2)
+    def _unrepeated(self, node: Node, before: tuple[int, ...], axes: Axes) -> Axes | None:
+        repeats, axis = int_arg(node, 1, "repeats"), int_arg(node, 2)
         if repeats is None or axis is None:
             return None
         axis %= len(before)

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import GraphModule, Node
 
 from sigswap.passes.emit import OP, Emission
 from sigswap.passes.find import data_dependent, score_site
 from sigswap.passes.masks import Masks
 from sigswap.passes.match import Match, Refused, match_call
-from sigswap.passes.nodes import number_argument, rank_of
+from sigswap.passes.nodes import number_arg, rank_of
 from sigswap.passes.normalize import graph_modules, normalize, source_of
 from sigswap.passes.ops import op_name
 from sigswap.passes.site import LeftAlone, Lowered
@@ -40,12 +40,12 @@ class LowerResult:
 
 
 def lower(
-    graph_module: torch.fx.GraphModule,
+    graph_module: GraphModule,
     example_inputs: Sequence[Any],
     *,
     handwritten: bool = True,
     stand_ins: Sequence[Callable[..., Any]] = (),
-    shadow: torch.fx.GraphModule | None = None,
+    shadow: GraphModule | None = None,
 ) -> LowerResult:
     """Lowers every sigmoid attention in ``graph_module`` (a Dynamo graph) and its checkpoint regions, in place.
 
@@ -67,7 +67,7 @@ def lower(
     data, masks = data_dependent(graph), Masks(graph)
     lowered: list[Lowered] = []
     left: list[LeftAlone] = []
-    replaced: set[torch.fx.Node] = set()
+    replaced: set[Node] = set()
     for node in graph.nodes:
         if node.target is OP:
             lowered.append(_lower_again(node, masks))
@@ -83,12 +83,10 @@ def lower(
     return LowerResult(tuple(lowered), tuple(left))
 
 
-def _lower_scores(
-    anchor: torch.fx.Node, data: set[torch.fx.Node], masks: Masks, replaced: set[torch.fx.Node]
-) -> Lowered | LeftAlone:
+def _lower_scores(anchor: Node, data: set[Node], masks: Masks, replaced: set[Node]) -> Lowered | LeftAlone:
     """Lowers the attention whose probabilities ``anchor`` makes from scores, and adds its nodes to ``replaced``."""
     rank = rank_of(anchor)
-    axes = [int(number_argument(anchor, 2, "dim", -1)) % rank] if anchor.target is _PROBS else [rank - 1, rank - 2]
+    axes = [int(number_arg(anchor, 2, "dim", -1)) % rank] if anchor.target is _PROBS else [rank - 1, rank - 2]
     sites = [score_site(anchor, axis, data) for axis in axes]
     site = next((site for site in sites if not isinstance(site, LeftAlone)), None)
     if site is None:
@@ -105,7 +103,7 @@ def _lower_scores(
         return LeftAlone(anchor, str(refused), True)
 
 
-def _lower_again(node: torch.fx.Node, masks: Masks) -> Lowered:
+def _lower_again(node: Node, masks: Masks) -> Lowered:
     """A call of the op, with what its masks and its keys' heads turn out to be."""
     try:
         return Emission(match_call(node, masks), masks).emit()
@@ -113,9 +111,7 @@ def _lower_again(node: torch.fx.Node, masks: Masks) -> Lowered:
         return Lowered(source_of(node) or node, f"as it is: {refused}")
 
 
-def _may_have_site(
-    graph_module: torch.fx.GraphModule, handwritten: bool, stand_ins: frozenset[Callable[..., Any]]
-) -> bool:
+def _may_have_site(graph_module: GraphModule, handwritten: bool, stand_ins: frozenset[Callable[..., Any]]) -> bool:
     for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
         if getattr(node.target, "namespace", None) == "sigswap" or node.target in stand_ins:
             return True

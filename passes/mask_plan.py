@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.labels import Label
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Modifiers, Operand, Visible, broadcast, visible_of
+from sigswap.passes.match import LabelledCondition, Modifiers, Operand, broadcast, labelled
 from sigswap.passes.nodes import argument, dtype_of, input_at, memory_of
 from sigswap.passes.normalize import has_symbol, same_in
 from sigswap.passes.ops import op_name
@@ -67,27 +67,27 @@ class MaskPlanner:
 
     def plan(self, found: Modifiers) -> MaskPlan:
         """What becomes of the masks and terms of ``found``."""
-        visible, terms, pending = list(found.masks), [], list(found.terms)
+        conditions, terms, pending = list(found.masks), [], list(found.terms)
         while pending:
             term = pending.pop(0)
             hidden = self.masks.visible_by_sum(term.node, term.factor) if term.factor > 0 else None
             if hidden is not None:
-                visible += [visible_of(each, term.axes) for each in hidden]
+                conditions += [labelled(each, term.axes) for each in hidden]
             elif (parts := self._bias_and_mask(term)) is not None:
                 pending.insert(0, parts[0])
-                visible += parts[1]
+                conditions += parts[1]
             else:
                 terms.append(term)
         left, right = found.left, found.right
         tensors: list[Boolean] = []
-        for each in visible:
+        for each in conditions:
             side, distance = self._band(each)
             if side == "right":
                 right = distance if right < 0 else min(right, distance)
             elif side == "left":
                 left = distance if left < 0 else min(left, distance)
             elif side == "tensor":
-                tensors.append((Operand(each.term.node, each.own), each.term.inverted))
+                tensors.append((Operand(each.condition.node, each.own), each.condition.inverted))
         keys = set(self.groups.keys)
         biases = [term for term in terms if keys and not self._labels(term) & keys]
         terms = [term for term in terms if term not in biases]
@@ -116,11 +116,11 @@ class MaskPlanner:
         labels, outer, keys = self._labels(mask), set(self.groups.outer), set(self.groups.keys)
         return bool(labels & outer) and bool(labels & keys) and labels <= outer | keys
 
-    def _can_be_had(self, node: torch.fx.Node) -> bool:
+    def _can_be_had(self, node: Node) -> bool:
         """Whether ``node`` is in the Dynamo graph, and what it was made as."""
         return same_in(node, self.views.graph) is not None and memory_of(node) not in self.masks.edited
 
-    def _bias_and_mask(self, term: Operand) -> tuple[Operand, list[Visible]] | None:
+    def _bias_and_mask(self, term: Operand) -> tuple[Operand, list[LabelledCondition]] | None:
         """A term that is a bias where a mask holds and hides the rest, as T5's, taken apart: if that makes it smaller,
         for the mask has a band, or is of padding while all sequences share the bias."""
         if same_in(term.node, self.views.graph) is not None:
@@ -128,19 +128,19 @@ class MaskPlanner:
         # A number that varies proves nothing; where gradients are switched off on the way, the bias may have none.
         if has_symbol(term.node) or self.views.may_lack_gradients or memory_of(term.node) in self.masks.edited:
             return None
-        for content, visible in self._readings(term):
-            masks = [Operand(each.term.node, each.own) for each in visible if self._band(each)[0] == "tensor"]
+        for content, conditions in self._readings(term):
+            masks = [Operand(each.condition.node, each.own) for each in conditions if self._band(each)[0] == "tensor"]
             if dtype_of(term.node) != dtype_of(content) or not all(
                 self._can_be_had(node) for node in (content, *(mask.node for mask in masks))
             ):
                 continue
             bias = broadcast(content, term.axes, term.factor)
-            smaller = len(masks) < len(visible) or not visible
+            smaller = len(masks) < len(conditions) or not conditions
             if smaller or (self._are_shared([bias]) and all(self._is_padding(mask) for mask in masks)):
-                return bias, visible
+                return bias, conditions
         return None
 
-    def _readings(self, term: Operand) -> list[tuple[torch.fx.Node, list[Visible]]]:
+    def _readings(self, term: Operand) -> list[tuple[Node, list[LabelledCondition]]]:
         """What the term may be: a bias, and what must hold where it is added to the scores; the rest is masked."""
         node, name, first, second = term.node, op_name(term.node), input_at(term.node, 0), input_at(term.node, 1)
         if name == "add" and argument(node, 2, "alpha", 1) == 1 and term.factor > 0:
@@ -148,9 +148,9 @@ class MaskPlanner:
                 return []
             found = []
             for content, mask in ((first, second), (second, first)):
-                terms = self.masks.visible_by_sum(mask, term.factor)
+                hidden = self.masks.visible_by_sum(mask, term.factor)
                 whole = broadcast(mask, term.axes).axes
-                found += [] if terms is None else [(content, [visible_of(each, whole) for each in terms])]
+                found += [] if hidden is None else [(content, [labelled(each, whole) for each in hidden])]
             return found
         if name == "where" and len(node.args) > 2:
             condition, bias, holds = first, second, True
@@ -162,18 +162,18 @@ class MaskPlanner:
         if condition is None or bias is None or fill is None or not fill * term.factor <= MASKED_SCORE:
             return []
         whole = broadcast(condition, term.axes).axes
-        return [(bias, [visible_of(each, whole) for each in self.masks.visible(condition, holds)])]
+        return [(bias, [labelled(each, whole) for each in self.masks.visible(condition, holds)])]
 
-    def _band(self, visible: Visible) -> tuple[str, int]:
-        """What a term lets a row see: ("right", r): keys up to row + r; ("left", l): keys from row - l on; ("all", 0);
-        or ("tensor", 0): what its tensor says."""
-        half, rows, keys = visible.term.half, self.groups.rows, self.groups.keys
+    def _band(self, labelled: LabelledCondition) -> tuple[str, int]:
+        """What a condition lets a row see: ("right", r): keys up to row + r; ("left", l): keys from row - l on;
+        ("all", 0); or ("tensor", 0): what its tensor says."""
+        half, rows, keys = labelled.condition.half, self.groups.rows, self.groups.keys
         if half is None:
             return "tensor", 0
         if half.offset >= 0 and min(half.steps, default=0) >= 0:  # no index is negative
             return "all", 0
         row_step = key_step = 0
-        for step, axis in zip(half.steps, self.views.labels.axes(visible.axes), strict=True):
+        for step, axis in zip(half.steps, self.views.labels.axes(labelled.axes), strict=True):
             if axis and step and axis not in (rows, keys):
                 return "tensor", 0
             row_step += step if axis == rows and axis else 0

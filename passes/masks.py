@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from sigswap.masked import MASKED_SCORE
@@ -26,7 +27,7 @@ from sigswap.passes.nodes import (
     dtype_of,
     edited_by,
     input_at,
-    int_argument,
+    int_arg,
     is_floating,
     memory_of,
     rank_of,
@@ -53,13 +54,13 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Term:
+class Condition:
     """What must hold where a mask is True: ``half`` >= 0, if known, and else ``node`` (inverted: its opposite).
 
     ``axes``: for each axis of ``node`` the axis of the mask that it is, or None for one of size 1.
     """
 
-    node: torch.fx.Node
+    node: Node
     axes: tuple[int | None, ...]
     half: Affine | None = None
     inverted: bool = False
@@ -67,9 +68,9 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A tensor of two values: ``true`` where every term holds, and ``false`` elsewhere."""
+    """A tensor of two values: ``true`` where every condition holds, and ``false`` elsewhere."""
 
-    terms: tuple[Term, ...]
+    conditions: tuple[Condition, ...]
     true: float = 1.0
     false: float = 0.0
 
@@ -80,45 +81,45 @@ Known = Affine | Constant | Mask | None
 class Masks:
     """What is known of the nodes of one graph."""
 
-    def __init__(self, graph: torch.fx.Graph) -> None:
-        self._known: dict[torch.fx.Node, Known] = {}
+    def __init__(self, graph: Graph) -> None:
+        self._known: dict[Node, Known] = {}
         self.written: dict[Hashable, Any] = {}  # what the emission of attentions wrote, for others with the same masks
         # What is written to in place, perhaps through a view, is not what it was made as.
         self.edited = {memory_of(arg) for node in graph.nodes for arg in edited_by(node)}
 
-    def visible(self, node: torch.fx.Node, where: bool = True) -> tuple[Term, ...]:
-        """The terms that hold where the boolean tensor ``node`` is ``where``; in doubt, that of the tensor itself."""
+    def visible(self, node: Node, where: bool = True) -> tuple[Condition, ...]:
+        """What holds where the boolean tensor ``node`` is ``where``; in doubt, what the tensor itself says."""
         found = self.known(node)
         if isinstance(found, Constant) and bool(found.value) == where:
             return ()
-        terms = None
+        conditions = None
         if isinstance(found, Mask):
-            terms = _terms_where(found, lambda value: bool(value) == where)
-        return (dataclasses.replace(_itself(node), inverted=not where),) if terms is None else terms
+            conditions = _conditions_where(found, lambda value: bool(value) == where)
+        return (dataclasses.replace(_itself(node), inverted=not where),) if conditions is None else conditions
 
-    def visible_by_sum(self, node: torch.fx.Node, factor: float) -> tuple[Term, ...] | None:
-        """The terms that hold where a tensor is 0 that, times ``factor``, is added to scores, if it masks the rest."""
+    def visible_by_sum(self, node: Node, factor: float) -> tuple[Condition, ...] | None:
+        """What holds where a tensor is 0 that, times ``factor``, is added to scores, if it masks the rest."""
         found = self.known(node)
         if isinstance(found, Constant) and found.value == 0:
             return ()
         if isinstance(found, Mask) and min(found.true * factor, found.false * factor) <= MASKED_SCORE:
-            return _terms_where(found, lambda value: value == 0)
+            return _conditions_where(found, lambda value: value == 0)
         return None
 
     def constant(self, value: Argument) -> float | None:
         """A number, or a tensor of one number."""
-        if isinstance(value, torch.fx.Node):
+        if isinstance(value, Node):
             found = self.known(value)
             return found.value if isinstance(found, Constant) else None
         return float(value) if isinstance(value, int | float | bool) else None
 
-    def known(self, node: torch.fx.Node) -> Known:
+    def known(self, node: Node) -> Known:
         if node not in self._known:
             self._known[node] = None  # until it is known, for the sake of loops that no graph has
             self._known[node] = self._derive(node)
         return self._known[node]
 
-    def _derive(self, node: torch.fx.Node) -> Known:
+    def _derive(self, node: Node) -> Known:
         if shape_of(node) is None or memory_of(node) in self.edited or not _counts(dtype_of(node)):
             return None
         if node.op == "get_attr":
@@ -161,34 +162,31 @@ class Masks:
 
     # Each of these gives what is known of ``node``, from what is known of its arguments.
 
-    def _value(self, value: Argument, node: torch.fx.Node) -> Known:
+    def _value(self, value: Argument, node: Node) -> Known:
         """Of an argument of ``node``, on ``node``'s axes."""
         if isinstance(value, int | float | bool):
             return Constant(float(value))
-        if not isinstance(value, torch.fx.Node):
+        if not isinstance(value, Node):
             return None
         before, shift = shape_of(value), rank_of(node) - rank_of(value)
         if before is None or shift < 0:
             return None
         return _moved(self.known(value), [axis + shift for axis in range(len(before))], rank_of(node))
 
-    def _condition(self, value: Argument, node: torch.fx.Node) -> Mask | None:
+    def _boolean(self, value: Argument, node: Node) -> Mask | None:
         """Of a boolean argument of ``node``: what is known, or the tensor itself, unless that is edited."""
-        if not isinstance(value, torch.fx.Node) or dtype_of(value) != torch.bool or memory_of(value) in self.edited:
+        if not isinstance(value, Node) or dtype_of(value) != torch.bool or memory_of(value) in self.edited:
             return None
-        known = self.known(value)
+        known = self._value(value, node)
         if isinstance(known, Constant):
-            if not known.value:
-                return None
-            known = Mask(())
-        axes = [axis + rank_of(node) - rank_of(value) for axis in range(rank_of(value))]
-        moved = _moved(known if isinstance(known, Mask) else Mask((_itself(value),)), axes, rank_of(node))
-        return moved if isinstance(moved, Mask) else None
+            return Mask(()) if known.value else None
+        axes = tuple(range(rank_of(node) - rank_of(value), rank_of(node)))
+        return known if isinstance(known, Mask) else Mask((Condition(value, axes),))
 
-    def _same(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
+    def _same(self, node: Node, source: Node) -> Known:
         known, floating, boolean = self.known(source), is_floating(node), dtype_of(node) == torch.bool
         if known is None and floating:  # a boolean tensor as numbers is one of two values
-            known = self._condition(source, node)
+            known = self._boolean(source, node)
         if isinstance(known, Constant):
             value = float(known.value != 0) if boolean else known.value
             return Constant(value) if floating or _is_whole(value) else None
@@ -197,25 +195,25 @@ class Masks:
         if isinstance(known, Affine):
             return known if not floating and not boolean else None
         if boolean:
-            return _checked(Mask(known.terms, float(known.true != 0), float(known.false != 0)))
+            return _checked(Mask(known.conditions, float(known.true != 0), float(known.false != 0)))
         return known if floating or (_is_whole(known.true) and _is_whole(known.false)) else None
 
-    def _viewed(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
+    def _viewed(self, node: Node, source: Node) -> Known:
         axes, before = axis_map(node, source), shape_of(source)
         if axes is None or before is None or any(axis is None and before[i] != 1 for i, axis in enumerate(axes)):
             return None
         return _moved(self.known(source), axes, rank_of(node))
 
-    def _sliced(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
+    def _sliced(self, node: Node, source: Node) -> Known:
         known = self.known(source)
-        tensors = isinstance(known, Mask) and any(term.half is None for term in known.terms)
+        tensors = isinstance(known, Mask) and any(condition.half is None for condition in known.conditions)
         if shape_of(node) == shape_of(source) and not (tensors and has_symbol(node)):
             return known
         from_start = argument(node, 2, "start", 0) in (0, None) and argument(node, 4, "step", 1) == 1
         # From 0 on, half-planes stay what they are; tensors would have to be sliced, too.
         return known if op_name(node) == "slice" and from_start and not tensors else None
 
-    def _arithmetic(self, node: torch.fx.Node, name: str) -> Known:
+    def _arithmetic(self, node: Node, name: str) -> Known:
         if has_symbol(node) or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
             return None
         left, right = (self._value(arg, node) for arg in (node.args[:2] if name != "neg" else (0, node.args[0])))
@@ -224,62 +222,59 @@ class Masks:
         if name == "mul":
             return _combined(left, right, lambda a, b: a * b)
         sign = 1 if name == "add" else -1
-        first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
-        if first is None or second is None or (isinstance(left, Constant) and isinstance(right, Constant)):
-            return _combined(left, right, lambda a, b: a + sign * b)
-        steps = tuple(a + sign * b for a, b in zip(first.steps, second.steps, strict=True))
-        return Affine(steps, first.offset + sign * second.offset)
+        constants = isinstance(left, Constant) and isinstance(right, Constant)
+        together = None if constants else _sum(left, right, sign, node)
+        return _combined(left, right, lambda a, b: a + sign * b) if together is None else together
 
-    def _comparison(self, node: torch.fx.Node, name: str, compare: Callable[[float, float], bool]) -> Known:
+    def _comparison(self, node: Node, name: str, compare: Callable[[float, float], bool]) -> Known:
         if has_symbol(node):
             return None
         left, right = (self._value(arg, node) for arg in node.args[:2])
         constants = isinstance(left, Constant) and isinstance(right, Constant)
         if isinstance(left, Mask) or isinstance(right, Mask) or constants:
             return _combined(left, right, lambda a, b: float(compare(a, b)))
-        first, second = (_as_affine(x, rank_of(node)) for x in (left, right))
-        if first is None or second is None or name in ("eq", "ne"):
-            return None
         if name in ("le", "lt"):
-            first, second = second, first
-        steps = tuple(a - b for a, b in zip(first.steps, second.steps, strict=True))
-        offset = first.offset - second.offset - (name in ("gt", "lt"))
-        return Mask((dataclasses.replace(_itself(node), half=Affine(steps, offset)),))
+            left, right = right, left
+        difference = _sum(left, right, -1, node)
+        if difference is None or name in ("eq", "ne"):
+            return None
+        half = Affine(difference.steps, difference.offset - (name in ("gt", "lt")))
+        return Mask((dataclasses.replace(_itself(node), half=half),))
 
-    def _both(self, node: torch.fx.Node, *sources: Argument) -> Known:
-        terms: list[Term] = []
+    def _both(self, node: Node, *sources: Argument) -> Known:
+        conditions: list[Condition] = []
         for source in sources:
-            part = self._condition(source, node)
-            held = None if part is None else _terms_where(part, bool)
+            part = self._boolean(source, node)
+            held = None if part is None else _conditions_where(part, bool)
             if held is None:
                 return None
-            terms += held
-        return Mask(tuple(terms))
+            conditions += held
+        return Mask(tuple(conditions))
 
-    def _not(self, node: torch.fx.Node, source: torch.fx.Node) -> Known:
-        part = self._condition(source, node)
+    def _not(self, node: Node, source: Node) -> Known:
+        part = self._boolean(source, node)
         return None if part is None else dataclasses.replace(part, true=1 - part.true, false=1 - part.false)
 
-    def _where(self, node: torch.fx.Node, condition: Argument, true: Argument, false: Argument) -> Known:
+    def _where(self, node: Node, condition: Argument, true: Argument, false: Argument) -> Known:
         """Of masked_fill, too, whose order it is."""
-        held = self._condition(condition, node)
+        held = self._boolean(condition, node)
         first, second = self._value(true, node), self._value(false, node)
         if held is None or has_symbol(node):
             return None
         if not held.true:
-            held = Mask(held.terms)
+            held = Mask(held.conditions)
             first, second = second, first
         if isinstance(first, Constant) and isinstance(second, Constant):
-            return _checked(Mask(held.terms, first.value, second.value))
+            return _checked(Mask(held.conditions, first.value, second.value))
         # A mask, masked again.
         if isinstance(first, Mask) and isinstance(second, Constant) and second.value == first.false:
-            return dataclasses.replace(first, terms=(*held.terms, *first.terms))
-        if len(held.terms) == 1 and isinstance(second, Mask) and isinstance(first, Constant):
-            again = dataclasses.replace(second, terms=(_opposite(held.terms[0]), *second.terms))
+            return dataclasses.replace(first, conditions=(*held.conditions, *first.conditions))
+        if len(held.conditions) == 1 and isinstance(second, Mask) and isinstance(first, Constant):
+            again = dataclasses.replace(second, conditions=(_opposite(held.conditions[0]), *second.conditions))
             return again if first.value == second.false else None
         return None
 
-    def _triangle(self, node: torch.fx.Node, name: str) -> Known:
+    def _triangle(self, node: Node, name: str) -> Known:
         diagonal = argument(node, 1, "diagonal", 0)
         content, rank = self._value(node.args[0], node), rank_of(node)
         if not isinstance(diagonal, int) or has_symbol(node) or not isinstance(content, Constant) or rank < 2:
@@ -292,14 +287,14 @@ class Masks:
     # Documents that are packed behind one another begin where positions do not go up by one: transformers works that
     # out from positions, which may be an arange, and then there is one document.
 
-    def _difference(self, node: torch.fx.Node) -> Known:
+    def _difference(self, node: Node) -> Known:
         """Of ``torch.diff(x, 1, dim, prepend)``, where x goes up evenly, also from what is prepended."""
         if has_symbol(node):
             return None
         known, before, after = self.known(tensor_input(node)), input_at(node, 3), input_at(node, 4)
         if not isinstance(known, Affine) or argument(node, 1, "n") not in (1, None) or after is not None:
             return None
-        axis = (int_argument(node, 2, default=-1) or 0) % rank_of(node)
+        axis = (int_arg(node, 2, default=-1) or 0) % rank_of(node)
         if before is not None:
             first = self.known(before)
             if not isinstance(first, Affine) or (shape_of(before) or ())[axis] != 1:
@@ -309,7 +304,7 @@ class Masks:
                 return None
         return Constant(float(known.steps[axis]))
 
-    def _indexed(self, node: torch.fx.Node, source: torch.fx.Node, indices: Argument) -> Known:
+    def _indexed(self, node: Node, source: Node, indices: Argument) -> Known:
         known = self.known(source)
         if isinstance(known, Constant):
             return known
@@ -327,23 +322,23 @@ class Masks:
         return Affine(tuple(steps), offset)
 
 
-def _itself(node: torch.fx.Node) -> Term:
-    return Term(node, tuple(range(rank_of(node))))
+def _itself(node: Node) -> Condition:
+    return Condition(node, tuple(range(rank_of(node))))
 
 
-def _opposite(term: Term) -> Term:
-    """Where ``term`` does not hold. Of integers: not (a >= 0) is -a - 1 >= 0."""
-    half = term.half and Affine(tuple(-step for step in term.half.steps), -term.half.offset - 1)
-    return dataclasses.replace(term, half=half, inverted=not term.inverted)
+def _opposite(condition: Condition) -> Condition:
+    """Where ``condition`` does not hold. Of integers: not (a >= 0) is -a - 1 >= 0."""
+    half = condition.half and Affine(tuple(-step for step in condition.half.steps), -condition.half.offset - 1)
+    return dataclasses.replace(condition, half=half, inverted=not condition.inverted)
 
 
-def _terms_where(mask: Mask, holds: Callable[[float], bool]) -> tuple[Term, ...] | None:
+def _conditions_where(mask: Mask, holds: Callable[[float], bool]) -> tuple[Condition, ...] | None:
     """Terms that hold just where the mask's value does; None if there are no such."""
     true, false = holds(mask.true), holds(mask.false)
     if true and not false:
-        return mask.terms
-    if false and not true and len(mask.terms) == 1:
-        return (_opposite(mask.terms[0]),)
+        return mask.conditions
+    if false and not true and len(mask.conditions) == 1:
+        return (_opposite(mask.conditions[0]),)
     return () if true and false else None
 
 
@@ -356,12 +351,12 @@ def _moved(known: Known, axes: Sequence[int | None], rank: int) -> Known:
                 steps[axis] = step
         return Affine(tuple(steps), known.offset)
     if isinstance(known, Mask):
-        terms = []
-        for term in known.terms:
-            half = _moved(term.half, axes, rank)
-            own = tuple(None if axis is None else axes[axis] for axis in term.axes)
-            terms.append(dataclasses.replace(term, half=half if isinstance(half, Affine) else None, axes=own))
-        return dataclasses.replace(known, terms=tuple(terms))
+        conditions = []
+        for condition in known.conditions:
+            half = _moved(condition.half, axes, rank)
+            own = tuple(None if axis is None else axes[axis] for axis in condition.axes)
+            conditions.append(dataclasses.replace(condition, half=half if isinstance(half, Affine) else None, axes=own))
+        return dataclasses.replace(known, conditions=tuple(conditions))
     return known
 
 
@@ -370,9 +365,9 @@ def _combined(left: Known, right: Known, function: Callable[[float, float], floa
     if isinstance(left, Constant) and isinstance(right, Constant):
         return _checked(Constant(function(left.value, right.value)))
     if isinstance(left, Mask) and isinstance(right, Constant):
-        return _checked(Mask(left.terms, function(left.true, right.value), function(left.false, right.value)))
+        return _checked(Mask(left.conditions, function(left.true, right.value), function(left.false, right.value)))
     if isinstance(left, Constant) and isinstance(right, Mask):
-        return _checked(Mask(right.terms, function(left.value, right.true), function(left.value, right.false)))
+        return _checked(Mask(right.conditions, function(left.value, right.true), function(left.value, right.false)))
     if isinstance(left, Affine) and isinstance(right, Constant) and function(1, 3) == 3:  # a product
         left, right = right, left
     if isinstance(left, Constant) and isinstance(right, Affine) and function(3, 1) == 3:
@@ -390,6 +385,15 @@ def _checked(known: Constant | Mask) -> Known:
     return Constant(known.true) if isinstance(known, Mask) and known.true == known.false else known
 
 
+def _sum(left: Known, right: Known, sign: int, node: Node) -> Affine | None:
+    """``left + sign * right`` of what is known on the axes of ``node``, if both are integers that go up evenly."""
+    first, second = (_as_affine(known, rank_of(node)) for known in (left, right))
+    if first is None or second is None:
+        return None
+    steps = tuple(a + sign * b for a, b in zip(first.steps, second.steps, strict=True))
+    return Affine(steps, first.offset + sign * second.offset)
+
+
 def _as_affine(known: Known, rank: int) -> Affine | None:
     if isinstance(known, Constant) and _is_whole(known.value):
         return Affine((0,) * rank, int(known.value))
@@ -404,7 +408,7 @@ def _is_zero(known: Known) -> bool:
     return isinstance(known, Constant) and known.value == 0
 
 
-def _fill(node: torch.fx.Node, op: Op) -> Known:
+def _fill(node: Node, op: Op) -> Known:
     if op.name in ("ones", "zeros"):
         return Constant(float(op.name == "ones"))
     if op.name == "scalar_tensor":
@@ -415,7 +419,7 @@ def _fill(node: torch.fx.Node, op: Op) -> Known:
     return Constant(float(value)) if isinstance(value, int | float | bool) and not symbolic else None
 
 
-def _fills_symbol(node: torch.fx.Node) -> bool:
+def _fills_symbol(node: Node) -> bool:
     """Whether the number that fills a constant may depend on a symbolic size."""
     source = source_of(node)
     if source is None:
@@ -423,11 +427,9 @@ def _fills_symbol(node: torch.fx.Node) -> bool:
     return any(is_symbolic(arg) for arg in (*source.args[1:], *source.kwargs.values()))
 
 
-def _arange(node: torch.fx.Node) -> Known:
-    numbers = [arg for arg in node.args if isinstance(arg, int | float)]
-    if len(numbers) != len(node.args) or not all(isinstance(number, int) for number in numbers):
-        return None
-    if is_floating(node):
+def _arange(node: Node) -> Known:
+    numbers = [arg for arg in node.args if isinstance(arg, int)]
+    if len(numbers) != len(node.args) or is_floating(node):
         return None
     start, step = (numbers[0] if len(numbers) > 1 else 0), (numbers[2] if len(numbers) > 2 else 1)
     source = source_of(node)
@@ -440,19 +442,13 @@ def _arange(node: torch.fx.Node) -> Known:
     return Affine((int(step),), int(start))
 
 
-def _stored_number(node: torch.fx.Node) -> Known:
+def _stored_number(node: Node) -> Known:
     """A tensor of one number that tracing has stored in the graph's module; not one that the model holds."""
     source = source_of(node)
     if source is None or source.op not in ("call_function", "call_method") or has_symbol(node):
         return None
-    module: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        module = getattr(module, part, None)
-    if not isinstance(module, torch.Tensor) or module.numel() != 1 or isinstance(module, torch.nn.Parameter):
-        return None
-    if type(module) is not torch.Tensor:
-        return None
-    return Constant(float(module))
+    stored = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return Constant(float(stored)) if type(stored) is torch.Tensor and stored.numel() == 1 else None
 
 
 def _counts(dtype: torch.dtype | None) -> bool:

@@ -8,28 +8,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
-import torch.fx
+import torch
+from torch.fx import Node
 from torch.fx.node import Argument
 
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.labels import Axes, Label, Labels
-from sigswap.passes.masks import Masks, Term
-from sigswap.passes.nodes import (
-    argument,
-    dtype_of,
-    input_at,
-    is_edit,
-    is_floating,
-    number_argument,
-    shape_of,
-    tensor_input,
-)
+from sigswap.passes.masks import Condition, Masks
+from sigswap.passes.nodes import argument, dtype_of, input_at, is_edit, is_floating, number_arg, shape_of, tensor_input
 from sigswap.passes.normalize import has_symbol, source_of, tensor_of
 from sigswap.passes.ops import op_name, op_of, spelling_of
 from sigswap.passes.products import contraction
-from sigswap.passes.site import AttentionSite
+from sigswap.passes.site import AttentionSite, Factor
 
 _VARYING = "with a number that depends on a size that varies"
 
@@ -42,16 +34,16 @@ class Refused(Exception):
 class Operand:
     """A tensor of the shadow, and what its axes are. ``factor``: by which it is to be multiplied."""
 
-    node: torch.fx.Node
+    node: Node
     axes: Axes
     factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Visible:
-    """A term of a mask, with what the axes of the mask are (of ``term.half``), and those of the term's own node."""
+class LabelledCondition:
+    """A condition, with the labels of the mask's axes (those of ``condition.half``), and of its own node's."""
 
-    term: Term
+    condition: Condition
     axes: Axes
     own: Axes
 
@@ -72,7 +64,7 @@ class Modifiers:
     query_factors: list[tuple[Operand, bool]] = dataclasses.field(default_factory=list)  # (tensor, whether it divides)
     key_factors: list[tuple[Operand, bool]] = dataclasses.field(default_factory=list)
     terms: list[Operand] = dataclasses.field(default_factory=list)
-    masks: list[Visible] = dataclasses.field(default_factory=list)
+    masks: list[LabelledCondition] = dataclasses.field(default_factory=list)
     fill: float = -math.inf  # the largest score that a masked one has got
     clamped: bool = False
     left: int = -1
@@ -101,8 +93,8 @@ class Call:
     modifiers: Modifiers
     visible_bias: bool
     dropout_p: float
-    path: list[torch.fx.Node]
-    seed: torch.fx.Node | None = None
+    path: list[Node]
+    seed: Node | None = None
     scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
 
 
@@ -110,11 +102,9 @@ class Match:
     """One attention whose scores are in the graph, with the paths that ``find`` has followed."""
 
     def __init__(self, site: AttentionSite, masks: Masks) -> None:
-        found = site.products[0]
-        self.anchor, self.product, self.output, self.masks = site.anchor, found.node, site.output, masks
-        self.key_axis, self.product_key_axis = site.key_axis, found.key_axis
-        self.labels = Labels()
-        self.up = [found.node, *found.path, site.anchor]  # from the product to the anchor
+        self.product, self.anchor, self.output, self.masks = site.products[0], site.anchor, site.output, masks
+        self.key_axis, self.labels = site.key_axis, Labels()
+        self.up = [self.product.node, *self.product.path, site.anchor]  # from the product to the anchor
         self.down = [*site.weights_path, site.output]  # after the anchor to the output
 
     def call(self) -> Call:
@@ -152,49 +142,44 @@ class Match:
                 raise Refused(f"its {what} are also {used} (output_attentions, say)")
             if is_edit(following) and following.args[0] is not node:
                 raise Refused("another tensor is edited in place by its scores")
-        if is_edit(self.product):
+        if is_edit(self.product.node):
             raise Refused("its scores are added to another tensor in place")
 
     # The scores.
 
     def _scores(self) -> tuple[Operand, Operand, Axes]:
         """Query and key, and the axes of their product."""
-        product = contraction(self.product)
-        if product is None or _is_layer_with_bias(self.product):
+        product = contraction(self.product.node)
+        if product is None or _is_layer_with_bias(self.product.node):
             raise Refused("its scores are a product of a form that is not lowered (a sum, or a layer with a bias)")
         sizes: dict[Hashable, int] = {}
         for node, names in zip(product.factors, product.names, strict=True):
             for name, size in zip(names, shape_of(node) or (), strict=True):
                 sizes[name] = max(sizes.get(name, 1), size)
         by_name = {name: () if size == 1 else (self.labels.new(size),) for name, size in sizes.items()}
-        first, second = product.names
-        contracted = [name for name in first if name in second and name not in product.out]
-        key_name = product.out[self.product_key_axis]
-        if (key_name in first) == (key_name in second):
-            raise Refused("its sigmoid is not over the keys of the product")
-        query, key = zip(product.factors, product.names, strict=True)
-        if key_name in first:
-            query, key = key, query
-        rows = [name for name in product.out if name in query[1] and name not in key[1]]
-        if len(contracted) != 1 or not rows:
-            raise Refused("its product of query and key contracts several axes, or has no axis of queries")
-        self.rows, self.keys, self.head_dim = by_name[rows[-1]], by_name[key_name], by_name[contracted[0]]
 
-        def operand(node: torch.fx.Node, names: Sequence[Hashable]) -> Operand:
-            shape = shape_of(node) or ()
-            return Operand(node, tuple(() if n == 1 else by_name[name] for name, n in zip(names, shape, strict=True)))
+        def operand(factor: Factor) -> Operand:
+            sized = zip(product.names[factor.position], shape_of(factor.node) or (), strict=True)
+            return Operand(factor.node, tuple(() if size == 1 else by_name[name] for name, size in sized))
 
-        return operand(*query), operand(*key), tuple(by_name[name] for name in product.out)
+        query, key = product.names[self.product.query.position], product.names[self.product.key.position]
+        rows = [name for name in product.out if name in query and name not in key]
+        if not rows:
+            raise Refused("its product of query and key has no axis of queries")
+        self.rows, self.keys = by_name[rows[-1]], by_name[product.out[self.product.key_axis]]
+        self.head_dim = by_name[query[self.product.query.dim_axis]]
+        return operand(self.product.query), operand(self.product.key), tuple(by_name[name] for name in product.out)
 
     def _modifiers(self, axes: Axes) -> tuple[Modifiers, Axes]:
         found = Modifiers()
-        if op_name(self.product) == "baddbmm":
-            if has_symbol(self.product):
+        product = self.product.node
+        if op_name(product) == "baddbmm":
+            if has_symbol(product):
                 raise Refused("its scores are scaled by a number that depends on a size that varies")
-            found.scale = number_argument(self.product, None, "alpha", 1.0)
-            beta = number_argument(self.product, None, "beta", 1.0)
+            found.scale = number_arg(product, None, "alpha", 1.0)
+            beta = number_arg(product, None, "beta", 1.0)
             if beta:
-                found.terms.append(broadcast(tensor_input(self.product), axes, beta))
+                found.terms.append(broadcast(tensor_input(product), axes, beta))
         for source, node in zip(self.up, self.up[1:], strict=False):
             if node is self.anchor:
                 break
@@ -210,7 +195,7 @@ class Match:
             raise Refused("its masked scores are scaled to values that are not masked")
         return found, axes
 
-    def _modify(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
+    def _modify(self, found: Modifiers, node: Node, source: Node, axes: Axes) -> None:
         op, name, args = op_of(node), op_name(node), node.args
         if op.undone or op.copies:
             return
@@ -266,7 +251,7 @@ class Match:
             found.const_bias *= factor
             found.terms = [dataclasses.replace(term, factor=term.factor * factor) for term in found.terms]
             return
-        if not isinstance(other, torch.fx.Node):
+        if not isinstance(other, Node):
             raise Refused("its scores are multiplied by a number that is not known")
         if not found.is_bare:
             raise Refused("its scores are multiplied by a tensor after a mask or a bias")
@@ -279,7 +264,7 @@ class Match:
         else:
             raise Refused("its scores are multiplied by a tensor of their own size")
 
-    def _add(self, found: Modifiers, node: torch.fx.Node, source: torch.fx.Node, axes: Axes) -> None:
+    def _add(self, found: Modifiers, node: Node, source: Node, axes: Axes) -> None:
         name, (left, right) = op_name(node), node.args[:2]
         alpha = self.masks.constant(argument(node, 2, "alpha", 1))
         if alpha is None or left is right:
@@ -292,12 +277,12 @@ class Match:
         number = self.masks.constant(other)
         if number is not None and number * sign > MASKED_SCORE:
             found.const_bias += sign * number
-        elif isinstance(other, torch.fx.Node):
+        elif isinstance(other, Node):
             found.terms.append(broadcast(other, axes, sign))
         else:
             raise Refused("a number that is not known is added to its scores")
 
-    def _mask(self, found: Modifiers, condition: torch.fx.Node, fill: Argument, axes: Axes, inverted: bool) -> None:
+    def _mask(self, found: Modifiers, condition: Node, fill: Argument, axes: Axes, inverted: bool) -> None:
         """``inverted``: masked where the condition is True."""
         number = self.masks.constant(fill)
         if number is None or not number <= MASKED_SCORE:
@@ -305,13 +290,13 @@ class Match:
         found.fill = max(found.fill, number)
         self._conditions(found, condition, axes, inverted)
 
-    def _conditions(self, found: Modifiers, condition: torch.fx.Node, axes: Axes, inverted: bool) -> None:
+    def _conditions(self, found: Modifiers, condition: Node, axes: Axes, inverted: bool) -> None:
         if dtype_of(condition) != torch.bool:
             raise Refused("its mask is not boolean")
         whole = broadcast(condition, axes).axes
-        found.masks += [visible_of(term, whole) for term in self.masks.visible(condition, not inverted)]
+        found.masks += [labelled(each, whole) for each in self.masks.visible(condition, not inverted)]
 
-    def _clamp(self, node: torch.fx.Node, source: torch.fx.Node) -> None:
+    def _clamp(self, node: Node, source: Node) -> None:
         """Bounds that a sigmoid does not feel: masked scores stay masked, and from 5000 on it is 1."""
         name = op_name(node)
         bounds: list[tuple[Argument, Argument]]
@@ -338,10 +323,10 @@ class Match:
         if has_symbol(self.anchor):
             raise Refused("its bias depends on a size that varies")
         bias = argument(self.anchor, 1, "bias")
-        if isinstance(bias, torch.fx.Node):
+        if isinstance(bias, Node):
             found.terms.append(broadcast(bias, axes))
-        found.const_bias += number_argument(self.anchor, 4, "const_bias", 0.0)
-        found.row_cap = number_argument(self.anchor, 5, "row_cap", 0.0)
+        found.const_bias += number_arg(self.anchor, 4, "const_bias", 0.0)
+        found.row_cap = number_arg(self.anchor, 5, "row_cap", 0.0)
         return bool(argument(self.anchor, 3, "visible_bias", True))
 
     def _probabilities(self, found: Modifiers, axes: Axes, visible_bias: bool) -> tuple[Axes, float]:
@@ -359,7 +344,7 @@ class Match:
             if has_symbol(node):
                 raise Refused(f"its probabilities pass through {spelling_of(node)} {_VARYING}")
             if op.name == "dropout":
-                if args[2] and (p := number_argument(node, 1, "p", 0.5)) > 0:
+                if args[2] and (p := number_arg(node, 1, "p", 0.5)) > 0:
                     if dropout_p:
                         raise Refused("its probabilities pass through two dropouts")
                     dropout_p = p
@@ -411,7 +396,7 @@ class Match:
         return Operand(value, value_axes), Operand(self.output, output_axes), value_dim
 
 
-def match_call(node: torch.fx.Node, masks: Masks) -> Call:
+def match_call(node: Node, masks: Masks) -> Call:
     """A call of the op that is in the graph. Raises Refused."""
     query, key, value = (tensor_input(node, position) for position in range(3))
     shapes = [shape for tensor in (query, key, value) if (shape := shape_of(tensor)) is not None]
@@ -419,7 +404,7 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
         raise Refused("its band is aligned with the last key")
 
     def number(name: str, default: float | None = None) -> float:
-        return number_argument(node, None, name, default)
+        return number_arg(node, None, name, default)
 
     source = source_of(node)
     if source is None or has_symbol(node):
@@ -450,7 +435,7 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
         found.terms.append(broadcast(bias, axes))
     if attn_mask is not None and dtype_of(attn_mask) == torch.bool:
         operand = broadcast(attn_mask, axes)
-        found.masks += [visible_of(term, operand.axes) for term in masks.visible(attn_mask)]
+        found.masks += [labelled(each, operand.axes) for each in masks.visible(attn_mask)]
     elif attn_mask is not None:
         found.terms.append(broadcast(attn_mask, axes))
     return Call(
@@ -475,11 +460,11 @@ def match_call(node: torch.fx.Node, masks: Masks) -> Call:
 # Small questions about nodes.
 
 
-def _is_layer_with_bias(node: torch.fx.Node) -> bool:
+def _is_layer_with_bias(node: Node) -> bool:
     return op_name(node) == "linear" and input_at(node, 2) is not None
 
 
-def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
+def broadcast(node: Node, axes: Axes, factor: float = 1.0) -> Operand:
     """``node``, broadcast against a tensor with the axes given."""
     shape = shape_of(node)
     if shape is None or len(shape) > len(axes):
@@ -488,8 +473,10 @@ def broadcast(node: torch.fx.Node, axes: Axes, factor: float = 1.0) -> Operand:
     return Operand(node, tuple(() if size == 1 else axis for axis, size in zip(own, shape, strict=True)), factor)
 
 
-def visible_of(term: Term, axes: Axes) -> Visible:
+def labelled(condition: Condition, axes: Axes) -> LabelledCondition:
     """``axes``: of the mask."""
-    shape = shape_of(term.node) or ()
-    own = tuple(() if axis is None or size == 1 else axes[axis] for axis, size in zip(term.axes, shape, strict=True))
-    return Visible(term, axes, own)
+    shape = shape_of(condition.node) or ()
+    own = tuple(
+        () if axis is None or size == 1 else axes[axis] for axis, size in zip(condition.axes, shape, strict=True)
+    )
+    return LabelledCondition(condition, axes, own)

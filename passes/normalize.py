@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
@@ -24,7 +25,7 @@ _SOURCE = "sigswap_source"
 _SAME = "sigswap_same"  # node.meta key: the Dynamo nodes whose value the shadow node is
 
 
-def normalize(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def normalize(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """The pre-dispatch ATen shadow of a Dynamo graph. ``example_inputs``: what Dynamo gives to a backend.
 
     Placeholders that are parameters carry ``meta[PARAMETER]``. Subgraphs of activation checkpointing are inlined.
@@ -58,12 +59,12 @@ def _concrete(value: Any) -> Any:
     return value
 
 
-def _trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> torch.fx.GraphModule:
+def _trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> GraphModule:
     with mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
         return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
 
 
-def renew(shadow: torch.fx.GraphModule, nodes: Iterable[torch.fx.Node]) -> bool:
+def renew(shadow: GraphModule, nodes: Iterable[Node]) -> bool:
     """Brings a shadow up to date, in place, with Dynamo nodes that call another function than they did.
 
     Only those calls are traced, which takes a fraction of the time of a new shadow.
@@ -77,7 +78,7 @@ def renew(shadow: torch.fx.GraphModule, nodes: Iterable[torch.fx.Node]) -> bool:
     return all(_renew(shadow.graph, node, values) for node in nodes)
 
 
-def _renew(graph: torch.fx.Graph, source: torch.fx.Node, values: Mapping[torch.fx.Node, torch.fx.Node]) -> bool:
+def _renew(graph: Graph, source: Node, values: Mapping[Node, Node]) -> bool:
     """values: the nodes of the shadow ``graph`` by the Dynamo nodes whose tensors they are."""
     old = [node for node in graph.nodes if source_of(node) is source]
     operands = [node for node in source.all_input_nodes if node in values]
@@ -121,12 +122,12 @@ def _renew(graph: torch.fx.Graph, source: torch.fx.Node, values: Mapping[torch.f
     return True
 
 
-def source_of(node: torch.fx.Node) -> torch.fx.Node | None:
+def source_of(node: Node) -> Node | None:
     """The Dynamo node that a shadow node came from; it may be in the graph of a submodule."""
     return node.meta.get(_SOURCE)
 
 
-def has_symbol(node: torch.fx.Node) -> bool:
+def has_symbol(node: Node) -> bool:
     """Whether a number among the arguments of the node may depend on a symbolic size."""
     source = source_of(node)
     if source is None:
@@ -135,17 +136,17 @@ def has_symbol(node: torch.fx.Node) -> bool:
 
 
 def is_symbolic(value: Any) -> bool:
-    if not isinstance(value, torch.fx.Node):
+    if not isinstance(value, Node):
         return False
     return not isinstance(value.meta.get("example_value", value.meta.get("val")), torch.Tensor)
 
 
-def same_in(node: torch.fx.Node, graph: torch.fx.Graph) -> torch.fx.Node | None:
+def same_in(node: Node, graph: Graph) -> Node | None:
     """The first node of ``graph``, the Dynamo graph or one of its submodules', whose value a shadow node is."""
     return next((same for same in node.meta.get(_SAME, ()) if same.graph is graph and not same._erased), None)
 
 
-def modules_of(node: torch.fx.Node) -> list[tuple[int, type]]:
+def modules_of(node: Node) -> list[tuple[int, type]]:
     """The modules in whose forward Dynamo made a node, outermost first: each one's id and class.
 
     Dynamo has the ids as text, "@1" behind them in a second call. The names beside them begin with whatever local
@@ -159,18 +160,18 @@ def modules_of(node: torch.fx.Node) -> list[tuple[int, type]]:
     ]
 
 
-def graph_modules(graph_module: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
+def graph_modules(graph_module: GraphModule) -> Iterator[GraphModule]:
     """This one, and those in it, which its calls run."""
-    return (module for module in graph_module.modules() if isinstance(module, torch.fx.GraphModule))
+    return (module for module in graph_module.modules() if isinstance(module, GraphModule))
 
 
-def tensor_of(node: torch.fx.Node) -> torch.Tensor | None:
+def tensor_of(node: Node) -> torch.Tensor | None:
     """The fake tensor of a node of the Dynamo graph (or of an exported one)."""
     value = node.meta.get("example_value", node.meta.get("val"))
     return value if isinstance(value, torch.Tensor) else None
 
 
-def rename(node: torch.fx.Node, graph: torch.fx.Graph, replacement: torch.fx.Node) -> None:
+def rename(node: Node, graph: Graph, replacement: Node) -> None:
     """From now on, the node of ``graph`` whose value the shadow node ``node`` is, is ``replacement``."""
     node.meta[_SAME] = [replacement, *(same for same in node.meta.get(_SAME, ()) if same.graph is not graph)]
 
@@ -178,7 +179,7 @@ def rename(node: torch.fx.Node, graph: torch.fx.Graph, replacement: torch.fx.Nod
 class _Stamping(torch.fx.Interpreter):
     """Runs a graph under tracing, and stamps each traced node with the node that is being run."""
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         inner = _checkpointed(n, self.module)
         if n.target == "item":  # its value is not in a fake tensor
             result = _concrete(n.meta.get("example_value"))
@@ -201,14 +202,14 @@ class _Stamping(torch.fx.Interpreter):
         return result
 
 
-def _is_autocast(node: torch.fx.Node) -> bool:
+def _is_autocast(node: Node) -> bool:
     return node.op == "call_function" and "autocast" in getattr(node.target, "__name__", "")
 
 
-def _checkpointed(node: torch.fx.Node, module: torch.nn.Module) -> torch.fx.GraphModule | None:
+def _checkpointed(node: Node, module: torch.nn.Module) -> GraphModule | None:
     """The body of an activation checkpoint, if ``node`` is one."""
     if node.op != "call_function" or node.target is not torch.ops.higher_order.tag_activation_checkpoint:
         return None
     body = input_at(node)
     found = None if body is None or body.op != "get_attr" else getattr(module, str(body.target))
-    return found if isinstance(found, torch.fx.GraphModule) else None
+    return found if isinstance(found, GraphModule) else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import Node
 
 AxisMap = list[int | None]
 """For every axis of an op's input the axis of its output that holds it, or None where it is merged, split or gone."""
@@ -233,7 +233,7 @@ OPAQUE = (
 """Parts of the names of attention that runs inside one op, whose softmax cannot be changed."""
 
 
-def spelling_of(node: torch.fx.Node) -> str:
+def spelling_of(node: Node) -> str:
     """The ATen name without namespace, overload and in-place underscore; "" for anything that is not a call."""
     if node.op != "call_function":
         return ""
@@ -242,17 +242,15 @@ def spelling_of(node: torch.fx.Node) -> str:
     return "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", str(node.target))
 
 
-def op_of(node: torch.fx.Node) -> Op:
+def op_of(node: Node) -> Op:
     """The node's row; one without properties for an op that the table does not have, or for what is no call."""
     spelling = spelling_of(node)
     return OPS.get(spelling) or _without_row(spelling)
 
 
-def op_name(node: torch.fx.Node) -> str:
+def op_name(node: Node) -> str:
     """The name of the node's row, the same for all spellings; its own where there is no row."""
-    spelling = spelling_of(node)
-    row = OPS.get(spelling)
-    return spelling if row is None else row.name
+    return op_of(node).name
 
 
 @functools.cache

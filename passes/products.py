@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Sequence
 
-import torch.fx
+from torch.fx import Node
 
 from sigswap.passes.axes import Step, axis_map
-from sigswap.passes.nodes import argument, axes_argument, input_at, input_list, rank_of, shape_of, tensor_input
+from sigswap.passes.nodes import argument, axes_arg, input_at, input_list, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import op_name, op_of
 
 PARAMETER = "sigswap_parameter"  # node.meta key: set on the placeholders that are parameters
@@ -21,12 +21,12 @@ class Contraction:
     Axes of one name are the same axis. A batch axis of a matrix product has an int for a name.
     """
 
-    factors: tuple[torch.fx.Node, torch.fx.Node]
+    factors: tuple[Node, Node]
     names: tuple[list[Hashable], list[Hashable]]
     out: list[Hashable]
 
 
-def contraction(node: torch.fx.Node) -> Contraction | None:
+def contraction(node: Node) -> Contraction | None:
     """``node`` as a product of two tensors (without what ``baddbmm`` and ``linear`` add); None: it is none."""
     op = op_of(node)
     if op.name == "einsum":
@@ -34,15 +34,15 @@ def contraction(node: torch.fx.Node) -> Contraction | None:
     if not (op.matrix or op.name == "linear"):
         return None
     first, second = (tensor_input(node, position) for position in (op.operands if op.matrix else (0, 1)))
-    inner: list[Hashable] = ["inner", "column"] if op.matrix else ["column", "inner"]
-    batch: list[Hashable] = list(range(max(rank_of(first), rank_of(second)) - 2))
-    left = [*batch, "row", "inner"][-rank_of(first) :]
-    right = [*batch, *inner][-rank_of(second) :] if rank_of(second) > 1 else ["inner"]
+    batch = range(max(rank_of(first), rank_of(second)) - 2)
+    left: list[Hashable] = [*batch, "row", "inner"][-rank_of(first) :]
+    right: list[Hashable] = [*batch, "inner", "column"] if op.matrix else [*batch, "column", "inner"]
+    right = right[-rank_of(second) :] if rank_of(second) > 1 else ["inner"]
     out = [*batch, *(name for name in ("row", "column") if name in (*left, *right))]
     return Contraction((first, second), (left, right), out)
 
 
-def _einsum(node: torch.fx.Node) -> Contraction | None:
+def _einsum(node: Node) -> Contraction | None:
     """An ellipsis is spelled out, as "0", "1", ..."""
     operands = input_list(node, 1)
     if len(operands) != 2:
@@ -67,9 +67,9 @@ def _einsum(node: torch.fx.Node) -> Contraction | None:
 class Factors:
     """A product whose output's ``key_axis`` comes from one factor; ``query_axis`` from the other, if known."""
 
-    node: torch.fx.Node
-    query: torch.fx.Node
-    key: torch.fx.Node
+    node: Node
+    query: Node
+    key: Node
     query_arg: int
     query_dim_axis: int
     key_dim_axis: int
@@ -86,7 +86,7 @@ class Factors:
         return {**{out: axes[0] for out, axes in self.batch_axes.items()}, **self.row_axes}
 
 
-def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
+def product_of(node: Node, key_axis: int) -> Factors | str | None:
     """``node`` as a product whose ``key_axis`` comes from the key; a reason if it is a product but not that one."""
     op = op_of(node)
     found: Factors | str | None
@@ -103,7 +103,7 @@ def product_of(node: torch.fx.Node, key_axis: int) -> Factors | str | None:
     return found
 
 
-def _contracted_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
+def _contracted_product(node: Node, key_axis: int) -> Factors | str:
     product, einsum = contraction(node), op_name(node) == "einsum"
     if product is None:
         return "its scores are an einsum that is not a product of two tensors"
@@ -134,10 +134,10 @@ def _contracted_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
     )
 
 
-def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
+def _summed_product(node: Node, key_axis: int) -> Factors | str:
     """``(query * key).sum(head_dim)``, with queries and keys spread over axes of their own."""
     reason = "its scores are a sum that is not a product of query and key"
-    source, (contracted, *others) = tensor_input(node), axes_argument(node, 1, rank_of(tensor_input(node))) or (-1,)
+    source, (contracted, *others) = tensor_input(node), axes_arg(node, 1, rank_of(tensor_input(node))) or (-1,)
     if op_name(source) != "mul" or contracted < 0 or others:
         return reason
     rank, whole = rank_of(source), shape_of(source)
@@ -165,10 +165,10 @@ def _summed_product(node: torch.fx.Node, key_axis: int) -> Factors | str:
     return Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch, rows, False)
 
 
-def is_parameter(node: torch.fx.Node) -> bool:
+def is_parameter(node: Node) -> bool:
     """Whether ``node`` is a parameter, as it is or through views, casts and scaling by a number."""
     while op_of(node).keeps_parameter:
-        if any(isinstance(arg, torch.fx.Node) and rank_of(arg) > 0 for arg in node.args[1:]):
+        if any(isinstance(arg, Node) and rank_of(arg) > 0 for arg in node.args[1:]):
             return False
         source = input_at(node)
         if source is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch.fx
+from torch.fx import Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Factor:
     ``scale``: the number by which it was multiplied before the product.
     """
 
-    node: torch.fx.Node
+    node: Node
     position: int
     dim_axis: int
     head: HeadLayout
@@ -51,8 +51,8 @@ class Product:
     ``rows_in_order``: the query without head_dim reshapes to the scores without their key axis.
     """
 
-    node: torch.fx.Node
-    path: tuple[torch.fx.Node, ...]
+    node: Node
+    path: tuple[Node, ...]
     key_axis: int
     query: Factor
     key: Factor
@@ -72,8 +72,8 @@ class AttentionSite:
     """
 
     kind: Literal["softmax", "sdpa"]
-    anchor: torch.fx.Node
-    output: torch.fx.Node
+    anchor: Node
+    output: Node
     products: tuple[Product, ...]
     key_axis: int
     row_axis: int | None
@@ -84,14 +84,14 @@ class AttentionSite:
     scale: float | None = None
     softcap: bool = False
     dropout: bool = False
-    weights_path: tuple[torch.fx.Node, ...] = ()
+    weights_path: tuple[Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftAlone:
     """A softmax that is not swapped. ``attention``: it is one, but of a form that cannot be swapped."""
 
-    anchor: torch.fx.Node
+    anchor: Node
     reason: str
     attention: bool
 
@@ -100,7 +100,7 @@ class LeftAlone:
 class Lowered:
     """A site that is now one call of the op: ``node``, in the Dynamo graph, and its operands in words."""
 
-    node: torch.fx.Node
+    node: Node
     operands: str
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
+from torch.fx import GraphModule, Node
 
 from sigswap.passes.find import find
 from sigswap.passes.normalize import graph_modules, normalize, renew, source_of
-from sigswap.passes.site import AttentionSite, LeftAlone
+from sigswap.passes.site import LeftAlone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,12 @@ class SwapResult:
 
     swapped: int
     left_alone: tuple[LeftAlone, ...]
-    shadow: torch.fx.GraphModule | None = dataclasses.field(default=None, repr=False, compare=False)
+    shadow: GraphModule | None = dataclasses.field(default=None, repr=False, compare=False)
     """Of the graph as it is now, if there is one: for the next pass, which would make the same."""
 
 
 def swap(
-    graph_module: torch.fx.GraphModule,
+    graph_module: GraphModule,
     example_inputs: Sequence[Any],
     stand_ins: Mapping[Any, Callable[..., Any]],
     terms: Mapping[str, Any],
@@ -44,14 +44,15 @@ def swap(
     shadow = normalize(graph_module, example_inputs)
     found = find(shadow.graph)
     left = list(found.left_alone)
-    swapped: list[torch.fx.Node] = []
+    swapped: list[Node] = []
     for site in found.sites:
         source = source_of(site.anchor)
         if keep:
             left.append(LeftAlone(site.anchor, keep, True))
             continue
         if source is None or source.target not in stand_ins:
-            left.append(_unreachable(site))
+            reason = "its softmax is inside a function that the graph holds as a whole"
+            left.append(LeftAlone(site.anchor, reason, True))
             continue
         _replace(source, stand_ins[source.target], terms)
         swapped.append(source)
@@ -68,7 +69,7 @@ _WHOLE_ATTENTIONS = (
 )
 
 
-def _may_have_site(graph_module: torch.fx.GraphModule) -> bool:
+def _may_have_site(graph_module: GraphModule) -> bool:
     """Whether any call could be, or hold, a softmax. Most graphs of converted models have none, and need no shadow."""
     for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -79,7 +80,7 @@ def _may_have_site(graph_module: torch.fx.GraphModule) -> bool:
 
 
 def _swap_whole(
-    graph_module: torch.fx.GraphModule, stand_ins: Mapping[Any, Callable[..., Any]], terms: Mapping[str, Any]
+    graph_module: GraphModule, stand_ins: Mapping[Any, Callable[..., Any]], terms: Mapping[str, Any]
 ) -> int:
     """Functions of torch.nn that are attention by definition, and whose softmax no graph node stands for."""
     count = 0
@@ -91,12 +92,8 @@ def _swap_whole(
     return count
 
 
-def _replace(node: torch.fx.Node, stand_in: Callable[..., Any], terms: Mapping[str, Any]) -> None:
+def _replace(node: Node, stand_in: Callable[..., Any], terms: Mapping[str, Any]) -> None:
     """Makes ``node`` a call of ``stand_in``; its place, users and metadata stay."""
     node.op = "call_function"
     node.target = stand_in
     node.kwargs = {**node.kwargs, **terms}
-
-
-def _unreachable(site: AttentionSite) -> LeftAlone:
-    return LeftAlone(site.anchor, "its softmax is inside a function that the graph holds as a whole", True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.fx import Proxy
+from torch.fx import Graph, Node, Proxy
 
 from sigswap.passes.labels import Axes, Label, Labels
 from sigswap.passes.match import Call, Operand, Refused
@@ -49,7 +49,7 @@ class Groups:
 class Views:
     """The tensors of one attention. Methods raise Refused where a tensor cannot be had, or not be viewed."""
 
-    def __init__(self, graph: torch.fx.Graph, labels: Labels, edited: set[int | None], device: torch.device) -> None:
+    def __init__(self, graph: Graph, labels: Labels, edited: set[int | None], device: torch.device) -> None:
         """``graph``: that is written to. ``edited``: the memory that an edit in place writes to, anywhere."""
         self.graph, self.labels, self.edited, self.device = graph, labels, edited, device
         # What is left out above the operands must have run under the same autocast and grad mode as the op will.
@@ -137,7 +137,7 @@ class Views:
         missing = [query - own - set(self.labels_of(operand)) for operand in (key, value)]
         return (key, value) if missing[0] == missing[1] else plain
 
-    def output(self, output: Operand) -> tuple[Operand, list[torch.fx.Node]]:
+    def output(self, output: Operand) -> tuple[Operand, list[Node]]:
         """The output, or a view that is its only use and has plain axes; and the views up to it."""
         seen = [output]
         while len(seen[-1].node.users) == 1 and not self.regions:
@@ -205,7 +205,7 @@ class Views:
             elif len(axis) == 1:
                 self.static.setdefault(axis[0], False)
 
-    def _proxy(self, node: torch.fx.Node) -> Proxy:
+    def _proxy(self, node: Node) -> Proxy:
         return Proxy(node, torch.fx.proxy.GraphAppendingTracer(self.graph))
 
     def _regrouped(self, tensor: Proxy, axes: Sequence[Group], groups: Sequence[Group]) -> tuple[Proxy, list[Group]]:
@@ -251,13 +251,13 @@ def places_of(groups: Sequence[Group]) -> dict[Label, tuple[int, int]]:
     return {label: (number, i) for number, group in enumerate(groups) for i, label in enumerate(group)}
 
 
-def region_of(node: torch.fx.Node) -> str:
+def region_of(node: Node) -> str:
     """The function by which ``node`` switches autocast or gradients on or off; "" if it does not."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
     return name if name in _REGIONS else ""
 
 
-def _is_upcast(node: torch.fx.Node) -> bool:
+def _is_upcast(node: Node) -> bool:
     """Whether ``node`` casts from half precision to a wider type: a product of such numbers is exact in both."""
     source = input_at(node)
     if source is None or not op_of(node).casts:
@@ -265,7 +265,7 @@ def _is_upcast(node: torch.fx.Node) -> bool:
     return dtype_of(source) in (torch.float16, torch.bfloat16) and dtype_of(node) in (torch.float32, torch.float64)
 
 
-def _moves(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+def _moves(node: Node, source: Node) -> bool:
     """Whether a reshape has to copy its tensor."""
     before, after = tensor_at(source), tensor_at(node)
     if not op_of(node).reshapes or before is None or after is None:

@@ -175,6 +175,24 @@ def test_rooms_import_only_what_is_below_them() -> None:
     assert arrows_up(ROOT) == []
 
 
+def kernels_that_import_one_another(root: Path) -> list[str]:
+    """Of those that dispatch chooses from."""
+    assigned = [
+        node for node in ast.parse((root / "kernels/dispatch.py").read_text()).body if isinstance(node, ast.Assign)
+    ]
+    lists = [node.value for node in assigned if ast.unparse(node.targets[0]) in ("FORWARD", "BACKWARD")]
+    kernels = {f"sigswap.kernels.{name}" for each in lists for name in ast.literal_eval(each)}
+    return [
+        f"{found.module} imports {found.target}"
+        for found in all_imports(root)
+        if {found.module, found.target} <= kernels
+    ]
+
+
+def test_kernels_stand_side_by_side() -> None:
+    assert kernels_that_import_one_another(ROOT) == []
+
+
 def test_no_two_files_import_one_another() -> None:
     assert circle(ROOT) == []
 
@@ -203,6 +221,7 @@ MANY = ", ".join(f"x{i}" for i in range(MOST_PARAMETERS + 1))
         ({"passes/find.py": "import sigswap.conversion.mode"}, arrows_up, "passes.find:1 imports"),
         ({"sigswap/report.py": "from sigswap import __version__"}, arrows_up, "report:1 imports sigswap"),
         ({"kernels/triton/a.py": "from sigswap.kernels import reference"}, arrows_up, "triton.a:1 imports"),
+        ({"kernels/triton/b.py": "import sigswap.kernels.triton.a"}, kernels_that_import_one_another, "b imports"),
         ({"passes/a.py": "if TYPE_CHECKING:\n    from sigswap.kernels import op"}, arrows_up, "passes.a:2 imports"),
         ({"passes/a.py": "from sigswap.passes import b", "passes/b.py": "import sigswap.passes.a"}, circle, "passes.b"),
         ({"passes/a.py": "\n".join(LINES)}, long_files, "passes/a.py: 601 lines"),
@@ -215,6 +234,8 @@ def test_a_break_of_each_rule_is_seen(
 ) -> None:
     kept = {
         "kernels/reference.py": "",
+        "kernels/dispatch.py": "FORWARD = ('triton.a', 'triton.b')",
+        "kernels/triton/a.py": "",
         "kernels/op.py": "",
         "sigswap/__init__.py": "from sigswap.conversion.mode import x",
         "sigswap/conversion/mode.py": "def f():\n    from sigswap.passes import c",

@@ -193,8 +193,8 @@ def _key_blocks(signature: Signature, keys: int) -> np.ndarray:
 
 def _longest(order: _Order, times: np.ndarray, units: int, programs: int) -> int:
     """How long the programs take, from the times of a head's items."""
-    firsts = range(0, units, order.at_once)
-    groups = [np.repeat(times, min(order.at_once, units - first)) for first in firsts]
+    whole, rest = divmod(units, order.at_once)
+    groups = [np.repeat(times, order.at_once)] * whole + [np.repeat(times, rest)] * (rest > 0)
     groups[-1::-2] = [group[::-1] for group in groups[-1::-2]]
     items = np.concatenate(groups)
     turns = np.zeros((triton.cdiv(len(items), programs), programs), dtype=np.int64)

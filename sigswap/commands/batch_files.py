@@ -41,14 +41,14 @@ def find_samples(path: Path, count: int, option: str = "--calibrate") -> list[An
     return samples
 
 
-def make_batches(model: nn.Module, source: str, samples: list[Any]) -> list[Any]:
+def make_batches(model: nn.Module, source: str, samples: list[Any], option: str = "--calibrate") -> list[Any]:
     """The ``samples`` as inputs of ``model``, which is that of the directory, hub id or timm name ``source``.
 
     Text needs the tokenizer beside the model, images its processor. Raises ArgumentError if it is not there, or the
     model's inputs are not of that kind.
     """
     make = _images if isinstance(samples[0], Path) else _text
-    return [make(model, source, samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
+    return [make(model, source, samples[start : start + BATCH], option) for start in range(0, len(samples), BATCH)]
 
 
 def block_batches(model: Any, tokenizer: Any, path: Path, count: int, length: int) -> list[Any]:
@@ -79,7 +79,7 @@ def find_tokenizer(*sources: str) -> tuple[Any, str]:
     """The tokenizer beside the first of these models that has one, and that model; None and the last if none has."""
     for source in sources:
         try:
-            return _tokenizer(source), source
+            return _tokenizer(source, "--text"), source
         except SigswapError:
             continue
     return None, sources[-1]
@@ -94,13 +94,13 @@ def _lines(files: list[Path], option: str) -> Iterator[str]:
             raise ArgumentError(f"{option}: {file} is neither UTF-8 text nor an image: {error}") from None
 
 
-def _text(model: Any, source: str, lines: list[str]) -> Any:
+def _text(model: Any, source: str, lines: list[str], option: str) -> Any:
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ArgumentError(
-            "Text is for transformers models that take input_ids.",
+            f"{option}: text is for transformers models that take input_ids.",
             hint=Hint("For this one call sigswap.calibrate and sigswap.compare in Python, with batches of its inputs."),
         )
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(source, option)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH) or MAX_LENGTH)
@@ -110,7 +110,7 @@ def _text(model: Any, source: str, lines: list[str]) -> Any:
     return made
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, option: str) -> Any:
     auto = require("transformers", "hf").AutoTokenizer
     hint = Hint(
         "Put the tokenizer's files into the model's directory, or do without data: --calibrate none, or no --text."
@@ -118,7 +118,9 @@ def _tokenizer(source: str) -> Any:
     try:
         tokenizer = auto.from_pretrained(source)
     except Exception as error:  # OSError, ValueError, KeyError, ImportError, ...: each tokenizer has its own
-        raise ArgumentError(f"{source} has no tokenizer that transformers can load ({error}).", hint=hint) from error
+        raise ArgumentError(
+            f"{option}: {source} has no tokenizer that transformers can load ({error}).", hint=hint
+        ) from error
     # Where the files are missing, transformers makes up a tokenizer that knows no words.
     kinds = getattr(tokenizer, "vocab_files_names", {})
     names = [name for kind, name in kinds.items() if kind != "merges_file" and "config" not in kind]
@@ -126,11 +128,11 @@ def _tokenizer(source: str) -> Any:
     if names and directory is not None:  # a tokenizer of bytes has none
         patterns = (*names, *_VOCABULARIES)
         if not any(fnmatch.fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in patterns):
-            raise ArgumentError(f"{source} has no vocabulary ({' or '.join(names)}).", hint=hint)
+            raise ArgumentError(f"{option}: {source} has no vocabulary ({' or '.join(names)}).", hint=hint)
     return tokenizer
 
 
-def _images(model: Any, source: str, files: list[Path]) -> Any:
+def _images(model: Any, source: str, files: list[Path], option: str) -> Any:
     from PIL import Image
 
     pictures = [Image.open(file).convert("RGB") for file in files]
@@ -141,5 +143,5 @@ def _images(model: Any, source: str, files: list[Path]) -> Any:
         transform = data.create_transform(**data.resolve_model_data_config(model), is_training=False)
         return torch.stack([transform(picture) for picture in pictures])
     if getattr(model, "main_input_name", None) != "pixel_values":
-        raise ArgumentError("Images are for timm models and transformers models that take pixel_values.")
+        raise ArgumentError(f"{option}: images are for timm models and transformers models that take pixel_values.")
     return dict(require("transformers", "hf").AutoImageProcessor.from_pretrained(source)(pictures, return_tensors="pt"))

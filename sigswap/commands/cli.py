@@ -288,7 +288,7 @@ def compare(
             if _writes(converted) and tokenizer is not None:
                 batches = block_batches(converted, tokenizer, text, samples, length)
             else:
-                batches = make_batches(converted, beside, found)
+                batches = make_batches(converted, beside, found, "--text")
         result = sigswap.compare(
             converted, before, batches, tokens=tokenizer, max_length=max_length, sequences=sequences, seed=seed
         )

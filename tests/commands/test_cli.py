@@ -65,6 +65,11 @@ def build() -> nn.Module:
     return Attention()
 
 
+def build_seeded() -> nn.Module:
+    torch.manual_seed(0)
+    return Attention()
+
+
 def build_without_attention() -> nn.Module:
     return NoAttention(8, 8)
 
@@ -181,6 +186,81 @@ def test_json_is_the_whole_of_stdout(tmp_path: Path) -> None:
     error = json.loads(run("inspect", f"{HERE}:build", "--json").stdout)["error"]
     assert error["message"] == "Attention does not say what its inputs look like."
     assert error["hint"].startswith("Pass --example MODULE:FUNCTION, a function that returns inputs: a tensor, ")
+
+
+def word_llama(directory: Path) -> None:
+    """A small Llama with a tokenizer of words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {f"w{index}": index for index in range(48)} | {"[UNK]": 48, "</s>": 49}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, max_position_embeddings=64))
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+
+
+def test_compare(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    word_llama(tmp_path / "in")
+    done = run("convert", tmp_path / "in", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and f"sigswap compare {tmp_path / 'out'} {tmp_path / 'in'}" in done.stdout
+    text = "\n".join(" ".join(f"w{(3 * i + j * j) % 48}" for j in range(10)) for i in range(40))
+    (tmp_path / "text.txt").write_text(text)
+    options = ("--text", tmp_path / "text.txt", "--length", 32, "--samples", 5, "--json", tmp_path / "figures.json")
+    result = run("compare", tmp_path / "out", tmp_path / "in", *options, "--picture", tmp_path / "picture.png")
+    assert result.exit_code == 0, result.output
+    assert all(word in result.stdout for word in ("original (softmax)", "copying", "tokens back", "loss with 0 to 15"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    ids = torch.tensor(tokenizer(text)["input_ids"][: 5 * 32]).view(5, 32)
+    model, original = sigswap.load(tmp_path / "out"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    expected = sigswap.compare(model, original, [{"input_ids": ids}], tokens=tokenizer, progress=False)
+    assert figures == expected.to_dict()
+    # Without text, and without a tokenizer.
+    for file in [*(tmp_path / "in").glob("tokenizer*"), *(tmp_path / "out").glob("tokenizer*")]:
+        file.unlink()
+    result = run("compare", tmp_path / "out", tmp_path / "in", "--max-length", 32)
+    assert result.exit_code == 0 and "the model wrote itself" in result.stdout and "copying" in result.stdout
+    result = run("compare", tmp_path / "out", tmp_path / "in", "--text", tmp_path / "text.txt")
+    assert result.exit_code == 1 and "has no tokenizer" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("in", "in"), "holds no model that sigswap saved"),
+        (("out", "nothing"), "nothing: not a directory or hub id"),
+        (("out", "in", "--text", "no.txt"), "--text: there is no no.txt"),
+        (
+            ("out", "in", "--text", "short.txt", "--length", "8"),
+            "short.txt has 3 tokens, fewer than a block of --length",
+        ),
+        (("out", "in", "--text", "short.txt", "--length", "65"), "--length 65: LlamaForCausalLM has positions for 64"),
+        (("out", "in", "--json", "no/figures.json"), "there is no directory no"),
+        (("out", "in", "--picture", "picture.txt"), "suffix must be .png"),
+    ],
+)
+def test_compare_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    word_llama(Path("in"))
+    run("convert", "in", "--out", "out")
+    Path("short.txt").write_text("w1 w2 w3")
+    result = run("compare", *arguments)
+    assert result.exit_code == 1 and message in " ".join(result.stderr.split()), result.stderr
+
+
+def test_compare_of_other_models(tmp_path: Path) -> None:
+    example = ("--example", f"{HERE}:inputs")
+    assert run("convert", f"{HERE}:build_seeded", *example, "--out", tmp_path / "out").exit_code == 0
+    result = run("compare", tmp_path / "out", f"{HERE}:build_seeded", *example)
+    assert result.exit_code == 0 and "cosine similarity" in result.stdout, result.output
 
 
 def test_timm(tmp_path: Path) -> None:

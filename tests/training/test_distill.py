@@ -271,3 +271,117 @@ def test_lora_on_a_converted_model() -> None:
     assert loss_of(lora) < before
     tuned = loss_of(lora)
     assert loss_of(lora.merge_and_unload()) == pytest.approx(tuned, rel=1e-4)
+
+
+# Distillation that scales: each option gives what a plain run gives
+
+
+def tuned(**options: Any) -> tuple[Any, Any]:
+    """A model after six steps of both stages, and the report."""
+    model, original = converted()
+    arguments: dict[str, Any] = {"steps": 4, "layerwise_steps": 2, "lr": 1e-3, "progress": False, **options}
+    batches = arguments.pop("batches", texts())
+    return model, sigswap.distill(model, original, batches, **arguments)
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module, **tolerances: float) -> None:
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, **(tolerances or {"rtol": 0.0, "atol": 0.0}))
+
+
+def test_accumulated_gradients_are_those_of_one_batch() -> None:
+    """Of batches that are equal: the losses scale with each one's own error, so that halves of one would differ."""
+    twice = [batch for batch in texts() for _ in range(2)]
+    one, first = tuned(lookups=False)
+    other, second = tuned(lookups=False, batches=twice, accumulate=2)
+    assert_same_weights(one, other, rtol=1e-4, atol=1e-6)
+    assert second.end_to_end == pytest.approx(first.end_to_end, rel=1e-4) and len(second.layerwise) == 2
+
+
+def test_checkpointed_layers_give_the_same_gradients() -> None:
+    calls = []
+    model, original = converted()
+    plain, _ = tuned()
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    sigswap.distill(model, original, texts(), steps=4, layerwise_steps=2, lr=1e-3, checkpointing=True, progress=False)
+    assert_same_weights(model, plain, rtol=1e-5, atol=1e-7)
+    assert sum(calls) == 8  # of each end-to-end step one forward and one that is recomputed
+    assert all("forward" not in vars(module) for module in model.modules())
+    flat = sigswap.convert(
+        copy.deepcopy(BY_NAME["two_sites"].build()), example_inputs=BY_NAME["two_sites"].make_inputs()
+    )
+    with pytest.raises(ArgumentError, match=r"no nn\.ModuleList"):
+        sigswap.distill(flat, copy.deepcopy(flat), [BY_NAME["two_sites"].make_inputs()], steps=1, checkpointing=True)
+
+
+def test_autocast_learns_in_bfloat16() -> None:
+    model, original = converted()
+    before, seen = divergence(model, original), []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    sigswap.distill(model, original, texts(), steps=20, lr=1e-3, autocast=torch.bfloat16, lookups=False, progress=False)
+    assert set(seen) == {torch.bfloat16} and divergence(model, original) < 0.8 * before
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_interrupted_run_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
+    """In either stage, or between them: the weights and losses are those of a run in one go, bit for bit."""
+
+    def interrupt(done: int, loss: float) -> None:
+        if done == after:
+            raise Interrupted
+
+    whole, expected = tuned()
+    model, original = converted()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments: dict[str, Any] = {"steps": 4, "layerwise_steps": 2, "lr": 1e-3, "progress": False}
+    with pytest.raises(Interrupted):
+        sigswap.distill(model, original, texts(), **arguments, resume=tmp_path / "run.pt", callback=interrupt)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    seen = []
+    for _ in range(2):  # the second time all is done
+        report = sigswap.distill(
+            model, original, texts(), **arguments, resume=tmp_path / "run.pt", callback=lambda *step: seen.append(step)
+        )
+        assert_same_weights(model, whole)
+        assert report == expected
+    losses = [*expected.layerwise, *expected.end_to_end]
+    assert seen == [(index + 1, losses[index]) for index in range(after, 6)]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+    with pytest.raises(ArgumentError, match=r"resume=.*holds another run: steps was 4 and is 5"):
+        sigswap.distill(model, original, texts(), **{**arguments, "steps": 5}, resume=tmp_path / "run.pt")
+    (tmp_path / "run.pt").write_bytes(b"damaged")
+    with pytest.raises(ArgumentError, match="is not the state of a distillation"):
+        sigswap.distill(model, original, texts(), **arguments, resume=tmp_path / "run.pt")
+    assert_same_weights(model, whole)
+
+
+def test_comparing_in_a_callback() -> None:
+    found = []
+    model, original = converted()
+
+    def evaluate(done: int, loss: float) -> None:
+        found.append(sigswap.compare(model, original, texts(1), max_length=16, progress=False)["loss"].converted)
+
+    sigswap.distill(model, original, texts(), steps=3, lr=1e-3, callback=evaluate, progress=False)
+    assert len(found) == 3 and len(set(found)) == 3
+    expected, _ = converted()
+    sigswap.distill(expected, original, texts(), steps=3, lr=1e-3, progress=False)
+    assert_same_weights(model, expected)
+
+
+def test_wrong_options() -> None:
+    model, original = converted()
+    for wrong, message in (
+        ({"accumulate": 0}, "accumulate must be a number of batches, 1 or more"),
+        ({"autocast": torch.float16}, "autocast must be None or torch.bfloat16"),
+        ({"checkpointing": 1}, "checkpointing must be True or False"),
+        ({"lookups": 2.0}, "lookups must be a share"),
+        ({"resume": "/no/such/directory/run.pt"}, "there is no directory"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            sigswap.distill(model, original, texts(), steps=1, progress=False, **wrong)
