@@ -507,9 +507,10 @@ def _attend(
         mbarrier.arrive(v_empty.index(stage))
         stage, phase = _next_stage(stage, phase, STAGES)
         if sum_out is not None:
-            place = sum_out + (batch * heads + head).to(gl.int64) * q_len + row
-            gl.store(place, row_sum, mask=row < q_len)
-        divisor = gl.convert_layout(gl.maximum(row_sum, row_cap), gl.SliceLayout(1, of_out))
+            gl.store(sum_out + (batch * heads + head).to(gl.int64) * q_len + row, row_sum, mask=row < q_len)
+        divisor = row_sum
+        if CAP:
+            divisor = gl.convert_layout(gl.maximum(row_sum, row_cap), gl.SliceLayout(1, of_out))
         for j in gl.static_range(V_PARTS):
             pieces = _in_pieces(sums[j] / divisor[:, None] if CAP else sums[j], of_store)
             for i in gl.static_range(of_v_part // of_store):
