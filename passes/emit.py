@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch.fx import Node, Proxy
@@ -13,7 +13,7 @@ from torch.fx import Node, Proxy
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.mask_plan import Boolean, MaskPlan, MaskPlanner
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Call, Operand, Refused
+from sigswap.passes.match import Call, FirstToken, Operand, Refused
 from sigswap.passes.nodes import dtype_of, edited_by, is_floating, memory_of, tensor_at
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
 from sigswap.passes.ops import OPS, Op, spelling_of
@@ -21,6 +21,7 @@ from sigswap.passes.site import Lowered
 from sigswap.passes.views import Group, Views, places_of, region_of
 
 OP = torch.ops.sigswap.sigmoid_attention.default
+FIRST_TOKEN_BIAS = torch.ops.sigswap.first_token_bias.default
 _WHERE = "nn_module_stack", "stack_trace", "source_fn_stack"
 
 Written = tuple[Proxy, Proxy, Proxy | None]
@@ -96,6 +97,7 @@ class Emission:
         found = self.call.modifiers
         operands = [self.query, self.key, self.value, *found.terms]
         operands += [operand for operand, _ in found.query_factors + found.key_factors]
+        operands += [] if found.first is None else found.first.operands
         nodes = [operand.node for operand in operands] + [each.condition.node for each in found.masks]
         order = {node: number for number, node in enumerate(self.output.node.graph.nodes)}
         read: dict[int | None, int] = {}
@@ -152,6 +154,12 @@ class Emission:
         scale = found.scale if cap is None else found.scale * cap
         words = [f"scale {scale:.4g}", *plan.words]
         words += [f"soft cap {cap:.4g}"] if cap is not None else []
+        const_bias, visible_bias = found.const_bias, call.visible_bias and padding is None
+        if found.first is not None:
+            options = {"scale": scale, "softcap": cap or 0.0, **plan.band}
+            bias = self._first_token_bias(found.first, q, k, bias, attn_mask, padding, options)
+            const_bias, visible_bias = 0.0, False
+            words.append("first token")
         words += ["row bias"] if bias is not None else []
         words += [f"{self.labels.size(heads)} heads over {self.labels.size(key_groups[1])}"] if repeated else []
         words += [f"dropout {call.dropout_p:.4g}"] if call.dropout_p else []
@@ -166,14 +174,54 @@ class Emission:
             seed,
             # The dimension may vary; then this is the number that the model would have worked out.
             scale=views.call(operator.pow, q.size(-1), -0.5) if call.scale_by_dim else scale,
-            const_bias=found.const_bias,
-            visible_bias=call.visible_bias and padding is None,
+            const_bias=const_bias,
+            visible_bias=visible_bias,
             **plan.band,
             softcap=cap or 0.0,
             dropout_p=call.dropout_p,
             row_cap=found.row_cap,
         )
         return result, ", ".join(words)
+
+    def _first_token_bias(
+        self,
+        first: FirstToken,
+        q: Proxy,
+        k: Proxy,
+        bias: Proxy | None,
+        attn_mask: Proxy | None,
+        padding: Proxy | None,
+        options: Mapping[str, object],
+    ) -> Proxy:
+        """The whole row bias. ``bias``, and a number in the modifiers, are added to the scores of each row.
+
+        What is added to a row's scores, the first one included, is taken off again by its bias: with t added to both,
+        t - logaddexp(s + t, r) is -logaddexp(s, r - t).
+        """
+        call, added = self.views.call, self.call.modifiers.const_bias
+        share = self._sum_of([first.share], q)
+        assert share is not None
+        rest = self._plus(None if first.rest is None else self._sum_of([first.rest], q), bias)
+        if added:
+            rest = call(operator.add, call(operator.mul, share, 0.0) if rest is None else rest, added)
+        result = call(
+            FIRST_TOKEN_BIAS,
+            q,
+            k,
+            share,
+            rest,
+            attn_mask,
+            padding,
+            const_bias=first.const_bias,
+            visible_bias=self.call.visible_bias,
+            **options,
+        )
+        return result if first.offset is None else call(operator.add, result, self._sum_of([first.offset], q))
+
+    @property
+    def _counts(self) -> bool:
+        """Whether -ln(visible keys) is added to the rows as it is."""
+        return self.call.visible_bias and self.call.modifiers.first is None
 
     def _masks(self, plan: MaskPlan, q: Proxy) -> tuple[Proxy | None, Proxy | None, Proxy | None]:
         """Row bias, attn_mask and padding ([B, 1, 1, N], True is visible), each None if there is none.
@@ -188,7 +236,7 @@ class Emission:
         if written is None or not written[0].node < same_in(self.output.node, self.graph):
             attn_mask, padding = self._attn_mask(plan, q), self._all_of(plan.padding, q)
             assert attn_mask is not None and padding is not None
-            counted = self._visible_bias(padding, attn_mask, plan) if self.call.visible_bias else None
+            counted = self._visible_bias(padding, attn_mask, plan) if self._counts else None
             written = self.written[key] = attn_mask, padding, counted
         attn_mask, padding, counted = written
         return self._plus(bias, counted), attn_mask, padding
@@ -260,7 +308,7 @@ class Emission:
         ]
         sizes = tuple(tuple(self.labels.size([label]) for label in group) for group in self.groups.scores)
         lengths = len(plan.terms), len(plan.tensors)
-        return self.graph, *spelled, lengths, sizes, plan.left, plan.right, self.dtype, self.call.visible_bias
+        return self.graph, *spelled, lengths, sizes, plan.left, plan.right, self.dtype, self._counts
 
     def _repeats(self, operands: Sequence[Operand]) -> bool:
         """Whether the masks have the inner part of the batch only, as Swin's windows: the op repeats such a mask."""

@@ -17,8 +17,9 @@ from torch.fx import Graph, Node
 from sigswap.passes.axes import axis_map, chain_inputs
 from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
 from sigswap.passes.nodes import argument, axes_arg, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
-from sigswap.passes.ops import OPAQUE, Op, op_name, op_of, spelling_of
+from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
 from sigswap.passes.products import PARAMETER, Factors, contraction, follow, is_parameter, product_of
+from sigswap.passes.row_terms import counts_from_the_last_key
 from sigswap.passes.site import ONE_HEAD, AttentionSite, FindResult, HeadLayout, LeftAlone
 
 _LONGEST_WALK = 256  # ops between a product and its softmax; real models have fewer than 40
@@ -43,9 +44,27 @@ def find(graph: Graph) -> FindResult:
                 sites.append(found)
             else:
                 left.append(found)
+        elif op.name in ("exp", "exp2") and (by_hand := _by_hand(node, data)) is not None:
+            left.append(by_hand)
         elif any(part in op.name for part in OPAQUE):
             left.append(LeftAlone(node, f"it runs inside {op.name}, whose softmax cannot be reached", True))
     return FindResult(tuple(sites), tuple(left))
+
+
+def _by_hand(node: Node, data: set[Node]) -> LeftAlone | None:
+    """An attention whose softmax is in pieces: ``exp(s) / exp(s).sum(-1)``, or ``log_softmax(s, -1).exp()``."""
+    rank, scores = rank_of(node), input_at(node)
+    while scores is not None and op_of(scores).same:
+        scores = input_at(scores)
+    if scores is None or rank < 2:
+        return None
+    axes: list[int | None] = [rank - 1, rank - 2]
+    if op_name(scores) == "log_softmax":
+        scores, axes = tensor_input(scores), [int_arg(scores, 1)]
+    for found in (score_site(node, axis, data, scores) for axis in axes):
+        if isinstance(found, AttentionSite) or found.attention:
+            return LeftAlone(node, f"its softmax is written by hand, with {spelling_of(node)}; call softmax", True)
+    return None
 
 
 def _sdpa_site(node: Node) -> AttentionSite:
@@ -90,12 +109,14 @@ def data_dependent(graph: Graph) -> set[Node]:
     return data
 
 
-def score_site(anchor: Node, axis: int | None, data: set[Node]) -> AttentionSite | LeftAlone:
-    """The attention whose probabilities ``anchor`` makes from its first argument, the scores, over their axis ``axis``.
+def score_site(
+    anchor: Node, axis: int | None, data: set[Node], scores: Node | None = None
+) -> AttentionSite | LeftAlone:
+    """The attention whose probabilities ``anchor`` makes from ``scores`` over their axis ``axis``.
 
-    ``data``: :func:`data_dependent` of the graph.
+    ``data``: :func:`data_dependent` of the graph. The scores are the anchor's first argument by default.
     """
-    scores = tensor_input(anchor)
+    scores = tensor_input(anchor) if scores is None else scores
     shape = shape_of(scores)
     if shape is None or axis is None or not shape:
         return LeftAlone(anchor, "the shape of its scores is not known", False)
@@ -107,12 +128,16 @@ def score_site(anchor: Node, axis: int | None, data: set[Node]) -> AttentionSite
     origin.products.sort(key=lambda product: product.key not in data)
     if origin.products and not _is_computed(origin.products[0].key, data):
         return LeftAlone(anchor, "its keys do not depend on the model's input (a router or a classifier)", False)
-    found = _weighted_sum(anchor, key_axis)
+    found, lost = _weighted_sum(anchor, key_axis)
+    # In doubt it is an attention, so that it is not left without a word: where a product of activations goes into the
+    # scores, or comes after the probabilities, by ways that are not understood.
+    into_product = next((node for node in lost if _has_product_below(node)), None)
     if not origin.products:
-        # A product of activations that is not understood, over an axis that a value is weighted over: in doubt, an
-        # attention, so that it is not left without a word.
-        doubtful = found is not None and _has_product_above(scores)
+        doubtful = (found is not None or into_product is not None) and _has_product_above(scores)
         return LeftAlone(anchor, origin.reason or "its scores are not a product of query and key", doubtful)
+    if found is None and into_product is not None:
+        reason = f"its probabilities cannot be followed through {spelling_of(into_product)} to the value"
+        return LeftAlone(anchor, reason, True)
     if found is None:
         return LeftAlone(anchor, "its probabilities do not weight a value over the softmax's axis", False)
     output, weights = found
@@ -121,6 +146,12 @@ def score_site(anchor: Node, axis: int | None, data: set[Node]) -> AttentionSite
             "its probabilities are mixed with others or normalised again before they weight the value, which would "
             "undo or bend what a sigmoid gives"
         )
+    for term in origin.terms:
+        if term not in data and counts_from_the_last_key(term, _with_above(term)):
+            origin.obstacle = (
+                "its position bias counts from the last key, so each further key shifts whole rows, which a softmax "
+                "ignores and a sigmoid does not"
+            )
     if origin.obstacle:
         return LeftAlone(anchor, origin.obstacle, True)
 
@@ -150,20 +181,40 @@ def _is_computed(node: Node, data: set[Node]) -> bool:
 
 def _has_product_above(node: Node) -> bool:
     """Whether a product of two activations goes into ``node``, with no layer in between."""
-    for above in _with_above(node, lambda op: op.product or op.layer or op.softmax):
-        factors = [source for source in above.all_input_nodes if rank_of(source) > 0]
-        if op_of(above).product and not any(is_parameter(factor) for factor in factors):
+
+    def is_end(above: Node) -> bool:
+        op = op_of(above)
+        mixes = op.name == "einsum" and rank_of(above) > 3  # heads, by a parameter
+        return (op.product and not mixes) or op.layer or op.softmax
+
+    return any(op_of(above).product and _has_two_activations(above) for above in _with_above(node, is_end))
+
+
+def _has_product_below(node: Node) -> bool:
+    """Whether ``node`` is, or goes into, a product of two activations, with no layer in between."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        op = op_of(current)
+        if op.product and _has_two_activations(current):
             return True
+        if not op.layer and not op.softmax:
+            pending += [user for user in current.users if user not in seen]
+            seen.update(current.users)
     return False
 
 
-def _with_above(node: Node, is_end: Callable[[Op], bool] = lambda op: False) -> Iterator[Node]:
+def _has_two_activations(product: Node) -> bool:
+    return sum(rank_of(source) > 0 and not is_parameter(source) for source in product.all_input_nodes) > 1
+
+
+def _with_above(node: Node, is_end: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
     """``node`` and what it comes from, but nothing that goes through an end."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
         yield current
-        if not is_end(op_of(current)):
+        if not is_end(current):
             pending += [source for source in current.all_input_nodes if source not in seen]
             seen.update(current.all_input_nodes)
 
@@ -180,6 +231,7 @@ class _Origin:
     softcap: bool = False
     reason: str | None = None  # why no product was found
     obstacle: str | None = None  # why the attention cannot be swapped
+    terms: list[Node] = dataclasses.field(default_factory=list)  # that are added to them
 
 
 def _trace_scores(node: Node, key_axis: int, seen: set[tuple[Node, int]]) -> _Origin:
@@ -245,6 +297,8 @@ def _merge_term(origin: _Origin, node: Node, source: Node, key_axis: int, seen: 
         origin.masks |= term.masks
     elif additive:
         origin.masks.add("additive")
+        origin.terms.append(source)
+    origin.terms += term.terms
     origin.products += term.products
     origin.softcap |= term.softcap
     origin.obstacle = origin.obstacle or term.obstacle
@@ -278,9 +332,12 @@ class _Weights:
     remade: bool = False  # added to something, or divided by more than a number
 
 
-def _weighted_sum(anchor: Node, key_axis: int) -> tuple[Node, _Weights] | None:
-    """The product that contracts the probabilities' keys with a value, and the probabilities as it gets them."""
-    pending = [_Weights(anchor, key_axis)]
+def _weighted_sum(anchor: Node, key_axis: int) -> tuple[tuple[Node, _Weights] | None, list[Node]]:
+    """The product that contracts the probabilities' keys with a value, and the probabilities as it gets them.
+
+    Also the ops by which the keys were lost, other than products of which the keys are known.
+    """
+    pending, lost = [_Weights(anchor, key_axis)], list[Node]()
     seen: set[tuple[Node, int]] = set()
     while pending:
         weights = pending.pop(0)
@@ -289,11 +346,14 @@ def _weighted_sum(anchor: Node, key_axis: int) -> tuple[Node, _Weights] | None:
                 continue
             seen.add((user, weights.axis))
             if _contracts(user, weights.node, weights.axis) or (weights.multiplied and _sums(user, weights)):
-                return user, weights
+                return (user, weights), lost
             inputs = chain_inputs(user)
             axes = axis_map(user, weights.node) if weights.node in inputs else None
-            axis = None if axes is None else axes[weights.axis]
+            axis = _axis_beside_parameter(user, weights) if axes is None else axes[weights.axis]
             if axis is None:
+                reduces = op_of(user).reduces or op_name(user) == "sum"
+                if contraction(user) is None and not op_of(user).layer and not reduces:
+                    lost.append(user)
                 continue
             name, tensors = op_name(user), len(inputs)
             pending.append(
@@ -306,7 +366,18 @@ def _weighted_sum(anchor: Node, key_axis: int) -> tuple[Node, _Weights] | None:
                     weights.remade or name in ("add", "sub") or (name == "div" and tensors == 2),
                 )
             )
-    return None
+    return None, lost
+
+
+def _axis_beside_parameter(user: Node, weights: _Weights) -> int | None:
+    """Where the keys are after an einsum with a parameter, which mixes other axes (the heads, say)."""
+    product = contraction(user) if op_name(user) == "einsum" else None
+    if product is None or weights.node not in product.factors:
+        return None
+    at = product.factors.index(weights.node)
+    name = product.names[at][weights.axis]
+    kept = is_parameter(product.factors[1 - at]) and name in product.out and name not in product.names[1 - at]
+    return product.out.index(name) if kept else None
 
 
 def _sums(user: Node, weights: _Weights) -> bool:

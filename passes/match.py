@@ -48,6 +48,21 @@ class LabelledCondition:
     own: Axes
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstToken:
+    """Arguments of ``sigswap::sigmoid_probs`` where the row bias knows the first visible key's score. ``offset``: what
+    is added to that bias; ``const_bias``: the number in it."""
+
+    share: Operand
+    rest: Operand | None
+    offset: Operand | None
+    const_bias: float
+
+    @property
+    def operands(self) -> list[Operand]:
+        return [operand for operand in (self.share, self.rest, self.offset) if operand is not None]
+
+
 @dataclasses.dataclass
 class Modifiers:
     """What stands between the product of query and key and the probabilities::
@@ -70,6 +85,7 @@ class Modifiers:
     left: int = -1
     right: int = -1
     row_cap: float = 0.0
+    first: FirstToken | None = None  # then neither const_bias nor the terms hold the anchor's own bias
 
     @property
     def is_bare(self) -> bool:
@@ -322,10 +338,14 @@ class Match:
             return False
         if has_symbol(self.anchor):
             raise Refused("its bias depends on a size that varies")
-        bias = argument(self.anchor, 1, "bias")
-        if isinstance(bias, Node):
-            found.terms.append(broadcast(bias, axes))
-        found.const_bias += number_arg(self.anchor, 4, "const_bias", 0.0)
+        arguments = (argument(self.anchor, i, name) for i, name in ((1, "bias"), (6, "share"), (7, "rest")))
+        bias, share, rest = (broadcast(x, axes) if isinstance(x, Node) else None for x in arguments)
+        const_bias = number_arg(self.anchor, 4, "const_bias", 0.0)
+        if share is not None:
+            found.first = FirstToken(share, rest, bias, const_bias)
+        else:
+            found.terms += [] if bias is None else [bias]
+            found.const_bias += const_bias
         found.row_cap = number_arg(self.anchor, 5, "row_cap", 0.0)
         return bool(argument(self.anchor, 3, "visible_bias", True))
 
@@ -350,7 +370,7 @@ class Match:
                     dropout_p = p
                 continue
             # What is hidden now was counted by a visible bias, and is in the sum of a row with a cap.
-            counted = visible_bias or found.row_cap > 0
+            counted = visible_bias or found.row_cap > 0 or found.first is not None
             hides = op.name in ("masked_fill", "where") and not counted and dropout_p == 0
             fill = (
                 self.masks.constant(args[2] if op.name == "masked_fill" or args[1] is source else args[1])

@@ -192,6 +192,7 @@ _ROWS = (
     Op("einsum", product=True),
     Op("cdist", "_cdist_forward", product=True),
     Op("inner", "tensordot dot", product=True),
+    Op("cosine_similarity", product=True),
     Op("linear", layer=True, mixes=True),
     Op("convolution", "conv2d", layer=True, mixes=True),
     Op("addmm", layer=True),

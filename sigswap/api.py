@@ -81,7 +81,7 @@ def convert(
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
-    with ReachableAttention(model) as attention:
+    with ReachableAttention(model, example_inputs) as attention:
         sites, report = search(model, example_inputs, include, exclude)
         stuck = [left for left in sites.left if left.attention and selected(left.path, include, exclude)]
         if stuck and strict:
@@ -102,7 +102,7 @@ def convert(
             config,
             tuple(sites.owners.values()),
             tuple(sorted(sites.guarded)),
-            Report(swapped, report.notes),
+            Report(swapped, [*attention.note, *report.notes]),
             attention.before,
         )
         apply_conversion(model, conversion)
@@ -124,8 +124,9 @@ def inspect(
     Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
     """
     _check_convertible(model)
-    with ReachableAttention(model):
-        return search(model, example_inputs, include, exclude)[1]
+    with ReachableAttention(model, example_inputs) as attention:
+        report = search(model, example_inputs, include, exclude)[1]
+    return Report(report.sites, [*attention.note, *report.notes])
 
 
 def compare(
@@ -165,7 +166,7 @@ def compare(
             inputs made from what the model knows of itself.
         tokens: of language models, what lookups are made of: the tokenizer, or token ids; as for distill.
         max_length: the longest context of lookups; ``None``: the model's. On a CPU thousands of tokens take minutes.
-        sequences: of each kind of lookup.
+        sequences: of each kind of lookup; fewer, but two at least, where that would be more than 131,072 tokens.
         seed: of the lookups, and of inputs that are made.
         progress: shows a progress bar on standard error, if that is a terminal.
 

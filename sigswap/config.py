@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from sigswap.errors import ConfigError
 
-_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
+_OVERRIDABLE = ("bias", "learn_bias", "query_bias", "first_token", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
 
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidConfig:
     """How a softmax attention becomes ``sigmoid(score + b)``, with ``b = b0 + c_h + w_h . q``.
+
+    With ``first_token`` it is ``b = d_h - logaddexp(s_first, -(a_h b0 + c_h + w_h . q))``.
 
     ``SigmoidConfig()`` is for a pretrained model; :meth:`from_scratch` is the recipe of the paper
     (arXiv 2409.04431) for a model that is trained anew.
@@ -26,6 +28,11 @@ class SigmoidConfig:
             a ``float``: that very number for every row.
         learn_bias: adds ``c_h``, one trainable number per head, 0 at first.
         query_bias: adds ``w_h . q_i``, one trainable vector [head_dim] per head, 0 at first.
+        first_token: takes the score ``s_first`` of the first key that a row sees as it is, with scale, soft cap and
+            additive mask, so that ``b0``, ``c_h`` and ``w_h`` stand for the rest of the row. Adds ``a_h``, one
+            trainable number per head, 1 at first, and ``d_h``, likewise, 0 at first. For decoders: their first token
+            gets much of the attention. The first key is that of the row: beside padding the first that is no padding,
+            in packed sequences each one's own, and in a window that has moved on the oldest one in it.
         qk_norm: ``"rms"`` or ``"layer"`` normalises query and key over head_dim, with trainable weights
             [heads, head_dim], before their product. ``None``: no norm.
         layer_scale: multiplies the attention module's output by a trainable vector [channels] that
@@ -40,6 +47,7 @@ class SigmoidConfig:
     bias: Literal["visible"] | int | float = "visible"
     learn_bias: bool = True
     query_bias: bool = False
+    first_token: bool = False
     qk_norm: Literal["rms", "layer"] | None = None
     layer_scale: float | None = None
     hybrid_norm: bool = False
@@ -48,7 +56,7 @@ class SigmoidConfig:
 
     def __post_init__(self) -> None:
         _check_bias(self.bias)
-        for name in ("learn_bias", "query_bias", "hybrid_norm"):
+        for name in ("learn_bias", "query_bias", "first_token", "hybrid_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{{argument}} must be True or False, not {getattr(self, name)!r}.", argument=name)
         if self.qk_norm not in (None, "rms", "layer"):

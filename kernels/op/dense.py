@@ -25,6 +25,7 @@ from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.problem import Gradients, Options, Problem, problem_of
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.op import checks, vmap
+from sigswap.kernels.op.first_token import bias_of_first
 from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
 
@@ -120,11 +121,14 @@ def sigmoid_probs(
     visible_bias: bool = True,
     const_bias: float = 0.0,
     row_cap: float = 0.0,
+    share: Tensor | None = None,
+    rest: Tensor | None = None,
 ) -> Tensor:
     """Attention probabilities from scores that a model computed and masked: the counterpart of softmax.
 
     ``p = sigmoid(score + const_bias - [ln n] + bias)``, exactly 0 where a score is masked (at or below
     ``MASKED_SCORE``); n is the number of scores along ``dim`` that are not, at least 1. NaN stays NaN.
+    With ``share``, ``const_bias - [ln n]`` becomes what :mod:`sigswap.kernels.op.first_token` makes of it.
     Half precision is computed in float32. Under autocast on CUDA the result is float32, as softmax's is.
 
     Args:
@@ -134,11 +138,14 @@ def sigmoid_probs(
         visible_bias: Adds -ln n.
         const_bias: Added to every score.
         row_cap: If positive, p is divided by the larger of this and its sum along ``dim``.
+        share, rest: As ``bias``; rest only together with share.
 
     Returns:
         Of scores' shape and dtype.
     """
-    probs: Tensor = torch.ops.sigswap.sigmoid_probs.default(scores, bias, dim, visible_bias, const_bias, row_cap)
+    probs: Tensor = torch.ops.sigswap.sigmoid_probs.default(
+        scores, bias, dim, visible_bias, const_bias, row_cap, share, rest
+    )
     return probs
 
 
@@ -172,13 +179,18 @@ def _probs(
     visible_bias: bool = True,
     const_bias: float = 0.0,
     row_cap: float = 0.0,
+    share: Tensor | None = None,
+    rest: Tensor | None = None,
 ) -> Tensor:
     if not scores.dtype.is_floating_point:
         raise ArgumentError(f"scores must be floating point, not {scores.dtype}.")
     if not -scores.dim() <= dim < scores.dim():
         raise ArgumentError(f"dim must be a dimension of scores {list(scores.shape)}, not {dim}.")
-    if bias is not None:
-        _check_score_bias(bias, scores, dim)
+    for name, term in (("bias", bias), ("share", share), ("rest", rest)):
+        if term is not None:
+            _check_score_bias(name, term, scores, dim)
+    if rest is not None and share is None:
+        raise ArgumentError("rest needs share.")
     checks.check_row_cap(row_cap)
     with torch._C.DisableTorchFunction():
         exact = scores if scores.dtype == torch.float64 else scores.float()
@@ -186,7 +198,9 @@ def _probs(
         # Autograd saves the bool mask for this line and p for the sigmoid; nothing else of scores' size.
         exact = exact.masked_fill(masked, -torch.inf)
         row_bias: float | Tensor = const_bias
-        if visible_bias:
+        if share is not None:
+            row_bias = _first_bias(exact, masked, dim, share, rest, visible_bias, const_bias)
+        elif visible_bias:
             visible = masked.logical_not().sum(dim, keepdim=True)
             row_bias = row_bias - visible.clamp(min=1).to(exact.dtype).log()
         if bias is not None:
@@ -197,11 +211,29 @@ def _probs(
         return p.to(scores.dtype)
 
 
-def _check_score_bias(bias: Tensor, scores: Tensor, dim: int) -> None:
+def _first_bias(
+    exact: Tensor,
+    masked: Tensor,
+    dim: int,
+    share: Tensor,
+    rest: Tensor | None,
+    visible_bias: bool,
+    const_bias: float,
+) -> Tensor:
+    visible = masked.logical_not()
+    if exact.shape[dim] == 0:
+        return exact.new_zeros(())
+    first = visible.to(torch.uint8).argmax(dim, keepdim=True)
+    # A row that sees nothing has -inf there; its gradient must not become NaN.
+    score = exact.gather(dim, first).masked_fill(masked.gather(dim, first), 0.0)
+    return bias_of_first(score, visible.sum(dim, keepdim=True), share, rest, const_bias, visible_bias)
+
+
+def _check_score_bias(name: str, bias: Tensor, scores: Tensor, dim: int) -> None:
     if not bias.dtype.is_floating_point:
-        raise ArgumentError(f"bias must be floating point, not {bias.dtype}.")
+        raise ArgumentError(f"{name} must be floating point, not {bias.dtype}.")
     if bias.device != scores.device and bias.dim() > 0:
-        raise ArgumentError(f"bias must be on the device of scores {scores.device}, not {bias.device}.")
+        raise ArgumentError(f"{name} must be on the device of scores {scores.device}, not {bias.device}.")
     full = list(scores.shape)
     full[dim] = 1
     sizes = bias.shape
@@ -209,7 +241,7 @@ def _check_score_bias(bias: Tensor, scores: Tensor, dim: int) -> None:
         size == 1 or size == whole for size, whole in zip(reversed(sizes), reversed(full), strict=False)
     )
     if not fits:
-        raise ArgumentError(f"bias {list(bias.shape)} must broadcast to {full}: scores, with size 1 in dim {dim}.")
+        raise ArgumentError(f"{name} {list(bias.shape)} must broadcast to {full}: scores, with size 1 in dim {dim}.")
 
 
 def _register_autocast(device: str) -> None:
@@ -227,7 +259,7 @@ def _register_autocast(device: str) -> None:
 
 library.define(
     "sigmoid_probs(Tensor scores, Tensor? bias=None, int dim=-1, bool visible_bias=True, float const_bias=0.0, "
-    "float row_cap=0.0) -> Tensor",
+    "float row_cap=0.0, Tensor? share=None, Tensor? rest=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.impl("sigmoid_probs", _probs, "CompositeImplicitAutograd")

@@ -72,7 +72,7 @@ def block_batches(model: Any, tokenizer: Any, path: Path, count: int, length: in
     if not blocks:
         raise ArgumentError(f"--text: {path} has {len(ids)} tokens, fewer than a block of --length {length}.")
     rows = torch.tensor(ids[: min(blocks, count) * length]).view(-1, length)
-    return [{"input_ids": part} for part in rows.split(max(1, BLOCK_TOKENS // length))]
+    return [{"input_ids": part} for part in torch.split(rows, max(1, BLOCK_TOKENS // length))]
 
 
 def find_tokenizer(*sources: str) -> tuple[Any, str]:

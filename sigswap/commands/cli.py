@@ -134,6 +134,9 @@ def convert(
     query_bias: Annotated[
         bool, typer.Option("--query-bias", help="Add a trainable bias that depends on the query.")
     ] = False,
+    first_token: Annotated[
+        bool, typer.Option("--first-token", help="Take the first key's score as it is in the bias; for decoders.")
+    ] = False,
     qk_norm: Annotated[str | None, typer.Option(metavar="rms|layer", help="Normalise queries and keys.")] = None,
     layer_scale: Annotated[
         float | None, typer.Option(metavar="FLOAT", help="Scale attention's output, from this value on.")
@@ -173,6 +176,7 @@ def convert(
         "bias": _parse_bias(bias),
         "learn_bias": learn_bias,
         "query_bias": query_bias,
+        "first_token": first_token,
         "qk_norm": qk_norm,
         "layer_scale": layer_scale,
         "hybrid_norm": hybrid_norm,

@@ -15,7 +15,7 @@ from torch import nn
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
-from sigswap.conversion.record import RECORD, Conversion, conversion_of
+from sigswap.conversion.record import RECORD, Conversion, conversion_of, set_fitted_length
 from sigswap.conversion.state import OwnerPlan, OwnerState, decided_models
 from sigswap.errors import ConfigError, ConversionError, Hint
 
@@ -38,6 +38,7 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
         states[plan.path] = OwnerState(
             plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
         )
+    set_fitted_length(states.values(), conversion.fitted_length)
     guarded = [_owner(model, path) for path in conversion.guarded]
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
     if unused:

@@ -72,7 +72,7 @@ class SwapMode(TorchFunctionMode):
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
-        return softmax(*args, **kwargs, bias=bias, **site.terms)
+        return softmax(*args, **kwargs, **bias, **site.terms)
 
     def _sdpa(
         self,
@@ -84,15 +84,7 @@ class SwapMode(TorchFunctionMode):
         **kwargs: Any,
     ) -> Tensor:
         query, key = site.normalized(query, key)
-        return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            *args,
-            **kwargs,
-            bias=site.sdpa_bias(query),
-            **site.terms,
-        )
+        return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(site.attention, *args, **kwargs)

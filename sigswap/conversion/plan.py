@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sigswap.conversion.head_axis import HeadAxis
-from sigswap.conversion.recording import Call, Run, Stack
+from sigswap.conversion.recording import Run
 from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
+from sigswap.conversion.watch import Call, Stack
 from sigswap.passes.site import AttentionSite, Factor, Product
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -276,11 +277,9 @@ def _product_plan(product: Product) -> ProductPlan:
     return ProductPlan(query.position, key.position, axes(query), axes(key), product.rows_in_order)
 
 
-def _channels(owner: nn.Module, output: Any) -> tuple[int, int | None]:
+def _channels(owner: nn.Module, output: Tensor | None) -> tuple[int, int | None]:
     """The channel axis of the owner's output, from the end, and its size; None if the output has none."""
-    while isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.dim() < 2:
+    if output is None or output.dim() < 2:
         return -1, None
     convolutional = output.dim() == 4 and any(isinstance(module, nn.Conv2d) for module in owner.modules())
     axis = -3 if convolutional else -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ class Conversion:
     guarded: tuple[str, ...]
     report: Report
     attn_implementations: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by module path, before sdpa
+    fitted_length: int | None = None  # the most visible keys of a row that a calibration saw
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -38,6 +39,7 @@ class Conversion:
             "guarded": list(self.guarded),
             "report": self.report.to_dict(),
             "attn_implementations": dict(self.attn_implementations),
+            "fitted_length": self.fitted_length,
         }
 
     @classmethod
@@ -48,6 +50,7 @@ class Conversion:
             tuple(data["guarded"]),
             Report.from_dict(data["report"]),
             dict(data["attn_implementations"]),
+            data.get("fitted_length"),
         )
 
 
@@ -128,9 +131,20 @@ def owners_of(model: nn.Module) -> dict[str, OwnerState]:
     return states
 
 
-def note_calibration(model: nn.Module, text: str) -> None:
-    """Puts ``text`` into the report of a converted model, in place of what an earlier calibration said there."""
+def note_calibration(model: nn.Module, text: str, longest: int) -> None:
+    """Puts ``text`` into the report of a converted model, in place of what an earlier calibration said there.
+
+    ``longest``: the most visible keys of a row that it saw. A run that is much longer warns from now on.
+    """
     conversion = conversion_of(model)
     notes = [old for old in conversion.report.notes if not old.startswith(_CALIBRATED)]
     report = Report(conversion.report.sites, [*notes, _CALIBRATED + text])
-    model.__dict__[RECORD] = dataclasses.replace(conversion, report=report)
+    model.__dict__[RECORD] = dataclasses.replace(conversion, report=report, fitted_length=longest)
+    set_fitted_length(owners_of(model).values(), longest)
+
+
+def set_fitted_length(states: Iterable[OwnerState], longest: int | None) -> None:
+    """Tells each attention what length it was fitted on."""
+    for state in states:
+        for site in state.sites():
+            site.fitted_length = longest

@@ -11,8 +11,8 @@ from torch import nn
 from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.conversion.implementations import other_implementations
 from sigswap.conversion.plan import Sites, merge, plan_run, without
-from sigswap.conversion.recording import Run, run
-from sigswap.errors import ArgumentError, ExampleInputsError, Hint
+from sigswap.conversion.recording import Recording, Run
+from sigswap.errors import ArgumentError, ConversionError, Hint
 from sigswap.report import Report, SiteRecord
 
 # Holders of modules, and of nn.MultiheadAttention's last weight and bias, which it passes to a function.
@@ -36,17 +36,18 @@ def search(
     notes: list[str] = []
     runs = []
     inputs = resolve_inputs(model, example_inputs)
+    recording = Recording(model)
     for call in inputs:
-        runs.append(run(model, call))
+        runs.append(recording.run(call))
     given = len(runs)
     for name, prepare in other_implementations(model):
         for call in inputs:
             try:
-                runs.append(run(model, call, prepare))
-            except ExampleInputsError as error:
-                notes.append(f"not looked at with {name}: {error.__cause__ or error}")
-    if any(recorded.real for recorded in runs):
-        notes.append("The forward depends on values of its inputs: it was run on copies of the real parameters.")
+                runs.append(recording.run(call, prepare))
+            except ConversionError as error:
+                notes.append(f"not looked at with {name}: {error}")
+    if any(recorded.way != "fake" for recorded in runs):
+        notes.append("The forward cannot be run on fake tensors: it was run on the model's own.")
 
     everything = _merged(model, runs, given, None, notes)
     notes += _note_of_idle_modules(model, runs)

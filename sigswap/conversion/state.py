@@ -9,8 +9,9 @@ import dataclasses
 import math
 import os
 import sys
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, TypedDict, Unpack
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
 from sigswap.errors import ConfigError, Hint, UnknownCallError
+from sigswap.functional.attention import FirstToken
 from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
 
 _ANOTHER_PATH = "this input takes another path through its code."
@@ -30,6 +32,8 @@ _CONVERT_EACH_PATH = Hint(
 SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
 UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
 """torch's own, between a module's forward and the next one's. Whole paths: a user's file may be called module.py."""
+FAR = 4
+"""By how much a run may be longer than what a calibration saw, before there is a warning."""
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
 decided_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Those that were converted or reverted. What is softmax in them is so by the user's choice. Where a graph has nothing
@@ -249,16 +253,29 @@ class Terms(TypedDict):
     row_cap: float | None
 
 
-class SiteState(nn.Module):
-    """The bias of one site, ``b = const_bias - [ln n_i] + c_h + w_h . q_i``, its QK-norm and its row cap.
+class RowBias(TypedDict):
+    """Of one call, what is not."""
 
-    Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``query_norm.weight`` and
-    ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for it.
+    bias: Tensor | None
+    first_token: FirstToken | None
+
+
+class SiteState(nn.Module):
+    """The bias of one site, ``b = b0 + c_h + w_h . q_i`` with ``b0 = const_bias - [ln n_i]``, its QK-norm and
+    its row cap.
+
+    With ``first_token`` it is ``b = d_h - logaddexp(s_if, -(a_h b0 + c_h + w_h . q_i))``.
+    Parameters: ``bias`` c_h [heads], ``query_weight`` w_h [heads, head_dim], ``length_share`` a_h and ``offset`` d_h
+    [heads], ``query_norm.weight`` and ``key_norm.weight`` [heads, head_dim]; each present only if the config asks for
+    it.
     """
 
     bias: nn.Parameter | None
     query_weight: nn.Parameter | None
+    length_share: nn.Parameter | None
+    offset: nn.Parameter | None
     row_cap: float | None = None  # pickles of 0.1 have none
+    fitted_length: int | None = None  # the most visible keys of a row that a calibration saw
 
     def __init__(
         self, plan: SitePlan, config: SigmoidConfig, path: str, dtype: torch.dtype, device: torch.device
@@ -268,6 +285,10 @@ class SiteState(nn.Module):
         self.visible_bias, self.const_bias = bias_terms(config)
         self.row_cap = config.row_cap
         self.bias = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device)) if config.learn_bias else None
+        self.length_share = self.offset = None
+        if config.first_token:
+            self.length_share = nn.Parameter(torch.ones(plan.heads, dtype=dtype, device=device))
+            self.offset = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device))
         self.acts_on_product = config.query_bias or config.qk_norm is not None
         self.query_weight = None
         self.query_norm: HeadNorm | None = None
@@ -296,23 +317,60 @@ class SiteState(nn.Module):
             self.query_norm = HeadNorm(config.qk_norm, plan.heads, plan.head_dim, dtype, device)
             self.key_norm = HeadNorm(config.qk_norm, plan.key_heads, plan.head_dim, dtype, device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles from before first_token lack its two.
+        super().__setstate__(state)
+        for name in ("length_share", "offset"):
+            if name not in self._parameters:
+                vars(self).setdefault(name, None)
+
     @property
     def product(self) -> ProductPlan:
         """The product of a site that computes its own scores, and of which it is known."""
         assert self.plan.product is not None, f"{self.plan.kind} has no product"
         return self.plan.product
 
-    def sdpa_bias(self, query: Tensor) -> Tensor | None:
-        """c_h + w_h . q_i for a query [..., M, D], to be added to scores [..., M, N]."""
-        head_axis = self.plan.sdpa_head_axis
-        bias = None
-        if self.bias is not None:
-            bias = head_axis.spread(self.bias, query, unmerged="pack")
-        if self.query_weight is not None:
-            weight = head_axis.spread(self.query_weight, query, dim_axis=-1, unmerged="pack")
+    def check_length(self, rows: int) -> None:
+        """Warns where a call has many more query rows than calibration saw keys. Compiled code does not look.
+
+        Rows, not keys: a static cache has more keys than any row sees.
+        """
+        if self.fitted_length is None or torch.compiler.is_compiling() or rows <= FAR * self.fitted_length:
+            return
+        warnings.warn(
+            f"a model whose attention was calibrated on at most {self.fitted_length} visible keys runs on {rows} "
+            "positions: its bias was not fitted for such a length. Calibrate it with a few inputs of that length.",
+            stacklevel=2,
+        )
+
+    def sdpa_bias(self, query: Tensor) -> RowBias:
+        """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""
+        self.check_length(query.shape[-2])
+        return self._bias_of_query(query, self.plan.sdpa_head_axis)
+
+    def bias_of_heads(self, query: Tensor) -> RowBias:
+        """The same for a query [B, H, M, D], wherever the site's own has its heads."""
+        return self._bias_of_query(query, SDPA_HEADS)
+
+    def _bias_of_query(self, query: Tensor, head_axis: HeadAxis) -> RowBias:
+        def spread(values: Tensor | None, dim_axis: int | None = None) -> Tensor | None:
+            if values is None:
+                return None
+            return head_axis.spread(values, query, dim_axis=dim_axis, unmerged="pack")
+
+        weight, projected = spread(self.query_weight, -1), None
+        if weight is not None:
             projected = (query * weight).sum(-1, keepdim=True)
-            bias = projected if bias is None else bias + projected
-        return bias
+        return self._row_bias(spread, projected)
+
+    def _row_bias(self, spread: Callable[[Tensor | None], Tensor | None], projected: Tensor | None) -> RowBias:
+        """``spread``: shapes a value per head to broadcast over the scores. ``projected``: w_h . q_i, so shaped."""
+        bias = spread(self.bias)
+        bias = projected if bias is None else bias if projected is None else bias + projected
+        share, first = spread(self.length_share), None
+        if share is not None:
+            bias, first = spread(self.offset), FirstToken(share, bias)
+        return RowBias(bias=bias, first_token=first)
 
     def normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query [..., H, M, D] and key [..., Hk, N, D] after QK-norm."""
@@ -331,20 +389,21 @@ class SiteState(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """This site's attention as :class:`sigswap.functional.multi_head.Attention` describes it."""
         query, key = self.normalized(query, key)
-        bias = self.sdpa_bias(query)
-        return sigmoid_heads(query, key, value, **arguments, bias=bias, **self.terms)
+        return sigmoid_heads(query, key, value, **arguments, **self.sdpa_bias(query), **self.terms)
 
-    def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> Tensor | None:
-        """c_h + w_h . q_i, shaped to broadcast over ``scores`` with size 1 at ``key_axis``."""
-        bias = None
-        if self.bias is not None:
-            bias = self.plan.head_axis.spread(self.bias, scores)
+    def row_bias(self, scores: Tensor, key_axis: int, query_bias: Tensor | None) -> RowBias:
+        """The bias of the rows of ``scores``, with size 1 at ``key_axis``. ``query_bias``: w_h . q_i, if there is."""
+        if self.plan.row_axis is not None:
+            self.check_length(scores.shape[self.plan.row_axis])
         if query_bias is not None:
             rows = list(scores.shape)
             rows[key_axis] = 1
             query_bias = query_bias.reshape(rows)
-            bias = query_bias if bias is None else bias + query_bias
-        return bias
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            return None if values is None else self.plan.head_axis.spread(values, scores)
+
+        return self._row_bias(spread, query_bias)
 
     def transformed_factors(
         self, query: Tensor, key: Tensor, plan: ProductPlan
@@ -361,8 +420,9 @@ class SiteState(nn.Module):
 
     def extra_repr(self) -> str:
         bias = "-ln(visible keys)" if self.visible_bias else f"{self.const_bias:.4g}"
+        first = "" if self.length_share is None else ", first token"
         cap = "" if self.row_cap is None else f", row_cap={self.row_cap:.4g}"
-        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}{cap}"
+        return f"{self.plan.kind}, heads={self.plan.heads}, bias={bias}{first}{cap}"
 
 
 class HeadNorm(nn.Module):

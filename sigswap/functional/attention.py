@@ -9,13 +9,23 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels.op import dense, varlen
+from sigswap.kernels.op.first_token import first_token_bias
+
+
+class FirstToken(NamedTuple):
+    """What makes a row bias of the first visible key's score: ``-logaddexp(score, share * -b0 - rest)``, where b0 is
+    the bias that the row has otherwise. Both broadcast to [..., H, M, 1]; ``rest`` None: 0."""
+
+    share: Tensor
+    rest: Tensor | None
+
 
 Window = int | tuple[int | None, int | None]
 _broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
@@ -190,11 +200,12 @@ def attend(
     window: Window | None = None,
     enable_gqa: bool = False,
     row_cap: float | None = None,
+    first_token: FirstToken | None = None,
 ) -> Tensor:
     """:func:`sigmoid_attention` with the row bias ``const_bias - [ln n, if visible_bias] + [bias]``.
 
-    ``bottom_right`` aligns the causal mask and the window so that the last query is at the last key, as
-    decoding with a cache needs.
+    With ``first_token`` the first two terms become what it says. ``bottom_right`` aligns the causal mask
+    and the window so that the last query is at the last key, as decoding with a cache needs.
     """
     if type(attn_mask).__name__ == "CausalBias":  # of torch.nn.attention.bias, whose import takes seconds
         bottom_right = _is_lower_right(attn_mask)
@@ -211,6 +222,26 @@ def attend(
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
         attn_mask = _four_dims_broadcast("attn_mask", attn_mask, leading)
+    if first_token is not None:
+        share, rest = (None if x is None else _four_dims_broadcast("first_token", x, leading) for x in first_token)
+        assert share is not None
+        first_bias = first_token_bias(
+            query,
+            key,
+            share,
+            rest,
+            attn_mask,
+            scale=scale,
+            const_bias=const_bias,
+            visible_bias=visible_bias,
+            is_causal=is_causal,
+            bottom_right=bottom_right,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+        )
+        bias = first_bias if bias is None else first_bias + bias
+        visible_bias, const_bias = False, 0.0
     out = dense.sigmoid_attention(
         query,
         key,
@@ -241,6 +272,7 @@ def probabilities(
     const_bias: float = 0.0,
     row_cap: float | None = None,
     dtype: torch.dtype | None = None,
+    first_token: FirstToken | None = None,
 ) -> Tensor:
     """What ``softmax(scores, dim, dtype=dtype)`` becomes: ``sigmoid(scores + const_bias - [ln n] + [bias])``.
 
@@ -252,6 +284,7 @@ def probabilities(
         const_bias: Added to every score.
         row_cap: A positive number: the result is divided by the larger of it and its sum along ``dim``.
         dtype: scores are cast to it first.
+        first_token: Takes the place of the two before; broadcasts as ``bias``.
 
     Returns:
         Of scores' shape, in ``dtype``, or scores' (float32 under autocast on CUDA, as softmax's is).
@@ -261,7 +294,8 @@ def probabilities(
     """
     if dtype is not None:
         scores = scores.to(dtype)
-    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap))
+    share, rest = (None, None) if first_token is None else first_token
+    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap), share, rest)
 
 
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:

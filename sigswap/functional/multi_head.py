@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sigswap.functional.attention import FirstToken
 from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
 
 
@@ -50,9 +51,10 @@ def sigmoid_heads(
     visible_bias: bool = True,
     const_bias: float = 0.0,
     row_cap: float | None = None,
+    first_token: FirstToken | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The :class:`Attention` with row bias ``const_bias - [ln n_i] + bias`` and a row cap; ``bias`` broadcasts to
-    [B, H, M, 1]."""
+    [B, H, M, 1]. With ``first_token`` the first two terms become what it says."""
     if not need_weights:
         output = scaled_dot_product_attention(
             query,
@@ -65,12 +67,21 @@ def sigmoid_heads(
             visible_bias=visible_bias,
             const_bias=const_bias,
             row_cap=row_cap,
+            first_token=first_token,
         )
         return output, None
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = softmax(scores, -1, bias=bias, visible_bias=visible_bias, const_bias=const_bias, row_cap=row_cap)
+    weights = softmax(
+        scores,
+        -1,
+        bias=bias,
+        visible_bias=visible_bias,
+        const_bias=const_bias,
+        row_cap=row_cap,
+        first_token=first_token,
+    )
     if dropout_p > 0.0:
         weights = F.dropout(weights, p=dropout_p)
     return weights @ value, weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sigswap.functional.attention import attend, probabilities
+from sigswap.functional.attention import FirstToken, attend, probabilities
 
 
 def softmax(
@@ -19,6 +19,7 @@ def softmax(
     visible_bias: bool = True,
     const_bias: float = 0.0,
     row_cap: float | None = None,
+    first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (third argument: dtype), with sigmoid.
 
@@ -29,7 +30,14 @@ def softmax(
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
     result = probabilities(
-        input, dim, bias=bias, visible_bias=visible_bias, const_bias=const_bias, row_cap=row_cap, dtype=dtype
+        input,
+        dim,
+        bias=bias,
+        visible_bias=visible_bias,
+        const_bias=const_bias,
+        row_cap=row_cap,
+        dtype=dtype,
+        first_token=first_token,
     )
     return result if out is None else out.copy_(result)
 
@@ -48,6 +56,7 @@ def scaled_dot_product_attention(
     visible_bias: bool = True,
     const_bias: float = 0.0,
     row_cap: float | None = None,
+    first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
     return attend(
@@ -65,4 +74,5 @@ def scaled_dot_product_attention(
         window=None,
         enable_gqa=enable_gqa,
         row_cap=row_cap,
+        first_token=first_token,
     )

@@ -13,8 +13,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import as_call
-from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.recording import Inputs
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.sums import first_tensor
 

@@ -9,13 +9,14 @@ as softmax and only adds to sums (:mod:`sigswap.training.sums`), so memory does 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from sigswap.conversion.record import note_calibration, owners_of
+from sigswap.config import check_row_cap
+from sigswap.conversion.record import note_calibration, owners_of, set_row_cap
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
@@ -26,12 +27,16 @@ from sigswap.training.fit import SiteFit, fit_channels, fit_norms, set_value
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import own_batches
 
+ROW_CAP = 1e-2
+"""Of a calibrated decoder: docs/experiments.md has what it is chosen by."""
+
 
 def calibrate(
     model: nn.Module,
     batches: Any = None,
     *,
     refine: int = 3,
+    row_cap: Literal["auto"] | float | None = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> CalibrationReport:
@@ -39,11 +44,13 @@ def calibrate(
 
     Per site, whichever its config has: QK-norm's weights, by least squares to the query and key before the norm; c_h
     [heads] and w_h [heads, head_dim], by ridge regression of ``-(logsumexp of the row) - b0`` on the query, in float64;
-    both again, by ``refine`` Gauss-Newton steps on the squared error of the attention's output (the fewer the rows, the
-    less w_h moves; without data not at all); LayerScale and hybrid-norm, by least squares on the owner's output per
-    channel. No head's error gets larger than it was. Rows of
-    padding do not count where they can be told (self-attention whose mask hides a position from itself). The base
-    parameters are not changed.
+    with ``first_token`` a_h, too, by regression of the logarithm of what the row sums to beside its first key; all
+    again and d_h, by ``refine`` Gauss-Newton steps on the squared error of the attention's output (the fewer the rows,
+    the less w_h and a_h move; without data not at all); LayerScale and hybrid-norm, by least squares on the owner's
+    output per channel. No head's error gets larger than it was, but for that of a module which gets a row cap as a
+    whole. Rows of padding do not count where they can be told (self-attention whose mask hides a position from itself).
+    The base parameters are not changed. Scores are held for one tile at a time, where the model itself holds none: for
+    a decoder, a few sequences of its full length calibrate all positions.
 
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
@@ -54,6 +61,10 @@ def calibrate(
             what the model knows of itself (:func:`sigswap.training.own_batches.own_batches`), which is worse than
             real data.
         refine: how many Gauss-Newton steps; each costs a pass over the batches.
+        row_cap: a number: each module is fitted with that row cap (:func:`sigswap.set_row_cap`), and keeps it if its
+            outputs are nearer to softmax's than they were before. The lower it is the nearer is the model to softmax;
+            training may lift it. ``"auto"``: 0.01 for modules with ``first_token`` and without a row cap, and no other.
+            ``None``: row caps stay as they are.
         seed: of the inputs that are made without ``batches``.
         progress: shows a progress bar on standard error, if that is a terminal.
 
@@ -70,6 +81,7 @@ def calibrate(
     states = _calibratable(model)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
+    caps = _caps_to_try(states, row_cap)
     notes: list[str] = []
     calls: Iterable[Inputs]
     if batches is None:
@@ -77,7 +89,11 @@ def calibrate(
         notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
     else:
         calls = as_calls(batches)
-    fits = {site: SiteFit(site, without_data=batches is None) for state in states.values() for site in state.sites()}
+    fits = {
+        site: SiteFit(site, without_data=batches is None, row_cap=caps.get(path))
+        for path, state in states.items()
+        for site in state.sites()
+    }
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
     normed = any(site.query_norm is not None for site in fits)
     total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
@@ -100,6 +116,10 @@ def calibrate(
         for _ in range(refine):
             _each(fits, states, run("outputs"), step=True)
         _each(fits, states, run("outputs"), step=False)
+        kept = {path: cap for path, cap in caps.items() if _cap_pays([fits[site] for site in states[path].sites()])}
+        for path in caps.keys() - kept:
+            for site in states[path].sites():
+                fits[site].revert_cap()
         if scaled:
             fit_channels(scaled, run("channels").owners)
         missing = [path for path, state in states.items() if all(fits[site].rows is None for site in state.sites())]
@@ -115,14 +135,23 @@ def calibrate(
                 "From the logsumexp alone, for the product of probabilities and value was not recognised: "
                 f"{', '.join(dict.fromkeys(unseen))}."
             )
+    if kept:
+        set_row_cap(model, kept)
+        notes.append(f"{len(kept)} of {len(states)} modules have the row cap {next(iter(kept.values())):.4g} now.")
     heads = [
         record
         for path, state in states.items()
         for index, site in enumerate(state.sites())
         for record in fits[site].records(path, index)
     ]
-    result = CalibrationReport(heads, passes.seen, notes)
-    note_calibration(model, " ".join([result.summary(), *notes]))
+    lengths = [
+        record
+        for path, state in states.items()
+        for index, site in enumerate(state.sites())
+        for record in fits[site].length_records(path, index)
+    ]
+    result = CalibrationReport(heads, passes.seen, notes, lengths)
+    note_calibration(model, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
     return result
 
 
@@ -211,6 +240,27 @@ def _calibratable(model: nn.Module) -> dict[str, OwnerState]:
     return states
 
 
+def _caps_to_try(states: Mapping[str, OwnerState], row_cap: Literal["auto"] | float | None) -> dict[str, float]:
+    """By path."""
+    if row_cap is None:
+        return {}
+    if row_cap == "auto":
+        return {
+            path: ROW_CAP
+            for path, state in states.items()
+            if all(site.length_share is not None and site.row_cap is None for site in state.sites())
+        }
+    check_row_cap(row_cap)
+    return dict.fromkeys(states, float(row_cap))
+
+
+def _cap_pays(fits: Sequence[SiteFit]) -> bool:
+    """Whether the heads of one module are nearer to softmax with the row cap than they were before."""
+    pairs = [(fit.first, fit.error) for fit in fits if fit.first is not None and fit.error is not None]
+    after = sum(float(error.sum()) for _, error in pairs)
+    return bool(pairs) and after < sum(float(first.sum()) for first, _ in pairs)
+
+
 def _path_of(states: Mapping[str, OwnerState], site: SiteState) -> str:
     return next(path or "the model" for path, state in states.items() if site in state.sites())
 
@@ -218,9 +268,12 @@ def _path_of(states: Mapping[str, OwnerState], site: SiteState) -> str:
 @contextmanager
 def _unchanged_if_it_fails(states: Mapping[str, OwnerState]) -> Iterator[None]:
     before = {p: p.detach().clone() for state in states.values() for p in state.parameters()}
+    caps = {site: site.row_cap for state in states.values() for site in state.sites()}
     try:
         yield
     except BaseException:
+        for site, cap in caps.items():
+            site.row_cap = cap
         for parameter, value in before.items():
             set_value(parameter, value)
         raise

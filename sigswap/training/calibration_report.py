@@ -36,12 +36,40 @@ class HeadRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class LengthRecord:
+    """The rows of the ``site``-th attention of the module ``path`` that see ``least`` to ``most`` keys: how many there
+    were, heads apart. After calibration: the squared ``error`` of their outputs relative to the squared outputs of
+    softmax, and ``row_sum``, the mean of the sums of their sigmoids (of softmax's probabilities it is 1)."""
+
+    path: str
+    site: int
+    least: int
+    most: int
+    rows: int
+    error: float
+    row_sum: float
+
+
+@dataclasses.dataclass(frozen=True)
 class CalibrationReport:
     """What :func:`sigswap.calibrate` measured on ``batches`` batches. It can be printed, plotted and stored."""
 
     heads: list[HeadRecord]
     batches: int
     notes: list[str] = dataclasses.field(default_factory=list)
+    lengths: list[LengthRecord] = dataclasses.field(default_factory=list)
+
+    def by_length(self) -> str:
+        """One line: error and row sum by the number of visible keys, the mean over all attentions; "" if not seen."""
+        each: dict[tuple[int, int], list[LengthRecord]] = {}
+        for record in self.lengths:
+            each.setdefault((record.least, record.most), []).append(record)
+        parts = []
+        for (least, most), records in sorted(each.items()):
+            error = _number(sum(record.error for record in records) / len(records))
+            row_sum = _number(sum(record.row_sum for record in records) / len(records))
+            parts.append(f"{least}" + (f" to {most}" if most > least else "") + f": {error}, {row_sum}")
+        return "Relative error and row sum by visible keys: " + "; ".join(parts) + "." if parts else ""
 
     def mean(self, field: str) -> float | None:
         """The mean over the heads of "unexpressed", "before" or "after"; None if none was seen."""
@@ -63,7 +91,7 @@ class CalibrationReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Draws the heads as heat maps, layers by heads, into a .png, .svg or .pdf, or with the table into an .html.
 
-        Raises as :func:`check_picture` does.
+        Raises ArgumentError for another suffix or a directory that is not there, and SigswapError without matplotlib.
         """
         path = Path(path)
         check_picture(path)
@@ -91,9 +119,13 @@ class CalibrationReport:
                 *(_number(part.mean(field)) for field in ("unexpressed", "before", "after")),
                 "" if worst is None else f"{worst.head}: {_number(worst.after)}",
             )
-        table.caption = "\n".join(
-            [self.summary(), *self.notes, "sigswap.compare shows what is left of the whole model."]
-        )
+        lines = [
+            self.summary(),
+            self.by_length(),
+            *self.notes,
+            "sigswap.compare shows what is left of the whole model.",
+        ]
+        table.caption = "\n".join(line for line in lines if line)
         table.caption_justify = "left"
         return table
 

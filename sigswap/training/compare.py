@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,11 +42,13 @@ from sigswap.training.language import (
 )
 from sigswap.training.observe import observed
 from sigswap.training.own_batches import own_batches
-from sigswap.training.row_sums import RowSumObserver
+from sigswap.training.row_sums import RowSumObserver, RowSums
 
 NEIGHBOURS = 5
 CHUNK = 1024
 """Positions of one sequence whose logits are turned into float32 at once."""
+MOST_ASKED = 16 * 8192
+"""Tokens of all sequences of one kind of lookup together, of which there are two at least: of 8,192 tokens 16."""
 FIRST_SPAN = 16
 """The loss by position is given for the first 16 positions, then up to 32, 64, ..."""
 
@@ -80,6 +82,7 @@ def compare_models(
     notes = []
     if original is None:
         notes.append("The original is this model with the swap switched off: its base weights are the converted one's.")
+    calls: Iterable[Inputs]
     if batches is None:
         calls, made = own_batches(model, seed=seed)
         notes.append(f"Without data: compared on {made}. Batches of real inputs say more.")
@@ -150,7 +153,8 @@ class _Pair:
         """Both on one batch. Raises CalibrationError if one fails, or they give outputs of different shapes."""
         with self.softmax(), outputs_of(self.original, self.paths) as theirs:
             truth = call_model(self.original, call, index)
-        with observed(list(self.states.values()), self.observer), outputs_of(self.model, self.paths) as ours:
+        observer: Any = self.observer
+        with observed(list(self.states.values()), observer), outputs_of(self.model, self.paths) as ours:
             output = call_model(self.model, call, index)
         y, t = main_output(output), main_output(truth)
         if y is None or t is None:
@@ -170,13 +174,11 @@ class _Pair:
     def layers(self) -> list[LayerMeasure]:
         found = []
         for path, state in self.states.items():
-            sums = self.observer.owners.get(state)
-            seen = path in self.errors
-            error = self.errors[path] / max(self.energies[path], 1e-300) if seen else None
-            known = sums is not None and sums.rows > 0
-            found.append(
-                LayerMeasure(path, error, sums.mean if known else None, sums.largest if known else None)  # type: ignore[union-attr]
-            )
+            error = self.errors[path] / max(self.energies[path], 1e-300) if path in self.errors else None
+            sums = self.observer.owners.get(state, RowSums())
+            largest = sums.largest if sums.rows else None
+            caps = [site.row_cap for site in state.sites() if site.row_cap is not None]
+            found.append(LayerMeasure(path, error, sums.mean, largest, min(caps, default=None)))
         return found
 
 
@@ -205,7 +207,7 @@ class _LanguageSums:
         for row in range(len(ids)):
             before = visible[row].cumsum(0)[:-1]
             asked = (visible[row, :-1] & visible[row, 1:]).nonzero().flatten()
-            for part in asked.split(CHUNK):
+            for part in torch.split(asked, CHUNK):
                 self._add(y[row, part], t[row, part], ids[row, part + 1].long(), before[part].cpu())
 
     def _add(self, y: Tensor, t: Tensor, following: Tensor, before: Tensor) -> None:
@@ -262,7 +264,7 @@ class _ClassSums:
             self.labelled += int(known.sum())
             for index, x in enumerate((t, y)):
                 self.right[index] += int((x.argmax(-1) == labels)[known].sum())
-        for a, b in zip(y[chosen].split(CHUNK), t[chosen].split(CHUNK), strict=True):
+        for a, b in zip(torch.split(y[chosen], CHUNK), torch.split(t[chosen], CHUNK), strict=True):
             new, old = (x.float().log_softmax(-1) for x in (a, b))
             self.divergence += float((old.exp() * (old - new)).sum(-1).double().sum())
             self.agreed += float((new.argmax(-1) == old.argmax(-1)).sum())
@@ -312,7 +314,7 @@ class _VectorSums:
         if len(truth) > 2 * NEIGHBOURS:
             kept = torch.cat([
                 (_nearest(ours, part).unsqueeze(-1) == _nearest(truth, part).unsqueeze(-2)).any(-1).double()
-                for part in torch.arange(len(truth)).split(CHUNK)
+                for part in torch.split(torch.arange(len(truth)), CHUNK)
             ])  # fmt: skip
             found.append(Measure(f"nearest {NEIGHBOURS} neighbours kept", "share", 1.0, float(kept.mean())))
         error = self.error / max(self.energy, 1e-300)
@@ -376,13 +378,14 @@ class _Asking:
         kinds = (lookups.copying, lookups.associative_recall)
         probes = [make(sequences, self.length, ids, generator()) for make in kinds]
         for distance in lookups.distances(self.length):
-            probes.append(lookups.recall_at(distance, sequences, self.length, ids, generator()))
+            count = min(sequences, max(2, MOST_ASKED // distance))
+            probes.append(lookups.recall_at(distance, count, self.length, ids, generator()))
         return probes
 
     def _answered(self, model: nn.Module, probe: lookups.Probe) -> float:
         """The share of the asked tokens that are the most likely ones."""
         right = 0
-        for ids in probe.ids.split(max(1, self.most // probe.ids.shape[1])):
+        for ids in torch.split(probe.ids, max(1, self.most // probe.ids.shape[1])):
             guess = logits_at(model, self.language, ids, probe.asked - 1).argmax(-1).cpu()
             right += int((guess == ids[:, probe.asked]).sum())
         return right / (len(probe.ids) * len(probe.asked))

@@ -55,12 +55,13 @@ class PositionMeasure:
 class LayerMeasure:
     """The converted module ``path``. ``error``: the squared difference of its output from that of the original's
     module, relative to that, each in its own model; ``row_sum``, ``largest_row_sum``: the mean and the largest sum of a
-    row of its sigmoids, where softmax's is 1. None: not seen in the batches."""
+    row of its sigmoids, where softmax's is 1, before its ``row_cap``, if it has one. None: not seen in the batches."""
 
     path: str
     error: float | None
     row_sum: float | None
     largest_row_sum: float | None
+    row_cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +125,16 @@ class Comparison:
         if self.layers:
             table = Table(title="layers", title_justify="left")
             table.add_column("path", overflow="fold")
-            for heading in ("error (softmax: 0)", "mean row sum (softmax: 1)", "largest row sum (softmax: 1)"):
+            for heading in (
+                "error (softmax: 0)",
+                "mean row sum (softmax: 1)",
+                "largest row sum (softmax: 1)",
+                "row cap",
+            ):
                 table.add_column(heading, justify="right")
             for layer in self.layers:
-                figures = (layer.error, layer.row_sum, layer.largest_row_sum)
-                table.add_row(layer.path or "(the model)", *("" if x is None else f"{x:.3g}" for x in figures))
+                known = (layer.error, layer.row_sum, layer.largest_row_sum, layer.row_cap)
+                table.add_row(layer.path or "(the model)", *("" if x is None else f"{x:.3g}" for x in known))
             yield table
         yield from self.notes
 

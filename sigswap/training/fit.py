@@ -1,8 +1,13 @@
-"""The parameters of one site from its sums: a ridge regression, Gauss-Newton steps, and least squares per channel."""
+"""The parameters of one site from its sums: a ridge regression, Gauss-Newton steps, and least squares per channel.
+
+With a row cap C the bias is put ln(C) / 2 lower: what the regression misses by up to that much in either direction then
+neither saturates a sigmoid nor lets the row's sum fall below the cap, and the row is all but softmax.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,8 +15,8 @@ from torch import Tensor, nn
 
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.errors import CalibrationError, Hint
-from sigswap.training.calibration_report import HeadRecord
-from sigswap.training.sums import ChannelSums, SiteSums
+from sigswap.training.calibration_report import HeadRecord, LengthRecord
+from sigswap.training.sums import ChannelSums, SiteSums, parameters_of
 
 RIDGE = 1e-3
 """Of the regression, relative to the mean square of a feature."""
@@ -21,6 +26,12 @@ PRIOR_ROWS = 1000
 """What the regression's w_h counts as in the Gauss-Newton steps: as this many rows, beside those of the batches."""
 HELD = 1e12
 """The same, where w_h is to stay."""
+FIRST_STEPS = 12
+"""Of Levenberg and Marquardt, in the regression of rows whose first key is known."""
+UPWARD = 4.0
+"""What a squared error of a row's bias counts there if the bias is too high and no row cap bounds what comes of it."""
+LEAST_SHARE = 0.02
+"""What a row counts at least in the start of that regression, however much of it is the first key's."""
 
 
 class SiteFit:
@@ -29,8 +40,9 @@ class SiteFit:
     The parameters from before the calibration are a candidate, too: no head gets worse than it was.
     """
 
-    def __init__(self, site: SiteState, *, without_data: bool) -> None:
-        self.site = site
+    def __init__(self, site: SiteState, *, without_data: bool, row_cap: float | None = None) -> None:
+        """``row_cap``: to be tried; None: the site's stays as it is."""
+        self.site, self.row_cap, self.row_cap_before = site, row_cap, site.row_cap
         # The queries of made inputs are not those of real ones: c_h learns from their outputs, w_h fits them too well.
         self.prior_rows = HELD if without_data else PRIOR_ROWS
         self.rows: Tensor | None = None  # [H]; None: not reached
@@ -39,6 +51,10 @@ class SiteFit:
         self.least: Tensor | None = None  # the same, with what w_h's distance from the regression's costs
         self.prior: Tensor | None = None  # of that distance, by feature, [H, F]
         self.unexpressed: Tensor | None = None
+        self.longest = 0  # visible keys
+        self.lengths: Tensor | None = None  # of the best, see SiteSums
+        self.before_lengths: Tensor | None = None
+        self.initial: _Bias | None = None
         self.start: _Bias | None = None  # of the regression
         self.present: _Bias | None = None
         self.best: _Bias | None = None  # that of the least error
@@ -48,23 +64,45 @@ class SiteFit:
         if sums is None or not isinstance(sums.rows, Tensor):
             return
         site = self.site
-        self.rows = sums.rows.cpu()
+        self.rows, self.longest = sums.rows.cpu(), sums.longest
         self.first = self.error = self.least = _relative_error(sums)
-        if not isinstance(sums.gram, Tensor):
+        before = _Bias.of(site)
+        self.before_lengths = _cpu(sums.lengths)
+        solution = self._regression(sums)
+        if solution is None:
             return
-        solution = _ridge(sums.gram.cpu(), sums.moment.cpu(), site.bias is not None)
         if not solution.isfinite().all():
             raise CalibrationError(
                 f"{path}: the attention scores on the batches are not finite.",
                 hint=Hint("Check the batches for NaN, and the model's dtype for overflow."),
             )
-        self.best = _Bias.of(site)
-        self.present = _Bias(
-            solution[:, -1] if site.bias is not None else None,
-            solution[:, : site.query_weight.shape[1]] if site.query_weight is not None else None,
-        )
-        self.start = self.present
+        self.initial = self.best = before
+        if self.row_cap is not None and self.first is not None:
+            site.row_cap = self.row_cap
+            self.least = torch.full_like(self.first, torch.inf)  # what was measured was without that cap
+        self.start = self.present = before.with_flat(solution)
         self.present.put(site)
+
+    def _regression(self, sums: SiteSums) -> Tensor | None:
+        """[H, F], as :func:`sigswap.training.sums.parameters_of` has them."""
+        site = self.site
+        cap = self.row_cap if self.row_cap is not None and self.first is not None else site.row_cap
+        lower = 0.5 * math.log(cap) if cap is not None and cap < 1.0 else 0.0
+        if sums.sample is not None:
+            solution = _regression_beside_first(*sums.sample.get(), site, UPWARD if cap is None else 1.0)
+            return torch.cat([solution, torch.full_like(solution[:, :1], lower)], -1)
+        if not isinstance(sums.gram, Tensor):
+            return None
+        solution = _ridge(sums.gram.cpu(), sums.moment.cpu(), site.bias is not None)
+        if site.bias is not None:
+            solution[:, -1] += lower
+        return solution
+
+    def revert_cap(self) -> None:
+        """Back to the parameters and the row cap from before, where the new cap did not pay."""
+        if self.initial is not None:
+            self.initial.put(self.site)
+        self.site.row_cap, self.error, self.lengths = self.row_cap_before, self.first, self.before_lengths
 
     def after(self, sums: SiteSums | None, *, step: bool, path: str) -> None:
         """Takes in the error under the present parameters; then a step downhill, or all the best ones."""
@@ -75,7 +113,7 @@ class SiteFit:
             raise CalibrationError(f"{path}: its attention's outputs on the batches are not finite.")
         self.unexpressed = sums.unexpressed.cpu() / self.rows.clamp(min=1)
         if self.present is None or self.start is None or self.best is None or self.error is None or self.least is None:
-            self.error = error
+            self.error, self.lengths = error, _cpu(sums.lengths)
             return
         cost = error
         if self.prior is not None:
@@ -84,6 +122,9 @@ class SiteFit:
         better = cost < self.least
         self.least = torch.where(better, cost, self.least)
         self.error = torch.where(better, error, self.error)
+        new = _cpu(sums.lengths)
+        old = self.before_lengths if self.lengths is None else self.lengths
+        self.lengths = new if old is None else torch.where(better.unsqueeze(-1), new, old)
         self.best = self.best.where(better, self.present)
         if not step:
             self.best.put(self.site)
@@ -99,8 +140,10 @@ class SiteFit:
         diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
         if self.prior is None:
             self.prior = self.prior_rows / self.rows.clamp(min=1).unsqueeze(-1) * diagonal
-            if self.present.c is not None:
-                self.prior[:, -1] = 0.0
+            # The rest of the regression's may move: c_h and d_h, but w_h and a_h extrapolate.
+            free = {"bias", "offset"}
+            at = torch.cat([torch.full((size,), name in free) for name, size in self.present.sizes()])
+            self.prior[:, at] = 0.0
         pull = self.prior * (self.start.flat() - self.present.flat())
         size = torch.where(diagonal > 0, diagonal.sqrt(), 1.0)  # a head without a row, or a feature of zeros, stays
         scaled = (curvature + torch.diag_embed(self.prior)) / (size.unsqueeze(-1) * size.unsqueeze(-2))
@@ -109,6 +152,18 @@ class SiteFit:
         # A row's bias changes by step . x: the mean square of that, over the rows as they count.
         change = ((step.unsqueeze(-2) @ curvature).squeeze(-2) * step).sum(-1) / weight.clamp(min=1e-300)
         return step * (MAX_STEP / change.clamp(min=MAX_STEP**2).sqrt()).unsqueeze(-1)
+
+    def length_records(self, path: str, index: int) -> list[LengthRecord]:
+        """By class of the number of visible keys, of all heads together."""
+        if self.lengths is None:
+            return []
+        records = []
+        for order, (error, energy, total, rows) in enumerate(self.lengths.sum(1).T.tolist()):
+            if rows > 0:
+                relative, row_sum = error / max(energy, 1e-300), total / rows
+                most = min(2 ** (order + 1) - 1, self.longest)
+                records.append(LengthRecord(path, index, 2**order, most, int(rows), relative, row_sum))
+        return records
 
     def records(self, path: str, index: int) -> list[HeadRecord]:
         def at(values: Tensor | None, head: int) -> float | None:
@@ -124,40 +179,41 @@ class SiteFit:
 
 @dataclasses.dataclass(frozen=True)
 class _Bias:
-    """c_h [H] and w_h [H, D] in float64, whichever the site has."""
+    """The parameters of a site's bias by name, in the order of :func:`sigswap.training.sums.parameters_of`, each [H, n]
+    in float64."""
 
-    c: Tensor | None
-    w: Tensor | None
+    values: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, site: SiteState) -> _Bias:
+        names = {parameter: name for name, parameter in site.named_parameters(recurse=False)}
         return cls(
-            *(
-                None if p is None else p.detach().to("cpu", torch.float64, copy=True)
-                for p in (site.bias, site.query_weight)
-            )
+            {names[p]: p.detach().to("cpu", torch.float64, copy=True).view(p.shape[0], -1) for p in parameters_of(site)}
         )
 
+    def sizes(self) -> list[tuple[str, int]]:
+        return [(name, value.shape[1]) for name, value in self.values.items()]
+
     def flat(self) -> Tensor:
-        """[H, F]: w_h, then c_h."""
-        parts = [] if self.w is None else [self.w]
-        return torch.cat([*parts, *([] if self.c is None else [self.c.unsqueeze(-1)])], -1)
+        """[H, F]."""
+        return torch.cat(list(self.values.values()), -1)
+
+    def with_flat(self, flat: Tensor) -> _Bias:
+        parts = flat.split([size for _, size in self.sizes()], -1)
+        return _Bias(dict(zip(self.values, parts, strict=True)))
 
     def moved(self, step: Tensor) -> _Bias:
         """``step`` [H, F] further."""
-        w = None if self.w is None else self.w + step[:, : self.w.shape[1]]
-        return _Bias(None if self.c is None else self.c + step[:, -1], w)
+        return self.with_flat(self.flat() + step)
 
     def put(self, site: SiteState) -> None:
-        for parameter, value in ((site.bias, self.c), (site.query_weight, self.w)):
-            if parameter is not None and value is not None:
-                set_value(parameter, value)
+        for name, value in self.values.items():
+            parameter = getattr(site, name)
+            set_value(parameter, value.view(parameter.shape))
 
     def where(self, heads: Tensor, other: _Bias) -> _Bias:
         """This, and ``other`` in the ``heads`` [H] that are True."""
-        c = None if self.c is None or other.c is None else torch.where(heads, other.c, self.c)
-        w = None if self.w is None or other.w is None else torch.where(heads.unsqueeze(-1), other.w, self.w)
-        return _Bias(c, w)
+        return self.with_flat(torch.where(heads.unsqueeze(-1), other.flat(), self.flat()))
 
 
 def _relative_error(sums: SiteSums) -> Tensor | None:
@@ -183,6 +239,62 @@ def _ridge(gram: Tensor, moment: Tensor, intercept: bool) -> Tensor:
     empty = (torch.diagonal(scaled, dim1=-2, dim2=-1) == 0).to(ridge.dtype)
     solution: Tensor = torch.linalg.solve(scaled + torch.diag_embed(ridge + empty), moment / size)
     return solution / size
+
+
+def _regression_beside_first(x: Tensor, first: Tensor, total: Tensor, site: SiteState, upward: float) -> Tensor:
+    """[H, F]: w_h, c_h and a_h such that logaddexp(first, -(x . parameters)) is near the rows' logsumexp ``total``.
+
+    ``x`` [H, R, F], ``first`` and ``total`` [H, R]. ``upward``: the weight of squared errors of rows whose bias is too
+    high. Steps of Levenberg and Marquardt, each head on its own, from a regression of the rest on x.
+    """
+    heads, rows, features = x.shape
+    x = -x
+    free = torch.zeros(features, dtype=torch.bool)
+    if site.query_weight is not None:
+        free[site.query_weight.shape[1] :] = True
+    else:
+        free[:] = True
+    rest = total + torch.log(-torch.expm1((first - total).clamp(max=-1e-12)))  # the row without its first key
+    target = torch.where(total - first > 0.5, rest, total)
+    known = total > first  # rows with more than the first key
+    weight = torch.sigmoid(rest - first).clamp(min=LEAST_SHARE) * known
+    size = x.square().mean(1)  # of the features, [H, F]
+    ridge = RIDGE * size * ~free + 1e-9 * size.amax(-1, keepdim=True).clamp(min=1e-12)
+
+    def solved(gram: Tensor, moment: Tensor) -> Tensor:
+        return torch.linalg.solve(gram, moment)
+
+    weighted = x * weight.unsqueeze(-1)
+    start = solved(x.mT @ weighted / max(1, rows) + torch.diag_embed(ridge), _times(weighted, target) / max(1, rows))
+
+    def state(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        others = (x @ parameters.unsqueeze(-1)).squeeze(-1)
+        missing = (torch.logaddexp(first, others) - total) * known
+        counts = torch.where(missing < 0, upward, 1.0)
+        cost = (counts * missing.square()).sum(-1) / max(1, rows) + (ridge * parameters.square()).sum(-1)
+        return torch.sigmoid(others - first), missing, counts, cost
+
+    present, damping = start, torch.full((heads, 1), 1e-2, dtype=x.dtype)
+    share, missing, counts, cost = state(present)
+    for _ in range(FIRST_STEPS):
+        slope = x * share.unsqueeze(-1)
+        gram = slope.mT @ (slope * counts.unsqueeze(-1)) / max(1, rows) + torch.diag_embed(ridge + damping * size)
+        downhill = _times(slope, counts * missing) / max(1, rows) + ridge * present
+        tried = present - solved(gram, downhill)
+        better = state(tried)[-1] < cost
+        present = torch.where(better.unsqueeze(-1), tried, present)
+        damping = torch.where(better.unsqueeze(-1), damping / 5, damping * 10)
+        share, missing, counts, cost = state(present)
+    return present
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """[H, F] of [H, R, F] and [H, R]."""
+    return (x.mT @ y.unsqueeze(-1)).squeeze(-1)
+
+
+def _cpu(x: Tensor | float) -> Tensor | None:
+    return x.cpu() if isinstance(x, Tensor) else None
 
 
 def fit_norms(site: SiteState, sums: SiteSums, path: str) -> None:

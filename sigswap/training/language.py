@@ -8,7 +8,7 @@ encoder-decoders and vision models are none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,9 @@ def read_language(model: nn.Module, call: Inputs) -> TextInputs | str:
     if width is None or logits.shape[-1] < width:
         return f"{type(model).__name__} gives no logits over its vocabulary"
     moved = (changed - logits)[:, :-1].double().square().sum()
-    if bool(moved > 1e-8 * logits.double().square().sum()):
+    # Experts may get other tokens into their products, whose rounding is then another one.
+    rounding = max(1e-8, torch.finfo(logits.dtype).eps ** 2)
+    if bool(moved > rounding * logits.double().square().sum()):
         return f"{type(model).__name__} sees later tokens: it is no decoder"
     return inputs
 
@@ -107,7 +109,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -128,6 +130,7 @@ def vocabulary(model: nn.Module, tokens: Any = None) -> Tensor:
             hint=Hint("Pass {tokens}.", {"tokens": "range(...)"}),
         )
     special = set(getattr(tokens, "all_special_ids", ()) or ())
+    found: Collection[int]
     if tokens is None:
         found = range(size)
         for config in (text_config(model), getattr(model, "generation_config", None)):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sigswap.conversion.mode import SwapMode, factors_of
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
-from sigswap.training.rows import Layout, PendingSoftmax, Tile, heads_first, rows_of, seen, sigmoid_of
-from sigswap.training.sums import ChannelSums, SiteSums
+from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, seen, weights_of
+from sigswap.training.sums import ChannelSums, Rows, SiteSums
 
 MAX_TILE_SCORES = 1 << 22
 """Scores that are held at once where the model itself holds none, 16 MiB in float32 (one query row may need more)."""
@@ -160,8 +160,7 @@ class _ObservingMode(SwapMode):
             rows = [*scores.shape[:dim], *scores.shape[dim + 1 :]]
             pending.query = pending.by_head(query.reshape(*rows, query.shape[-1]).movedim(-1, dim))
         if observer.phase == "logsumexp":
-            visible = pending.by_head(pending.visible)
-            observer.sums(site).add_rows(pending.query, pending.by_head(pending.wide), visible, pending.counted_rows())
+            observer.sums(site).add_rows(pending.rows(), pending.logsumexp())
         return probabilities
 
     def _output(
@@ -201,9 +200,10 @@ class _ObservingMode(SwapMode):
             sums.index_add_(0, row, (x * y).flatten().double())
             return pending.by_head(sums.view(pending.counted.shape)).squeeze(-1)
 
-        p, value = pending.sigmoid(), factors[1 - index]
-        results = attended.float(), with_value(p, value).float(), with_value(p * (1 - p), value).float()
-        observer.sums(pending.site).add_outputs(pending.query, pending.counted_rows(), products, *results)
+        weights, value = pending.weights(), factors[1 - index]
+        results = (attended, with_value(weights.p, value), with_value(weights.derivative, value))
+        sums = pending.by_head(weights.sums).squeeze(-1)
+        observer.sums(pending.site).add_outputs(pending.rows(), products, *(x.float() for x in results), sums)
         return output
 
     # torch's own attention.
@@ -302,21 +302,19 @@ class _ObservingMode(SwapMode):
         plain, visible = tile.scores(tile.query, tile.key)
         normed = plain if site.query_norm is None else tile.scores(tile.normed_query, tile.normed_key)[0]
         counted = tile.counted(visible)
-        if observer.phase == "logsumexp":
-            observer.sums(site).add_rows(
-                rows_of(tile.normed_query), rows_of(normed), rows_of(visible), rows_of(counted)
-            )
-        softmax = plain.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
-        bias = torch.zeros((), device=normed.device)
-        if site.bias is not None:
-            bias = bias + site.bias.to(normed.dtype).view(1, -1, 1, 1)
-        if site.query_weight is not None:
-            weight = site.query_weight.to(normed.dtype)[None, :, None]
-            bias = bias + (tile.normed_query.to(normed.dtype) * weight).sum(-1, keepdim=True)
-        sigmoid = sigmoid_of(site, normed, visible, -1, bias)
-        value = tile.value.to(normed.dtype)
-        results = softmax @ value, sigmoid @ value, (sigmoid * (1 - sigmoid)) @ value
-        observer.sums(site).add_outputs(
-            rows_of(tile.normed_query), rows_of(counted), lambda x, y: rows_of((x * y).double().sum(-1)), *results
+        rows = Rows(
+            rows_of(tile.normed_query),
+            rows_of(counted),
+            rows_of(visible.sum(-1)),
+            rows_of(first_of(normed, visible, -1).squeeze(-1)),
         )
+        masked = normed.masked_fill(~visible, -math.inf)
+        if observer.phase == "logsumexp":
+            observer.sums(site).add_rows(rows, rows_of(masked.logsumexp(-1)))
+        softmax = plain.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
+        weights = weights_of(site, normed, visible, -1, site.bias_of_heads(tile.normed_query.to(normed.dtype)))
+        value = tile.value.to(normed.dtype)
+        results = softmax @ value, weights.p @ value, weights.derivative @ value
+        sums = rows_of(weights.sums.squeeze(-1))
+        observer.sums(site).add_outputs(rows, lambda x, y: rows_of((x * y).double().sum(-1)), *results, sums)
         observer.sums(site).add_mass(rows_of(softmax), rows_of(counted))

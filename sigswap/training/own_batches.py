@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import resolve_inputs
-from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import softmax
 from sigswap.errors import ArgumentError, ExampleInputsError, Hint
 

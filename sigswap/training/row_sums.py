@@ -1,9 +1,10 @@
-"""The sums of a converted model's rows, sum over j of p_ij: 1 under softmax, and whatever comes under sigmoid."""
+"""The sums of a converted model's rows, sum over j of p_ij, before the row cap: 1 under softmax, anything here."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,27 +53,45 @@ class RowSumObserver:
 
 
 class _SummingMode(SwapMode):
-    """The sum of a row is its attention to values that are 1."""
+    """The sum of a row is its attention to values that are 1, without the site's row cap."""
 
     def __init__(self, state: OwnerState, sums: RowSums) -> None:
         super().__init__(state)
         self.sums = sums
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
-        probabilities = super()._softmax(site, args, kwargs)
+        of_product = self.product_of, self.query_bias
+        with _uncapped(site):
+            probabilities = super()._softmax(site, args, kwargs)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        self.sums.add(probabilities.sum(1 if dim is None else dim))
-        return probabilities
+        if dim is None:
+            dim = 0 if probabilities.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+        self.sums.add(probabilities.sum(dim))
+        if site.row_cap is None:
+            return probabilities
+        self.product_of, self.query_bias = of_product
+        return super()._softmax(site, args, kwargs)
 
     def _sdpa(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ones = torch.ones_like(value[..., :1])
-        self.sums.add(super()._sdpa(site, query, key, ones, *args, **kwargs))
+        with _uncapped(site):
+            self.sums.add(super()._sdpa(site, query, key, torch.ones_like(value[..., :1]), *args, **kwargs))
         return super()._sdpa(site, query, key, value, *args, **kwargs)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         def attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor | None]:
             asked = {**arguments, "need_weights": False}
-            self.sums.add(site.attention(query, key, torch.ones_like(value[..., :1]), **asked)[0])
+            with _uncapped(site):
+                self.sums.add(site.attention(query, key, torch.ones_like(value[..., :1]), **asked)[0])
             return site.attention(query, key, value, **arguments)
 
         return SWAPS[func].stand_in(attention, *args, **kwargs)
+
+
+@contextmanager
+def _uncapped(site: SiteState) -> Iterator[None]:
+    cap = site.row_cap
+    site.row_cap = None
+    try:
+        yield
+    finally:
+        site.row_cap = cap

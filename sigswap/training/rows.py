@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sigswap.conversion.state import AxisPlan, SiteState
+from sigswap.conversion.state import AxisPlan, RowBias, SiteState
+from sigswap.functional.attention import probabilities
 from sigswap.kernels import MASKED_SCORE
+from sigswap.training.sums import Rows
 
 # torch leaves these untyped.
 _broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
@@ -96,8 +98,8 @@ class Layout:
 class PendingSoftmax:
     """The softmax of a model that computes its own scores, until the product with the value shows its output."""
 
-    def __init__(self, site: SiteState, probabilities: Tensor, scores: Tensor, dim: int, bias: Tensor | None) -> None:
-        self.site, self.probabilities, self.dim, self.bias = site, probabilities, dim, bias
+    def __init__(self, site: SiteState, probs: Tensor, scores: Tensor, dim: int, bias: RowBias) -> None:
+        self.site, self.probabilities, self.dim, self.bias = site, probs, dim, bias
         self.wide = scores if scores.dtype == torch.float64 else scores.float()
         self.visible = ~(scores <= MASKED_SCORE)  # NaN is not masked, but an error
         axis = site.plan.head_axis.axis
@@ -132,8 +134,18 @@ class PendingSoftmax:
     def softmax(self) -> Tensor:
         return self.probabilities.to(self.wide.dtype).nan_to_num(0.0)
 
-    def sigmoid(self) -> Tensor:
-        return sigmoid_of(self.site, self.wide, self.visible, self.dim, self.bias)
+    def weights(self) -> Weights:
+        return weights_of(self.site, self.wide, self.visible, self.dim, self.bias)
+
+    def rows(self) -> Rows:
+        count = self.visible.sum(self.dim, keepdim=True)
+        first = first_of(self.wide, self.visible, self.dim)
+        return Rows(self.query, self.counted_rows(), self.by_head(count).squeeze(-1), self.by_head(first).squeeze(-1))
+
+    def logsumexp(self) -> Tensor:
+        """[heads, rows]."""
+        masked = self.wide.masked_fill(~self.visible, -torch.inf)
+        return self.by_head(masked.logsumexp(self.dim, keepdim=True)).squeeze(-1)
 
     def by_head(self, x: Tensor) -> Tensor:
         """``x``, of the scores' layout but for its size along the keys, as [heads, rows, that size]."""
@@ -160,14 +172,33 @@ def seen(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else ~(mask <= MASKED_SCORE)
 
 
-def sigmoid_of(site: SiteState, scores: Tensor, visible: Tensor, dim: int, bias: Tensor | None) -> Tensor:
-    """The probabilities of the definition (docs/design.md), in scores' dtype."""
-    x = scores.masked_fill(~visible, 0.0) + site.const_bias
-    if site.visible_bias:
-        x = x - visible.sum(dim, keepdim=True).clamp(min=1).log()
-    if bias is not None:
-        x = x + bias
-    return x.sigmoid().masked_fill(~visible, 0.0)
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What the values are multiplied by under the present parameters, in the scores' shape: ``p`` after the row cap,
+    and its ``derivative`` by the row's bias. ``sums``: of each row's sigmoids, with size 1 along the keys."""
+
+    p: Tensor
+    derivative: Tensor
+    sums: Tensor
+
+
+def weights_of(site: SiteState, scores: Tensor, visible: Tensor, dim: int, bias: RowBias) -> Weights:
+    """The definition of sigmoid attention, and its derivative."""
+    masked = scores.masked_fill(~visible, -torch.inf)
+    p = probabilities(masked, dim, **bias, **{**site.terms, "row_cap": None})
+    sums, slope = p.sum(dim, keepdim=True), p * (1 - p)
+    if site.row_cap is None:
+        return Weights(p, slope, sums)
+    divisor = sums.clamp(min=site.row_cap)
+    capped = p / divisor
+    moving = slope.sum(dim, keepdim=True) * (sums > site.row_cap)
+    return Weights(capped, (slope - capped * moving) / divisor, sums)
+
+
+def first_of(scores: Tensor, visible: Tensor, dim: int) -> Tensor:
+    """The score of the first visible key along ``dim``, with size 1 there; 0 in rows without any."""
+    first = visible.to(torch.uint8).argmax(dim, keepdim=True)
+    return scores.gather(dim, first).masked_fill(~visible.gather(dim, first), 0.0)
 
 
 def rows_of(x: Tensor) -> Tensor:

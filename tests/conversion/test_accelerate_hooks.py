@@ -356,9 +356,10 @@ def test_two_devices() -> None:
 
 def test_a_forward_that_spreads_the_model_itself() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Moving("cuda:0", "cuda:1")
-        with pytest.raises(errors.ExampleInputsError, match=r"cuda:0, cuda:1.* convert the model before it is spread"):
-            sigswap.convert(model, example_inputs=torch.zeros(2, 5, 8))
+        x, model = torch.zeros(2, 5, 8), Moving("cuda:0", "cuda:1")
+        sigswap.convert(model, example_inputs=x)  # not by a copy on one device
+        bare = sigswap.convert(Blocks("cpu", "cpu"), example_inputs=x)
+        assert conversion_of(model).owners == conversion_of(bare).owners
 
 
 def test_a_forward_that_needs_values() -> None:
@@ -368,10 +369,13 @@ def test_a_forward_that_needs_values() -> None:
 
     x = torch.rand(2, 5, 8)
     bare = Switching("cpu", "cpu")
-    model = dispatched(copy.deepcopy(bare))
-    for one in (model, bare):
+    spread = [dispatched(copy.deepcopy(bare)), offloaded(copy.deepcopy(bare))]
+    for one in (*spread, bare):
+        before = state_of(one)
         sigswap.convert(one, example_inputs=x)
-    assert conversion_of(model) == conversion_of(bare)
-    assert_equal(run(model, (x,)), run(bare, (x,)))
-    with pytest.raises(errors.ExampleInputsError, match="before accelerate offloads them"):
-        sigswap.convert(offloaded(Switching("cpu", "cpu")), example_inputs=x)
+        sigswap.revert(one)
+        assert state_of(one) == before
+        sigswap.convert(one, example_inputs=x)
+    for one in spread:
+        assert conversion_of(one) == conversion_of(bare)
+        assert_equal(run(one, (x,)), run(bare, (x,)))

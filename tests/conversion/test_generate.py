@@ -16,6 +16,7 @@ NEW = 8
 PROMPTS = ([5, 9, 11, 40, 7, 21, 33], [13, 8, 30], [50, 4, 4, 17, 29])
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 CACHE = pytest.mark.parametrize("cache", ["dynamic", "static"])
+FIRST_TOKEN = pytest.mark.parametrize("first_token", [False, True], ids=["", "first_token"])
 OWNERS = ("LlamaAttention", "GPT2Attention", "T5Attention")
 
 
@@ -28,9 +29,10 @@ def build(name: str, attention: str) -> nn.Module:
     return model
 
 
-def converted(name: str, attention: str) -> nn.Module:
+def converted(name: str, attention: str, first_token: bool = False) -> nn.Module:
     """With another learned bias in every head: a cache's code may lay the heads out in another way."""
-    model = sigswap.convert(build(name, attention))
+    config = sigswap.SigmoidConfig(first_token=first_token, query_bias=first_token)
+    model = sigswap.convert(build(name, attention), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -102,11 +104,12 @@ def assert_same(
         assert got[0][row] == tokens
 
 
+@FIRST_TOKEN
 @ATTENTION
 @CACHE
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
-def test_decoder(name: str, attention: str, cache: str) -> None:
-    model = converted(name, attention)
+def test_decoder(name: str, attention: str, cache: str, first_token: bool) -> None:
+    model = converted(name, attention, first_token)
     expected = [decode_without_cache(model, prompt) for prompt in PROMPTS]
     options = {"cache_implementation": "static"} if cache == "static" else {}
     assert_same(generate(model, padded(left=True), **options), expected)
@@ -114,10 +117,11 @@ def test_decoder(name: str, attention: str, cache: str) -> None:
     assert_same(generate(model, padded(left=True), **options), expected)
 
 
+@FIRST_TOKEN
 @ATTENTION
 @CACHE
-def test_t5(attention: str, cache: str) -> None:
-    model = converted("T5ForConditionalGeneration", attention)
+def test_t5(attention: str, cache: str, first_token: bool) -> None:
+    model = converted("T5ForConditionalGeneration", attention, first_token)
     expected = [decode_t5_without_cache(model, prompt) for prompt in PROMPTS]
     options = {"cache_implementation": "static"} if cache == "static" else {}
     assert_same(generate(model, padded(left=False), **options), expected)
@@ -156,13 +160,14 @@ def test_beam_search(name: str) -> None:
     )
 
 
+@FIRST_TOKEN
 @ATTENTION
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_prefill_in_chunks(attention: str, cache: str) -> None:
+def test_prefill_in_chunks(attention: str, cache: str, first_token: bool) -> None:
     """Prefill in pieces of several tokens equals one full forward (the mask is aligned bottom right)."""
     from transformers import DynamicCache, StaticCache
 
-    model = converted("LlamaForCausalLM", attention)
+    model = converted("LlamaForCausalLM", attention, first_token)
     ids = torch.tensor([PROMPTS[0] + PROMPTS[2]])
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
@@ -182,9 +187,10 @@ def test_prefill_in_chunks(attention: str, cache: str) -> None:
     assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-def test_compiled_decoding() -> None:
+@FIRST_TOKEN
+def test_compiled_decoding(first_token: bool) -> None:
     """A static cache with a compiled forward, which is how generation is made fast."""
-    model = converted("LlamaForCausalLM", "sdpa")
+    model = converted("LlamaForCausalLM", "sdpa", first_token)
     expected = [decode_without_cache(model, prompt) for prompt in PROMPTS]
     model.forward = torch.compile(model.forward, backend="aot_eager")
     assert_same(generate(model, padded(left=True), cache_implementation="static"), expected)

@@ -15,12 +15,19 @@ import sigswap
 SDPA_EAGER = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 DECODERS = pytest.mark.parametrize("name", ["LlamaModel", "GPT2Model"])
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+FIRST_TOKEN = pytest.mark.parametrize("first_token", [False, True], ids=["", "first_token"])
 
 
-def converted(name: str, attention: str, **config: Any) -> nn.Module:
+def converted(name: str, attention: str, first_token: bool = False, **config: Any) -> nn.Module:
     torch.manual_seed(0)
     model = randomise(hf(name, attention, **config)).eval()
-    return sigswap.convert(model)
+    sigswap.convert(model, sigswap.SigmoidConfig(first_token=first_token, query_bias=first_token))
+    if first_token:
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if "sigswap" in parameter_name.split("."):
+                    parameter.copy_(torch.randn(parameter.shape))
+    return model
 
 
 def forward(model: nn.Module, compiled: bool = False) -> Callable[..., Any]:
@@ -39,14 +46,15 @@ def ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
 # ----------------------------------------------------------------------------------------------- padding
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
 @DECODERS
 @COMPILED
 @torch.no_grad()
-def test_left_padding(name: str, attention: str, compiled: bool) -> None:
+def test_left_padding(name: str, attention: str, compiled: bool, first_token: bool) -> None:
     if compiled and name == "GPT2Model":
         pytest.skip("one compiled decoder is enough")
-    model = converted(name, attention)
+    model = converted(name, attention, first_token)
     run = forward(model, compiled)
     text = ids(7)
     plain = model(input_ids=text, position_ids=torch.arange(7)[None]).last_hidden_state
@@ -59,14 +67,15 @@ def test_left_padding(name: str, attention: str, compiled: bool) -> None:
         assert close(out[:, pad:], plain)
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("name", ["BertModel", "T5Model"])
 @COMPILED
 @torch.no_grad()
-def test_right_padding(name: str, attention: str, compiled: bool) -> None:
+def test_right_padding(name: str, attention: str, compiled: bool, first_token: bool) -> None:
     if compiled and name == "T5Model":
         pytest.skip("one compiled encoder is enough")
-    model = converted(name, attention)
+    model = converted(name, attention, first_token)
     more = {"decoder_input_ids": ids(5, seed=4)} if name == "T5Model" else {}
     run = forward(model, compiled)
     text = ids(7)
@@ -100,11 +109,12 @@ def test_padding_of_torch_encoder() -> None:
 # --------------------------------------------------------------------------------------------- causality
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("name", ["LlamaModel", "GPT2Model", "T5Model"])
 @torch.no_grad()
-def test_causality(name: str, attention: str) -> None:
-    model = converted(name, attention)
+def test_causality(name: str, attention: str, first_token: bool) -> None:
+    model = converted(name, attention, first_token)
     text, changed = ids(9), ids(9)
     changed[:, 5:] = ids(4, seed=7)
     assert not torch.equal(text, changed)
@@ -120,9 +130,10 @@ def test_causality(name: str, attention: str) -> None:
     assert close(run(text[:, :5]), before[:, :5], 1e-5)  # nor does it matter that there are later tokens
 
 
+@FIRST_TOKEN
 @torch.no_grad()
-def test_gradient_does_not_reach_the_future() -> None:
-    model = converted("LlamaModel", "sdpa")
+def test_gradient_does_not_reach_the_future(first_token: bool) -> None:
+    model = converted("LlamaModel", "sdpa", first_token)
     with torch.enable_grad():
         embeddings = torch.randn(1, 8, 32, requires_grad=True)
         model(inputs_embeds=embeddings).last_hidden_state[:, 4].sum().backward()
@@ -142,11 +153,12 @@ def _no_nan_gradients(model: nn.Module) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("train", [False, True])
-def test_padded_queries_of_a_decoder_attend_to_nothing(attention: str, train: bool) -> None:
+def test_padded_queries_of_a_decoder_attend_to_nothing(attention: str, train: bool, first_token: bool) -> None:
     """Left padding: the first rows of the causal mask see no key at all."""
-    model = converted("LlamaModel", attention).train(train)
+    model = converted("LlamaModel", attention, first_token).train(train)
     seen: list[Tensor] = []
     for layer in model.layers:
         _input_of(layer.self_attn.o_proj, seen)
@@ -160,9 +172,10 @@ def test_padded_queries_of_a_decoder_attend_to_nothing(attention: str, train: bo
     _no_nan_gradients(model)
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
-def test_encoder_row_without_any_key(attention: str) -> None:
-    model = converted("BertModel", attention)
+def test_encoder_row_without_any_key(attention: str, first_token: bool) -> None:
+    model = converted("BertModel", attention, first_token)
     seen: list[Tensor] = []
     for layer in model.encoder.layer:
         _input_of(layer.attention.output.dense, seen)
@@ -216,12 +229,15 @@ def test_handwritten_row_without_any_key() -> None:
 # ------------------------------------------------------------------------------------------ permutations
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
 @torch.no_grad()
-def test_permuted_tokens_of_bert(attention: str) -> None:
-    model = converted("BertModel", attention)
+def test_permuted_tokens_of_bert(attention: str, first_token: bool) -> None:
+    model = converted("BertModel", attention, first_token)
     model.embeddings.position_embeddings.weight.zero_()
     text, order = ids(8), torch.tensor([3, 0, 7, 5, 1, 2, 6, 4])
+    if first_token:  # the first key is not one of many there
+        order = torch.tensor([0, 3, 7, 5, 1, 2, 6, 4])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
     plain = model(input_ids=text, attention_mask=mask).last_hidden_state
     permuted = model(input_ids=text[:, order], attention_mask=mask[:, order]).last_hidden_state
@@ -259,12 +275,13 @@ def test_permuted_memory_of_cross_attention() -> None:
 # ------------------------------------------------------------------------------------------------- batch
 
 
+@FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("name", ["LlamaModel", "BertModel", "GPT2Model", "T5Model"])
 @torch.no_grad()
-def test_batch_neighbours(name: str, attention: str) -> None:
+def test_batch_neighbours(name: str, attention: str, first_token: bool) -> None:
     """A row's output does not depend on the other rows, nor on their padding."""
-    model = converted(name, attention)
+    model = converted(name, attention, first_token)
     text = ids(7, 3)
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, :4] = 0

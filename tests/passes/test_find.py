@@ -259,6 +259,76 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         False,
         "do not weight a value",
     ),
+    "heads_mixed_by_an_einsum": (
+        lambda q, k, v, w: torch.einsum("bhij,hg->bgij", torch.einsum("bhij,hg->bgij", q @ k.mT, w).softmax(-1), w) @ v,
+        (Q, K, V, (H, H)),
+        1,
+        True,
+        "parameter",
+    ),
+    "three_operands": (
+        lambda q, k, v, w: torch.einsum("bhid,bhjd,hg->bgij", q, k, w).softmax(-1) @ v,
+        (Q, K, V, (H, H)),
+        1,
+        True,
+        "not a product of two",
+    ),
+    "three_operands_below": (
+        lambda q, k, v, w: torch.einsum("bhij,bhjd,hg->bgid", (q @ k.mT).softmax(-1), v, w),
+        (Q, K, V, (H, H)),
+        1,
+        True,
+        "cannot be followed through einsum",
+    ),
+    "threshold": (
+        lambda q, k, v: F.threshold((q @ k.mT).softmax(-1), 0.01, 0.0) @ v,
+        (Q, K, V),
+        0,
+        True,
+        "cannot be followed through threshold",
+    ),
+    "cosine": (
+        lambda q, k, v: F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1).softmax(-1) @ v,
+        (Q, K, V),
+        0,
+        True,
+        "cosine_similarity",
+    ),
+    "by_hand": (
+        lambda q, k, v: (lambda e: (e / e.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp()),
+        (Q, K, V),
+        0,
+        True,
+        "by hand",
+    ),
+    "by_hand_divided_below": (
+        lambda q, k, v: (lambda e: (e @ v) / e.sum(-1, keepdim=True))(((q @ k.mT).clamp(max=9)).exp()),
+        (Q, K, V),
+        0,
+        True,
+        "by hand",
+    ),
+    "by_hand_keys_first": (
+        lambda q, k, v: (lambda e: (e / e.sum(-2, keepdim=True)).mT @ v)((k @ q.mT).exp()),
+        (Q, K, V),
+        0,
+        True,
+        "by hand",
+    ),
+    "log_softmax": (
+        lambda q, k, v: F.log_softmax(q @ k.mT, -1).exp() @ v,
+        (Q, K, V),
+        0,
+        True,
+        "by hand",
+    ),
+    "alibi_from_the_last_key": (
+        lambda q, k, v, w: (q @ k.mT * D**-0.5 + torch.arange(1 - N, 1) * w[:, None, None].exp()).softmax(-1) @ v,
+        (Q, K, V, (H,)),
+        1,
+        True,
+        "counts from the last key",
+    ),
     "shifted": (
         lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))(q @ k.mT) @ v,
         (Q, K, V),
@@ -278,6 +348,31 @@ def test_leaves_near_misses_alone(name: str) -> None:
     left = result.left_alone[0]
     assert left.attention == attention
     assert reason in left.reason
+
+
+def test_what_looks_alike() -> None:
+    """Biases that do not count from the last key; random features, a loss, and a temperature by exp."""
+
+    def features(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ w).exp() @ ((k @ w).exp().mT @ v)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return -(F.log_softmax(q @ k.mT, -1) * torch.eye(M, N)).sum(-1)
+
+    def temperature(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return ((q @ k.mT) * w.exp()).softmax(-1) @ v
+
+    def alibi(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + torch.arange(N) * w[:, None, None]).softmax(-1) @ v
+
+    def bias_per_key(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + w).softmax(-1) @ v
+
+    assert len(found(alibi, Q, K, V, (H,), parameters=1).sites) == 1
+    assert len(found(bias_per_key, Q, K, V, (N,), parameters=1).sites) == 1
+    assert not found(features, Q, K, V, (D, D), parameters=1).left_alone
+    assert not found(loss, Q, K, V).left_alone
+    assert not found(temperature, Q, K, V, (H, 1, 1), parameters=1).left_alone
 
 
 def test_a_router_beside_an_attention_stays() -> None:

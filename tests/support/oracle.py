@@ -50,20 +50,35 @@ SOFTMAX_OPS = frozenset(
 
 
 def sigmoid_of_scores(
-    scores: Tensor, dim: int = -1, visible: Tensor | None = None, heads: Tensor | None = None
+    scores: Tensor,
+    dim: int = -1,
+    visible: Tensor | None = None,
+    heads: Tensor | None = None,
+    first_token: bool = False,
 ) -> Tensor:
     """``sigmoid(score - ln n)`` with ``n`` the visible keys along ``dim``; exactly 0 where masked.
 
     ``heads``: a number per head that is added to the score, for scores [B, H, M, N] or [B*H, M, N].
+    ``first_token``: ``sigmoid(score - ln(exp(score of the row's first visible key) + n))``; with a number h per head
+    ``h - ln(exp(that score) + n^h exp(-h))``.
     """
     seen = scores > MASKED if visible is None else visible.expand_as(scores)
     n = seen.sum(dim, keepdim=True).clamp(min=1).to(scores.dtype)
     # Masked scores are replaced before the sigmoid: the gradient of -inf - ln n must not become NaN.
-    scores = scores.masked_fill(~seen, 0.0) - n.log()
+    scores = scores.masked_fill(~seen, 0.0)
+    numbers = torch.zeros((), dtype=scores.dtype)
     if heads is not None:
-        heads = heads.to(scores.dtype)
         batch = 1 if scores.dim() == 4 else scores.shape[0] // len(heads)
-        scores = scores + heads.repeat(batch).view(-1, 1, 1)
+        numbers = heads.to(scores.dtype).repeat(batch).view(-1, 1, 1)
+    if first_token:
+        is_first = seen & (seen.cumsum(dim) == 1)
+        first = (scores * is_first).sum(dim, keepdim=True)
+        share = 1.0 if heads is None else numbers
+        largest = torch.maximum(first, share * n.log() - numbers).detach()
+        total = (first - largest).exp() + (share * n.log() - numbers - largest).exp()
+        scores = scores + numbers - (total.log() + largest)
+    else:
+        scores = scores + numbers - n.log()
     p = torch.sigmoid(scores)
     return p * seen.to(p.dtype)
 
@@ -78,6 +93,7 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
     heads: Tensor | None = None,
+    first_token: bool = False,
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` with the sigmoid for the softmax, in explicit arithmetic."""
     if enable_gqa:
@@ -95,7 +111,7 @@ def sdpa(
             visible = visible & (attn_mask > MASKED)
             # Keeps the mask's own gradient (T5's relative bias) and drops what -inf would do to it.
             scores = scores + attn_mask.masked_fill(attn_mask <= MASKED, 0.0)
-    p = sigmoid_of_scores(scores, -1, visible, heads)
+    p = sigmoid_of_scores(scores, -1, visible, heads, first_token)
     if dropout_p > 0.0:
         p = F.dropout(p, dropout_p)
     return torch.matmul(p, value)
@@ -114,6 +130,7 @@ def sigmoid_oracle(
     owners: tuple[str, ...],
     is_attention: Callable[[nn.Module, Tensor], bool] | None = None,
     head_bias: Callable[[int], Tensor] | None = None,
+    first_token: bool = False,
 ) -> Iterator[Oracle]:
     """Runs attention as sigmoid attention inside the ``with``.
 
@@ -123,6 +140,7 @@ def sigmoid_oracle(
         is_attention: of the softmaxes such a class calls, which are attention (``None``: all of them);
             given the module and the scores.
         head_bias: what to add to the scores of each head, given the number of heads.
+        first_token: as :func:`sigmoid_of_scores` has it.
     """
     log = Oracle()
     tensor_softmax, fused = Tensor.softmax, F.scaled_dot_product_attention
@@ -142,7 +160,7 @@ def sigmoid_oracle(
             log.left += 1
             return tensor_softmax(scores, -1 if dim is None else dim)
         log.swapped += 1
-        return sigmoid_of_scores(scores, -1 if dim is None else dim, None, bias_of(module, scores))
+        return sigmoid_of_scores(scores, -1 if dim is None else dim, None, bias_of(module, scores), first_token)
 
     def bias_of(module: nn.Module, scores: Tensor) -> Tensor | None:
         if head_bias is None:
@@ -164,7 +182,7 @@ def sigmoid_oracle(
             log.left += 1
             return fused(*args, **kwargs)
         log.swapped += 1
-        return sdpa(*args, **kwargs, heads=bias_of(module, args[0]))
+        return sdpa(*args, **kwargs, heads=bias_of(module, args[0]), first_token=first_token)
 
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

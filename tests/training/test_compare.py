@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -146,7 +147,7 @@ def test_a_model_that_always_recalls_and_one_that_does_so_nearby() -> None:
     assert 0.8 < result["copying"].original < 1.0  # some of its 200 random tokens are there twice
 
 
-def test_context_length_and_tokens() -> None:
+def test_context_length_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     original = randomise(hf("LlamaForCausalLM", max_position_embeddings=128)).eval()
     model = converted(original)
     asked = []
@@ -159,6 +160,12 @@ def test_context_length_and_tokens() -> None:
     assert all(int(ids.min()) >= 20 and int(ids.max()) < 50 for ids in probes)
     assert all(ids.numel() <= 160 for ids in probes)  # no more at once than in the user's batches
     assert sigswap.compare(model, original, texts(1), max_length=64, progress=False).by_distance[-1].distance == 48
+    comparing = importlib.import_module("sigswap.training.compare")
+    monkeypatch.setattr(comparing, "MOST_ASKED", 3 * 48)
+    few = sigswap.compare(model, original, texts(1), max_length=64, progress=False)
+    assert (
+        "recall at 16 tokens 72, recall at 48 tokens 24." in few.notes[-1]
+    )  # of 8 pairs each, in 9 and in 3 sequences
     short = sigswap.compare(model, original, texts(1), max_length=8, progress=False)
     assert not short.by_distance and any("No lookups were asked: 8 tokens" in note for note in short.notes)
 
@@ -231,8 +238,9 @@ def test_other_models(name: str, kind: str) -> None:
 # Layers
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("kind", ["sdpa", "softmax", "mha"])
-def test_layers_against_their_definition(kind: str) -> None:
+def test_layers_against_their_definition(kind: str, cap: float | None) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -255,7 +263,7 @@ def test_layers_against_their_definition(kind: str) -> None:
     torch.manual_seed(0)
     original = nn.Sequential(Attention(), nn.Linear(16, 16)).double()
     batches = [torch.randn(3, 9, 16, dtype=torch.float64) * 3 for _ in range(2)]
-    model = converted(original, batches[0])
+    model = converted(original, batches[0], sigswap.SigmoidConfig(row_cap=cap))
     path = next(record.path for record in sigswap.report(model).sites)
     bias = model.get_submodule(path).sigswap.site(0).bias.view(-1, 1, 1)
     sums, missing, energy = [], 0.0, 0.0
@@ -264,13 +272,15 @@ def test_layers_against_their_definition(kind: str) -> None:
         scores = q @ k.mT * 8**-0.5
         p = torch.sigmoid(scores - math.log(9) + bias).detach()
         sums.append(p.sum(-1).flatten())
+        if cap is not None:
+            p = p / p.sum(-1, keepdim=True).clamp(min=cap)
         y, t = (original[0].inner.out_proj((a @ v).transpose(1, 2).flatten(2)) for a in (p, scores.softmax(-1)))
         y, t = y.detach(), t.detach()
         missing += float((y - t).square().sum())
         energy += float(t.square().sum())
     result = sigswap.compare(model, original, batches, progress=False)
     (layer,) = result.layers
-    assert layer.path == path
+    assert (layer.path, layer.row_cap) == (path, cap)
     assert layer.error == pytest.approx(missing / energy, rel=1e-6)
     assert layer.row_sum == pytest.approx(float(torch.cat(sums).mean()), rel=1e-6)
     assert layer.largest_row_sum == pytest.approx(float(torch.cat(sums).max()), rel=1e-6)

@@ -1,0 +1,83 @@
+"""A copy of a model around other tensors, to be run in its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from sigswap.conversion import accelerate_hooks
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_HARMLESS = ("transformers.", "torch.nn.utils.")
+"""Where hooks come from that write to nothing but the module and what they are given."""
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module of ``model`` holds: parameters, buffers, and tensors in plain attributes."""
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            for leaf in tree_leaves(value) if isinstance(value, list | tuple | dict) else [value]:
+                if isinstance(leaf, Tensor):
+                    yield leaf
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The model's device, of its first tensor; the CPU for a model on the meta device."""
+    for tensor in tensors_of(model):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def copied(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
+    """A copy of the module tree, without the users' hooks.
+
+    Its tensors are fake ones of ``mode``, all on one device; without a mode they are others with the model's own
+    memory. Raises whatever ``copy.deepcopy`` of an attribute raises.
+    """
+    memo: dict[int, object] = {}
+    keep: list[Tensor] = []
+    device = device_of(model)
+    for tensor in tensors_of(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _shared(tensor) if mode is None else fake(tensor, mode, device)
+            keep.append(tensor)
+    accelerate_hooks.leave_out(model, memo)
+    clone = copy.deepcopy(model, memo)
+    accelerate_hooks.strip(clone)
+    for module in clone.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        # Users' hooks may write into the users' own objects.
+        hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+        for key in [key for key, hook in hooks.items() if not _stays(hook)]:
+            for name in _HOOKS:
+                module.__dict__[name].pop(key, None)
+    return clone
+
+
+def _stays(hook: object) -> bool:
+    where = hook.__module__ if hasattr(hook, "__qualname__") else type(hook).__module__
+    return f"{where}.".startswith(_HARMLESS)
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    value = tensor.detach()
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """``tensor`` as a fake tensor of ``mode``, on ``device`` if it was on another or on meta."""
+    if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
+        return tensor
+    if tensor.device == device and not isinstance(tensor, FakeTensor):
+        return mode.from_tensor(tensor)
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
