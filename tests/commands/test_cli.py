@@ -263,6 +263,14 @@ def test_compare_of_other_models(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "cosine similarity" in result.stdout, result.output
 
 
+def test_row_cap(tmp_path: Path) -> None:
+    small_llama(tmp_path / "in")
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "out", "--row-cap", "0.5").exit_code == 0
+    assert sigswap.report(sigswap.load(tmp_path / "out")).notes[-1] == "Row cap: 0.5 (3 attentions)."
+    failed = run("convert", tmp_path / "in", "--out", tmp_path / "other", "--row-cap", "0")
+    assert failed.exit_code == 1 and "row-cap must be None or a positive finite number" in failed.stderr
+
+
 def test_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     assert "blocks.{0..5}.attn" in run("inspect", "timm:test_vit").stdout
