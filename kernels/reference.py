@@ -286,8 +286,9 @@ def _cut_mask(mask: Tensor, tile: _Tile) -> Tensor:
 def _by_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores [b, h, m, n] of a tile in a shape, [b, ...] or [repeats, b / repeats, ...], that the tile's part of the
     mask broadcasts to. A view."""
-    period = mask.shape[0]
-    return scores if period in (1, scores.shape[0]) else scores.view(-1, period, *scores.shape[1:])
+    period, batch = mask.shape[0], scores.shape[0]
+    # Not view(-1, ...): a tile outside of the band has no keys.
+    return scores if period in (1, batch) else scores.view(batch // period, period, *scores.shape[1:])
 
 
 def _head_groups(problem: Problem) -> Iterator[_Heads]:

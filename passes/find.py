@@ -171,6 +171,7 @@ def score_site(
         softcap=origin.softcap,
         dropout=weights.dropout,
         weights_path=weights.path,
+        shifts=tuple(origin.shifts),
     )
 
 
@@ -231,6 +232,7 @@ class _Origin:
     softcap: bool = False
     reason: str | None = None  # why no product was found
     obstacle: str | None = None  # why the attention cannot be swapped
+    shifts: list[Node] = dataclasses.field(default_factory=list)  # that are subtracted from them, see AttentionSite
     terms: list[Node] = dataclasses.field(default_factory=list)  # that are added to them
 
 
@@ -261,12 +263,15 @@ def _trace_scores(node: Node, key_axis: int, seen: set[tuple[Node, int]]) -> _Or
     if not origin.products:
         return origin
     if op.name in ("add", "sub"):
-        for source in inputs:
+        for source in node.all_input_nodes:
             if _is_row_reduction(source):
-                origin.obstacle = (
-                    "its scores are shifted by a reduction over their own row, which a softmax ignores and a sigmoid "
-                    "does not; remove the shift"
-                )
+                shift = _only_shift(source, node)
+                origin.shifts += [] if shift is None else [shift]
+                if shift is None:
+                    origin.obstacle = (
+                        "its scores are shifted by a reduction over their own row, which a softmax ignores and a "
+                        "sigmoid does not; remove the shift"
+                    )
     before, after = shape_of(inputs[0]), shape_of(node)
     if op.name == "pad" and before is not None and after is not None and after[key_axis] != before[key_axis]:
         origin.obstacle = "its softmax runs over the keys and padded logits"
@@ -299,6 +304,7 @@ def _merge_term(origin: _Origin, node: Node, source: Node, key_axis: int, seen: 
         origin.masks.add("additive")
         origin.terms.append(source)
     origin.terms += term.terms
+    origin.shifts += term.shifts
     origin.products += term.products
     origin.softcap |= term.softcap
     origin.obstacle = origin.obstacle or term.obstacle
@@ -312,9 +318,23 @@ def _mixes_heads(product: Factors, node: Node, source: Node) -> bool:
 
 
 def _is_row_reduction(node: Node) -> bool:
-    while op_of(node).keeps_row_numbers and (source := input_at(node)) is not None:
+    while (source := _same_rows(node)) is not None:
         node = source
     return op_of(node).reduces
+
+
+def _same_rows(node: Node) -> Node | None:
+    """What ``node`` is made of, if that was one number per row as well, and 0 stays 0."""
+    scaled = op_name(node) in ("mul", "div") and len(node.all_input_nodes) == 1
+    return input_at(node) if op_of(node).keeps_row_numbers or scaled else None
+
+
+def _only_shift(node: Node, user: Node) -> Node | None:
+    """The maximum or logsumexp that ``node`` is, if nothing but ``user`` uses it."""
+    while set(node.users) == {user} and (source := _same_rows(node)) is not None:
+        node, user = source, node
+    others = [other for other in node.users if other is not user and other.users]
+    return node if not others and op_name(node) in ("amax", "max", "logsumexp") else None
 
 
 # Down: from the softmax to the product with the value.

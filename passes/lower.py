@@ -92,6 +92,8 @@ def _lower_scores(anchor: Node, data: set[Node], masks: Masks, replaced: set[Nod
     if site is None:
         alone = [left for left in sites if isinstance(left, LeftAlone)]
         return next((left for left in alone if left.attention), alone[0])
+    if site.shifts:
+        return LeftAlone(anchor, "its scores are shifted by a reduction over their own row", True)
     try:
         call = Match(site, masks).call()
         if not replaced.isdisjoint(call.path):

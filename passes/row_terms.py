@@ -1,13 +1,14 @@
 """Terms of scores that change with the number of keys by what is constant along a row.
 
-A softmax ignores that, a sigmoid does not: with ALiBi that counts from the last key (``arange(1 - n, 1) * slope`` of MPT)
-a row's probabilities would change with every key that comes after it, so that decoding with a cache, or padding, gives
-something else than a full forward.
+A softmax ignores that, a sigmoid does not. With ALiBi that counts from the last key (``arange(1 - n, 1) * slope``) the
+probabilities of a row would change with each key that comes after it, and decoding with a cache, or padding, would
+give something else than a full forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _MOST_OPS = 200  # that a bias is made by
 
 
 def counts_from_the_last_key(term: Node, above: Iterable[Node]) -> bool:
-    """Whether ``term`` [..., 1, keys] falls evenly from 0 at the last key. ``above``: it and what it comes from."""
+    """Whether ``term`` [..., 1, keys] falls evenly from 0 at the last key; ``above``: what it comes from."""
     shape, ops = shape_of(term), set(above)
     if not shape or shape[-1] < 3 or shape[-2:-1] not in ((), (1,)) or len(ops) > _MOST_OPS:
         return False
@@ -34,7 +35,8 @@ def counts_from_the_last_key(term: Node, above: Iterable[Node]) -> bool:
 
 def _computed(term: Node, ops: set[Node]) -> Tensor | None:
     """The value of ``term`` on a CPU, with ones for what is not made by ops; None if an op cannot be run there."""
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
+    known: Callable[[Node], Any] = values.get
     try:
         for node in term.graph.nodes:
             if node not in ops:
@@ -46,7 +48,8 @@ def _computed(term: Node, ops: set[Node]) -> Tensor | None:
             else:
                 kwargs = {name: value for name, value in node.kwargs.items() if name not in ("device", "pin_memory")}
                 args = tuple(torch.device("cpu") if isinstance(arg, torch.device) else arg for arg in node.args)
-                values[node] = node.target(*map_arg(args, values.get), **map_arg(kwargs, values.get))  # type: ignore[operator]
+                assert callable(node.target)
+                values[node] = node.target(*map_arg(args, known), **map_arg(kwargs, known))
     except Exception:  # of a symbolic size, say
         return None
     value = values.get(term)

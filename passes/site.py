@@ -69,6 +69,8 @@ class AttentionSite:
     scaled_dot_product_attention).
     ``products`` are the q.k products whose sum the scores are (empty for scaled_dot_product_attention).
     ``output`` is the product with the value, ``weights_path`` what the probabilities flow through on the way to it.
+    ``shifts`` are reductions of rows (a maximum, say) that are subtracted from the scores and used for nothing else: a
+    softmax ignores that, a sigmoid does not, so they have to be zeros.
     """
 
     kind: Literal["softmax", "sdpa"]
@@ -85,6 +87,7 @@ class AttentionSite:
     softcap: bool = False
     dropout: bool = False
     weights_path: tuple[Node, ...] = ()
+    shifts: tuple[Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,9 @@ def swap(
         if keep:
             left.append(LeftAlone(site.anchor, keep, True))
             continue
+        if site.shifts:
+            left.append(LeftAlone(site.anchor, "its scores are shifted by a reduction over their own row", True))
+            continue
         if source is None or source.target not in stand_ins:
             reason = "its softmax is inside a function that the graph holds as a whole"
             left.append(LeftAlone(site.anchor, reason, True))

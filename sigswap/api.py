@@ -6,18 +6,21 @@ They are above the rooms that they compose, so that conversion need not know tra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
+from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.conversion.implementations import ReachableAttention
 from sigswap.conversion.install import apply_conversion, revert
 from sigswap.conversion.record import Conversion, is_converted
+from sigswap.conversion.recording import Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.state import decided_models
 from sigswap.errors import (
@@ -106,8 +109,12 @@ def convert(
             attention.before,
         )
         apply_conversion(model, conversion)
-        if calibrate_with is not None:
-            _calibrate_or_revert(model, calibrate_with)
+        with _reverted_on_failure(model):
+            recording = Recording(model)
+            for call in resolve_inputs(model, example_inputs):
+                recording.check(call)
+            if calibrate_with is not None:
+                calibrate(model, calibrate_with)
         attention.keep()
     return model
 
@@ -145,9 +152,9 @@ def compare(
     For language models (decoders whose logits are over their vocabulary): the loss on the batches, overall and by the
     number of tokens before; the Kullback-Leibler divergence from the original and how often the most likely token
     agrees; and lookups, which loss does not show, on sequences of random tokens: copying (200 tokens, and the same
-    again: the share of the second half that is predicted), associative recall (up to 64 pairs of a key and a value,
-    then the keys in another order: the share of values that are), and recall at distances of up to the model's context
-    length. None of the last two is among what :func:`sigswap.distill` mixes in by default.
+    again: the share of the second half that is predicted), associative recall (up to 32 pairs of a key and a value, of
+    four tokens each, then the keys in another order: the share of the values that is), and recall at distances of up to
+    the model's context length. None of the last two is among what :func:`sigswap.distill` mixes in by default.
 
     For models with other logits: agreement, divergence, and accuracy if the batches have ``labels``. For all else: the
     cosine of the embeddings (the mean over the tokens that ``attention_mask`` does not hide) and the share of each
@@ -203,9 +210,10 @@ def _opened(source: str) -> nn.Module:
     return sources.from_transformers(source)
 
 
-def _calibrate_or_revert(model: nn.Module, batches: Any) -> None:
+@contextlib.contextmanager
+def _reverted_on_failure(model: nn.Module) -> Iterator[None]:
     try:
-        calibrate(model, batches)
+        yield
     except BaseException:
         revert(model)
         decided_models.discard(model)

@@ -56,7 +56,7 @@ def first_token_bias(
         [B, H, M, 1], in float32, or float64 for a query in float64. It has gradients with respect to query, key, share,
         rest and an additive mask. In a row that sees no key it is finite, and means nothing.
     """
-    return torch.ops.sigswap.first_token_bias.default(
+    bias: Tensor = torch.ops.sigswap.first_token_bias.default(
         query,
         key,
         share,
@@ -72,6 +72,7 @@ def first_token_bias(
         window_right=window_right,
         softcap=softcap,
     )
+    return bias
 
 
 def bias_of_first(
@@ -193,9 +194,9 @@ def _picked(key: Tensor, first: Tensor, heads: int) -> Tensor:
 
 def _products(query: Tensor, key: Tensor, wide: torch.dtype) -> Tensor:
     """q_i . k_i, [B, H, M, 1], for key [B, Hk, M|1, D]."""
-    batch, heads, rows, _ = query.shape
-    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-    product = (grouped.to(wide) * key.unsqueeze(2).to(wide)).sum(-1, keepdim=True)
+    batch, heads, rows, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], rows, dim)
+    product: Tensor = (grouped.to(wide) * key.unsqueeze(2).to(wide)).sum(-1, keepdim=True)
     return product.reshape(batch, heads, rows, 1)
 
 

@@ -56,17 +56,17 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
         out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
         return out.zero_()
     problem = problem.readable()
-    query, key, value, given = problem.query, problem.key, problem.value, problem.out
-    plan = _plan(
-        problem.signature, *(None if t is None else layout_of(t) for t in (given, problem.row_sums)), tile, tma
-    )
+    query, key, value, given, row_sums = problem.query, problem.key, problem.value, problem.out, problem.row_sums
+    of_given = None if given is None else layout_of(given)
+    of_sums = None if row_sums is None else layout_of(row_sums)
+    plan = _plan(problem.signature, of_given, of_sums, tile, tma)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     if plan.described:
         by_key, by_value = plan.described
-        operands = query, by_key(key), by_value(value), out, problem.row_sums
+        operands = query, by_key(key), by_value(value), out, row_sums
     else:
-        operands = query, key, value, out, problem.row_sums
+        operands = query, key, value, out, row_sums
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
     plan.launch(*operands, problem.bias, count, problem.attn_mask, seed, *problem.cu_seqlens)
     return out

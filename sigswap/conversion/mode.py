@@ -31,9 +31,10 @@ class SwapMode(TorchFunctionMode):
     def __init__(self, state: OwnerState) -> None:
         super().__init__()
         self.state = state
-        self.counts = {"softmax": 0, "sdpa": 0, "mha": 0, "product": 0}
+        self.counts = {"softmax": 0, "sdpa": 0, "mha": 0, "product": 0, "shift": 0}
         self.product_of: SiteState | None = None  # the site whose product has just been made
         self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
+        self.shift_of: SiteState | None = None  # the site whose row shift has just been taken out
         self.swapped = False
         self.autograd = None if torch.compiler.is_compiling() else _autograd_state()
 
@@ -41,6 +42,8 @@ class SwapMode(TorchFunctionMode):
         kwargs = kwargs or {}
         family = FAMILIES.get(func)
         if family is None or (family == "product" and not self.state.intercepts_products):
+            return func(*args, **kwargs)
+        if family == "shift" and not self.state.shifted:
             return func(*args, **kwargs)
         position = self.counts[family]
         self.counts[family] = position + 1
@@ -50,10 +53,20 @@ class SwapMode(TorchFunctionMode):
         site = self.state.site(site_index)
         if family == "product":
             return self._product(site, func, args, kwargs)
+        if family == "shift":
+            self.shift_of = site
+            return _zeros(func(*args, **kwargs))
         if self.autograd is not None and _autograd_state() != self.autograd:
             self._refuse_checkpoint()
         self.swapped = True
         if family == "softmax":
+            if site_index in self.state.shifted and self.shift_of is not site:
+                raise UnknownCallError(
+                    f"{self.state.plan.path or 'the model'}: the row shift before its softmax was not seen, so it "
+                    "cannot be taken out.",
+                    hint=Hint("Convert the model in the form in which it runs."),
+                )
+            self.shift_of = None
             return self._softmax(site, args, kwargs)
         if family == "sdpa":
             return self._sdpa(site, *args, **kwargs)
@@ -107,6 +120,13 @@ class SwapMode(TorchFunctionMode):
         self.product_of = site
         query, key, self.query_bias = site.transformed_factors(factors[plan.query_arg], factors[plan.key_arg], plan)
         return rebuild(*((query, key) if plan.query_arg == 0 else (key, query)))
+
+
+def _zeros(reduced: Any) -> Any:
+    """In place of a maximum over rows (a tensor, or values and indices)."""
+    if isinstance(reduced, Tensor):
+        return torch.zeros_like(reduced)
+    return type(reduced)((torch.zeros_like(reduced[0]), reduced[1]))
 
 
 def _autograd_state() -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Node
 
 from sigswap.conversion.head_axis import HeadAxis
 from sigswap.conversion.recording import Run
@@ -136,6 +137,9 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         if owner is None:
             reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
             left.append(Left(stack[-1][0], site.kind, reason, True))
+        elif not all(_is_shift_in(run, node, owner) for node in site.shifts):
+            reason = "its scores are shifted by a reduction over their own row, which cannot be taken out"
+            left.append(Left(stack[-1][0], site.kind, reason, True))
         else:
             owned[call] = (owner, site)
     for item in run.found.left_alone:
@@ -143,6 +147,12 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         kind = "softmax" if call is None else run.calls[call].family
         left.append(Left(run.stack_of(item.anchor)[-1][0], kind, item.reason, item.attention))
     return owned, list(dict.fromkeys(left))
+
+
+def _is_shift_in(run: Run, node: Node, owner: tuple[str, int]) -> bool:
+    """Whether a call of that family made ``node`` within that call of the owner, whose mode sees it then."""
+    call = run.call_of(node)
+    return call is not None and run.calls[call].family == "shift" and owner in run.calls[call].stack
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -170,7 +180,7 @@ def _owner_plan(
     calls: dict[str, int] = {}
     places: dict[str, set[int]] = {}  # family -> the sites of its calls
     counts: dict[tuple[int, str], int] = {}
-    product_sites: dict[int, int] = {}  # index of a product's call -> site
+    helper_sites: dict[int, int] = {}  # index of a product's or a row shift's call -> site
     attended: set[int] = set()  # the owner's module calls in which it attended
 
     for anchor, ((owner, _), site) in owned.items():
@@ -183,7 +193,9 @@ def _owner_plan(
         if len(site.products) == 1:
             product_call = run.call_of(site.products[0].node)
             if product_call is not None and run.calls[product_call].family == "product":
-                product_sites[product_call] = index_of[place]
+                helper_sites[product_call] = index_of[place]
+        for node in site.shifts:
+            helper_sites[run.call_of(node)] = index_of[place]  # type: ignore[index]
 
     for index, call in enumerate(run.calls):
         depth = _depth(call, path)
@@ -197,9 +209,9 @@ def _owner_plan(
         invocation = call.stack[depth][1]
         position = counts.get((invocation, call.family), 0)
         counts[invocation, call.family] = position + 1
-        if call.family == "product":
-            if index in product_sites:
-                calls[f"product:{position}"] = product_sites[index]
+        if call.family in ("product", "shift"):
+            if index in helper_sites:
+                calls[f"{call.family}:{position}"] = helper_sites[index]
             continue
         target = index_of[_place(call, path)] if call_owner == path else NOT_ATTENTION
         calls[f"{call.family}:{position}"] = target

@@ -30,7 +30,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.copies import copied, device_of, fake, tensors_of
 from sigswap.conversion.untouched import Untouched, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
-from sigswap.errors import ConversionError, ExampleInputsError, Hint
+from sigswap.errors import ConversionError, ExampleInputsError, Hint, UnknownCallError
 from sigswap.passes.find import find
 from sigswap.passes.site import FindResult
 
@@ -99,11 +99,26 @@ class Recording:
             f"{type(self.model).__name__} runs on the example inputs, but not while it is watched ({failures})."
         ) from errors[-1]
 
+    def check(self, inputs: Inputs) -> None:
+        """Runs the model, converted; twice, where that costs no compute: a cache may change what the second run calls.
+
+        Raises ConversionError if it fails: its calls are not those of its plan.
+        """
+        failures: list[str] = []
+        for way in self.ways:
+            found = self._run(inputs, None, way, times=2 if way == "fake" else 1)
+            if not isinstance(found, Exception):
+                return
+            failures.append(f"{type(found).__name__}: {found}")
+            if isinstance(found, UnknownCallError):
+                break
+        raise ConversionError(
+            f"{type(self.model).__name__} cannot be converted: its example inputs would fail then ({failures[-1]})."
+        )
+
     def plainly(self, inputs: Inputs, prepare: Prepare | None = None) -> Any:
         """What the model gives for ``inputs``, by its plain forward in inference. Raises ExampleInputsError."""
-        own = {
-            id(t): t.detach() for m in self.model.modules() for t in tensors_of(m) if not isinstance(t, nn.Parameter)
-        }
+        own = {id(t): t.detach() for t in tensors_of(self.model) if not isinstance(t, nn.Parameter)}
         before = [(tensor, tensor.clone()) for tensor in own.values() if not tensor.is_meta]
         try:
             with self.untouched.keep(), _inference(self.model):
@@ -121,12 +136,12 @@ class Recording:
                 with _unsafe_preserve_version_counter(tensor):
                     tensor.copy_(values)
 
-    def _run(self, inputs: Inputs, prepare: Prepare | None, way: Way) -> Run | Exception:
+    def _run(self, inputs: Inputs, prepare: Prepare | None, way: Way, times: int = 1) -> Run | Exception:
         nodes: Nodes = WeakTensorKeyDictionary()
         found: Run | Exception
         try:
             with self.untouched.keep():
-                found = self._watched(inputs, prepare, way, nodes)
+                found = self._watched(inputs, prepare, way, nodes, times)
         except Exception as error:
             found = error
         if way == "fake":
@@ -136,7 +151,7 @@ class Recording:
             forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
         return found
 
-    def _watched(self, inputs: Inputs, prepare: Prepare | None, way: Way, nodes: Nodes) -> Run:
+    def _watched(self, inputs: Inputs, prepare: Prepare | None, way: Way, nodes: Nodes, times: int) -> Run:
         device = device_of(self.model)
         mode = FakeTensorMode(allow_non_fake_inputs=True) if way == "fake" else None
         model = self.model if way == "itself" else copied(self.model, mode)
@@ -148,7 +163,8 @@ class Recording:
                 prepare(model)
             watch = Watch(model, tensors_of(model), given, nodes)
             with watch.open():
-                model(*args, **kwargs)
+                for _ in range(times):
+                    model(*args, **kwargs)
         return Run(
             tuple(watch.calls),
             find(watch.graph),

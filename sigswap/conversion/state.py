@@ -108,6 +108,7 @@ class SitePlan:
 @dataclasses.dataclass(frozen=True)
 class OwnerPlan:
     """The calls of one owner: ``calls["softmax:0"]`` is the site of its first softmax, or NOT_ATTENTION.
+    ``calls["shift:0"]``: that of which the first maximum (or logsumexp) is a row shift, which is taken out.
 
     ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of any
     further call, and ``place`` the code lines of that place for softmax. ``totals`` are the numbers of calls that one
@@ -153,6 +154,7 @@ class OwnerState(nn.Module):
     layer_scale: nn.Parameter | None
     softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
+    shifted: frozenset[int] = frozenset()  # the sites from whose scores a maximum of the row is subtracted
     observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -160,6 +162,7 @@ class OwnerState(nn.Module):
         self.plan = plan
         self.calls = dict(plan.calls)
         self.repeats = dict(plan.repeats)
+        self.shifted = frozenset(site for call, site in plan.calls.items() if call.startswith("shift:"))
         # Families in which a missing call would shift the others: there the number of calls has to be a known one.
         targets = {
             family: {i for key, i in plan.calls.items() if key.startswith(f"{family}:")} for family in plan.totals
@@ -191,7 +194,7 @@ class OwnerState(nn.Module):
         """The site of the ``position``-th call of ``family``, or NOT_ATTENTION. Raises UnknownCallError."""
         index = self.calls.get(f"{family}:{position}")
         if index is None:
-            index = NOT_ATTENTION if family == "product" else self.repeats.get(family)
+            index = NOT_ATTENTION if family in ("product", "shift") else self.repeats.get(family)
             if index is not None and family == "softmax":
                 index = self._site_of_turn(index)
         if index is None:
@@ -319,7 +322,7 @@ class SiteState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles from before first_token lack its two.
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in ("length_share", "offset"):
             if name not in self._parameters:
                 vars(self).setdefault(name, None)

@@ -45,7 +45,7 @@ class Untouched:
         numpy: Any = sys.modules.get("numpy")
         python_state = random.getstate()
         numpy_state = numpy.random.get_state() if numpy is not None else None
-        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         try:
             with torch.random.fork_rng(devices=cuda):
                 yield

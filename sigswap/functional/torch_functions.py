@@ -52,7 +52,19 @@ PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
 """By function that makes scores, the names of its arguments, of which the last two are the factors. Those of einsum
 have no names: it takes an equation and operands."""
 
+SHIFTS: tuple[Callable[..., Any], ...] = (
+    torch.amax,
+    torch.Tensor.amax,
+    torch.max,
+    torch.Tensor.max,
+    torch.logsumexp,
+    torch.Tensor.logsumexp,
+    torch.special.logsumexp,
+)
+"""What is subtracted from scores before a softmax, which ignores it."""
+
 FAMILIES: dict[Callable[..., Any], str] = {
     **{function: swap.family for function, swap in SWAPS.items() if swap.family is not None},
     **dict.fromkeys(PRODUCTS, "product"),
+    **dict.fromkeys(SHIFTS, "shift"),
 }

@@ -119,12 +119,8 @@ class CalibrationReport:
                 *(_number(part.mean(field)) for field in ("unexpressed", "before", "after")),
                 "" if worst is None else f"{worst.head}: {_number(worst.after)}",
             )
-        lines = [
-            self.summary(),
-            self.by_length(),
-            *self.notes,
-            "sigswap.compare shows what is left of the whole model.",
-        ]
+        last = "sigswap.compare shows what is left of the whole model."
+        lines = [self.summary(), self.by_length(), *self.notes, last]
         table.caption = "\n".join(line for line in lines if line)
         table.caption_justify = "left"
         return table

@@ -165,7 +165,8 @@ class Comparison:
         x = [far.distance for far in self.by_distance]
         axis.plot(x, [far.original for far in self.by_distance], "o-", label="softmax")
         axis.plot(x, [far.converted for far in self.by_distance], "o-", label="sigmoid")
-        axis.set(xscale="log", ylim=(-0.03, 1.03), xlabel="tokens back", ylabel="share recalled")
+        axis.set(ylim=(-0.03, 1.03), xlabel="tokens back", ylabel="share recalled")
+        axis.set_xscale("log", base=2)
         axis.set_title("recall by distance")
         axis.legend()
 

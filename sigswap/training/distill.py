@@ -19,13 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import accepts
 from sigswap.conversion.record import is_converted, owners_of
-from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import softmax
+from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar
 from sigswap.training.language import check_length, check_same_outputs
+from sigswap.training.lifting import lifted_caps
 from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Mixer, mixer_for
 from sigswap.training.recompute import checkpointed_layers
@@ -44,11 +47,12 @@ WARMUP = 0.1
 class DistillationReport:
     """Losses by step. ``layerwise``: the mean over the modules of the relative squared error of their outputs;
     ``end_to_end``: the loss of the model's output, without that of the modules' own. ``lookups``: which sequences
-    that need looking back were mixed in, and how many; or why none."""
+    that need looking back were mixed in, and how many; or why none. ``row_cap``: where the row caps stand."""
 
     layerwise: list[float]
     end_to_end: list[float]
     lookups: str = ""
+    row_cap: str = ""
 
     def __str__(self) -> str:
         stages = (("layer-wise", self.layerwise), ("end to end", self.end_to_end))
@@ -57,7 +61,9 @@ class DistillationReport:
             for name, losses in stages
             if losses
         ]
-        return "; ".join([*parts, self.lookups, "sigswap.compare shows what the loss does not"])
+        return "; ".join(
+            [*parts, *filter(None, (self.lookups, self.row_cap)), "sigswap.compare shows what the loss does not"]
+        )
 
 
 def param_groups(
@@ -116,6 +122,7 @@ def distill(
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
+    lift_row_cap: float | None = None,
     resume: str | os.PathLike[str] | None = None,
     callback: Callable[[int, float], object] | None = None,
     progress: bool = True,
@@ -154,6 +161,9 @@ def distill(
         accumulate: batches per step, whose gradients are averaged.
         autocast: ``torch.bfloat16``, say: both models run under ``torch.autocast`` with it, the losses in float32.
         checkpointing: recomputes the model's repeated layers in backward instead of keeping what is inside them.
+        lift_row_cap: the row cap that each capped attention has after the end-to-end stage. It rises from what it is,
+            by the same factor in each of the first 80% of the steps. ``math.inf``: at last there is none, which is the
+            paper's sigmoid. For another schedule call :func:`sigswap.set_row_cap` in ``callback``.
         resume: a file to which the state is written, each hundredth step and when the run is interrupted. If it is
             there, the run goes on from it, to the same result if ``batches`` come in the same order; after the last
             step it gives that result at once.
@@ -202,7 +212,13 @@ def distill(
         if checkpointing:
             stack.enter_context(checkpointed_layers(model, list(states)))
         groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
-        settings = {"steps": steps, "layerwise_steps": layerwise_steps, "accumulate": accumulate, "lr": lr}
+        settings = {
+            "steps": steps,
+            "layerwise_steps": layerwise_steps,
+            "accumulate": accumulate,
+            "lr": lr,
+            "lift_row_cap": lift_row_cap,
+        }
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = {names[p]: p for group in groups for p in group["params"]}
         run = _Run(
@@ -212,10 +228,17 @@ def distill(
             accumulate,
             None if resume is None else Kept(Path(resume), settings, trained),
             callback,
+            stack.enter_context(lifted_caps(model, lift_row_cap)),
         )
         bar = stack.enter_context(progress_bar(progress))
         run.go(itertools.chain([first], calls), (layerwise_steps, steps), bar)
-    return DistillationReport(*run.losses, lookups=str(mixer))
+    return DistillationReport(*run.losses, lookups=str(mixer), row_cap=_caps_of(states))
+
+
+def _caps_of(states: Mapping[str, OwnerState]) -> str:
+    """Where the row caps stand, as a report says it; "" if there are none."""
+    caps = [site.row_cap for state in states.values() for site in state.sites() if site.row_cap is not None]
+    return f"row cap {min(caps):.4g} to {max(caps):.4g} in {len(caps)} attentions" if caps else ""
 
 
 def _check_arguments(model: nn.Module, teacher: nn.Module | None, given: Mapping[str, Any]) -> None:
@@ -247,6 +270,9 @@ def _check_arguments(model: nn.Module, teacher: nn.Module | None, given: Mapping
             f"{{argument}} must be None or torch.bfloat16, not {autocast!r} (float16 would need scaled losses).",
             argument="autocast",
         )
+    cap = given["lift_row_cap"]
+    if cap is not None and (not isinstance(cap, int | float) or isinstance(cap, bool) or not cap > 0):
+        raise ArgumentError(f"{{argument}} must be a number above 0, not {cap!r}.", argument="lift_row_cap")
     if not isinstance(given["checkpointing"], bool):
         raise ArgumentError(
             f"{{argument}} must be True or False, not {given['checkpointing']!r}.", argument="checkpointing"
@@ -264,6 +290,7 @@ class _Run:
     accumulate: int
     kept: Kept | None
     callback: Callable[[int, float], object] | None
+    lift: Callable[[float], None]
     losses: tuple[list[float], list[float]] = dataclasses.field(default_factory=lambda: ([], []))
     state: dict[str, Any] | None = None  # after the last step; None where there is none, or while values change
 
@@ -288,6 +315,8 @@ class _Run:
                 while len(losses) < counts[stage]:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * learning_rate_share(len(losses), counts[stage])
+                    if stage == 1:
+                        self.lift(len(losses) / max(1, counts[1] - 1))
                     self._step(optimizer, losses, loss_of, calls)
                     bar.update(task, advance=1, description=f"Distilling, loss {losses[-1]:.4g}")
                     if self.kept is not None and (self.done % EVERY == 0 or self.done == sum(counts)):
@@ -297,6 +326,8 @@ class _Run:
             except BaseException:
                 self._write()
                 raise
+        if counts[1]:
+            self.lift(1.0)
 
     @property
     def done(self) -> int:

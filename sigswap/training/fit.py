@@ -112,7 +112,8 @@ class SiteFit:
         if not error.isfinite().all():
             raise CalibrationError(f"{path}: its attention's outputs on the batches are not finite.")
         self.unexpressed = sums.unexpressed.cpu() / self.rows.clamp(min=1)
-        if self.present is None or self.start is None or self.best is None or self.error is None or self.least is None:
+        known = self.error
+        if self.present is None or self.start is None or self.best is None or known is None or self.least is None:
             self.error, self.lengths = error, _cpu(sums.lengths)
             return
         cost = error
@@ -121,10 +122,10 @@ class SiteFit:
             cost = error + (self.prior * away.square()).sum(-1) / sums.energy.cpu().clamp(min=1e-300)
         better = cost < self.least
         self.least = torch.where(better, cost, self.least)
-        self.error = torch.where(better, error, self.error)
+        self.error = torch.where(better, error, known)
         new = _cpu(sums.lengths)
         old = self.before_lengths if self.lengths is None else self.lengths
-        self.lengths = new if old is None else torch.where(better.unsqueeze(-1), new, old)
+        self.lengths = torch.where(better.unsqueeze(-1), new, old) if new is not None and old is not None else new
         self.best = self.best.where(better, self.present)
         if not step:
             self.best.put(self.site)
@@ -199,7 +200,7 @@ class _Bias:
         return torch.cat(list(self.values.values()), -1)
 
     def with_flat(self, flat: Tensor) -> _Bias:
-        parts = flat.split([size for _, size in self.sizes()], -1)
+        parts = torch.split(flat, [size for _, size in self.sizes()], -1)
         return _Bias(dict(zip(self.values, parts, strict=True)))
 
     def moved(self, step: Tensor) -> _Bias:
@@ -262,7 +263,8 @@ def _regression_beside_first(x: Tensor, first: Tensor, total: Tensor, site: Site
     ridge = RIDGE * size * ~free + 1e-9 * size.amax(-1, keepdim=True).clamp(min=1e-12)
 
     def solved(gram: Tensor, moment: Tensor) -> Tensor:
-        return torch.linalg.solve(gram, moment)
+        solution: Tensor = torch.linalg.solve(gram, moment)
+        return solution
 
     weighted = x * weight.unsqueeze(-1)
     start = solved(x.mT @ weighted / max(1, rows) + torch.diag_embed(ridge), _times(weighted, target) / max(1, rows))

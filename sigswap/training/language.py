@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import accepts
-from sigswap.conversion.recording import Inputs, device_of
+from sigswap.conversion.recording import Inputs
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.batches import call_model, main_output
 

@@ -201,9 +201,9 @@ class _ObservingMode(SwapMode):
             return pending.by_head(sums.view(pending.counted.shape)).squeeze(-1)
 
         weights, value = pending.weights(), factors[1 - index]
-        results = (attended, with_value(weights.p, value), with_value(weights.derivative, value))
+        by_p, by_derivative = with_value(weights.p, value).float(), with_value(weights.derivative, value).float()
         sums = pending.by_head(weights.sums).squeeze(-1)
-        observer.sums(pending.site).add_outputs(pending.rows(), products, *(x.float() for x in results), sums)
+        observer.sums(pending.site).add_outputs(pending.rows(), products, attended.float(), by_p, by_derivative, sums)
         return output
 
     # torch's own attention.

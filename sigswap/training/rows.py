@@ -185,7 +185,7 @@ class Weights:
 def weights_of(site: SiteState, scores: Tensor, visible: Tensor, dim: int, bias: RowBias) -> Weights:
     """The definition of sigmoid attention, and its derivative."""
     masked = scores.masked_fill(~visible, -torch.inf)
-    p = probabilities(masked, dim, **bias, **{**site.terms, "row_cap": None})
+    p = probabilities(masked, dim, **bias, visible_bias=site.visible_bias, const_bias=site.const_bias)
     sums, slope = p.sum(dim, keepdim=True), p * (1 - p)
     if site.row_cap is None:
         return Weights(p, slope, sums)

@@ -369,3 +369,37 @@ def test_a_way_that_failed_is_not_tried_again() -> None:
     first = recording.run(((example(),), {}))
     assert first.way == "copy" and recording.ways == ["copy", "itself"]
     assert recording.run(((example(),), {})).way == "copy"
+
+
+# What was accepted runs.
+
+
+def test_what_would_fail_on_its_own_inputs_is_refused() -> None:
+    class Sliced(Attention):
+        """By slices of batch x heads."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.flatten(0, 1) for t in self.heads(x))
+            out = torch.empty_like(q)
+            for i in range(q.shape[0]):
+                out[i : i + 1] = self.probabilities(q[i : i + 1] @ k[i : i + 1].mT) @ v[i : i + 1]
+            return out
+
+    class Cached(Attention):
+        """One product more when it runs first."""
+
+        table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.einsum("i,j->ij", torch.arange(6.0), torch.ones(8)).cos()
+            q, k, v = self.heads(x)
+            return (self.probabilities((q * self.table) @ (k * self.table).mT) @ v).transpose(1, 2).flatten(2)
+
+    for model, config in ((Sliced(), None), (Cached(), sigswap.SigmoidConfig(query_bias=True))):
+        names, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
+        with pytest.raises(errors.ConversionError, match="its example inputs would fail then"):
+            sigswap.convert(model, config, example_inputs=example())
+        assert not sigswap.is_converted(model) and "table" not in vars(model)
+        assert list(model.state_dict()) == names and [type(module) for module in model.modules()] == kinds
+    assert_converts(Cached())

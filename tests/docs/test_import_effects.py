@@ -59,7 +59,7 @@ def test_import_alone() -> None:
     found = snapshot("import rich.console, rich.table, safetensors.torch, html")
     assert found["changed"] == []
     assert found["finders"] == ["_Finder"]
-    assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs"])
+    assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs", "sigswap::first_token_bias"])
     assert "transformers" not in found["packages"]
 
 

@@ -294,3 +294,19 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
                 torch.testing.assert_close(grad, full[i])
             else:
                 assert grad is None
+
+
+def test_a_repeated_mask_where_rows_are_beyond_every_key() -> None:
+    """Tiles of rows whose window has no key left: they see nothing, and a mask repeats over the batch."""
+    torch.manual_seed(0)
+    query = torch.randn(6, 2, 1000, 16, dtype=torch.float64)
+    key, value = torch.randn(2, 6, 1, 17, 16, dtype=torch.float64).unbind()
+    mask = torch.rand(3, 2, 1000, 17) > 0.3
+    out = dense.sigmoid_attention(
+        query, key, value, None, mask, None, scale=0.25, visible_bias=False, is_causal=True, window_left=5
+    )
+    row, col = torch.arange(1000)[:, None], torch.arange(17)
+    visible = mask.repeat(2, 1, 1, 1) & (col <= row) & (col >= row - 5)
+    expected = torch.where(visible, torch.sigmoid(query @ key.mT * 0.25), 0.0) @ value
+    torch.testing.assert_close(out, expected)
+    assert (out[:, :, 22:] == 0).all()

@@ -330,7 +330,7 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         "counts from the last key",
     ),
     "shifted": (
-        lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))(q @ k.mT) @ v,
+        lambda q, k, v: (lambda s: (s - s.mean(-1, keepdim=True)).softmax(-1))(q @ k.mT) @ v,
         (Q, K, V),
         0,
         True,

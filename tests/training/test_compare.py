@@ -137,8 +137,8 @@ def test_a_model_that_always_copies() -> None:
 
 def test_a_model_that_always_recalls_and_one_that_does_so_nearby() -> None:
     result = ask(lambda ids: last_time(ids, within=300), last_time)
-    assert result["associative recall"].name == "associative recall, 64 pairs"
-    assert (result["associative recall"].original, result["associative recall"].converted) == (1.0, 1.0)
+    assert result["associative recall"].name == "associative recall, 32 pairs"
+    assert result["associative recall"].original == 1.0 and 0.3 < result["associative recall"].converted < 0.9
     assert [(far.distance, far.original, far.converted) for far in result.by_distance] == [
         (64, 1.0, 1.0),
         (256, 1.0, 1.0),
@@ -165,7 +165,7 @@ def test_context_length_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     few = sigswap.compare(model, original, texts(1), max_length=64, progress=False)
     assert (
         "recall at 16 tokens 72, recall at 48 tokens 24." in few.notes[-1]
-    )  # of 8 pairs each, in 9 and in 3 sequences
+    )  # of 2 pairs of 4 tokens, in 9 and in 3 sequences
     short = sigswap.compare(model, original, texts(1), max_length=8, progress=False)
     assert not short.by_distance and any("No lookups were asked: 8 tokens" in note for note in short.notes)
 

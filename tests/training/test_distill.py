@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,53 @@ def test_comparing_in_a_callback() -> None:
     expected, _ = converted()
     sigswap.distill(expected, original, texts(), steps=3, lr=1e-3, progress=False)
     assert_same_weights(model, expected)
+
+
+def caps_of(model: Any) -> list[float | None]:
+    return [module.sigswap.site(0).row_cap for name, module in model.named_modules() if name.endswith("self_attn")]
+
+
+@pytest.mark.parametrize(("target", "last"), [(8.0, 8.0), (math.inf, None)])
+def test_row_caps_are_lifted(target: float, last: float | None, tmp_path: Path) -> None:
+    """By the same factor in each step, to the target; one module without a cap has none throughout."""
+    config = sigswap.SigmoidConfig(row_cap=0.5, overrides={"*.1.*": {"row_cap": None}})
+    original = language_model()
+    model = sigswap.convert(copy.deepcopy(original), config)
+    seen = []
+
+    def stop(done: int, loss: float) -> None:
+        seen.append(caps_of(model))
+        if len(seen) == 4:
+            raise Interrupted
+
+    arguments: dict[str, Any] = {"steps": 11, "lr": 1e-3, "lift_row_cap": target, "progress": False}
+    with pytest.raises(Interrupted):
+        sigswap.distill(model, original, texts(), **arguments, callback=stop, resume=tmp_path / "run.pt")
+    assert caps_of(model) == [0.5, None]
+    report = sigswap.distill(model, original, texts(), **arguments, callback=stop, resume=tmp_path / "run.pt")
+    caps = [cap for cap, other in seen if other is None]
+    top = 8.0 if last else 64.0
+    expected = [0.5 * (top / 0.5) ** min(1.0, step / 8) for step in range(11)]
+    assert caps == [pytest.approx(cap) if cap < top or last else None for cap in expected]
+    assert caps_of(model) == [last, None]
+    assert report.row_cap == ("row cap 8 to 8 in 1 attentions" if last else "")
+    sigswap.save(model, tmp_path / "out")
+    assert caps_of(sigswap.load(tmp_path / "out")) == [last, None]
+    whole = sigswap.convert(copy.deepcopy(original), config)
+    sigswap.distill(whole, original, texts(), **arguments)
+    assert_same_weights(model, whole)
+
+
+def test_row_caps_that_cannot_be_lifted() -> None:
+    original = language_model()
+    model = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(row_cap=2.0))
+    with pytest.raises(ArgumentError, match=r"has the row cap 2\.0, which is above lift_row_cap=1"):
+        sigswap.distill(model, original, texts(), steps=2, lift_row_cap=1, progress=False)
+    sigswap.set_row_cap(model, None)
+    with pytest.raises(ArgumentError, match="no attention of the model has a row cap to lift"):
+        sigswap.distill(model, original, texts(), steps=2, lift_row_cap=4.0, progress=False)
+    with pytest.raises(ArgumentError, match="lift_row_cap must be a number above 0"):
+        sigswap.distill(model, original, texts(), steps=2, lift_row_cap=-1.0, progress=False)
 
 
 def test_wrong_options() -> None:
