@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sigswap.errors import ConfigError
 
 _OVERRIDABLE = ("bias", "learn_bias", "query_bias", "first_token", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
+_NEWER: dict[str, Any] = {"first_token": False, "row_cap": None}
+"""The fields that version 0.1 does not know, by what leaves the attention as it was there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +101,20 @@ class SigmoidConfig:
 
     def for_path(self, path: str) -> SigmoidConfig:
         """This config with the overrides that match the module ``path`` applied, and none left over."""
-        fields = {name: getattr(self, name) for name in _OVERRIDABLE}
+        fields = self.fields()
         for pattern, changes in self.overrides.items():
             if fnmatchcase(path, pattern):
                 fields.update(changes)
         return SigmoidConfig(**fields)
 
+    def fields(self) -> dict[str, Any]:
+        """All fields but ``overrides``, by name."""
+        return {name: getattr(self, name) for name in _OVERRIDABLE}
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold; :meth:`from_dict` reads it back."""
-        fields = {name: getattr(self, name) for name in _OVERRIDABLE}
+        """Plain data that JSON can hold; :meth:`from_dict` reads it back, and so does version 0.1, unless a field is
+        used that it does not have."""
+        fields = {name: value for name, value in self.fields().items() if name not in _NEWER or value != _NEWER[name]}
         return {**fields, "overrides": {pattern: dict(changes) for pattern, changes in self.overrides.items()}}
 
     @classmethod

@@ -33,13 +33,14 @@ class Conversion:
     fitted_length: int | None = None  # the most visible keys of a row that a calibration saw
 
     def to_dict(self) -> dict[str, Any]:
+        fitted = {} if self.fitted_length is None else {"fitted_length": self.fitted_length}
         return {
             "config": self.config.to_dict(),
             "owners": [owner.to_dict() for owner in self.owners],
             "guarded": list(self.guarded),
             "report": self.report.to_dict(),
             "attn_implementations": dict(self.attn_implementations),
-            "fitted_length": self.fitted_length,
+            **fitted,
         }
 
     @classmethod

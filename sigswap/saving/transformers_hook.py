@@ -322,9 +322,7 @@ def _rebased(conversion: Conversion, model: Any) -> Conversion:
             "where sigswap converted attention.",
             hint=Hint("Load the saved model with the class that it was saved from."),
         )
-    fields = {path: conversion.config.for_path(path).to_dict() for path in kept}
-    for values in fields.values():
-        del values["overrides"]
+    fields = {path: conversion.config.for_path(path).fields() for path in kept}
     return dataclasses.replace(
         conversion,
         config=dataclasses.replace(conversion.config, overrides={moved(path): fields[path] for path in kept}),
