@@ -7,7 +7,7 @@ give something else than a full forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ def counts_from_the_last_key(term: Node, above: Iterable[Node]) -> bool:
 def _computed(term: Node, ops: set[Node]) -> Tensor | None:
     """The value of ``term`` on a CPU, with ones for what is not made by ops; None if an op cannot be run there."""
     values: dict[Node, Any] = {}
-    known: Callable[[Node], Any] = values.get
     try:
         for node in term.graph.nodes:
             if node not in ops:
@@ -48,8 +47,8 @@ def _computed(term: Node, ops: set[Node]) -> Tensor | None:
             else:
                 kwargs = {name: value for name, value in node.kwargs.items() if name not in ("device", "pin_memory")}
                 args = tuple(torch.device("cpu") if isinstance(arg, torch.device) else arg for arg in node.args)
-                assert callable(node.target)
-                values[node] = node.target(*map_arg(args, known), **map_arg(kwargs, known))
+                run: Any = node.target
+                values[node] = run(*map_arg(args, values.__getitem__), **map_arg(kwargs, values.__getitem__))
     except Exception:  # of a symbolic size, say
         return None
     value = values.get(term)
