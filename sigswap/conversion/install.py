@@ -6,6 +6,7 @@ a torch.nn encoder that holds owners loses its fused inference path, which would
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Iterator
 
@@ -60,6 +61,17 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     model.__dict__[RECORD] = conversion
     decided_models.add(model)
     return model
+
+
+@contextlib.contextmanager
+def installed(model: nn.Module, conversion: Conversion) -> Iterator[None]:
+    """Within it ``model`` is converted, as :func:`apply_conversion` does it; afterwards it is as it was."""
+    apply_conversion(model, conversion)
+    try:
+        yield
+    finally:
+        revert(model)
+        decided_models.discard(model)
 
 
 def revert(model: nn.Module) -> nn.Module:

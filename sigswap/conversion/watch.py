@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
+from sigswap.conversion.copies import alive
 from sigswap.conversion.state import UNSEEN_FILES
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.passes.products import PARAMETER
@@ -84,7 +84,7 @@ class Watch(TorchFunctionMode):
             int, tuple[torch.fx.Node, int]
         ] = {}  # a tensor's memory -> its last edit, and the number of it
         self.edit_count = 0
-        self.older = {id(tensor): tensor for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)}
+        self.older = {id(tensor): tensor for tensor in alive(Tensor)}
         self.kept: dict[int, list[Tensor]] = {}  # a parameter's memory -> the parameters in it
         self.undo = contextlib.ExitStack()  # puts back the values of the parameters that were written to
         for tensor in inputs:
