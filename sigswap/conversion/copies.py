@@ -51,8 +51,8 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def copied(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
-    """A copy of the module tree, without the users' hooks.
+def copied(model: nn.Module, mode: FakeTensorMode | None) -> tuple[nn.Module, list[Tensor]]:
+    """A copy of the module tree, without the users' hooks, and all tensors that were made for it.
 
     Its tensors are fake ones of ``mode``, all on one device; without a mode they are others with the model's own
     memory. Raises whatever ``copy.deepcopy`` of an attribute raises.
@@ -75,7 +75,7 @@ def copied(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
         for key in [key for key, hook in hooks.items() if not _stays(hook)]:
             for name in _HOOKS:
                 module.__dict__[name].pop(key, None)
-    return clone
+    return clone, [thing for thing in memo.values() if isinstance(thing, Tensor)]
 
 
 def placed(inputs: Inputs, place: Callable[[Tensor], Tensor]) -> tuple[Inputs, list[Tensor]]:

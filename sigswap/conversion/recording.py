@@ -77,6 +77,7 @@ class Recording:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.form: Form = contextlib.nullcontext
+        self.older = alive(Tensor)
         self.untouched = Untouched(model)
         meta = [tensor.is_meta for tensor in tensors_of(model)]
         hooked = accelerate_hooks.is_hooked(model)
@@ -156,10 +157,11 @@ class Recording:
 
     def _run(self, example: Example, form: Form | None, way: Way, check: bool = False) -> Run | Exception | None:
         mode = FakeTensorMode(allow_non_fake_inputs=True) if way == "fake" else None
+        nodes: Nodes = WeakTensorKeyDictionary()
         found: Run | Exception | None
         try:
             with self.untouched.keep():
-                found = self._looked_at(example, form or contextlib.nullcontext, way, mode, check)
+                found = self._looked_at(example, form or contextlib.nullcontext, way, mode, nodes, check)
         except Exception as error:
             found = error
         if mode is not None:
@@ -167,25 +169,27 @@ class Recording:
                 _clear_frames(found)
                 found = found.with_traceback(None)
                 found.__context__ = found.__cause__ = None
-            forget(lambda: [tensor for tensor in alive(FakeTensor) if tensor.fake_mode is mode])  # type: ignore[attr-defined]
+            if nodes:
+                forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
+            elif check:
+                forget(lambda: [tensor for tensor in alive(FakeTensor) if tensor.fake_mode is mode])  # type: ignore[attr-defined]
         return found
 
     def _looked_at(
-        self, example: Example, form: Form, way: Way, mode: FakeTensorMode | None, check: bool
+        self, example: Example, form: Form, way: Way, mode: FakeTensorMode | None, nodes: Nodes, check: bool
     ) -> Run | None:
         """What was seen; or, to ``check``, nothing: it has run, and twice where that costs no compute."""
         device = device_of(self.model)
-        model = self.model if way == "itself" else copied(self.model, mode)
+        model, copies = (self.model, []) if way == "itself" else copied(self.model, mode)
         place = _copied_to(device) if mode is None else lambda tensor: fake(tensor, mode, device)
         (args, kwargs), given = placed(example.inputs, place)
-        nodes: Nodes = WeakTensorKeyDictionary()
         with mode or contextlib.nullcontext(), _inference(model), self.form(model), form(model):
             part = model.get_submodule(example.path)
             if check and mode is not None:  # whose parameters have no values that could be written over
                 part(*args, **kwargs)
                 part(*args, **kwargs)
                 return None
-            watch = Watch(model, tensors_of(model), given, nodes)
+            watch = Watch(model, tensors_of(model), given, [*self.older, *copies], nodes)
             with watch.open():
                 part(*args, **kwargs)
         return Run(
