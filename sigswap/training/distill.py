@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from sigswap.training.mixing import mixer_for
 from sigswap.training.recompute import checkpointed_layers
 from sigswap.training.resuming import Kept
 from sigswap.training.steps import Run
-from sigswap.training.teaching import Original
+from sigswap.training.teaching import Original, adapter_parameters, converted_part
 
 SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
@@ -142,8 +142,10 @@ def distill(
     Args:
         model: converted; its modules' trainable parameters are those with ``requires_grad``.
         teacher: the model before the conversion, or a converted copy, which then runs as softmax. ``None``: ``model``
-            itself, with the swap switched off, without a second copy; that needs ``train="sigmoid"``, for a teacher
-            whose weights are trained is none.
+            itself, with the swap switched off, without a second copy. A teacher whose weights are trained is none: that
+            needs ``train="sigmoid"``, or adapters of peft, which are switched off in the teacher; then
+            ``train="all"`` trains what of the adapters and of sigswap's parameters has ``requires_grad``
+            (``modules_to_save=["sigswap"]`` keeps the latter on), and all else has to be frozen, as peft makes it.
         batches: as for :func:`sigswap.calibrate`; they are gone through again and again until the steps are done.
         steps: end-to-end steps.
         layerwise_steps: layer-wise steps, before those.
@@ -185,7 +187,7 @@ def distill(
             teacher, or the teacher's output is of another shape (a teacher with another vocabulary).
     """
     states = owners_of(model)
-    _check_arguments(model, teacher, locals())
+    _check_arguments(locals())
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
     if missing:
@@ -203,12 +205,15 @@ def distill(
             hint=Hint("Pass {train}, or switch its requires_grad off.", {"train": "'sigmoid'"}),
         )
     frozen = base if train == "sigmoid" else {}
+    own = source is model
+    if own and train == "all":
+        _check_own_teacher(teacher, base, adapter_parameters(model))
     calls = _endless(as_calls(batches))
     with ExitStack() as stack:
         stack.enter_context(_training(model, source, frozen))
         first = next(calls)
         check_length(model, first[1], 0)
-        original = Original(source)
+        original = Original(source, with_adapters=not own or train == "sigmoid")
         with original.running():
             mixer = mixer_for(lookups, tokens, source, first[1])
         if checkpointing:
@@ -239,7 +244,7 @@ def _backends(model: nn.Module) -> tuple[str, str]:
     "sigswap" swaps what it finds in graphs without converted modules: where a model has attention that is to stay
     softmax, and breaks its graph, such a graph would be of that attention.
     """
-    if report(model).count("left"):
+    if report(converted_part(model)).count("left"):
         return compiled.SOFTMAX_BACKEND, compiled.SOFTMAX_BACKEND
     return compiled.SIGMOID_BACKEND, compiled.SOFTMAX_BACKEND
 
@@ -250,7 +255,7 @@ def _caps_of(states: Mapping[str, OwnerState]) -> str:
     return f"row cap {min(caps):.4g} to {max(caps):.4g} in {len(caps)} attentions" if caps else ""
 
 
-def _check_arguments(model: nn.Module, teacher: nn.Module | None, given: Mapping[str, Any]) -> None:
+def _check_arguments(given: Mapping[str, Any]) -> None:
     """Raises ArgumentError for a value of distill's that is not allowed, by name in ``given``."""
     for name in ("steps", "layerwise_steps", "accumulate"):
         value, least = given[name], 1 if name == "accumulate" else 0
@@ -261,13 +266,6 @@ def _check_arguments(model: nn.Module, teacher: nn.Module | None, given: Mapping
             )
     if given["train"] not in ("all", "sigmoid"):
         raise ArgumentError(f"{{argument}} must be 'all' or 'sigmoid', not {given['train']!r}.", argument="train")
-    if (teacher is None or teacher is model) and given["train"] == "all":
-        what = "None" if teacher is None else "the model"
-        raise ArgumentError(
-            f"{{argument}}={what} takes the model's own weights as the teacher's, which train='all' would change.",
-            argument="teacher",
-            hint=Hint("Pass {train}, or {teacher}.", {"train": "'sigmoid'", "teacher": "copy.deepcopy(model)"}),
-        )
     for name in ("lr", "sigmoid_lr", "weight_decay"):
         rate = given[name]
         optional = name == "sigmoid_lr" and rate is None
@@ -304,6 +302,25 @@ def _has(model: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _check_own_teacher(
+    teacher: nn.Module | None, base: Mapping[str, nn.Parameter], adapters: Set[nn.Parameter]
+) -> None:
+    """Raises ArgumentError if what is trained of the model, by name in ``base``, changes the teacher in it."""
+    changed = [name for name, parameter in base.items() if parameter not in adapters]
+    if not changed and adapters:
+        return
+    what = "None" if teacher is None else "the model"
+    also = f" ({changed[0]} is no adapter's)" if adapters and changed else ""
+    raise ArgumentError(
+        f"{{argument}}={what} takes the model's own weights as the teacher's, which train='all' would change{also}.",
+        argument="teacher",
+        hint=Hint(
+            "Pass {train}, or {teacher}, or give the model adapters of peft.",
+            {"train": "'sigmoid'", "teacher": "copy.deepcopy(model)"},
+        ),
+    )
 
 
 @contextmanager
