@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,7 @@ def distill(
     train: Literal["all", "sigmoid"] = "all",
     lookups: bool | float | Lookups = True,
     tokens: Any = None,
+    lengths: Sequence[int] | None = None,
     lr: float = 1e-4,
     sigmoid_lr: float | None = None,
     weight_decay: float = 0.0,
@@ -154,6 +155,9 @@ def distill(
             model is a decoder; a share is an error if it is not. ``False`` or 0: none.
         tokens: what lookups are made of: the model's tokenizer, whose special tokens and gaps are left out, or token
             ids. ``None``: all ids that the model knows but those that its config names as special.
+        lengths: of language models: the tokens of each batch, one row behind the other and without padding, are cut
+            into sequences of one of these lengths, chosen at random, so that all of them are learned at one cost. A
+            batch with fewer tokens is one sequence. ``None``: batches stay as they are.
         lr: the largest learning rate of the base parameters.
         sigmoid_lr: that of sigswap's parameters; 10 times ``lr`` by default.
         weight_decay: of the base model's matrices.
@@ -215,7 +219,7 @@ def distill(
         check_length(model, first[1], 0)
         original = Original(source, with_adapters=not own or train == "sigmoid")
         with original.running():
-            mixer = mixer_for(lookups, tokens, source, first[1])
+            mixer = mixer_for(lookups, tokens, source, first[1], lengths)
         if checkpointing:
             stack.enter_context(checkpointed_layers(model, list(states)))
         groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
@@ -225,6 +229,7 @@ def distill(
             "accumulate": accumulate,
             "lr": lr,
             "lift_row_cap": lift_row_cap,
+            **({} if lengths is None else {"lengths": list(lengths)}),
         }
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = {names[p]: p for group in groups for p in group["params"]}
