@@ -132,11 +132,19 @@ def convert(
         bool, typer.Option("--learn-bias/--no-learn-bias", help="Add one trainable bias per head.")
     ] = True,
     query_bias: Annotated[
-        bool, typer.Option("--query-bias", help="Add a trainable bias that depends on the query.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--query-bias/--no-query-bias",
+            help="Add a trainable bias that depends on the query. Default: if a decoder is calibrated.",
+        ),
+    ] = None,
     first_token: Annotated[
-        bool, typer.Option("--first-token", help="Take the first key's score as it is in the bias; for decoders.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--first-token/--no-first-token",
+            help="Take the first key's score as it is in the bias. Default: if a decoder is calibrated.",
+        ),
+    ] = None,
     qk_norm: Annotated[str | None, typer.Option(metavar="rms|layer", help="Normalise queries and keys.")] = None,
     layer_scale: Annotated[
         float | None, typer.Option(metavar="FLOAT", help="Scale attention's output, from this value on.")

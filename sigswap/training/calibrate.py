@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from sigswap.config import check_row_cap
 from sigswap.conversion.example_inputs import accepts
+from sigswap.conversion.install import open_terms
 from sigswap.conversion.record import conversion_of, note_calibration, owners_of, set_row_cap
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
@@ -54,17 +55,20 @@ def calibrate(
     with ``first_token`` a_h, too, by regression of the logarithm of what the row sums to beside its first key; all
     again and d_h, by ``refine`` Gauss-Newton steps on the squared error of the attention's output (the fewer the rows,
     the less w_h and a_h move; without data not at all); LayerScale and hybrid-norm, by least squares on the owner's
-    output per channel. No head's error gets larger than it was, but for that of a module which gets a row cap as a
-    whole. Rows of padding do not count where they can be told (self-attention whose mask hides a position from itself).
-    The base parameters are not changed. Scores are held for one tile at a time, where the model itself holds none.
+    output per channel. No head's error gets larger than it was, but for that of a module which gets a row cap or other
+    terms as a whole. Rows of padding do not count where they can be told (self-attention whose mask hides a position
+    from itself). The base parameters are not changed. Scores are held for one tile at a time, where the model itself
+    holds none.
 
     A decoder is seen on lookups, too (:class:`sigswap.Lookups`), beside the batches: random tokens of its vocabulary
     that repeat, a quarter of all sequences, as long as the user's. Text does not need looking back, and a bias that is
-    fitted to text alone does not allow it. Encoders, encoder-decoders and vision models get none.
+    fitted to text alone does not allow it. Where its config leaves ``query_bias`` or ``first_token`` open
+    (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and d_h now, and row caps with them. Encoders,
+    encoder-decoders and vision models get none of this.
 
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
-            used. ``query_bias=True`` in its config lets it be fitted much better.
+            used. ``query_bias=True`` in its config lets it be fitted much better. (A decoder gets that by itself.)
         batches: what the model is called on: a list (or any iterable, a DataLoader say) of tensors, tuples of
             positional arguments or dicts of keyword arguments, or one such batch. A few dozen samples do. It is gone
             through ``refine + 2`` times; an iterator is therefore read into a list. ``None``: inputs made from
@@ -107,8 +111,16 @@ def calibrate(
     else:
         calls = as_calls(batches)
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
-    with _unchanged_if_it_fails(states), quiet(model), progress_bar(progress) as bar:
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged_if_it_fails(states))
+        stack.enter_context(quiet(model))
+        bar = stack.enter_context(progress_bar(progress))
         seen = _beside(model, calls, lookups, tokens, max_length)
+        if seen.mixer.inputs is not None and (given := stack.enter_context(open_terms(model))):
+            notes.append(
+                f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
+                "left open, for the query and the first key (query_bias, first_token)."
+            )
         caps = _caps_to_try(states, row_cap)
         fits = {
             site: SiteFit(site, without_data=batches is None, row_cap=caps.get(path))

@@ -16,7 +16,7 @@ import sigswap
 from sigswap.errors import ArgumentError, CalibrationError, NotConvertedError
 
 pytest.importorskip("transformers")
-QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True)
+QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True, first_token=False)
 VOCABULARY = 61
 
 
