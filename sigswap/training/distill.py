@@ -22,7 +22,7 @@ from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
-from sigswap.training.batches import as_calls, progress_bar
+from sigswap.training.batches import as_calls, progress_bar, uncompiled
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
@@ -185,11 +185,12 @@ def distill(
 
     Raises:
         NotConvertedError: the model is not converted.
-        ArgumentError: an argument is not as above, a sequence is longer than the model's positions, or ``resume``
-            holds the state of another run.
+        ArgumentError: an argument is not as above, a sequence is longer than the model's positions, ``resume`` holds
+            the state of another run, or it is called inside ``torch.inference_mode``.
         CalibrationError: a model fails on a batch, the loss is not finite, a module of ``model`` is not in the
             teacher, or the teacher's output is of another shape (a teacher with another vocabulary).
     """
+    _check_runnable(model, teacher)
     states = owners_of(model)
     _check_arguments(locals())
     source = model if teacher is None else teacher
@@ -258,6 +259,26 @@ def _caps_of(states: Mapping[str, OwnerState]) -> str:
     """Where the row caps stand, as a report says it; "" if there are none."""
     caps = [site.row_cap for state in states.values() for site in state.sites() if site.row_cap is not None]
     return f"row cap {min(caps):.4g} to {max(caps):.4g} in {len(caps)} attentions" if caps else ""
+
+
+def _check_runnable(model: nn.Module, teacher: nn.Module | None) -> None:
+    """Raises ArgumentError where no training is possible, or what is given is compiled."""
+    for name, module in (("model", model), ("teacher", teacher)):
+        if module is not None and uncompiled(module) is not module:
+            raise ArgumentError(
+                "{argument} is compiled.",
+                argument=name,
+                hint=Hint("Pass what was given to torch.compile, and {compile}.", {"compile": "True"}),
+            )
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("there are no gradients inside torch.inference_mode().", hint=Hint("Distil outside of it."))
+    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if made:
+        raise ArgumentError(
+            f"{{argument}}: {made[0]} was made inside torch.inference_mode(), and can never have a gradient.",
+            argument="model",
+            hint=Hint("Make the model outside of it."),
+        )
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:

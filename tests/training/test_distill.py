@@ -491,3 +491,22 @@ def test_wrong_options() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             sigswap.distill(model, original, texts(), steps=1, progress=False, **wrong)
+
+
+def test_where_no_training_is_possible() -> None:
+    model, original = converted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode(), pytest.raises(ArgumentError, match=r"no gradients inside torch.inference_mode\(\)"):
+        sigswap.distill(model, original, texts(), steps=1, progress=False)
+    for argument, given in (
+        ("model", (torch.compile(model, backend="eager"), original)),
+        ("teacher", (model, torch.compile(original, backend="eager"))),
+    ):
+        with pytest.raises(ArgumentError, match=f"{argument} is compiled. Pass what was given to torch.compile"):
+            sigswap.distill(*given, texts(), steps=1, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+    with pytest.raises(ArgumentError, match=r"model: .* was made inside torch.inference_mode\(\)"):
+        sigswap.distill(made, original, texts(), steps=1, progress=False)
+    sigswap.distill(model, original, texts(), steps=1, progress=False)
