@@ -11,6 +11,7 @@ import fnmatch
 import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,8 @@ def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState
     plan = state.plan
     config = conversion.config.for_path(plan.path)
     names = config.open_fields()
-    for fields in (dict.fromkeys(names, True), {name: name != "query_bias" for name in names}):
+    every: dict[str, Any] = dict.fromkeys(names, True)
+    for fields in (every, {name: name != "query_bias" for name in names}):
         if not any(fields.values()):
             continue
         tried = dataclasses.replace(config, **fields)
@@ -132,7 +134,9 @@ def _closed(config: SigmoidConfig, chosen: Mapping[str, OwnerState | None]) -> S
             "first_token": any(site.length_share is not None for site in sites),
         }
         found[path] = {name: has[name] for name in names}
-    common = {name: any(fields.get(name, False) for fields in found.values()) for name in config.open_fields()}
+    common: dict[str, Any] = {
+        name: any(fields.get(name, False) for fields in found.values()) for name in config.open_fields()
+    }
     closed = dataclasses.replace(config, **common)
     overrides = {pattern: dict(fields) for pattern, fields in closed.overrides.items()}
     for path, fields in found.items():

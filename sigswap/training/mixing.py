@@ -148,7 +148,7 @@ class Beside:
             return self.passed
         given = operator.length_hint(self.calls, -1)
         if given < 0:
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         return given if self.mixer.lookups is None else 2 * given
 
     def _each(self) -> Iterator[Inputs]:
