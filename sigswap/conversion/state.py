@@ -168,7 +168,7 @@ class OwnerState(nn.Module):
             family: {i for key, i in plan.calls.items() if key.startswith(f"{family}:")} for family in plan.totals
         }
         self.totals = {family: plan.totals[family] for family in plan.totals if len(targets[family]) > 1}
-        self.intercepts_products = config.query_bias or config.qk_norm is not None
+        self.intercepts_products = bool(config.query_bias) or config.qk_norm is not None
         for index, site in enumerate(plan.sites):
             self.add_module(str(index), SiteState(site, config, plan.path, dtype, device))
         channels = plan.channels
@@ -292,7 +292,7 @@ class SiteState(nn.Module):
         if config.first_token:
             self.length_share = nn.Parameter(torch.ones(plan.heads, dtype=dtype, device=device))
             self.offset = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device))
-        self.acts_on_product = config.query_bias or config.qk_norm is not None
+        self.acts_on_product = bool(config.query_bias) or config.qk_norm is not None
         self.query_weight = None
         self.query_norm: HeadNorm | None = None
         self.key_norm: HeadNorm | None = None

@@ -10,6 +10,7 @@ from torch import nn
 
 from sigswap.conversion.record import owners_of, set_row_cap
 from sigswap.errors import ArgumentError, Hint
+from sigswap.training.teaching import converted_part
 
 RISING = 0.8
 """The share of the steps in which the caps rise; in the others the model learns with the last ones."""
@@ -27,6 +28,7 @@ def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None
 
     Raises ArgumentError if no module has a cap, or one has a higher one than ``target``.
     """
+    model = converted_part(model)
     caps = {path: state.site(0).row_cap for path, state in owners_of(model).items()}
     start = {path: cap for path, cap in caps.items() if cap is not None}
     if target is None:
