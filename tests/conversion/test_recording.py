@@ -297,6 +297,25 @@ def test_caches_of_the_models_code(cache: Callable[[int], Tensor], values: bool)
     globals()["LAST"] = Store.table = None
 
 
+def test_a_cached_method() -> None:
+    """The key is its module, of which the run has a copy."""
+
+    class Layer(nn.Linear):
+        @functools.lru_cache  # noqa: B019
+        def twice(self) -> int:
+            return 2
+
+    class Cached(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = Layer(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.qkv.twice()  # type: ignore[operator]
+
+    assert_converts(Cached())
+
+
 def test_a_cache_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of another package's code, say: a dict's entry is taken out, an attribute is told of."""
     other = type(sys)("another_package")
