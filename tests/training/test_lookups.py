@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from zoo import BY_NAME, hf, randomise
 import sigswap
 from sigswap.errors import ArgumentError, CalibrationError
 from sigswap.training import language, lookups
+from sigswap.training.lesson import Lesson
 from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Mixer, mixer_for
 
@@ -244,14 +244,13 @@ def test_lookups_are_lost_without_the_mix_and_kept_with_it(teacher: ShiftedDecod
 
 def test_layerwise_stage_sees_lookups(teacher: ShiftedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    distilling = importlib.import_module("sigswap.training.distill")
-    layerwise = distilling._Lesson.layerwise
+    layerwise = Lesson.layerwise
 
-    def noting(self: Any, call: Any, index: int, weight: float) -> float:
+    def noting(self: Any, call: Any, index: int, weight: float) -> Tensor:
         seen.append(call[1]["input_ids"])
         return layerwise(self, call, index, weight)
 
-    monkeypatch.setattr(distilling._Lesson, "layerwise", noting)
+    monkeypatch.setattr(Lesson, "layerwise", noting)
     model = converted(teacher)
     report = sigswap.distill(model, teacher, texts(1, 0), steps=0, layerwise_steps=2, progress=False)
     assert len(seen) == 2 and all(int((ids != texts(1, 0)[0]["input_ids"]).any(1).sum()) == 4 for ids in seen)
