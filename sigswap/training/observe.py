@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.mode import SwapMode, factors_of
+from sigswap.conversion.mode import SwapMode, factors_of, scores_of
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, seen, weights_of
@@ -54,6 +54,7 @@ class Observer:
         with mode:
             output = forward(owner, *args, **kwargs)
         state.check_totals(mode.counts)
+        state.check_turns(mode.turns)
         return output
 
     def _channels(
@@ -142,11 +143,7 @@ class _ObservingMode(SwapMode):
         return super()._product(site, func, args, kwargs)
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
-        scores = args[0] if args else kwargs["input"]
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if dim is None:
-            dim = 0 if scores.dim() in (0, 1, 3) else 1
-        dim %= scores.dim()
+        scores, dim = scores_of(args, kwargs)
         bias = site.row_bias(scores, dim, self.query_bias)
         query, self.query, self.query_bias, self.product_of = self.query, None, None, None
         probabilities = F.softmax(*args, **kwargs)

@@ -53,8 +53,8 @@ class RowSumObserver:
 
 
 class _SummingMode(SwapMode):
-    """The sum of a row is its attention to values that are 1, without the site's row cap. They are as wide as the model's
-    own, and lie as those do, so that the kernels are those that the model runs."""
+    """The sum of a row is its attention to values that are 1, without the site's row cap. They are as wide as the
+    model's own, and lie as those do, so that the kernels are those that the model runs."""
 
     def __init__(self, state: OwnerState, sums: RowSums) -> None:
         super().__init__(state)
