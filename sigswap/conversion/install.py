@@ -145,6 +145,17 @@ def _closed(config: SigmoidConfig, chosen: Mapping[str, OwnerState | None]) -> S
     return dataclasses.replace(closed, overrides=overrides)
 
 
+@contextmanager
+def installed(model: nn.Module, conversion: Conversion) -> Iterator[None]:
+    """Within it ``model`` is converted, as :func:`apply_conversion` does it; afterwards it is as it was."""
+    apply_conversion(model, conversion)
+    try:
+        yield
+    finally:
+        revert(model)
+        decided_models.discard(model)
+
+
 def revert(model: nn.Module) -> nn.Module:
     """Undoes :func:`convert`, in place: the original model, bit for bit. Raises NotConvertedError.
 

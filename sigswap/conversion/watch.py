@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -61,14 +60,21 @@ class Watch(TorchFunctionMode):
     """While it is open, runs of ``model`` are watched, in ``graph`` (for ``find``) and in the records beside it.
 
     ``parameters`` are tensors that the model holds, ``inputs`` those that it is given: placeholders of the graph, the
-    former with ``meta[PARAMETER]``. So are tensors that are older than the run; any other whose making was not seen
+    former with ``meta[PARAMETER]``. So are those that are ``older`` than the run; any other whose making was not seen
     counts as an input. ``meta["val"]`` of a node is a tensor without data on the meta device.
 
     A parameter that the run writes to is as it was when the watch closes. ``nodes`` (empty) will have the tensors of
     the run that are still there.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], inputs: Iterable[Tensor], nodes: Nodes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        inputs: Iterable[Tensor],
+        older: Iterable[Tensor],
+        nodes: Nodes,
+    ) -> None:
         super().__init__()
         self.model = model
         self.graph = torch.fx.Graph()
@@ -84,7 +90,7 @@ class Watch(TorchFunctionMode):
             int, tuple[torch.fx.Node, int]
         ] = {}  # a tensor's memory -> its last edit, and the number of it
         self.edit_count = 0
-        self.older = {id(tensor): tensor for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)}
+        self.older = {id(tensor): tensor for tensor in older}
         self.kept: dict[int, list[Tensor]] = {}  # a parameter's memory -> the parameters in it
         self.undo = contextlib.ExitStack()  # puts back the values of the parameters that were written to
         for tensor in inputs:

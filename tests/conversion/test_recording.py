@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import sigswap
 from sigswap import errors
 from sigswap.conversion.record import conversion_of
-from sigswap.conversion.recording import Recording
+from sigswap.conversion.recording import Example, Recording
 from tests.support.oracle import sigmoid_of_scores
 
 
@@ -387,9 +387,9 @@ def test_the_inputs_are_blamed_only_if_the_plain_forward_fails() -> None:
 
 def test_a_way_that_failed_is_not_tried_again() -> None:
     recording = Recording(Attention(READS["numpy"]))
-    first = recording.run(((example(),), {}))
+    first = recording.run(Example(((example(),), {})))
     assert first.way == "copy" and recording.ways == ["copy", "itself"]
-    assert recording.run(((example(),), {})).way == "copy"
+    assert recording.run(Example(((example(),), {}))).way == "copy"
 
 
 # What was accepted runs.
@@ -467,6 +467,6 @@ def test_hidden_states_that_were_asked_for_before() -> None:
 
     model, ids = Model().eval(), torch.randint(0, 97, (2, 6))
     model(ids)
-    assert Recording(model).run(((ids,), {})).way == "fake"
+    assert Recording(model).run(Example(((ids,), {}))).way == "fake"
     sigswap.convert(model, example_inputs=ids)
     assert sigswap.report(model).count("swapped") == 2
