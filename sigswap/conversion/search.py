@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from sigswap.conversion.implementations import Reachable, other_implementations
-from sigswap.conversion.plan import Sites, merge, plan_run, without
+from sigswap.conversion.plan import AMBIGUOUS, Sites, merge, plan_run, without
 from sigswap.conversion.recording import Example, Recording, Run
 from sigswap.errors import ArgumentError, ConversionError, Hint
 from sigswap.report import Report, SiteRecord
@@ -76,7 +76,7 @@ def selected(path: str, include: Sequence[str] | None, exclude: Sequence[str] | 
 def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[str] | None, notes: list[str]) -> Sites:
     """One plan from all runs: the first ``given`` are the user's inputs, the others variants of them.
 
-    An owner whose calls two inputs number differently cannot be addressed, and is left.
+    An owner of which two inputs call one expression for different things cannot be addressed, and is left.
     """
     known = dict.fromkeys(path for recorded in runs[:given] for path in plan_run(model, recorded, wanted).owners)
     sites = plan_run(model, runs[0], wanted, known)
@@ -84,9 +84,7 @@ def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[
         sites, clashes = merge(sites, plan_run(model, recorded, wanted, known if index < given else ()))
         for path in clashes:
             if index < given:
-                sites = without(
-                    sites, path, "its inputs take paths through its code that number their calls differently"
-                )
+                sites = without(sites, path, AMBIGUOUS)
             else:
                 notes.append(f"{path}: only the calls of its present form (attention implementation) are known")
     return sites

@@ -172,8 +172,12 @@ def _clear_functools_caches(held: set[int]) -> None:
         if type(cache) is functools._lru_cache_wrapper:
             reached: list[object] = [cache]
             for _ in range(4):  # the cache's links, their tuples, what these hold
-                reached = [inner for outer in reached for inner in gc.get_referents(outer) if not callable(inner)]
-                if any(id(value) in held for value in reached):
+                inside = [inner for outer in reached for inner in gc.get_referents(outer)]
+                # Of a cached method the key is its module: here the copy that was run.
+                modules = [inner for inner in inside if _is_module(inner)]
+                tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+                reached = [inner for inner in inside if not callable(inner)]
+                if any(id(value) in held for value in (*reached, *tensors)):
                     cache.cache_clear()
                     break
                 reached = [

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
-from sigswap.conversion.state import UNSEEN_FILES
+from sigswap.conversion.places import UNSEEN_FILES, Spot
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.passes.products import PARAMETER
 
@@ -42,15 +42,15 @@ _BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
 class Call:
     """One call of a family function, as the run saw it.
 
-    ``stack``: the module calls it was made in, outermost first. ``lines``: the code lines that led to it, for each
-    module call of the stack from the innermost out. ``mha``: the index of the multi_head_attention_forward call that
-    made this one, or None. ``heads``: for multi_head_attention_forward, (heads, head_dim). ``in_function``: it was
-    made inside an autograd.Function.
+    ``stack``: the module calls it was made in, outermost first. ``spots``: the frames that led to it, innermost first,
+    for each module call of the stack from the innermost out. ``mha``: the index of the multi_head_attention_forward
+    call that made this one, or None. ``heads``: for multi_head_attention_forward, (heads, head_dim). ``in_function``:
+    it was made inside an autograd.Function.
     """
 
     family: str
     stack: Stack
-    lines: tuple[tuple[tuple[str, int], ...], ...]
+    spots: tuple[tuple[Spot, ...], ...]
     mha: int | None
     heads: tuple[int, int] | None
     in_function: bool
@@ -152,7 +152,7 @@ class Watch(TorchFunctionMode):
         self.open_calls.append(len(self.calls))
         outer = next((index for index in self.open_calls[:-1] if self.calls[index].family == "mha"), None)
         heads = (args[4], args[3] // args[4]) if family == "mha" else None
-        self.calls.append(Call(family, self._where(), _code_lines(), outer, heads, _in_function()))
+        self.calls.append(Call(family, self._where(), _spots(), outer, heads, _in_function()))
         try:
             if family == "mha":
                 # A mode gets this function whole; with the mode on again, the softmax inside it shows as well.
@@ -326,14 +326,14 @@ def _in_function() -> bool:
     return False
 
 
-def _code_lines() -> tuple[tuple[tuple[str, int], ...], ...]:
-    """The code lines that led to the recorded call, cut at each call of a module."""
-    levels: list[list[tuple[str, int]]] = [[]]
+def _spots() -> tuple[tuple[Spot, ...], ...]:
+    """The frames that led to the recorded call, cut at each call of a module."""
+    levels: list[list[Spot]] = [[]]
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_filename not in UNSEEN_FILES:
-            levels[-1].append((code.co_filename, frame.f_lineno))
+            levels[-1].append(Spot.of(frame))
         elif code.co_name == "_call_impl":
             levels.append([])
         frame = frame.f_back
