@@ -182,7 +182,8 @@ def _compare(
         raise _Found("fails", _short(error)) from error
     if not oracle.swapped:
         raise _Found("wrong", "the oracle swapped nothing")
-    difference = _error(want, before)
+    shapes = [x.shape for x in want] == [x.shape for x in before]  # a model may choose a length by what it computes
+    difference = _error(want, before) if shapes else 1.0
     if difference < TELLING:
         raise _Found("does not run", f"it does not tell: sigmoid changes its outputs by {difference:.1g} only")
     error, where = _largest(got, want, grads, want_grads)

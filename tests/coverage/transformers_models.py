@@ -35,7 +35,10 @@ def build(model_type: str) -> Built:
     failures: list[str] = []
     built: Built | None = None
     default = config_class()
-    for rule, size in ((tiny, 32), (ungrouped, 32), (scaled(heads_of(default)), 32), (tiny, 64), (tiny, 224)):
+    rules = [(tiny, 32), (ungrouped, 32), (scaled(heads_of(default)), 32)]
+    if _sees(default):
+        rules += [(tiny, 64), (tiny, 224)]
+    for rule, size in rules:
         try:
             config = shrunk(default, rule, size)
             for name, value in FIELDS.get(model_type, {}).items():
@@ -53,6 +56,12 @@ def build(model_type: str) -> Built:
     if built is not None:
         return built  # says why it does not run
     raise RuntimeError("; ".join(dict.fromkeys(failures)))
+
+
+def _sees(config: Any) -> bool:
+    """Whether images go in."""
+    own = ("image_size", "patch_size", "num_channels", "vision_config", "backbone_config")
+    return any(getattr(config, name, None) is not None for name in own)
 
 
 def _made(cls: type, config: Any) -> nn.Module:

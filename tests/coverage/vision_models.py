@@ -218,9 +218,9 @@ def _mvit(version: int) -> Callable[[], nn.Module]:
         from torchvision.models.video.mvit import MSBlockConfig, MViT
 
         setting = [
-            MSBlockConfig(1, 16, 16, [3, 3, 3], [3, 3, 3], [], [1, 2, 2]),
+            MSBlockConfig(1, 16, 16, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
             MSBlockConfig(2, 16, 32, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1]),
-            MSBlockConfig(2, 32, 32, [3, 3, 3], [3, 3, 3], [], [1, 1, 1]),
+            MSBlockConfig(2, 32, 32, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 1, 1]),
         ]
         newer = version == 2
         return MViT(
