@@ -75,8 +75,11 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
 def transformers_class(config: Any) -> type[Any]:
     """The class that ``config.architectures`` names, so that a causal LM stays one; else the base model's."""
     transformers = require("transformers", "hf")
+    modeling = type(config).__module__.replace(".configuration_", ".modeling_")
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
+        if found is None and modeling.startswith("transformers.models."):  # a part of a model, of its own module only
+            found = getattr(importlib.import_module(modeling), name, None)
         if isinstance(found, type):
             return found
     base: type[Any] = transformers.MODEL_MAPPING[type(config)]
