@@ -277,6 +277,7 @@ def assert_near(
 ) -> None:
     for number, (result, theirs, truth) in enumerate(zip(results, naive, exact, strict=len(results) > 1)):
         assert result.shape == truth.shape and result.dtype == theirs.dtype
+        what = ("out", "query", "key", "value", "4th", "5th")[number]
         norm = truth.norm().item()
         error = (result.double() - truth).norm().item()
         # The error of a few numbers is a matter of luck, and one number may be what is left of a sum of large ones.
@@ -286,7 +287,6 @@ def assert_near(
         if parts is not None:
             spread = 1.0 if what in ("out", "value") else math.sqrt(results[0].shape[-1])
             bound += 0.5 * torch.finfo(result.dtype).eps * spread * max(norm, parts[number].norm().item())
-        what = ("out", "query", "key", "value", "4th", "5th")[number]
         # Where the naive one overflows to NaN, ours need not.
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
 
