@@ -11,6 +11,7 @@ import copyreg
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch.utils import checkpoint
 
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.errors import Hint, UnknownCallError
-from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
-from sigswap.functional.torch_functions import FAMILIES, PRODUCTS, SWAPS
+from sigswap.functional.flex import flex_attention
+from sigswap.functional.stand_ins import logarithm, ones, scaled_dot_product_attention, softmax, unshifted, weighted
+from sigswap.functional.torch_functions import FAMILIES, NOT_IN_EVERY_PLAN, PRODUCTS, SWAPS
 
 
 class SwapMode(TorchFunctionMode):
@@ -31,10 +33,21 @@ class SwapMode(TorchFunctionMode):
     def __init__(self, state: OwnerState) -> None:
         super().__init__()
         self.state = state
-        self.counts = {"softmax": 0, "sdpa": 0, "mha": 0, "product": 0, "shift": 0}
+        self.counts = {
+            "softmax": 0,
+            "log_softmax": 0,
+            "exp": 0,
+            "flex": 0,
+            "sdpa": 0,
+            "mha": 0,
+            "product": 0,
+            "shift": 0,
+        }
         self.product_of: SiteState | None = None  # the site whose product has just been made
         self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
         self.shift_of: SiteState | None = None  # the site whose row shift has just been taken out
+        self.exponential: tuple[SiteState, Tensor] | None = None  # the site of an exp, its scores, until its division
+        self.by_logarithm = False  # the call is a log_softmax
         self.swapped = False
         self.autograd = None if torch.compiler.is_compiling() else _autograd_state()
 
@@ -45,6 +58,10 @@ class SwapMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if family == "shift" and not self.state.shifted:
             return func(*args, **kwargs)
+        if family in NOT_IN_EVERY_PLAN and family not in self.state.families:
+            return func(*args, **kwargs)
+        if family == "division":
+            return func(*args, **kwargs) if self.exponential is None else self._divided(func, args, kwargs)
         position = self.counts[family]
         self.counts[family] = position + 1
         site_index = self.state.site_of(family, position)
@@ -55,11 +72,11 @@ class SwapMode(TorchFunctionMode):
             return self._product(site, func, args, kwargs)
         if family == "shift":
             self.shift_of = site
-            return _zeros(func(*args, **kwargs))
+            return unshifted(func(*args, **kwargs))
         if self.autograd is not None and _autograd_state() != self.autograd:
             self._refuse_checkpoint()
         self.swapped = True
-        if family == "softmax":
+        if family in ("softmax", "log_softmax", "exp"):
             if site_index in self.state.shifted and self.shift_of is not site:
                 raise UnknownCallError(
                     f"{self.state.plan.path or 'the model'}: the row shift before its softmax was not seen, so it "
@@ -67,9 +84,15 @@ class SwapMode(TorchFunctionMode):
                     hint=Hint("Convert the model in the form in which it runs."),
                 )
             self.shift_of = None
-            return self._softmax(site, args, kwargs)
+            if family == "exp":
+                return self._exponential(site, func, args, kwargs)
+            self.by_logarithm = family == "log_softmax"
+            probs = self._softmax(site, args, kwargs)
+            return logarithm(probs) if self.by_logarithm else probs
         if family == "sdpa":
             return self._sdpa(site, *args, **kwargs)
+        if family == "flex":
+            return self._flex(site, *args, **kwargs)
         return self._whole(site, func, args, kwargs)
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
@@ -85,7 +108,47 @@ class SwapMode(TorchFunctionMode):
             )
         bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
         self.product_of = self.query_bias = None
-        return softmax(*args, **kwargs, **bias, **site.terms)
+        return softmax(*args, **kwargs, **bias, **site.terms, extra=site.plan.extra)
+
+    def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """The first part of a softmax by hand: its numbers are ones until its division, times what multiplies them."""
+        scores = args[0] if args else kwargs["input"]
+        in_place = func.__name__ == "exp_"
+        self.exponential = site, scores.clone() if in_place else scores
+        return scores.fill_(1.0) if in_place else ones(scores)
+
+    def _divided(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        assert self.exponential is not None
+        (site, scores), self.exponential = self.exponential, None
+        weights = args[0] if args else kwargs["input"]
+        total = args[1] if len(args) > 1 else kwargs["other"]
+        if not isinstance(total, Tensor) or weights.shape != scores.shape:
+            raise UnknownCallError(
+                f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and another division than its "
+                "own came after its exp.",
+                hint=Hint("Convert the model in the form in which it runs."),
+            )
+        assert site.plan.by_hand is not None
+        axis, is_weighted = site.plan.by_hand
+        scores = weighted(scores, weights) if is_weighted else scores
+        probs = self._softmax(site, (scores, axis), {}).to(torch.promote_types(weights.dtype, total.dtype))
+        return weights.copy_(probs) if func.__name__ in ("div_", "divide_", "true_divide_", "__itruediv__") else probs
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """While it is open, flex_attention does not compile itself: this mode sees it whole."""
+        if "flex" not in self.state.families or torch.compiler.is_compiling():
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")  # type: ignore[return-value]
+
+    def check(self) -> None:
+        """At the end of the owner's forward. Raises UnknownCallError if a softmax by hand was not whole."""
+        if self.exponential is not None:
+            raise UnknownCallError(
+                f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and the division after its "
+                "exp was not seen.",
+                hint=Hint("Convert the model in the form in which it runs."),
+            )
+        self.state.check_totals(self.counts)
 
     def _sdpa(
         self,
@@ -98,6 +161,10 @@ class SwapMode(TorchFunctionMode):
     ) -> Tensor:
         query, key = site.normalized(query, key)
         return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
+
+    def _flex(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+        query, key = site.normalized(query, key)
+        return flex_attention(query, key, value, *args, **site.sdpa_bias(query), **site.terms)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(site.attention, *args, **kwargs)
@@ -120,13 +187,6 @@ class SwapMode(TorchFunctionMode):
         self.product_of = site
         query, key, self.query_bias = site.transformed_factors(factors[plan.query_arg], factors[plan.key_arg], plan)
         return rebuild(*((query, key) if plan.query_arg == 0 else (key, query)))
-
-
-def _zeros(reduced: Any) -> Any:
-    """In place of a maximum over rows (a tensor, or values and indices)."""
-    if isinstance(reduced, Tensor):
-        return torch.zeros_like(reduced)
-    return type(reduced)((torch.zeros_like(reduced[0]), reduced[1]))
 
 
 def _autograd_state() -> tuple[Any, ...]:
@@ -167,9 +227,9 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if state.observer is not None:
                 return state.observer.run(self, base.forward, args, kwargs)
             mode = SwapMode(state)
-            with mode:
+            with mode, mode.uncompiled():
                 output = base.forward(self, *args, **kwargs)
-            state.check_totals(mode.counts)
+            mode.check()
             if not mode.swapped and not state.plan.may_skip:
                 raise UnknownCallError(
                     f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when "

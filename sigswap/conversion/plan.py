@@ -14,6 +14,7 @@ from sigswap.conversion.head_axis import HeadAxis
 from sigswap.conversion.recording import Run
 from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
 from sigswap.conversion.watch import Call, Stack
+from sigswap.functional.torch_functions import NOT_IN_EVERY_PLAN
 from sigswap.passes.site import AttentionSite, Factor, Product
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -118,8 +119,8 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
     left: list[Left] = []
     for site in run.found.sites:
         stack = run.stack_of(site.anchor)
-        call = run.call_of(site.anchor)
-        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha"):
+        call = run.call_of(site.exponential or site.anchor)
+        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha", *NOT_IN_EVERY_PLAN):
             call = None
         in_function = call is not None and run.calls[call].in_function
         if call is None or in_function:
@@ -137,6 +138,11 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         if owner is None:
             reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
             left.append(Left(stack[-1][0], site.kind, reason, True))
+        elif site.exponential is not None and not _divides_next(run, call, site.anchor, owner):
+            reason = (
+                "its softmax is written by hand, and another division comes between its exp and its own; call softmax"
+            )
+            left.append(Left(stack[-1][0], site.kind, reason, True))
         elif not all(_is_shift_in(run, node, owner) for node in site.shifts):
             reason = "its scores are shifted by a reduction over their own row, which cannot be taken out"
             left.append(Left(stack[-1][0], site.kind, reason, True))
@@ -146,7 +152,17 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         call = run.call_of(item.anchor)
         kind = "softmax" if call is None else run.calls[call].family
         left.append(Left(run.stack_of(item.anchor)[-1][0], kind, item.reason, item.attention))
+    reason = "its softmax runs in a thread that the forward hands work to, where the swap does not reach"
+    left += [Left(path, family, reason, True) for path, family in run.elsewhere]
     return owned, list(dict.fromkeys(left))
+
+
+def _divides_next(run: Run, exponential: int, division: Node, owner: tuple[str, int]) -> bool:
+    """Whether the call of an exp within that call of the owner is followed by that of ``division`` before any other."""
+    after = (i for i, call in enumerate(run.calls) if i > exponential and call.family == "division")
+    following = next((i for i in after if owner in run.calls[i].stack), None)
+    call = run.calls[exponential]
+    return call.family == "exp" and owner in call.stack and following is not None and following == run.call_of(division)
 
 
 def _is_shift_in(run: Run, node: Node, owner: tuple[str, int]) -> bool:
@@ -197,6 +213,7 @@ def _owner_plan(
         for node in site.shifts:
             helper_sites[run.call_of(node)] = index_of[place]  # type: ignore[index]
 
+    families = {run.calls[anchor].family for anchor, ((owner, _), _) in owned.items() if owner == path}
     for index, call in enumerate(run.calls):
         depth = _depth(call, path)
         if depth is None:
@@ -209,6 +226,8 @@ def _owner_plan(
         invocation = call.stack[depth][1]
         position = counts.get((invocation, call.family), 0)
         counts[invocation, call.family] = position + 1
+        if call.family == "division" or (call.family in NOT_IN_EVERY_PLAN and call.family not in families):
+            continue
         if call.family in ("product", "shift"):
             if index in helper_sites:
                 calls[f"{call.family}:{position}"] = helper_sites[index]
@@ -226,6 +245,7 @@ def _owner_plan(
         for family, targets in places.items()
         if len(targets) == 1
         and NOT_ATTENTION not in targets
+        and family not in NOT_IN_EVERY_PLAN
         and (family != "softmax" or sum(key.startswith("softmax:") for key in calls) > 1)
     }
     loop: tuple[tuple[str, int], ...] = ()
@@ -235,7 +255,7 @@ def _owner_plan(
     invocations = run.executed.get(path, ())
     totals = {
         family: tuple(sorted({counts.get((invocation, family), 0) for invocation in invocations}))
-        for family in ("softmax", "sdpa", "mha")
+        for family in ("softmax", "sdpa", "mha", *(family for family in NOT_IN_EVERY_PLAN if family in families))
     }
     axis, channels = _channels(_module(model, path), run.outputs.get(path))
     may_skip = any(invocation not in attended for invocation in invocations)
@@ -258,7 +278,7 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
     heads = run.calls[call].heads
     if heads is not None:
         return SitePlan("multi_head_attention", heads[0], heads[0], heads[1], mask=site.mask)
-    rank = site.anchor.meta["val"].dim()
+    rank = site.key_axis + 1 if site.kind == "sdpa" else site.anchor.meta["val"].dim()
     product = None
     if len(site.products) == 1 and site.products[0].query.head.heads and site.products[0].key.head.heads:
         product_call = run.call_of(site.products[0].node)
@@ -276,7 +296,11 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
     if site.kind == "sdpa":
         return dataclasses.replace(plan, sdpa_head_axis=head_axis)
     return dataclasses.replace(
-        plan, head_axis=head_axis, row_axis=None if site.row_axis is None else site.row_axis - rank
+        plan,
+        head_axis=head_axis,
+        row_axis=None if site.row_axis is None else site.row_axis - rank,
+        extra=site.extra,
+        by_hand=None if site.exponential is None else (site.key_axis - rank, site.weighted),
     )
 
 

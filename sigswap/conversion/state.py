@@ -74,7 +74,9 @@ class SitePlan:
     """One attention of an owner.
 
     ``head_axis`` is that of the scores, ``sdpa_head_axis`` that of the query that scaled_dot_product_attention gets.
-    ``row_axis``: of the scores, from the end; None: not known.
+    ``row_axis``: of the scores, from the end; None: not known. ``extra``: how many logits stand before and behind those
+    of the keys (attention sinks). ``by_hand``: of a softmax by hand the axis of the keys, from the end, and
+    whether what its exp gives is multiplied before it is divided.
     """
 
     kind: str
@@ -86,12 +88,15 @@ class SitePlan:
     mask: str = "none"
     product: ProductPlan | None = None
     row_axis: int | None = None
+    extra: tuple[int, int] = (0, 0)
+    by_hand: tuple[int, bool] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self) | self.head_axis.to_fields() | self.sdpa_head_axis.to_fields("sdpa_")
         if self.product is not None:
             data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
-        return data
+        newer = {"extra": (0, 0), "by_hand": None}  # left out where version 0.1 can do without
+        return {name: value for name, value in data.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
@@ -99,7 +104,8 @@ class SitePlan:
         if product is not None:
             factors = {name: AxisPlan(**HeadAxis.from_fields(product[name], "")) for name in ("query", "key")}
             product = ProductPlan(**{**product, **factors})
-        return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), "product": product})
+        newer = {name: tuple(data[name]) for name in ("extra", "by_hand") if data.get(name) is not None}
+        return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), "product": product, **newer})
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(HeadAxis.from_fields(state, "", "sdpa_") if "merged" in state else state)
@@ -154,6 +160,7 @@ class OwnerState(nn.Module):
     layer_scale: nn.Parameter | None
     softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
+    families: frozenset[str] = frozenset()  # of which a call is an attention
     shifted: frozenset[int] = frozenset()  # the sites from whose scores a maximum of the row is subtracted
     observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
 
@@ -162,6 +169,7 @@ class OwnerState(nn.Module):
         self.plan = plan
         self.calls = dict(plan.calls)
         self.repeats = dict(plan.repeats)
+        self.families = frozenset(call.partition(":")[0] for call, site in plan.calls.items() if site >= 0)
         self.shifted = frozenset(site for call, site in plan.calls.items() if call.startswith("shift:"))
         # Families in which a missing call would shift the others: there the number of calls has to be a known one.
         targets = {

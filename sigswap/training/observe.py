@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from sigswap.conversion.mode import SwapMode, factors_of
 from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.functional import flex
+from sigswap.functional.stand_ins import logarithm, of_keys
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, seen, weights_of
 from sigswap.training.sums import ChannelSums, Rows, SiteSums
@@ -50,9 +52,9 @@ class Observer:
         if self.phase == "channels":
             return self._channels(owner, state, forward, args, kwargs)
         mode = _ObservingMode(state, self)
-        with mode:
+        with mode, mode.uncompiled():
             output = forward(owner, *args, **kwargs)
-        state.check_totals(mode.counts)
+        mode.check()
         return output
 
     def _channels(
@@ -62,7 +64,8 @@ class Observer:
             output = forward(owner, *args, **kwargs)
             self.recorded.setdefault(state, deque()).append(output)
             return output
-        with SwapMode(state):
+        mode = SwapMode(state)
+        with mode, mode.uncompiled():
             output = forward(owner, *args, **kwargs)
         original: Any = self.recorded[state].popleft()
         if state.layer_scale is not None or state.norm is not None:
@@ -152,8 +155,11 @@ class _ObservingMode(SwapMode):
         observer = self.observer
         if observer.phase == "norms":
             return probabilities
-        pending = PendingSoftmax(site, probabilities, scores, dim, bias)
+        kept = of_keys(probabilities, dim, site.plan.extra)
+        pending = PendingSoftmax(site, kept, scores, dim, bias)
         self.pending = pending
+        if self.by_logarithm:
+            pending.probabilities = logarithm(kept).exp()  # as the model gets them
         if observer.recording:
             return probabilities
         if query is not None:
@@ -226,6 +232,28 @@ class _ObservingMode(SwapMode):
         self._attention(site, query, key, value, attn_mask, is_causal, scale)
         return output
 
+    def _flex(
+        self,
+        site: SiteState,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Any,
+        block_mask: Any,
+        scale: float,
+        kernel_options: Any,
+        score_buffers: tuple[Any, ...] = (),
+        mask_buffers: tuple[Any, ...] = (),
+    ) -> Any:
+        arguments = score_mod, block_mask, scale, kernel_options, score_buffers, mask_buffers
+        output = torch.ops.higher_order.flex_attention(query, key, value, *arguments)
+        visible = flex.visible_keys(query, key, block_mask[-1], mask_buffers)
+        modify = (
+            None if flex.is_identity(score_mod) else functools.partial(flex.modified_score, score_mod, score_buffers)
+        )
+        self._attention(site, query, key, value, visible, False, scale, modify)
+        return output
+
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(functools.partial(self._heads, site), *args, **kwargs)
 
@@ -261,6 +289,7 @@ class _ObservingMode(SwapMode):
         attn_mask: Any,
         is_causal: bool,
         scale: float | None,
+        modify: Callable[[Tensor, int], Tensor] | None = None,
     ) -> None:
         observer = self.observer
         if observer.recording:
@@ -295,7 +324,7 @@ class _ObservingMode(SwapMode):
                 rows = slice(start, min(start + step, length))
                 cut_mask, cut_own = (None if x is None else x[:, :, rows] for x in (mask, own))
                 queries = q[:, :, rows], normed_q[:, :, rows]
-                self._tile(site, Tile(*queries, cut_mask, cut_own, k, normed_k, v, start, is_causal, scale))
+                self._tile(site, Tile(*queries, cut_mask, cut_own, k, normed_k, v, start, is_causal, scale, modify))
 
     def _tile(self, site: SiteState, tile: Tile) -> None:
         observer = self.observer
