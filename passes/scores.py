@@ -96,11 +96,12 @@ def trace_scores(node: Node, keys: tuple[int, ...], seen: set[tuple[Node, tuple[
 def _mixed_by_parameter(node: Node, keys: tuple[int, ...]) -> list[Node]:
     """The scores whose heads an einsum with a parameter mixes ("talking heads"); [] if ``node`` is none."""
     product = contraction(node) if op_name(node) == "einsum" and len(keys) == 1 else None
-    for at in range(2) if product is not None else ():
-        name = product.out[keys[0]]
-        mixes = (
-            is_parameter(product.factors[1 - at]) and name in product.names[at] and name not in product.names[1 - at]
-        )
+    if product is None:
+        return []
+    name = product.out[keys[0]]
+    for at in range(2):
+        own, other = product.names[at], product.names[1 - at]
+        mixes = name in own and name not in other and is_parameter(product.factors[1 - at])
         if mixes and not is_parameter(product.factors[at]):
             return [product.factors[at]]
     return []

@@ -81,9 +81,11 @@ def _swap_site(
         _replace(exponential, stand_ins[exponential.target], {})
         changed.append(exponential)
     for shift in calls[-len(site.shifts) :] if site.shifts else ():
+        users = list(shift.users)
         with graph.inserting_after(shift):
             zeros = graph.call_function(stand_ins[shift.target], (shift,))
-        shift.replace_all_uses_with(zeros, lambda user, zeros=zeros: user is not zeros)
+        for user in users:
+            user.replace_input_with(shift, zeros)
         changed.append(shift)
     _replace(anchor, stand_ins[anchor.target], {**terms, **own})
     changed.append(anchor)

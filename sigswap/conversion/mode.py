@@ -138,7 +138,8 @@ class SwapMode(TorchFunctionMode):
         """While it is open, flex_attention does not compile itself: this mode sees it whole."""
         if "flex" not in self.state.families or torch.compiler.is_compiling():
             return nullcontext()
-        return torch.compiler.set_stance("force_eager")  # type: ignore[return-value]
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
 
     def check(self) -> None:
         """At the end of the owner's forward. Raises UnknownCallError if a softmax by hand was not whole."""

@@ -45,8 +45,8 @@ def seen_in_threads(note_here: Callable[[], Note]) -> Iterator[None]:
     def noted_submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return submit(pool, noted(function) if getattr(ours, "here", False) else function, *args, **kwargs)
 
-    threading.Thread.start = noted_start  # type: ignore[method-assign]
-    ThreadPoolExecutor.submit = noted_submit  # type: ignore[method-assign]
+    threading.Thread.start = noted_start  # type: ignore[method-assign, assignment]
+    ThreadPoolExecutor.submit = noted_submit  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
