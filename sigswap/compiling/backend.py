@@ -96,10 +96,16 @@ def swap_and_lower(
     visible_bias, const_bias = bias_terms(config)
     terms = {"visible_bias": visible_bias, "const_bias": const_bias, "row_cap": config.row_cap}
     keep = _KEPT if _is_converted(graph_module) else None
-    reason = getattr(graph_module, "compile_subgraph_reason", None)  # Dynamo says there where the graph ends
-    is_part = reason is not None and reason.graph_break
-    swapped = swap(graph_module, example_inputs, _STAND_INS, terms, keep, is_part)
+    swapped = swap(graph_module, example_inputs, _STAND_INS, terms, keep, _is_part(graph_module))
     return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()), shadow=swapped.shadow)
+
+
+def _is_part(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether a graph break ended the graph, or came before it."""
+    reason: Any = getattr(graph_module, "compile_subgraph_reason", None)  # Dynamo says there where the graph ended
+    if reason is None:
+        return False
+    return reason.graph_break or any(frame.name.startswith("torch_dynamo_resume_in_") for frame in reason.user_stack)
 
 
 def _is_converted(graph_module: torch.fx.GraphModule) -> bool:
