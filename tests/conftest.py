@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 SAMPLE = 4
-"""Of the tests marked slow, one in so many is run, the same ones each time."""
+"""Of the cases of each test that is marked slow, one in so many is run, the same ones each time, and at least one."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,11 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--all") or config.getoption("keyword") or any("::" in each for each in config.args):
         return  # who names tests gets them
-    drawn = [
-        item.get_closest_marker("slow") is None or zlib.crc32(item.nodeid.encode()) % SAMPLE == 0 for item in items
-    ]
-    config.hook.pytest_deselected(items=[item for item, kept in zip(items, drawn, strict=True) if not kept])
-    items[:] = [item for item, kept in zip(items, drawn, strict=True) if kept]
+    cases: dict[str, list[str]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item.nodeid)
+    left_out: set[str] = set()
+    for each in cases.values():
+        each.sort(key=lambda case: zlib.crc32(case.encode()))
+        left_out.update(each[-(-len(each) // SAMPLE) :])
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
 
 
 @pytest.fixture(autouse=True)

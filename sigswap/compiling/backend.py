@@ -17,7 +17,8 @@ import torch
 import torch.fx
 
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.state import SWAPPED_FORWARD, bias_terms, decided_models
+from sigswap.conversion.places import SWAPPED_FORWARD
+from sigswap.conversion.state import bias_terms, decided_models
 from sigswap.errors import ArgumentError, Hint, UnswappableSiteError
 from sigswap.functional import multi_head
 from sigswap.functional.stand_ins import divided, ones, unshifted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sigswap.conversion.head_axis import HeadAxis
+from sigswap.conversion.places import name_of
 from sigswap.conversion.recording import Run
-from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
+from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan, Turns
 from sigswap.conversion.watch import Call, Stack
 from sigswap.functional.torch_functions import NOT_IN_EVERY_PLAN
 from sigswap.passes.site import AttentionSite, Factor, Product
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+AMBIGUOUS = "one expression in its code is an attention in one forward and none, or another one, in the next"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,11 @@ def plan_run(model: nn.Module, run: Run, wanted: Iterable[str] | None = None, kn
     owners: dict[str, OwnerPlan] = {}
     paths = dict.fromkeys(owner for (owner, _), _ in owned.values())
     for path in dict.fromkeys([*paths, *(path for path in known if path in run.executed)]):
-        owners[path] = _owner_plan(model, run, path, owned)
+        plan = _owner_plan(model, run, path, owned)
+        if plan is None:
+            left.append(Left(path, "softmax", AMBIGUOUS, True))
+        else:
+            owners[path] = plan
     guarded = {
         path
         for call in owned
@@ -70,26 +76,11 @@ def merge(first: Sites, other: Sites) -> tuple[Sites, list[str]]:
     owners, clashes = dict(first.owners), []
     for path, plan in other.owners.items():
         known = owners.get(path)
-        if known is None:
-            owners[path] = plan
-            continue
-        agree = all(plan.calls[key] == known.calls[key] for key in plan.calls.keys() & known.calls.keys())
-        if not agree or (known.sites and plan.sites and len(plan.sites) != len(known.sites)):
+        merged = plan if known is None else _merged_owner(known, plan)
+        if merged is None:
             clashes.append(path)
-            continue
-        sites = known.sites or plan.sites
-        if known.sites and plan.sites:
-            sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
-        families = known.totals.keys() | plan.totals.keys()
-        owners[path] = dataclasses.replace(
-            known,
-            sites=sites,
-            calls={**plan.calls, **known.calls},
-            repeats={**plan.repeats, **known.repeats},
-            totals={f: tuple(sorted({*known.totals.get(f, ()), *plan.totals.get(f, ())})) for f in sorted(families)},
-            may_skip=known.may_skip or plan.may_skip,
-            place=known.place or plan.place,
-        )
+        else:
+            owners[path] = merged
     left = tuple(dict.fromkeys((*first.left, *other.left)))
     return Sites(owners, left, first.guarded | other.guarded), clashes
 
@@ -100,10 +91,46 @@ def without(sites: Sites, path: str, reason: str) -> Sites:
     return dataclasses.replace(sites, owners=owners, left=(*sites.left, Left(path, "softmax", reason, True)))
 
 
+def _merged_owner(known: OwnerPlan, plan: OwnerPlan) -> OwnerPlan | None:
+    """One plan of two runs; None if they contradict one another."""
+    if known.sites and plan.sites and len(plan.sites) != len(known.sites):
+        return None
+    seen: dict[str, dict[str, list[tuple[int, ...]]]] = {}
+    for one in (known, plan):
+        for family, places in one.places.items():
+            for name, turns in places.items():
+                seen.setdefault(family, {}).setdefault(name, []).extend(turns.forwards())
+    sites = known.sites or plan.sites
+    if known.sites and plan.sites:
+        sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
+    return _with_places(dataclasses.replace(known, sites=sites, may_skip=known.may_skip or plan.may_skip), seen)
+
+
+def _with_places(plan: OwnerPlan, seen: Mapping[str, Mapping[str, list[tuple[int, ...]]]]) -> OwnerPlan | None:
+    """``plan`` with the turns that were seen in forwards of the owner, by family and place; None if they contradict.
+
+    Products that do are left out, and a site of theirs counts as one whose product is not known.
+    """
+    places: dict[str, dict[str, Turns]] = {}
+    sites = list(plan.sites)
+    for family, by_name in seen.items():
+        for name, forwards in by_name.items():
+            turns = Turns.of(forwards)
+            if turns is not None:
+                places.setdefault(family, {})[name] = turns
+            elif family != "product":
+                return None
+            else:
+                for site in {*itertools.chain(*forwards)} - {NOT_ATTENTION}:
+                    sites[site] = dataclasses.replace(sites[site], product=None)
+    return dataclasses.replace(plan, sites=tuple(sites), places=places)
+
+
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
     """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
     if known.kind != "softmax" and other.kind == "softmax":
-        return dataclasses.replace(known, head_axis=other.head_axis, row_axis=other.row_axis, product=other.product)
+        same = ("head_axis", "row_axis", "product", "scores", "extra", "weighted")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in same})
     if known.kind == "softmax" and other.kind == "sdpa":
         return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis)
     return known
@@ -190,19 +217,18 @@ def _owner_plan(
     run: Run,
     path: str,
     owned: Mapping[int, tuple[tuple[str, int], AttentionSite]],
-) -> OwnerPlan:
+) -> OwnerPlan | None:
+    """The plan of the owner at ``path``; None if a call of it cannot be told from others."""
     index_of: dict[Any, int] = {}  # place in the owner's code -> site
     sites: list[SitePlan] = []
-    calls: dict[str, int] = {}
-    places: dict[str, set[int]] = {}  # family -> the sites of its calls
-    counts: dict[tuple[int, str], int] = {}
+    seen: dict[tuple[str, str, int], list[int]] = {}  # family, place and module call of the owner -> sites, by turn
     helper_sites: dict[int, int] = {}  # index of a product's or a row shift's call -> site
     attended: set[int] = set()  # the owner's module calls in which it attended
 
     for anchor, ((owner, _), site) in owned.items():
         if owner != path:
             continue
-        place = _place(run.calls[anchor], path)
+        place = _lines(run.calls[anchor], path)
         if place not in index_of:
             index_of[place] = len(sites)
             sites.append(_site_plan(run, anchor, site))
@@ -223,43 +249,26 @@ def _owner_plan(
         call_owner = owned[index][0][0] if index in owned else None
         if call_owner is not None and call_owner != path and (_depth(call, call_owner) or 0) > depth:
             continue  # swapped by an owner further in: this one never sees it
-        invocation = call.stack[depth][1]
-        position = counts.get((invocation, call.family), 0)
-        counts[invocation, call.family] = position + 1
         if call.family == "division" or (call.family in NOT_IN_EVERY_PLAN and call.family not in families):
             continue
         if call.family in ("product", "shift"):
-            if index in helper_sites:
-                calls[f"{call.family}:{position}"] = helper_sites[index]
-            continue
-        target = index_of[_place(call, path)] if call_owner == path else NOT_ATTENTION
-        calls[f"{call.family}:{position}"] = target
-        places.setdefault(call.family, set()).add(target)
-        if target >= 0:
+            target = helper_sites.get(index, NOT_ATTENTION)
+        else:
+            target = index_of[_lines(call, path)] if call_owner == path else NOT_ATTENTION
+        invocation = call.stack[depth][1]
+        name = name_of(itertools.chain(*call.spots[: len(call.stack) - depth]))
+        seen.setdefault((call.family, name, invocation), []).append(target)
+        if call.family not in ("product", "shift") and target >= 0:
             attended.add(invocation)
 
-    # A scaled_dot_product_attention beyond those seen is a further turn of the one loop; so is a softmax, if a loop
-    # was seen and the call comes from the same place in the code.
-    repeats = {
-        family: next(iter(targets))
-        for family, targets in places.items()
-        if len(targets) == 1
-        and NOT_ATTENTION not in targets
-        and family not in NOT_IN_EVERY_PLAN
-        and (family != "softmax" or sum(key.startswith("softmax:") for key in calls) > 1)
-    }
-    loop: tuple[tuple[str, int], ...] = ()
-    if "softmax" in repeats and len(index_of) == 1:
-        (_, levels) = next(iter(index_of))
-        loop = tuple((os.path.basename(file), line) for level in levels for file, line in level)
-    invocations = run.executed.get(path, ())
-    totals = {
-        family: tuple(sorted({counts.get((invocation, family), 0) for invocation in invocations}))
-        for family in ("softmax", "sdpa", "mha", *(family for family in NOT_IN_EVERY_PLAN if family in families))
-    }
+    forwards: dict[str, dict[str, list[tuple[int, ...]]]] = {}
+    for (family, name, _), turns in seen.items():
+        forwards.setdefault(family, {}).setdefault(name, []).append(tuple(turns))
     axis, channels = _channels(_module(model, path), run.outputs.get(path))
-    may_skip = any(invocation not in attended for invocation in invocations)
-    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels, totals, may_skip, loop)
+    may_skip = any(invocation not in attended for invocation in run.executed.get(path, ()))
+    return _with_places(
+        OwnerPlan(path, tuple(sites), channel_axis=axis, channels=channels, may_skip=may_skip), forwards
+    )
 
 
 def _depth(call: Call, path: str) -> int | None:
@@ -267,11 +276,13 @@ def _depth(call: Call, path: str) -> int | None:
     return next((i for i in range(len(call.stack) - 1, -1, -1) if call.stack[i][0] == path), None)
 
 
-def _place(call: Call, path: str) -> Any:
-    """The place in the owner's code from which the call was made; the turns of a loop share it."""
+def _lines(call: Call, path: str) -> Any:
+    """The modules and code lines in the owner that led to the call: what makes it a site. A loop's turns share them."""
     below = len(call.stack) - 1 - (_depth(call, path) or 0)
     inner = tuple(name for name, _ in call.stack[len(call.stack) - below :])
-    return inner, call.lines[: below + 1]
+    return inner, tuple(
+        tuple((spot.code.co_filename, spot.line) for spot in level) for level in call.spots[: below + 1]
+    )
 
 
 def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
@@ -299,8 +310,9 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         plan,
         head_axis=head_axis,
         row_axis=None if site.row_axis is None else site.row_axis - rank,
+        scores=(rank, site.key_axis - rank),
         extra=site.extra,
-        by_hand=None if site.exponential is None else (site.key_axis - rank, site.weighted),
+        weighted=site.weighted,
     )
 
 

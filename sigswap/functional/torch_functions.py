@@ -6,6 +6,7 @@ forward); all spellings of a family are counted together.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.baddbmm: ("input", "batch1", "batch2"),
     torch.Tensor.baddbmm: ("input", "batch1", "batch2"),
     torch.Tensor.baddbmm_: ("input", "batch1", "batch2"),
+    operator.matmul: ("input", "other"),  # under torch.export, where Dynamo does not make it Tensor.__matmul__
     torch.einsum: (),
 }
 """By function that makes scores, the names of its arguments, of which the last two are the factors. Those of einsum

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,14 +45,31 @@ class _Calls:
         return len(self.batches)  # type: ignore[arg-type]
 
 
-def call_model(model: nn.Module, call: Inputs, index: int) -> Any:
-    """The model's output for a batch, moved to its device. Raises CalibrationError if it fails."""
-    args, kwargs = tree_map_only(Tensor, lambda x: x.to(device_of(model)), call)
+def on_device(call: Inputs, device: torch.device) -> Inputs:
+    """``call`` with its tensors on ``device``. To a GPU they are copied without waiting for what runs there."""
+
+    def moved(x: Tensor) -> Tensor:
+        if device.type == "cuda" and x.device.type == "cpu":
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
+
+    found: Inputs = tree_map_only(Tensor, moved, call)
+    return found
+
+
+def call_model(model: nn.Module, call: Inputs, index: int, run: Callable[..., Any] | None = None) -> Any:
+    """The model's output for a batch, moved to its device. Raises CalibrationError if it fails.
+
+    ``run``: what is called in its place, a compiled form of it say. What fails to compile is an error of its own.
+    """
+    args, kwargs = on_device(call, device_of(model))
     try:
-        return model(*args, **kwargs)
+        return (model if run is None else run)(*args, **kwargs)
     except CalibrationError:
         raise
     except Exception as error:
+        if run is not None and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise not_compiled(error) from error
         raise CalibrationError(
             f"{type(model).__name__} failed on batch {index} ({type(error).__name__}: {error}).",
             argument="batches",
@@ -63,12 +80,32 @@ def call_model(model: nn.Module, call: Inputs, index: int) -> Any:
         ) from error
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What was given to torch.compile, if ``model`` is what it made of it: its modules have the names from before."""
+    inner: nn.Module = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    return inner
+
+
+def not_compiled(error: Exception) -> ArgumentError:
+    """About ``compile``, for what Dynamo or a backend cannot do."""
+    said = str(error).partition("\n\n")[0]  # and then Dynamo's advice
+    return ArgumentError(
+        f"{{argument}}: the step does not compile ({type(error).__name__}: {said}).",
+        argument="compile",
+        hint=Hint("Pass {compile}.", {"compile": "False"}),
+    )
+
+
 def main_output(output: Any) -> Tensor | None:
     """The first floating point tensor of two dimensions or more: hidden states or logits, not a loss."""
     if isinstance(output, Tensor):
         return output if output.dim() > 1 and output.is_floating_point() else None
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return next((found for item in items if (found := main_output(item)) is not None), None)
+    for item in items:  # a plain loop, which Dynamo traces
+        found = main_output(item)
+        if found is not None:
+            return found
+    return None
 
 
 def progress_bar(show: bool) -> Progress:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sigswap.conversion.record import owners_of, set_row_cap
 from sigswap.errors import ArgumentError, Hint
+from sigswap.training.teaching import converted_part
 
 RISING = 0.8
 """The share of the steps in which the caps rise; in the others the model learns with the last ones."""
@@ -18,14 +19,16 @@ HIGHEST = 64.0
 
 
 @contextmanager
-def lifted_caps(model: nn.Module, target: float | None) -> Iterator[Callable[[float], None]]:
+def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None) -> Iterator[Callable[[float], None]]:
     """Yields what sets each module's cap for a share of the steps done, 0 to 1; if it fails, they are as they were.
 
     A cap rises from what it is to ``target`` by the same factor in each step of the first 80%, and stays there; with
     ``math.inf`` it rises to 64 and is then taken away. Modules without a cap have none throughout. None sets nothing.
+    ``rises``: in so many equal ones instead of one in each step.
 
     Raises ArgumentError if no module has a cap, or one has a higher one than ``target``.
     """
+    model = converted_part(model)
     caps = {path: state.site(0).row_cap for path, state in owners_of(model).items()}
     start = {path: cap for path, cap in caps.items() if cap is not None}
     if target is None:
@@ -46,6 +49,8 @@ def lifted_caps(model: nn.Module, target: float | None) -> Iterator[Callable[[fl
 
     def at(share: float) -> None:
         risen = min(1.0, share / RISING)
+        if rises is not None:
+            risen = math.floor(risen * rises) / rises
         without = target == math.inf and risen == 1.0
         new: dict[str, float | None] = {}
         for path, cap in start.items():

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.mode import SwapMode, factors_of
+from sigswap.conversion.mode import SwapMode, factors_of, scores_of
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.functional import flex
 from sigswap.functional.stand_ins import logarithm, of_keys
@@ -26,8 +26,9 @@ from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, seen, weights_of
 from sigswap.training.sums import ChannelSums, Rows, SiteSums
 
-MAX_TILE_SCORES = 1 << 22
-"""Scores that are held at once where the model itself holds none, 16 MiB in float32 (one query row may need more)."""
+MAX_TILE_SCORES, MAX_TILE_SCORES_ON_GPUS = 1 << 22, 1 << 25
+"""Scores that are held at once where the model itself holds none, 16 MiB in float32 (one query row may need more), and
+128 MiB where a tile's some sixty kernels would otherwise be too short to keep a GPU busy."""
 
 Phase = Literal["norms", "logsumexp", "outputs", "channels"]
 
@@ -54,7 +55,9 @@ class Observer:
         mode = _ObservingMode(state, self)
         with mode, mode.uncompiled():
             output = forward(owner, *args, **kwargs)
-        mode.check()
+        mode.check_whole()
+        state.check_totals(mode.counts)
+        state.check_turns(mode.turns)
         return output
 
     def _channels(
@@ -144,11 +147,7 @@ class _ObservingMode(SwapMode):
         return super()._product(site, func, args, kwargs)
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
-        scores = args[0] if args else kwargs["input"]
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if dim is None:
-            dim = 0 if scores.dim() in (0, 1, 3) else 1
-        dim %= scores.dim()
+        scores, dim = scores_of(args, kwargs)
         bias = site.row_bias(scores, dim, self.query_bias)
         query, self.query, self.query_bias, self.product_of = self.query, None, None, None
         probabilities = F.softmax(*args, **kwargs)
@@ -318,13 +317,18 @@ class _ObservingMode(SwapMode):
             mask = layout.query_side(attn_mask.expand(*query.shape[:-1], key.shape[-2]))
         batch, heads, length, _ = q.shape
         own = None if mask is None or mask.shape[2] != mask.shape[3] else seen(mask.diagonal(dim1=2, dim2=3))
-        step = max(1, MAX_TILE_SCORES // max(1, batch * heads * k.shape[2]))
+        most = MAX_TILE_SCORES if q.device.type == "cpu" else MAX_TILE_SCORES_ON_GPUS
+        step = max(1, most // max(1, batch * heads * k.shape[2]))
         with torch.autocast(query.device.type, enabled=False):
             for start in range(0, length, step):
                 rows = slice(start, min(start + step, length))
+                keys = slice(rows.stop if is_causal else None)  # no row of the tile sees those behind
                 cut_mask, cut_own = (None if x is None else x[:, :, rows] for x in (mask, own))
+                if cut_mask is not None:
+                    cut_mask = cut_mask[..., keys]
                 queries = q[:, :, rows], normed_q[:, :, rows]
-                self._tile(site, Tile(*queries, cut_mask, cut_own, k, normed_k, v, start, is_causal, scale, modify))
+                others = k[:, :, keys], normed_k[:, :, keys], v[:, :, keys]
+                self._tile(site, Tile(*queries, cut_mask, cut_own, *others, start, is_causal, scale, modify))
 
     def _tile(self, site: SiteState, tile: Tile) -> None:
         observer = self.observer

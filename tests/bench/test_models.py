@@ -66,6 +66,7 @@ def test_figures_of_models() -> None:
     assert [axes.get_ylabel() for axes in result.figure().axes] == ["ms", "kernels"]
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize(
     ("model", "peer", "packages"),
@@ -146,6 +147,7 @@ class Recorder:
         return 1.0
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize(
     ("model", "attentions", "packages"),

@@ -340,6 +340,7 @@ def t5_result(model: Any, module: nn.Module, inputs: dict[str, Tensor]) -> list[
     return [each.detach() for each in shown] + grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "inner"), [("sdpa", "aot_eager"), ("eager", "aot_eager"), ("sdpa", "inductor")])
 def test_t5_with_padding(attention: str, inner: str) -> None:
     """On the right and on the left. From the second lengths on they vary, in one graph."""

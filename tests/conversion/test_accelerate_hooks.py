@@ -79,6 +79,7 @@ every_hook = pytest.mark.parametrize("place", [dispatched, two_hooks, offloaded]
 
 
 # One of each way to own attention.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "place"),
     [(name, dispatched) for name in ("vit", "levit", "albert", "torch_encoder", "fairseq_moe")]

@@ -145,6 +145,7 @@ def test_the_example_run_leaves_no_trace(name: str) -> None:
                 assert "Fake" not in type(tensor).__name__
 
 
+@pytest.mark.slow
 @some_models
 def test_deepcopy(name: str) -> None:
     model, inputs = convert(name)
@@ -164,6 +165,7 @@ def test_deepcopy(name: str) -> None:
     assert_equal(run(model, inputs), before)
 
 
+@pytest.mark.slow
 @some_models
 def test_pickle(name: str) -> None:
     model, inputs = convert(name)
@@ -241,6 +243,7 @@ def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> N
     assert count_attention_softmax(lambda: gradients(model, inputs)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "torch_encoder", "fairseq_moe", "two_sites"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(name: str, reentrant: bool) -> None:
@@ -291,6 +294,7 @@ def test_autocast(name: str) -> None:
                 assert gradient.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("name", ["vit", "bert", "two_sites", "mha"])
 def test_export(name: str, strict: bool) -> None:
@@ -450,6 +454,7 @@ def test_revert(entry: Entry) -> None:
         sigswap.revert(model)
 
 
+@pytest.mark.slow
 @some_models
 def test_converted_again_after_a_revert(name: str) -> None:
     model, inputs = convert(name)

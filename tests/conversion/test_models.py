@@ -65,6 +65,7 @@ def test_eager(case: Case) -> None:
             assert count_attention_softmax(forward) == entry.others
 
 
+@pytest.mark.slow
 @all_cases
 def test_no_grad(case: Case) -> None:
     """Without gradients torch.nn takes its fast paths, which may hold anything in padded rows."""
@@ -79,6 +80,7 @@ def test_no_grad(case: Case) -> None:
         assert_close(ours[valid], theirs[valid], "output")
 
 
+@pytest.mark.slow
 @all_cases
 def test_train_mode(case: Case) -> None:
     entry, variant = case
@@ -89,6 +91,7 @@ def test_train_mode(case: Case) -> None:
     assert count_attention_softmax(lambda: call(model, inputs)) == entry.others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case[0].float64], ids=case_id)
 def test_float64(case: Case) -> None:
     """In float64 rounding hides nothing: the conversion is the definition, not near it."""
@@ -96,6 +99,7 @@ def test_float64(case: Case) -> None:
     assert_equals_oracle(model, model, case, torch.float64)
 
 
+@pytest.mark.slow
 @all_cases
 def test_learned_bias(case: Case) -> None:
     """c_h is added to the scores of its own head, wherever the model has the heads, and is trained."""
@@ -242,6 +246,7 @@ def test_compiled_inductor(case: Case) -> None:
 
 # Where Dynamo breaks the graph inside torch.nn's own code (torch_decoder looks at the values of its mask) it runs the
 # whole frame in eager, and no backend is ever called: docs/limits.md. torch_transformer says that it is causal.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in LAST if case[0].name != "torch_decoder"], ids=case_id)
 def test_backend_swaps_and_lowers_an_unconverted_model(case: Case) -> None:
     entry, variant = case

@@ -46,6 +46,7 @@ def ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
 # ----------------------------------------------------------------------------------------------- padding
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 @DECODERS
@@ -67,6 +68,7 @@ def test_left_padding(name: str, attention: str, compiled: bool, first_token: bo
         assert close(out[:, pad:], plain)
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("name", ["BertModel", "T5Model"])

@@ -381,6 +381,7 @@ def test_target_that_is_a_file(tmp_path: Path) -> None:
 # timm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
@@ -702,6 +703,7 @@ assert "sigswap" not in sys.modules
     _python(code, tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["sigswap", "transformers", "transformers.modeling_utils"])
 def test_order_of_imports(tmp_path: Path, first: str) -> None:
     model = converted_bert("BertModel")

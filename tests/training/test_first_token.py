@@ -16,6 +16,7 @@ import sigswap
 from sigswap.conversion.state import SiteState
 from sigswap.errors import CalibrationError, ConfigError
 from sigswap.training import fit as fitting
+from sigswap.training import observe
 
 HEADS, HEAD_DIM, LENGTH = 2, 8, 24
 DIM = HEADS * HEAD_DIM
@@ -117,10 +118,12 @@ def test_regression_is_at_a_minimum(explicit: bool, cap: float | None) -> None:
     assert (slope(*parameters) < 1e-3 * slope(*start))[moved].all()
 
 
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("explicit", [False, True, "tiled"])
 @pytest.mark.parametrize("cap", [None, 0.01])
-def test_report_against_an_oracle(explicit: bool, cap: float | None) -> None:
-    model, batches = model_and_batches(explicit)
+def test_report_against_an_oracle(explicit: bool | str, cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if explicit == "tiled":
+        monkeypatch.setattr(observe, "MAX_TILE_SCORES", 5 * 2 * HEADS * LENGTH)  # 5 rows of both sequences
+    model, batches = model_and_batches(explicit is True)
     report = sigswap.calibrate(model, batches, row_cap=cap, progress=False)
     q, scores, v, visible = seen(model, batches)
     found = site(model)

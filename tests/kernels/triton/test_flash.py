@@ -161,10 +161,13 @@ def window_problem(index: int, device: str = DEVICE) -> Problem:
     return problem_of(query, key, value, bias, attn_mask, None, rows(q_len, value_dim), options)
 
 
-def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None = None) -> list[Tensor]:
+def straightforward(
+    problem: Problem, dtype: torch.dtype, draws: Tensor | None = None, *, held: bool = False
+) -> list[Tensor]:
     """Output and gradients by matmul, sigmoid and matmul, in dtype throughout.
 
     draws: the numbers of dropout's random numbers, [B, H, M, N]; by default they are counted.
+    held: what a row cap divides by is a constant to the gradients.
     """
     options = problem.options
     leaves = [
@@ -200,6 +203,8 @@ def straightforward(problem: Problem, dtype: torch.dtype, draws: Tensor | None =
         row_bias = row_bias + bias
     p = torch.sigmoid(scores.masked_fill(~visible, -torch.inf) + row_bias)
     divisor = p.sum(-1, keepdim=True).clamp(min=options.row_cap) if options.row_cap else None
+    if divisor is not None and held:
+        divisor = divisor.detach()
     if options.dropout_p:
         assert problem.seed is not None
         if draws is None:
@@ -255,11 +260,20 @@ def capped_packed(problem: PackedProblem, index: int) -> PackedProblem:
 
 
 def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
-    """Each result's Frobenius error is at most 1.1 times that of the straightforward computation."""
-    assert_near(results, straightforward(problem, problem.query.dtype), straightforward(problem, torch.float64))
+    """Each result's Frobenius error is at most 1.1 times that of the straightforward computation.
+
+    With a row cap it may be one rounding more: the kernels sum p before they round it for the product with the value,
+    and round dO / r for both products of the backward. (The straightforward one sums what it rounded, so that rows with
+    one key are exact.) Of the gradients' two parts, which nearly cancel in such rows, the rounding is that of one part.
+    """
+    dtype = problem.query.dtype
+    parts = straightforward(problem, torch.float64, held=True) if problem.options.row_cap else None
+    assert_near(results, straightforward(problem, dtype), straightforward(problem, torch.float64), parts)
 
 
-def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor]) -> None:
+def assert_near(
+    results: list[Tensor], naive: list[Tensor], exact: list[Tensor], parts: list[Tensor] | None = None
+) -> None:
     for number, (result, theirs, truth) in enumerate(zip(results, naive, exact, strict=len(results) > 1)):
         assert result.shape == truth.shape and result.dtype == theirs.dtype
         norm = truth.norm().item()
@@ -268,6 +282,8 @@ def assert_near(results: list[Tensor], naive: list[Tensor], exact: list[Tensor])
         ratio, floor = (1.1, 1e-12) if int((truth != 0).sum()) >= 256 else (2.0, 5e-7)
         # The GPU's exponential and reciprocal are good to about 1e-6, which float32 alone can feel.
         bound = ratio * (theirs.double() - truth).norm().item() + 1.5e-6 * norm + floor
+        if parts is not None:
+            bound += 0.5 * torch.finfo(result.dtype).eps * parts[number].norm().item()
         what = ("out", "query", "key", "value", "4th", "5th")[number]
         # Where the naive one overflows to NaN, ours need not.
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)

@@ -1,0 +1,141 @@
+"""What a student learns from one batch: the losses beside its teacher, and their gradients.
+
+Nothing in here waits for a GPU: a loss is handed on as a tensor, and what depends on a mask is decided where the batch
+is before it is moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sigswap.conversion.copies import device_of
+from sigswap.conversion.recording import Inputs
+from sigswap.errors import CalibrationError
+from sigswap.training import compiled
+from sigswap.training.batches import call_model, main_output, not_compiled, on_device
+from sigswap.training.compiled import Watched
+from sigswap.training.language import check_same_outputs
+from sigswap.training.losses import end_to_end_loss, relative_error
+from sigswap.training.teaching import Original
+
+
+class Lesson:
+    """The converted ``model``, its teacher ``original``, and the ``paths`` of the converted modules, which are in both.
+
+    :meth:`layerwise` and :meth:`end_to_end` run one batch, under ``autocast`` if that is a dtype, add the gradients of
+    its loss times ``weight`` to the model's parameters and return the loss, on its device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        original: Original,
+        paths: Sequence[str],
+        autocast: torch.dtype | None = None,
+        backends: tuple[str, str] | None = None,
+    ) -> None:
+        """``backends``: what compiles the model and the teacher end to end, and with inductor the losses."""
+        self.model, self.original, self.paths, self.autocast = model, original, paths, autocast
+        of_model, of_teacher = (None, None) if backends is None else backends
+        self.student, self.teacher = Watched(model, paths, of_model), Watched(original.source, paths, of_teacher)
+        self.loss_of = end_to_end_loss if backends is None else compiled.compiled(end_to_end_loss, fullgraph=True)
+
+    def close(self) -> None:
+        """Takes the hooks off again."""
+        self.student.close()
+        self.teacher.close()
+
+    def layerwise(self, call: Inputs, index: int, weight: float = 1.0) -> Tensor:
+        """One backward pass per module call, each through that module alone; not compiled."""
+        calls: list[tuple[str, Any, Any, Tensor]] = []
+
+        def recorder(path: str) -> Any:
+            def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                found = main_output(output)
+                if found is not None:
+                    calls.append((path, args, kwargs, found))
+
+            return record
+
+        source = self.original.source
+        hooks = [
+            source.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True) for path in self.paths
+        ]
+        try:
+            with self._teaching():
+                call_model(source, call, index)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not calls:
+            raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
+        total = torch.zeros((), device=device_of(self.model))
+        for path, args, kwargs, truth in calls:
+            with self._cast():
+                ours = main_output(self.model.get_submodule(path)(*args, **kwargs))
+            assert ours is not None, "the teacher's module returns such a tensor"
+            loss = relative_error(ours, truth)
+            torch.autograd.backward(weight * loss / len(calls))
+            total += loss.detach().to(total.device) / len(calls)
+        return total
+
+    def end_to_end(self, call: Inputs, index: int, weight: float = 1.0) -> Tensor:
+        mask = call[1].get("attention_mask")
+        call = on_device(call, device_of(self.model))
+        with self._teaching():
+            truth, theirs = self.teacher(call, index)
+        with self._cast():
+            output, ours = self.student(call, index)
+        t, y = main_output(truth), main_output(output)
+        if t is None or y is None:
+            raise CalibrationError(
+                f"{type(self.model).__name__} returns no floating point tensor of two dimensions or more."
+            )
+        check_same_outputs(self.model, y, self.original.source, t, "teacher")
+        if not ours:
+            raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
+        counted = _counted(mask, y, index)
+        is_logits = getattr(output, "logits", None) is not None or y.shape[-1] == _vocabulary(self.model)
+        outputs = [x for _, x in ours], [x for _, x in theirs]
+        try:
+            whole, loss = self.loss_of(y, t.to(y.device), *outputs, counted, is_logits)
+            torch.autograd.backward(weight * whole)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise not_compiled(error) from error
+        return loss
+
+    def _teaching(self) -> AbstractContextManager[Any]:
+        """While it is open, the teacher runs as the original does, without gradients."""
+        stack = ExitStack()
+        stack.enter_context(self.original.running())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(self._cast())
+        return stack
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_of(self.model).type, self.autocast)
+
+
+def _counted(mask: Any, y: Tensor, index: int) -> Tensor | None:
+    """The positions [B, N] of an output [B, N, ..., C] that ``attention_mask`` does not hide; None: all."""
+    if y.dim() < 3 or not isinstance(mask, Tensor) or mask.shape != y.shape[:2]:
+        return None
+    counted = mask.bool()
+    if not bool(counted.any()):
+        raise CalibrationError(f"attention_mask of batch {index} hides every position.", argument="batches")
+    if bool(counted.all()):
+        return None
+    (moved,), _ = on_device(((counted,), {}), y.device)
+    assert isinstance(moved, Tensor)
+    return moved
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "vocab_size", None)
