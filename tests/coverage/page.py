@@ -22,8 +22,8 @@ LIGHT = 2.0
 
 HEADER = """# Coverage
 
-Written by `python -m tests.coverage` (with {versions}). Each model is built small with random weights, run, and
-converted under `strict`; then these are compared:
+Written by `python -m tests.coverage`, with {versions}.
+Each model is built small with random weights, run, and converted under `strict`; then these are compared:
 
 - outputs and the gradients of all parameters with an oracle that shares no code with sigswap's passes
   (`tests/coverage/oracle.py`): to {close:g} of the largest value in float32, and where that fails to {close_64:g} in
