@@ -28,11 +28,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from sigswap.kernels.hopper.common import Tiles, load_tile, log_of_visible, sigmoid, store_tile, sync
+from sigswap.kernels.hopper.common import (
+    Tiles,
+    as_operands,
+    cut,
+    load_tile,
+    log_of_visible,
+    sigmoid,
+    start_by_columns,
+    start_over_columns,
+    store_tile,
+    sync,
+)
 from sigswap.kernels.hopper.forward_items import (
     item_of,
     order_for,
@@ -213,50 +223,14 @@ def _load(
 
 
 @gluon.jit
-def _cut(tile, CUT: gl.constexpr):
-    """The columns of a tile in shared memory; if CUT 64 of them and the next 32."""
-    if CUT:
-        return tile.slice(0, 64, 1), tile.slice(64, 32, 1)
-    else:
-        return (tile,)
-
-
-@gluon.jit
 def _columns(tiles, first, PARTS: gl.constexpr, CUT: gl.constexpr):
     """The columns of a block of rows, part by part: the tiles from the first on."""
     HEIGHT: gl.constexpr = tiles.shape[3]
     WIDTH: gl.constexpr = tiles.shape[4]
-    columns = _cut(tiles.index(first).reshape([HEIGHT, WIDTH]), CUT)
+    columns = cut(tiles.index(first).reshape([HEIGHT, WIDTH]), CUT)
     for j in gl.static_range(1, PARTS):
         columns += (tiles.index(first + j).reshape([HEIGHT, WIDTH]),)
     return columns
-
-
-@gluon.jit
-def _start_scores(queries, keys, no_scores):
-    """Starts the product of this warpgroup's queries with a block of keys, part by part of the head dimension."""
-    s = warpgroup_mma(queries[0], keys[0].permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    for j in gl.static_range(1, len(keys)):
-        s = warpgroup_mma(queries[j], keys[j].permute((1, 0)), s, use_acc=True, is_async=True)
-    return s
-
-
-@gluon.jit
-def _operands(p, of_out: gl.constexpr, of_rest: gl.constexpr, CUT: gl.constexpr):
-    """The probabilities as the first operand of products of both widths, which hold them in the same registers."""
-    operands = (gl.convert_layout(p, gl.DotOperandLayout(0, of_out, 2)),)
-    if CUT:
-        operands += (gl.convert_layout(p, gl.DotOperandLayout(0, of_rest, 2)),)
-    return operands
-
-
-@gluon.jit
-def _add_values(p_operands, values, sums, CUT: gl.constexpr):
-    """Starts the products of probabilities with a block of values, which are added to sums."""
-    tokens = sums[:0]
-    for j in gl.static_range(len(sums)):
-        tokens += (warpgroup_mma(p_operands[j if CUT else 0], values[j], sums[j], is_async=True),)
-    return tokens
 
 
 @gluon.jit
@@ -362,7 +336,7 @@ def _attend(
             sync()
             mbarrier.arrive(q_empty)
         mbarrier.wait(k_full.index(stage), phase)
-        s_token = _start_scores(queries, _columns(k_tiles, stage * PARTS, PARTS, CUT), no_scores)
+        s_token = start_over_columns(queries, _columns(k_tiles, stage * PARTS, PARTS, CUT), no_scores, False)
         s = warpgroup_mma_wait(0, deps=[s_token])
         sync()
         mbarrier.arrive(k_empty.index(stage))
@@ -372,7 +346,7 @@ def _attend(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
             HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
-        p_operands = _operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
+        p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # In each turn the scores of this block, and the part of the block before in the output.
         for i in range(1, own_count):
@@ -384,10 +358,10 @@ def _attend(
                 mbarrier.wait(turns.index(PART), turn_phase)
                 turn_phase ^= 1
             mbarrier.wait(k_full.index(stage), phase)
-            s_token = _start_scores(queries, _columns(k_tiles, stage * PARTS, PARTS, CUT), no_scores)
+            s_token = start_over_columns(queries, _columns(k_tiles, stage * PARTS, PARTS, CUT), no_scores, False)
             mbarrier.wait(v_full.index(stage_before), phase_before)
             values = _columns(v_tiles, stage_before * V_PARTS, V_PARTS, V_CUT)
-            sum_tokens = _add_values(p_operands, values, sums, V_CUT)
+            sum_tokens = start_by_columns(p_operands, values, sums, V_CUT)
             if TURNS:
                 sync()  # all four warps have had their turn
                 mbarrier.arrive(turns.index(NEXT))
@@ -403,7 +377,7 @@ def _attend(
             sums = _added(sum_tokens, p_operands)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
-            p_operands = _operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
+            p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # The last block's part.
         if SKIPS and TURNS:
@@ -413,7 +387,7 @@ def _attend(
                 sync()
                 mbarrier.arrive(turns.index(NEXT))
         mbarrier.wait(v_full.index(stage), phase)
-        sum_tokens = _add_values(p_operands, _columns(v_tiles, stage * V_PARTS, V_PARTS, V_CUT), sums, V_CUT)
+        sum_tokens = start_by_columns(p_operands, _columns(v_tiles, stage * V_PARTS, V_PARTS, V_CUT), sums, V_CUT)
         sums = _added(sum_tokens, p_operands)
         tma.store_wait(0)  # The item before has left the tile.
         sync()
@@ -425,7 +399,7 @@ def _attend(
                 if j + i > 0:
                     tma.store_wait(0)
                     sync()
-                targets = _cut(out_tile, V_CUT)
+                targets = cut(out_tile, V_CUT)
                 for n in gl.static_range(len(targets)):
                     targets[n].store((pieces[i + n] * (1.0 / P_SCALE)).to(dtype))
                 fence_async_shared()

@@ -29,6 +29,7 @@ from sigswap.kernels.hopper import backward_common, forward_items, grad_query
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -85,7 +86,7 @@ def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: 
     assert int(stores) <= spilled
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, pytest.param(96, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize(
     ("dtype", "band", "form", "grouped", "bias"),
     [
@@ -107,6 +108,7 @@ def test_the_backward_compiles_with_its_products_in_flight(
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
         "DIM": dim,
+        "APART": dim == 64,
         "BANDED": band != "none",
         "BIAS_ROWS": by_row,
         "SUMS": bias == "heads",
@@ -118,9 +120,10 @@ def test_the_backward_compiles_with_its_products_in_flight(
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    spilled = 160 if by_row else 128
+    spilled = 32 if dim < 128 else 160 if by_row else 128
+    width = 64 if dim == 64 else 128
     assert_products_in_flight(
-        hopper_bwd._kernel, rows, dim, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+        hopper_bwd._kernel, rows, width, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
     )
 
 
@@ -348,6 +351,24 @@ def test_which_tiles_the_forward_has(
     problem = problem_on_no_gpu(length, *dims, options=options)
     assert hopper_fwd.supports(problem)
     assert forward_items.tile_for(problem.signature) == tile
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "columns", "launched"),
+    [(40, 64, 64, 1), (64, 64, 64, 1), (72, 96, 96, 3), (96, 104, 128, 1), (128, 128, 128, 1)],
+)
+def test_how_many_columns_the_backward_multiplies(
+    dim: int, value_dim: int, columns: int, launched: int, no_memory: None
+) -> None:
+    """And how many programs put a tile of dQ in order."""
+    problem = problem_on_no_gpu(2048, dim, value_dim)
+    assert hopper_bwd.supports(problem)
+    assert hopper_bwd.columns_of(problem.signature) == columns
+    assert problem.grad_out is not None
+    grads = tuple(None if given is None else layout_of(given) for given in problem.inputs)
+    plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads)
+    assert plan.sums.shape == (2 * 8 * 32, 64 * columns)
+    assert plan.finish._grid == (2 * 8 * 32 * launched, 1, 1)
 
 
 def test_which_narrow_heads_the_forward_supports(no_memory: None) -> None:

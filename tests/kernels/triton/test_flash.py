@@ -704,6 +704,22 @@ def test_random_problems_on_hopper(index: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("widths", "index"),
+    [
+        *(((64, 64), 120 + index) for index in range(80)),
+        *((widths, 200 + index) for widths in ((96, 96), (72, 96), (96, 80)) for index in range(30)),
+        *(((40, 56), 230 + index) for index in range(10)),
+    ],
+)
+def test_random_problems_on_hopper_of_narrow_heads(widths: tuple[int, int], index: int) -> None:
+    problem = hopper_problem(index, widths=widths)
+    assert_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("index", range(160))
 def test_random_problems_on_hopper_with_wide_heads(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dS goes through memory at once, by parts, or not."""
@@ -924,14 +940,14 @@ def test_hopper_takes_wide_heads_and_two_runs_do_not_differ_if_all_is_to_be_dete
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("length", "const_bias"), [(2048, 0.0), (2048, -6.0), (8192, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
+@pytest.mark.parametrize("dim", [64, 96, 128, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
 def test_hopper_gives_exactly_0_to_future_keys(dim: int, length: int, const_bias: float, dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(1, 2, length, dim, device="cuda").to(dtype) for _ in range(3))
     grad_out = torch.zeros_like(query)
     grad_out[:, :, 0] = 1
     options = Options(0.125, const_bias, is_causal=True)
     problem = problem_of(query, key, value, None, None, None, grad_out, options)
-    backward = hopper_bwd.backward if dim == 64 else hopper_bwd_wide.backward
+    backward = hopper_bwd.backward if dim <= 128 else hopper_bwd_wide.backward
     _, grad_key, grad_value, *_ = backward(problem)
     assert grad_key is not None and grad_value is not None
     assert (grad_key[:, :, 1:] == 0).all() and (grad_value[:, :, 1:] == 0).all()
