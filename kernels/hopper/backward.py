@@ -51,11 +51,11 @@ from sigswap.kernels.host.results import gradients_for, hand_over
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS
 from sigswap.kernels.triton.sums import Sum
 
-LONG = {64: (1024, 511, 192), 128: (511, 511, 192)}
+LONG = {64: (512, 511, 192), 128: (511, 511, 192)}
 """By the width of a head: with more visible keys per row, on average, this kernel is faster than
 :mod:`sigswap.kernels.triton.backward`, as measured on an H100: without bias, with one per head, with one per row, which
 cost that one more. The sums of dQ have to be filled with zeros before and put in order after, which takes as long for
-short sequences as for long ones."""
+short sequences as for long ones. (The first number on an H200: 1024 keys, causal, 309 TFLOP/s and 277.)"""
 
 
 APART = (64,)

@@ -94,6 +94,15 @@ def _rounded(x, factor: gl.constexpr, dtype: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
+def _zeros(HEIGHT: gl.constexpr, FIRST: gl.constexpr, of_first: gl.constexpr, of_rest: gl.constexpr, CUT: gl.constexpr):
+    first = gl.zeros([HEIGHT, FIRST], gl.float32, of_first)
+    if CUT:
+        return first, gl.zeros([HEIGHT, 32], gl.float32, of_rest)
+    else:
+        return (first,)
+
+
+@gluon.jit
 def _put(target, sums, factor, CUT: gl.constexpr):
     pieces = cut(target, CUT)
     for j in gl.static_range(len(sums)):
@@ -185,11 +194,8 @@ def compute(
     if not BIAS_ROWS:
         biases = biases.index(PART)
     no_sums = gl.zeros([_ROWS, 8], gl.float32, of_row_sums)
-    dk_acc = (gl.zeros([HALF, FIRST], gl.float32, of_keys),)
-    dv_acc = (gl.zeros([HALF, FIRST], gl.float32, of_keys),)
-    if CUT:
-        dk_acc += (gl.zeros([HALF, 32], gl.float32, of_rest),)
-        dv_acc += (gl.zeros([HALF, 32], gl.float32, of_rest),)
+    dk_acc = _zeros(HALF, FIRST, of_keys, of_rest, CUT)
+    dv_acc = _zeros(HALF, FIRST, of_keys, of_rest, CUT)
 
     # Where a tile is: its first row, and its place among the sums of dQ, of which tiles follow one another by heads.
     end = begin + span * _ROWS

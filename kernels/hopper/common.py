@@ -66,10 +66,11 @@ def cut(tile, CUT: gl.constexpr):
 @gluon.jit
 def as_operands(tile, of_first: gl.constexpr, of_rest: gl.constexpr, CUT: gl.constexpr):
     """A tile as the first operand of products of both widths, which hold it in the same registers."""
-    operands = (gl.convert_layout(tile, gl.DotOperandLayout(0, of_first, 2)),)
+    first = gl.convert_layout(tile, gl.DotOperandLayout(0, of_first, 2))
     if CUT:
-        operands += (gl.convert_layout(tile, gl.DotOperandLayout(0, of_rest, 2)),)
-    return operands
+        return first, gl.convert_layout(tile, gl.DotOperandLayout(0, of_rest, 2))
+    else:
+        return (first,)
 
 
 @gluon.jit

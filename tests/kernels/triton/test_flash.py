@@ -894,7 +894,7 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
 
     assert supports() and supports(options=options._replace(is_causal=True))
     assert not supports(rows=512) and not supports(needed=(True, True, False, False, False))
-    assert not supports(rows=1024) and supports(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
+    assert supports(rows=1024) and supports(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
     assert not supports(options=options._replace(is_causal=True, window_left=300))
     assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
     assert supports(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
