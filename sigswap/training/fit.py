@@ -89,7 +89,8 @@ class SiteFit:
         cap = self.row_cap if self.row_cap is not None and self.first is not None else site.row_cap
         lower = 0.5 * math.log(cap) if cap is not None and cap < 1.0 else 0.0
         if sums.sample is not None:
-            solution = _regression_beside_first(*sums.sample.get(), site, UPWARD if cap is None else 1.0)
+            # On the device that the rows are on: on a CPU's many cores it took most of a GPU's calibration.
+            solution = _regression_beside_first(*sums.sample.get(), site, UPWARD if cap is None else 1.0).cpu()
             return torch.cat([solution, torch.full_like(solution[:, :1], lower)], -1)
         if not isinstance(sums.gram, Tensor):
             return None
@@ -250,7 +251,7 @@ def _regression_beside_first(x: Tensor, first: Tensor, total: Tensor, site: Site
     """
     heads, rows, features = x.shape
     x = -x
-    free = torch.zeros(features, dtype=torch.bool)
+    free = torch.zeros(features, dtype=torch.bool, device=x.device)
     if site.query_weight is not None:
         free[site.query_weight.shape[1] :] = True
     else:
@@ -276,7 +277,7 @@ def _regression_beside_first(x: Tensor, first: Tensor, total: Tensor, site: Site
         cost = (counts * missing.square()).sum(-1) / max(1, rows) + (ridge * parameters.square()).sum(-1)
         return torch.sigmoid(others - first), missing, counts, cost
 
-    present, damping = start, torch.full((heads, 1), 1e-2, dtype=x.dtype)
+    present, damping = start, torch.full((heads, 1), 1e-2, dtype=x.dtype, device=x.device)
     share, missing, counts, cost = state(present)
     for _ in range(FIRST_STEPS):
         slope = x * share.unsqueeze(-1)

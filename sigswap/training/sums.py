@@ -172,8 +172,8 @@ class Sample:
             self.stride *= 2
 
     def get(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [H, R, F], the first key's score and the logsumexp [H, R], in float64 on the CPU."""
-        rows = torch.cat(self.parts, 1).to("cpu", torch.float64)
+        """Features [H, R, F], the first key's score and the logsumexp [H, R], in float64."""
+        rows = torch.cat(self.parts, 1).double()
         return rows[..., :-2], rows[..., -2], rows[..., -1]
 
 
