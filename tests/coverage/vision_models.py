@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "levit": ("levit_128s", {}),
     "lowformer": ("lowformer_b0", {}),
     "maxxvit": ("maxvit_pico_rw_256", {}),
-    "metaformer": ("caformer_s18", {"depths": [1, 1, 1, 1], "dims": [16, 32, 64, 64]}),
+    "metaformer": ("caformer_s18", {}),
     "mobilenetv3": ("mobilenetv4_hybrid_medium_075", {}),
     "mobilenetv5": ("mobilenetv5_base", {}),
     "mobilevit": ("mobilevit_xxs", {}),
