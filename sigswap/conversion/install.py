@@ -21,7 +21,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
 from sigswap.conversion.record import RECORD, Conversion, conversion_of, owners_of, set_fitted_length
-from sigswap.conversion.state import OwnerPlan, OwnerState, SiteState, decided_models
+from sigswap.conversion.state import OwnerState, SiteState, decided_models
 from sigswap.errors import ConfigError, ConversionError, Hint
 
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
@@ -39,7 +39,6 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     states: dict[str, OwnerState] = {}
     for plan in conversion.owners:
         owner = _owner(model, plan.path)
-        _check_nesting(plan, conversion)
         states[plan.path] = OwnerState(
             plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
         )
@@ -115,7 +114,6 @@ def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState
             continue
         tried = dataclasses.replace(config, **fields)
         try:
-            _check_nesting(plan, dataclasses.replace(conversion, config=tried))
             with torch.inference_mode(False):
                 return OwnerState(plan, tried, *_dtype_and_device(model, plan.path))
         except ConfigError:
@@ -145,6 +143,17 @@ def _closed(config: SigmoidConfig, chosen: Mapping[str, OwnerState | None]) -> S
             pattern = glob.escape(path)
             overrides[pattern] = {**overrides.get(pattern, {}), **other}
     return dataclasses.replace(closed, overrides=overrides)
+
+
+@contextmanager
+def installed(model: nn.Module, conversion: Conversion) -> Iterator[None]:
+    """Within it ``model`` is converted, as :func:`apply_conversion` does it; afterwards it is as it was."""
+    apply_conversion(model, conversion)
+    try:
+        yield
+    finally:
+        revert(model)
+        decided_models.discard(model)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -191,21 +200,6 @@ def _switch_off_fast_path(module: nn.Module) -> None:
     before = {name: vars(module)[name] for name in _FAST_PATH if name in vars(module)}
     module.__dict__[_FAST_PATH_BEFORE] = before
     module.__dict__.update({name: _FAST_PATH[name] for name in before})
-
-
-def _check_nesting(plan: OwnerPlan, conversion: Conversion) -> None:
-    """The products of an owner inside another one would count as the outer one's: refused where products count."""
-    config = conversion.config.for_path(plan.path)
-    prefix = f"{plan.path}." if plan.path else ""
-    inner = [other.path for other in conversion.owners if other is not plan and other.path.startswith(prefix)]
-    intercepts = (config.query_bias or config.qk_norm is not None) and any(site.product for site in plan.sites)
-    if inner and intercepts:
-        raise ConfigError(
-            f"{plan.path or 'the model'}: {{argument}} cannot act on a module that computes its own scores "
-            f"and holds another attention module ({inner[0]}).",
-            argument="query_bias" if config.query_bias else "qk_norm",
-            hint=Hint("Switch it off for this module with {overrides}.", {"overrides": f"{{{plan.path!r}: ...}}"}),
-        )
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:

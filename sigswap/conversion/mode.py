@@ -1,8 +1,9 @@
 """The eager carrier: a module that owns attention runs its forward under a mode that swaps exactly the planned calls.
 
 ``convert`` makes each owning module an instance of a subclass of its own class (:func:`swapped_class`), whose forward
-runs the original forward under :class:`SwapMode`. A call is addressed by its function family and its position among
-that family's calls in one forward of the owner, so that a router's softmax beside the attention's stays what it is.
+runs the original forward under :class:`SwapMode`. A call is addressed by its function family and its place in the
+code (:mod:`sigswap.conversion.places`), so that a router's softmax beside the attention's stays what it is, and so does
+what is put on the model later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copyreg
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -19,10 +21,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.conversion.places import (
+    ANYWHERE,
+    left_to_python,
+    place_of_call,
+    traced_is_own,
+    traced_name,
+    traced_suffix,
+)
+from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
 from sigswap.errors import Hint, UnknownCallError
-from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
-from sigswap.functional.torch_functions import FAMILIES, PRODUCTS, SWAPS
+from sigswap.functional.flex import flex_attention
+from sigswap.functional.stand_ins import logarithm, ones, scaled_dot_product_attention, softmax, unshifted, weighted
+from sigswap.functional.torch_functions import FAMILIES, NOT_IN_EVERY_PLAN, PRODUCTS, SWAPS
 
 
 class SwapMode(TorchFunctionMode):
@@ -31,23 +42,27 @@ class SwapMode(TorchFunctionMode):
     def __init__(self, state: OwnerState) -> None:
         super().__init__()
         self.state = state
-        self.counts = {"softmax": 0, "sdpa": 0, "mha": 0, "product": 0, "shift": 0}
+        self.turns: dict[tuple[str, str], int] = {}  # by family and place, where turns of several sites were made
+        self.counts: dict[str, int] = {}  # by a plan of 0.1: by family, the calls that were made
         self.product_of: SiteState | None = None  # the site whose product has just been made
         self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
         self.shift_of: SiteState | None = None  # the site whose row shift has just been taken out
-        self.swapped = False
+        self.exponential: tuple[SiteState, Tensor] | None = None  # the site of an exp, its scores, until its division
+        self.by_logarithm = False  # the call is a log_softmax
+        self.swapped: set[int] = set()  # the sites that were
+        self.guessed = False  # a softmax was taken for the owner's one site, at a place that was not seen
+        self.left = False  # a module in the owner, or an adapter in it, has made a call that was not seen
         self.autograd = None if torch.compiler.is_compiling() else _autograd_state()
 
+    @left_to_python
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         family = FAMILIES.get(func)
-        if family is None or (family == "product" and not self.state.intercepts_products):
-            return func(*args, **kwargs)
-        if family == "shift" and not self.state.shifted:
-            return func(*args, **kwargs)
-        position = self.counts[family]
-        self.counts[family] = position + 1
-        site_index = self.state.site_of(family, position)
+        if family is None or not self._watches(family):
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if family == "division":
+            return self._divided(func, args, kwargs)
+        site_index = self._site_of(family, args, kwargs)
         if site_index < 0:
             return func(*args, **kwargs)
         site = self.state.site(site_index)
@@ -55,11 +70,11 @@ class SwapMode(TorchFunctionMode):
             return self._product(site, func, args, kwargs)
         if family == "shift":
             self.shift_of = site
-            return _zeros(func(*args, **kwargs))
+            return unshifted(func(*args, **kwargs))
         if self.autograd is not None and _autograd_state() != self.autograd:
             self._refuse_checkpoint()
-        self.swapped = True
-        if family == "softmax":
+        self.swapped.add(site_index)
+        if family in ("softmax", "log_softmax", "exp"):
             if site_index in self.state.shifted and self.shift_of is not site:
                 raise UnknownCallError(
                     f"{self.state.plan.path or 'the model'}: the row shift before its softmax was not seen, so it "
@@ -67,25 +82,152 @@ class SwapMode(TorchFunctionMode):
                     hint=Hint("Convert the model in the form in which it runs."),
                 )
             self.shift_of = None
-            return self._softmax(site, args, kwargs)
+            if family == "exp":
+                return self._exponential(site, func, args, kwargs)
+            self.by_logarithm = family == "log_softmax"
+            probs = self._softmax(site, args, kwargs)
+            return logarithm(probs) if self.by_logarithm else probs
         if family == "sdpa":
             return self._sdpa(site, *args, **kwargs)
+        if family == "flex":
+            return self._flex(site, *args, **kwargs)
         return self._whole(site, func, args, kwargs)
 
+    def check(self) -> None:
+        """After the forward: raises UnknownCallError if it may have left an attention as it was."""
+        self.check_whole()
+        state = self.state
+        state.check_totals(self.counts)
+        state.check_turns(self.turns)
+        if state.plan.may_skip:
+            return
+        if not self.swapped or (self.left and len(self.swapped) < len(state.plan.sites)):
+            some = "any" if not self.swapped else "some"
+            raise UnknownCallError(
+                f"{state.plan.path or 'the model'} ran without {some} of the attention calls that were swapped when "
+                "it was converted (was its attention implementation changed since?).",
+                hint=Hint("Revert the model, and convert it again in the form in which you use it."),
+            )
+
+    def check_whole(self) -> None:
+        """After the forward: raises UnknownCallError if a softmax by hand was not whole."""
+        if self.exponential is not None:
+            raise UnknownCallError(
+                f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and the division after its "
+                "exp was not seen.",
+                hint=Hint("Convert the model in the form in which it runs."),
+            )
+
+    def _watches(self, family: str) -> bool:
+        if family == "product":
+            return self.state.intercepts_products
+        if family == "division":
+            return self.exponential is not None
+        if family in NOT_IN_EVERY_PLAN:
+            return family in self.state.families
+        return family != "shift" or bool(self.state.shifted)
+
+    @left_to_python
+    def _site_of(self, family: str, args: Any, kwargs: Any) -> int:
+        """The index of the site that a call belongs to, or NOT_ATTENTION. Raises UnknownCallError."""
+        state = self.state
+        if not state.places:
+            position = self.counts.get(family, 0)
+            self.counts[family] = position + 1
+            return state.site_at(family, position)
+        places = state.places.get(family, {})
+        if torch.compiler.is_dynamo_compiling():
+            name, own, suffix = traced_name(), traced_is_own(), traced_suffix()
+            sites = places.get(name)
+            ambiguous = suffix is not None and any(
+                planned.endswith(suffix) and others != sites for planned, others in places.items()
+            )
+            if name == ANYWHERE or ambiguous:  # what is compiled now will run for calls of several places
+                torch._dynamo.skip_frame("sigswap: code inside a converted module's forward is compiled for itself")
+        else:
+            name, own, _ = place_of_call()
+            sites = places.get(name)
+        if sites is None:
+            return self._unseen(family, own, args, kwargs)
+        if self.guessed and family == "softmax":
+            raise state.other_path("made more softmax calls than")
+        if len(sites) == 1:
+            return sites[0]
+        turn = self.turns.get((family, name), 0)
+        self.turns[family, name] = turn + 1
+        if turn >= len(sites):
+            raise state.other_path(f"made its {family} call number {turn + 1} at {name!r}, which it did not make")
+        return sites[turn]
+
+    def _unseen(self, family: str, own: bool, args: Any, kwargs: Any) -> int:
+        """The site of a call from a place that is not in the plan.
+
+        In a module within the owner it is that module's (an adapter's, say). By the owner itself it is its attention
+        on another path, which the plan can tell only if there is but one: for a softmax, if it is the only one in this
+        forward, over scores as they were.
+        """
+        if family in ("product", "shift"):
+            return NOT_ATTENTION
+        if not own:
+            self.left = True
+            return NOT_ATTENTION
+        state = self.state
+        only = state.only.get(family)
+        if only is None or family in ("exp", "log_softmax"):
+            known = False
+        elif family == "softmax":
+            scores, dim = scores_of(args, kwargs)
+            known = not self.swapped and state.site(only).fits(scores, dim)
+            self.guessed = True
+        else:
+            known = True
+        if not known or only is None:
+            raise state.other_path(f"made a {family} call which it did not make")
+        return only
+
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
-        scores = args[0] if args else kwargs["input"]
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if dim is None:
-            dim = 0 if scores.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+        scores, dim = scores_of(args, kwargs)
         if site.acts_on_product and self.product_of is not site:
             raise UnknownCallError(
                 f"{self.state.plan.path or 'the model'}: the product of query and key was not seen before its softmax, "
                 "so QK-norm and query_bias cannot act.",
                 hint=Hint("Convert the model in the form (attention implementation) in which it runs."),
             )
-        bias = site.row_bias(scores, dim % scores.dim(), self.query_bias)
+        bias = site.row_bias(scores, dim, self.query_bias)
         self.product_of = self.query_bias = None
-        return softmax(*args, **kwargs, **bias, **site.terms)
+        return softmax(*args, **kwargs, **bias, **site.terms, extra=site.plan.extra)
+
+    def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """The first part of a softmax by hand: its numbers are ones until its division, times what multiplies them."""
+        scores = args[0] if args else kwargs["input"]
+        in_place = func.__name__ == "exp_"
+        self.exponential = site, scores.clone() if in_place else scores
+        return scores.fill_(1.0) if in_place else ones(scores)
+
+    def _divided(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        assert self.exponential is not None
+        (site, scores), self.exponential = self.exponential, None
+        weights = args[0] if args else kwargs["input"]
+        total = args[1] if len(args) > 1 else kwargs["other"]
+        if not isinstance(total, Tensor) or weights.shape != scores.shape:
+            raise UnknownCallError(
+                f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and another division than its "
+                "own came after its exp.",
+                hint=Hint("Convert the model in the form in which it runs."),
+            )
+        assert site.plan.scores is not None
+        scores = weighted(scores, weights) if site.plan.weighted else scores
+        probs = self._softmax(site, (scores, site.plan.scores[1]), {}).to(
+            torch.promote_types(weights.dtype, total.dtype)
+        )
+        return weights.copy_(probs) if func.__name__ in ("div_", "divide_", "true_divide_", "__itruediv__") else probs
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """While it is open, flex_attention does not compile itself: this mode sees it whole."""
+        if "flex" not in self.state.families or torch.compiler.is_compiling():
+            return nullcontext()
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
 
     def _sdpa(
         self,
@@ -98,6 +240,10 @@ class SwapMode(TorchFunctionMode):
     ) -> Tensor:
         query, key = site.normalized(query, key)
         return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
+
+    def _flex(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+        query, key = site.normalized(query, key)
+        return flex_attention(query, key, value, *args, **site.sdpa_bias(query), **site.terms)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(site.attention, *args, **kwargs)
@@ -122,11 +268,13 @@ class SwapMode(TorchFunctionMode):
         return rebuild(*((query, key) if plan.query_arg == 0 else (key, query)))
 
 
-def _zeros(reduced: Any) -> Any:
-    """In place of a maximum over rows (a tensor, or values and indices)."""
-    if isinstance(reduced, Tensor):
-        return torch.zeros_like(reduced)
-    return type(reduced)((torch.zeros_like(reduced[0]), reduced[1]))
+def scores_of(args: Any, kwargs: Any) -> tuple[Tensor, int]:
+    """What a softmax is taken of, and the axis, from 0."""
+    scores = args[0] if args else kwargs["input"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if dim is None:
+        dim = 0 if scores.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+    return scores, dim % scores.dim()
 
 
 def _autograd_state() -> tuple[Any, ...]:
@@ -167,15 +315,9 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if state.observer is not None:
                 return state.observer.run(self, base.forward, args, kwargs)
             mode = SwapMode(state)
-            with mode:
+            with mode, mode.uncompiled():
                 output = base.forward(self, *args, **kwargs)
-            state.check_totals(mode.counts)
-            if not mode.swapped and not state.plan.may_skip:
-                raise UnknownCallError(
-                    f"{state.plan.path or 'the model'} ran without any of the attention calls that were swapped when "
-                    "it was converted (was its attention implementation changed since?).",
-                    hint=Hint("Revert the model, and convert it again in the form in which you use it."),
-                )
+            mode.check()
             return state.finish(output)
 
         _SWAPPED[base] = _subclass(base, sigswap_forward)

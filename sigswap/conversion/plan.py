@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sigswap.conversion.head_axis import HeadAxis
+from sigswap.conversion.places import name_of
 from sigswap.conversion.recording import Run
-from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan
+from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan, Turns
 from sigswap.conversion.watch import Call, Stack
+from sigswap.functional.torch_functions import NOT_IN_EVERY_PLAN
 from sigswap.passes.site import AttentionSite, Factor, Product
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+AMBIGUOUS = "one expression in its code is an attention in one forward and none, or another one, in the next"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,11 @@ def plan_run(model: nn.Module, run: Run, wanted: Iterable[str] | None = None, kn
     owners: dict[str, OwnerPlan] = {}
     paths = dict.fromkeys(owner for (owner, _), _ in owned.values())
     for path in dict.fromkeys([*paths, *(path for path in known if path in run.executed)]):
-        owners[path] = _owner_plan(model, run, path, owned)
+        plan = _owner_plan(model, run, path, owned)
+        if plan is None:
+            left.append(Left(path, "softmax", AMBIGUOUS, True))
+        else:
+            owners[path] = plan
     guarded = {
         path
         for call in owned
@@ -69,26 +76,11 @@ def merge(first: Sites, other: Sites) -> tuple[Sites, list[str]]:
     owners, clashes = dict(first.owners), []
     for path, plan in other.owners.items():
         known = owners.get(path)
-        if known is None:
-            owners[path] = plan
-            continue
-        agree = all(plan.calls[key] == known.calls[key] for key in plan.calls.keys() & known.calls.keys())
-        if not agree or (known.sites and plan.sites and len(plan.sites) != len(known.sites)):
+        merged = plan if known is None else _merged_owner(known, plan)
+        if merged is None:
             clashes.append(path)
-            continue
-        sites = known.sites or plan.sites
-        if known.sites and plan.sites:
-            sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
-        families = known.totals.keys() | plan.totals.keys()
-        owners[path] = dataclasses.replace(
-            known,
-            sites=sites,
-            calls={**plan.calls, **known.calls},
-            repeats={**plan.repeats, **known.repeats},
-            totals={f: tuple(sorted({*known.totals.get(f, ()), *plan.totals.get(f, ())})) for f in sorted(families)},
-            may_skip=known.may_skip or plan.may_skip,
-            place=known.place or plan.place,
-        )
+        else:
+            owners[path] = merged
     left = tuple(dict.fromkeys((*first.left, *other.left)))
     return Sites(owners, left, first.guarded | other.guarded), clashes
 
@@ -99,10 +91,46 @@ def without(sites: Sites, path: str, reason: str) -> Sites:
     return dataclasses.replace(sites, owners=owners, left=(*sites.left, Left(path, "softmax", reason, True)))
 
 
+def _merged_owner(known: OwnerPlan, plan: OwnerPlan) -> OwnerPlan | None:
+    """One plan of two runs; None if they contradict one another."""
+    if known.sites and plan.sites and len(plan.sites) != len(known.sites):
+        return None
+    seen: dict[str, dict[str, list[tuple[int, ...]]]] = {}
+    for one in (known, plan):
+        for family, places in one.places.items():
+            for name, turns in places.items():
+                seen.setdefault(family, {}).setdefault(name, []).extend(turns.forwards())
+    sites = known.sites or plan.sites
+    if known.sites and plan.sites:
+        sites = tuple(_merged_site(a, b) for a, b in zip(known.sites, plan.sites, strict=True))
+    return _with_places(dataclasses.replace(known, sites=sites, may_skip=known.may_skip or plan.may_skip), seen)
+
+
+def _with_places(plan: OwnerPlan, seen: Mapping[str, Mapping[str, list[tuple[int, ...]]]]) -> OwnerPlan | None:
+    """``plan`` with the turns that were seen in forwards of the owner, by family and place; None if they contradict.
+
+    Products that do are left out, and a site of theirs counts as one whose product is not known.
+    """
+    places: dict[str, dict[str, Turns]] = {}
+    sites = list(plan.sites)
+    for family, by_name in seen.items():
+        for name, forwards in by_name.items():
+            turns = Turns.of(forwards)
+            if turns is not None:
+                places.setdefault(family, {})[name] = turns
+            elif family != "product":
+                return None
+            else:
+                for site in {*itertools.chain(*forwards)} - {NOT_ATTENTION}:
+                    sites[site] = dataclasses.replace(sites[site], product=None)
+    return dataclasses.replace(plan, sites=tuple(sites), places=places)
+
+
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
     """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
     if known.kind != "softmax" and other.kind == "softmax":
-        return dataclasses.replace(known, head_axis=other.head_axis, row_axis=other.row_axis, product=other.product)
+        same = ("head_axis", "row_axis", "product", "scores", "extra", "weighted")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in same})
     if known.kind == "softmax" and other.kind == "sdpa":
         return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis)
     return known
@@ -118,8 +146,8 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
     left: list[Left] = []
     for site in run.found.sites:
         stack = run.stack_of(site.anchor)
-        call = run.call_of(site.anchor)
-        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha"):
+        call = run.call_of(site.exponential or site.anchor)
+        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha", *NOT_IN_EVERY_PLAN):
             call = None
         in_function = call is not None and run.calls[call].in_function
         if call is None or in_function:
@@ -137,6 +165,11 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         if owner is None:
             reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
             left.append(Left(stack[-1][0], site.kind, reason, True))
+        elif site.exponential is not None and not _divides_next(run, call, site.anchor, owner):
+            reason = (
+                "its softmax is written by hand, and another division comes between its exp and its own; call softmax"
+            )
+            left.append(Left(stack[-1][0], site.kind, reason, True))
         elif not all(_is_shift_in(run, node, owner) for node in site.shifts):
             reason = "its scores are shifted by a reduction over their own row, which cannot be taken out"
             left.append(Left(stack[-1][0], site.kind, reason, True))
@@ -146,7 +179,17 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         call = run.call_of(item.anchor)
         kind = "softmax" if call is None else run.calls[call].family
         left.append(Left(run.stack_of(item.anchor)[-1][0], kind, item.reason, item.attention))
+    reason = "its softmax runs in a thread that the forward hands work to, where the swap does not reach"
+    left += [Left(path, family, reason, True) for path, family in run.elsewhere]
     return owned, list(dict.fromkeys(left))
+
+
+def _divides_next(run: Run, exponential: int, division: Node, owner: tuple[str, int]) -> bool:
+    """Whether the call of an exp within that call of the owner is followed by that of ``division`` before any other."""
+    after = (i for i, call in enumerate(run.calls) if i > exponential and call.family == "division")
+    following = next((i for i in after if owner in run.calls[i].stack), None)
+    call = run.calls[exponential]
+    return call.family == "exp" and owner in call.stack and following is not None and following == run.call_of(division)
 
 
 def _is_shift_in(run: Run, node: Node, owner: tuple[str, int]) -> bool:
@@ -174,19 +217,18 @@ def _owner_plan(
     run: Run,
     path: str,
     owned: Mapping[int, tuple[tuple[str, int], AttentionSite]],
-) -> OwnerPlan:
+) -> OwnerPlan | None:
+    """The plan of the owner at ``path``; None if a call of it cannot be told from others."""
     index_of: dict[Any, int] = {}  # place in the owner's code -> site
     sites: list[SitePlan] = []
-    calls: dict[str, int] = {}
-    places: dict[str, set[int]] = {}  # family -> the sites of its calls
-    counts: dict[tuple[int, str], int] = {}
+    seen: dict[tuple[str, str, int], list[int]] = {}  # family, place and module call of the owner -> sites, by turn
     helper_sites: dict[int, int] = {}  # index of a product's or a row shift's call -> site
     attended: set[int] = set()  # the owner's module calls in which it attended
 
     for anchor, ((owner, _), site) in owned.items():
         if owner != path:
             continue
-        place = _place(run.calls[anchor], path)
+        place = _lines(run.calls[anchor], path)
         if place not in index_of:
             index_of[place] = len(sites)
             sites.append(_site_plan(run, anchor, site))
@@ -197,6 +239,7 @@ def _owner_plan(
         for node in site.shifts:
             helper_sites[run.call_of(node)] = index_of[place]  # type: ignore[index]
 
+    families = {run.calls[anchor].family for anchor, ((owner, _), _) in owned.items() if owner == path}
     for index, call in enumerate(run.calls):
         depth = _depth(call, path)
         if depth is None:
@@ -206,40 +249,26 @@ def _owner_plan(
         call_owner = owned[index][0][0] if index in owned else None
         if call_owner is not None and call_owner != path and (_depth(call, call_owner) or 0) > depth:
             continue  # swapped by an owner further in: this one never sees it
-        invocation = call.stack[depth][1]
-        position = counts.get((invocation, call.family), 0)
-        counts[invocation, call.family] = position + 1
-        if call.family in ("product", "shift"):
-            if index in helper_sites:
-                calls[f"{call.family}:{position}"] = helper_sites[index]
+        if call.family == "division" or (call.family in NOT_IN_EVERY_PLAN and call.family not in families):
             continue
-        target = index_of[_place(call, path)] if call_owner == path else NOT_ATTENTION
-        calls[f"{call.family}:{position}"] = target
-        places.setdefault(call.family, set()).add(target)
-        if target >= 0:
+        if call.family in ("product", "shift"):
+            target = helper_sites.get(index, NOT_ATTENTION)
+        else:
+            target = index_of[_lines(call, path)] if call_owner == path else NOT_ATTENTION
+        invocation = call.stack[depth][1]
+        name = name_of(itertools.chain(*call.spots[: len(call.stack) - depth]))
+        seen.setdefault((call.family, name, invocation), []).append(target)
+        if call.family not in ("product", "shift") and target >= 0:
             attended.add(invocation)
 
-    # A scaled_dot_product_attention beyond those seen is a further turn of the one loop; so is a softmax, if a loop
-    # was seen and the call comes from the same place in the code.
-    repeats = {
-        family: next(iter(targets))
-        for family, targets in places.items()
-        if len(targets) == 1
-        and NOT_ATTENTION not in targets
-        and (family != "softmax" or sum(key.startswith("softmax:") for key in calls) > 1)
-    }
-    loop: tuple[tuple[str, int], ...] = ()
-    if "softmax" in repeats and len(index_of) == 1:
-        (_, levels) = next(iter(index_of))
-        loop = tuple((os.path.basename(file), line) for level in levels for file, line in level)
-    invocations = run.executed.get(path, ())
-    totals = {
-        family: tuple(sorted({counts.get((invocation, family), 0) for invocation in invocations}))
-        for family in ("softmax", "sdpa", "mha")
-    }
+    forwards: dict[str, dict[str, list[tuple[int, ...]]]] = {}
+    for (family, name, _), turns in seen.items():
+        forwards.setdefault(family, {}).setdefault(name, []).append(tuple(turns))
     axis, channels = _channels(_module(model, path), run.outputs.get(path))
-    may_skip = any(invocation not in attended for invocation in invocations)
-    return OwnerPlan(path, tuple(sites), calls, repeats, axis, channels, totals, may_skip, loop)
+    may_skip = any(invocation not in attended for invocation in run.executed.get(path, ()))
+    return _with_places(
+        OwnerPlan(path, tuple(sites), channel_axis=axis, channels=channels, may_skip=may_skip), forwards
+    )
 
 
 def _depth(call: Call, path: str) -> int | None:
@@ -247,18 +276,20 @@ def _depth(call: Call, path: str) -> int | None:
     return next((i for i in range(len(call.stack) - 1, -1, -1) if call.stack[i][0] == path), None)
 
 
-def _place(call: Call, path: str) -> Any:
-    """The place in the owner's code from which the call was made; the turns of a loop share it."""
+def _lines(call: Call, path: str) -> Any:
+    """The modules and code lines in the owner that led to the call: what makes it a site. A loop's turns share them."""
     below = len(call.stack) - 1 - (_depth(call, path) or 0)
     inner = tuple(name for name, _ in call.stack[len(call.stack) - below :])
-    return inner, call.lines[: below + 1]
+    return inner, tuple(
+        tuple((spot.code.co_filename, spot.line) for spot in level) for level in call.spots[: below + 1]
+    )
 
 
 def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
     heads = run.calls[call].heads
     if heads is not None:
         return SitePlan("multi_head_attention", heads[0], heads[0], heads[1], mask=site.mask)
-    rank = site.anchor.meta["val"].dim()
+    rank = site.key_axis + 1 if site.kind == "sdpa" else site.anchor.meta["val"].dim()
     product = None
     if len(site.products) == 1 and site.products[0].query.head.heads and site.products[0].key.head.heads:
         product_call = run.call_of(site.products[0].node)
@@ -276,7 +307,12 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
     if site.kind == "sdpa":
         return dataclasses.replace(plan, sdpa_head_axis=head_axis)
     return dataclasses.replace(
-        plan, head_axis=head_axis, row_axis=None if site.row_axis is None else site.row_axis - rank
+        plan,
+        head_axis=head_axis,
+        row_axis=None if site.row_axis is None else site.row_axis - rank,
+        scores=(rank, site.key_axis - rank),
+        extra=site.extra,
+        weighted=site.weighted,
     )
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, TypedDict, Unpack
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
+from sigswap.conversion.places import SWAPPED_FORWARD, UNSEEN_FILES
 from sigswap.errors import ConfigError, Hint, UnknownCallError
 from sigswap.functional.attention import FirstToken
 from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
@@ -29,9 +30,6 @@ _ANOTHER_PATH = "this input takes another path through its code."
 _CONVERT_EACH_PATH = Hint(
     "Revert the model and convert it again with {example_inputs} for each path, in a list.", {"example_inputs": ""}
 )
-SWAPPED_FORWARD = "sigswap_forward"  # the name of the code that runs an owner's forward under the mode
-UNSEEN_FILES = (nn.modules.module.__file__, torch.overrides.__file__)
-"""torch's own, between a module's forward and the next one's. Whole paths: a user's file may be called module.py."""
 FAR = 4
 """By how much a run may be longer than what a calibration saw, before there is a warning."""
 NOT_ATTENTION = -1  # a planned call that stays what it is (a router's softmax)
@@ -74,7 +72,10 @@ class SitePlan:
     """One attention of an owner.
 
     ``head_axis`` is that of the scores, ``sdpa_head_axis`` that of the query that scaled_dot_product_attention gets.
-    ``row_axis``: of the scores, from the end; None: not known.
+    ``row_axis``: of the scores, from the end; None: not known. ``scores``: how many axes they have, and which one, from
+    the end, is the keys'; None: they are not computed by the owner, or version 0.1 wrote the plan.
+    ``extra``: how many logits stand before and behind those of the keys (attention sinks). ``weighted``: of a softmax
+    by hand, whether what its exp gives is multiplied before it is divided.
     """
 
     kind: str
@@ -86,12 +87,18 @@ class SitePlan:
     mask: str = "none"
     product: ProductPlan | None = None
     row_axis: int | None = None
+    scores: tuple[int, int] | None = None
+    extra: tuple[int, int] = (0, 0)
+    weighted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self) | self.head_axis.to_fields() | self.sdpa_head_axis.to_fields("sdpa_")
+        if self.scores is None:
+            del data["scores"]
         if self.product is not None:
             data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
-        return data
+        newer = {"extra": (0, 0), "weighted": False}  # left out where version 0.1 can do without
+        return {name: value for name, value in data.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
@@ -99,35 +106,73 @@ class SitePlan:
         if product is not None:
             factors = {name: AxisPlan(**HeadAxis.from_fields(product[name], "")) for name in ("query", "key")}
             product = ProductPlan(**{**product, **factors})
-        return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), "product": product})
+        scores, extra = data.get("scores"), tuple(data.get("extra", (0, 0)))
+        plain = {"product": product, "scores": None if scores is None else tuple(scores), "extra": extra}
+        return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), **plain})
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(HeadAxis.from_fields(state, "", "sdpa_") if "merged" in state else state)
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnerPlan:
-    """The calls of one owner: ``calls["softmax:0"]`` is the site of its first softmax, or NOT_ATTENTION.
-    ``calls["shift:0"]``: that of which the first maximum (or logsumexp) is a row shift, which is taken out.
+class Turns:
+    """The calls at one place in one forward of the owner: in a loop there are several.
 
-    ``repeats`` names, for a family whose calls come from one place in the code (a loop over chunks), the site of any
-    further call, and ``place`` the code lines of that place for softmax. ``totals`` are the numbers of calls that one
-    forward was seen to make, by family; ``may_skip``: one was seen that attended nothing. ``channel_axis`` (from the
-    end) is the channels' axis of the owner's output, ``channels`` their number.
+    ``sites``: of each turn, its site or NOT_ATTENTION; one entry where that is the same for all, however many there
+    are. ``counts``: how many there were, in each of the forwards that were seen.
+    """
+
+    sites: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, forwards: Iterable[tuple[int, ...]]) -> Turns | None:
+        """From the turns of several forwards, each of which starts as the longest does; None if one does not."""
+        seen = list(forwards)
+        longest = max(seen, key=len)
+        if any(longest[: len(turns)] != turns for turns in seen):
+            return None
+        return cls(longest[:1] if len(set(longest)) == 1 else longest, tuple(sorted({len(turns) for turns in seen})))
+
+    def forwards(self) -> Iterator[tuple[int, ...]]:
+        every = self.sites * self.counts[-1] if len(self.sites) == 1 else self.sites
+        return (every[:count] for count in self.counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerPlan:
+    """The calls of one owner: ``places["softmax"][PLACE]`` are those of softmax that its code makes at PLACE (see
+    :mod:`sigswap.conversion.places`). Those of "product" make scores, those of "shift" are a row's maximum (or
+    logsumexp) that is taken out of them.
+
+    ``may_skip``: a forward was seen that attended nothing. ``channel_axis`` (from the end) is the channels' axis of the
+    owner's output, ``channels`` their number.
+
+    Version 0.1 had no places. ``calls["softmax:0"]`` is the site of the first softmax, or NOT_ATTENTION, counted over
+    all below the owner. ``repeats`` names, for a family whose calls come from one place in the code (a loop over
+    chunks), the site of any further call, and ``place`` the code lines of that place for softmax. ``totals`` are the
+    numbers of calls that one forward was seen to make, by family.
     """
 
     path: str
     sites: tuple[SitePlan, ...]
-    calls: Mapping[str, int]
-    repeats: Mapping[str, int]
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    repeats: Mapping[str, int] = dataclasses.field(default_factory=dict)
     channel_axis: int = -1
     channels: int | None = None
     totals: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     may_skip: bool = False
     place: tuple[tuple[str, int], ...] = ()
+    places: Mapping[str, Mapping[str, Turns]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "sites": tuple(site.to_dict() for site in self.sites)}
+        data = {**dataclasses.asdict(self), "sites": tuple(site.to_dict() for site in self.sites)}
+        if not self.places:
+            del data["places"]
+        return data
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update({"places": {}, **state})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> OwnerPlan:
@@ -137,6 +182,10 @@ class OwnerPlan:
             "totals": {family: tuple(totals) for family, totals in data["totals"].items()},
             "place": tuple((file, line) for file, line in data["place"]),
             "sites": tuple(SitePlan.from_dict(site) for site in data["sites"]),
+            "places": {
+                family: {name: Turns(tuple(turns["sites"]), tuple(turns["counts"])) for name, turns in places.items()}
+                for family, places in data.get("places", {}).items()
+            },
         }
         return cls(**{**data, **plain})
 
@@ -154,7 +203,11 @@ class OwnerState(nn.Module):
     layer_scale: nn.Parameter | None
     softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
+    families: frozenset[str] = frozenset()  # of which a call is an attention
     shifted: frozenset[int] = frozenset()  # the sites from whose scores a maximum of the row is subtracted
+    # By family: by place, the sites of its turns; and the one site of all its calls. Pickles of 0.1 have none.
+    places: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
+    only: dict[str, int] = {}  # noqa: RUF012
     observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -162,7 +215,16 @@ class OwnerState(nn.Module):
         self.plan = plan
         self.calls = dict(plan.calls)
         self.repeats = dict(plan.repeats)
-        self.shifted = frozenset(site for call, site in plan.calls.items() if call.startswith("shift:"))
+        self.places = {
+            family: {name: turns.sites for name, turns in places.items()} for family, places in plan.places.items()
+        }
+        seen = {family: {site for turns in places.values() for site in turns} for family, places in self.places.items()}
+        self.only = {family: min(sites) for family, sites in seen.items() if len(sites) == 1 and min(sites) >= 0}
+        self.shifted = frozenset(
+            [site for call, site in plan.calls.items() if call.startswith("shift:")]
+            + [site for site in seen.get("shift", ()) if site >= 0]
+        )
+        self.families = frozenset(family for family, sites in seen.items() if max(sites) >= 0)
         # Families in which a missing call would shift the others: there the number of calls has to be a known one.
         targets = {
             family: {i for key, i in plan.calls.items() if key.startswith(f"{family}:")} for family in plan.totals
@@ -190,19 +252,31 @@ class OwnerState(nn.Module):
     def sites(self) -> list[SiteState]:
         return [self.site(index) for index in range(len(self.plan.sites))]
 
-    def site_of(self, family: str, position: int) -> int:
-        """The site of the ``position``-th call of ``family``, or NOT_ATTENTION. Raises UnknownCallError."""
+    def other_path(self, what: str) -> UnknownCallError:
+        """The error for a forward that does what none did when the model was converted."""
+        return UnknownCallError(
+            f"{self.plan.path or 'the model'} {what} when it was converted: {_ANOTHER_PATH}", hint=_CONVERT_EACH_PATH
+        )
+
+    def check_turns(self, turns: Mapping[tuple[str, str], int]) -> None:
+        """Raises UnknownCallError if a forward made a number of turns by which they cannot be told apart."""
+        for (family, name), count in turns.items():
+            if count not in self.plan.places[family][name].counts:
+                known = sorted(self.plan.places[family][name].counts)
+                raise self.other_path(f"made {count} {family} calls at {name!r}, and {known}")
+
+    def site_at(self, family: str, position: int) -> int:
+        """By a plan of 0.1: the site of the ``position``-th call of ``family``, or NOT_ATTENTION.
+
+        Raises UnknownCallError.
+        """
         index = self.calls.get(f"{family}:{position}")
         if index is None:
             index = NOT_ATTENTION if family in ("product", "shift") else self.repeats.get(family)
             if index is not None and family == "softmax":
                 index = self._site_of_turn(index)
         if index is None:
-            raise UnknownCallError(
-                f"{self.plan.path or 'the model'} made its {family} call number {position + 1}, which it did not make "
-                f"when it was converted: {_ANOTHER_PATH}",
-                hint=_CONVERT_EACH_PATH,
-            )
+            raise self.other_path(f"made its {family} call number {position + 1}, which it did not make")
         return index
 
     def _site_of_turn(self, index: int) -> int | None:
@@ -220,14 +294,12 @@ class OwnerState(nn.Module):
         return index if seen == self.plan.place else None
 
     def check_totals(self, counts: Mapping[str, int]) -> None:
-        """Raises UnknownCallError if a forward made a number of calls by which positions cannot be told."""
+        """By a plan of 0.1: raises UnknownCallError if a forward made a number of calls by which positions cannot be
+        told.
+        """
         for family, totals in self.totals.items():
             if counts[family] not in totals:
-                raise UnknownCallError(
-                    f"{self.plan.path or 'the model'} made {counts[family]} {family} calls, and {sorted(totals)} "
-                    f"when it was converted: {_ANOTHER_PATH}",
-                    hint=_CONVERT_EACH_PATH,
-                )
+                raise self.other_path(f"made {counts[family]} {family} calls, and {sorted(totals)}")
 
     def finish(self, output: Any) -> Any:
         """The owner's output, or the first item of it, after hybrid-norm and LayerScale (paper, section 3)."""
@@ -326,6 +398,10 @@ class SiteState(nn.Module):
         for name in ("length_share", "offset"):
             if name not in self._parameters:
                 vars(self).setdefault(name, None)
+
+    def fits(self, scores: Tensor, dim: int) -> bool:
+        """Whether a softmax over ``dim`` of ``scores`` can be this site's: their axes are those of the ones seen."""
+        return self.plan.scores == (scores.dim(), dim - scores.dim())
 
     @property
     def product(self) -> ProductPlan:

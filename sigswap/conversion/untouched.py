@@ -12,10 +12,11 @@ import collections
 import contextlib
 import functools
 import gc
+import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Untouched:
         """What ``thing`` leads to; how to put it back is noted."""
         kind = type(thing)
         if kind in _DICTS:
-            self._put_back.append(functools.partial(_put_back_dict, thing, list(thing.items())))
+            self._put_back.append(functools.partial(_put_back_dict, thing, tuple(thing), tuple(thing.values())))
             return list(thing.values())
         if kind in _OTHERS:
             before = list(thing)
@@ -113,22 +114,18 @@ def _is_module(thing: Any) -> bool:
     return issubclass(type(thing), nn.Module)
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+def _same(before: Collection[Any], now: Collection[Any]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
-def _put_back_dict(thing: Any, before: list[tuple[Any, Any]]) -> None:
-    now = list(thing.items())
-    if not (
-        _same([key for key, _ in before], [key for key, _ in now])
-        and _same([value for _, value in before], [value for _, value in now])
-    ):
+def _put_back_dict(thing: Any, keys: tuple[Any, ...], values: tuple[Any, ...]) -> None:
+    if not (_same(keys, thing) and _same(values, thing.values())):
         thing.clear()
-        thing.update(before)
+        thing.update(zip(keys, values, strict=True))
 
 
 def _put_back_items(thing: Any, before: list[Any]) -> None:
-    if not _same(before, list(thing)):
+    if not _same(before, thing):
         thing.clear()
         (thing.update if isinstance(thing, set) else thing.extend)(before)
 
@@ -175,8 +172,12 @@ def _clear_functools_caches(held: set[int]) -> None:
         if type(cache) is functools._lru_cache_wrapper:
             reached: list[object] = [cache]
             for _ in range(4):  # the cache's links, their tuples, what these hold
-                reached = [inner for outer in reached for inner in gc.get_referents(outer) if not callable(inner)]
-                if any(id(value) in held for value in reached):
+                inside = [inner for outer in reached for inner in gc.get_referents(outer)]
+                # Of a cached method the key is its module: here the copy that was run.
+                modules = [inner for inner in inside if _is_module(inner)]
+                tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+                reached = [inner for inner in inside if not callable(inner)]
+                if any(id(value) in held for value in (*reached, *tensors)):
                     cache.cache_clear()
                     break
                 reached = [
