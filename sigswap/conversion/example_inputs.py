@@ -55,6 +55,9 @@ def _are_paths(model: nn.Module, names: Mapping[Any, Any]) -> bool:
     if any("." in name or not name for name in names):
         return True
     parts = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    parameters = inspect.signature(model.forward).parameters.values()
+    if all(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):  # takes whatever has a name
+        return False
     return parts.issuperset(names) and not any(accepts(model, name) for name in names)
 
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from sigswap.conversion.places import (
+    ANYWHERE,
     left_to_python,
     place_of_call,
     traced_is_own,
@@ -141,7 +142,7 @@ class SwapMode(TorchFunctionMode):
             ambiguous = suffix is not None and any(
                 planned.endswith(suffix) and others != sites for planned, others in places.items()
             )
-            if name is None or ambiguous:  # what is compiled now will run for calls of several places
+            if name == ANYWHERE or ambiguous:  # what is compiled now will run for calls of several places
                 torch._dynamo.skip_frame("sigswap: code inside a converted module's forward is compiled for itself")
         else:
             name, own, _ = place_of_call()

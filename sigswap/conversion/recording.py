@@ -69,6 +69,11 @@ class Run:
         return stack
 
 
+@contextlib.contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    yield
+
+
 class Recording:
     """The runs of one model: what they leave behind is put back to what it was when this was made.
 
@@ -77,7 +82,7 @@ class Recording:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.form: Form = contextlib.nullcontext
+        self.form: Form = _as_it_is
         self.older = alive(Tensor)
         self.untouched = Untouched(model)
         meta = [tensor.is_meta for tensor in tensors_of(model)]
@@ -137,7 +142,7 @@ class Recording:
             f"{type(self.model).__name__} cannot be converted: its example inputs would fail then ({failures[-1]})."
         )
 
-    def plainly(self, example: Example, form: Form = contextlib.nullcontext) -> Any:
+    def plainly(self, example: Example, form: Form = _as_it_is) -> Any:
         """What the model gives for ``example``, by its plain forward in inference. Raises ExampleInputsError."""
         own = {id(t): t.detach() for t in tensors_of(self.model) if not isinstance(t, nn.Parameter)}
         before = [(tensor, tensor.clone()) for tensor in own.values() if not tensor.is_meta]
@@ -162,7 +167,7 @@ class Recording:
         found: Run | Exception | None
         try:
             with self.untouched.keep():
-                found = self._looked_at(example, form or contextlib.nullcontext, way, mode, nodes, check)
+                found = self._looked_at(example, form or _as_it_is, way, mode, nodes, check)
         except Exception as error:
             found = error
         if mode is not None:

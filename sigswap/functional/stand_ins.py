@@ -109,6 +109,8 @@ def scaled_dot_product_attention(
     first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
+    if enable_gqa and key.shape[-3] != value.shape[-3]:  # torch groups keys and values each by itself
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
     return attend(
         query,
         key,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap import errors
+from sigswap.conversion.example_inputs import resolve_examples
 from tests.support.oracle import sigmoid_of_scores
 
 
@@ -97,8 +98,14 @@ def test_paths_are_told_from_keyword_arguments() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.x(x)
 
-    model = sigswap.convert(Named(), example_inputs={"x": torch.randn(2, 5, 16)})
-    assert sigswap.report(model).count("swapped") == 1
+    class Open(Named):
+        def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
+            return self.x(inputs["x"])
+
+    for cls in (Named, Open):
+        inputs = {"x": torch.randn(2, 5, 16)}
+        assert [example.path for example in resolve_examples(cls(), inputs)] == [""]
+        assert sigswap.report(sigswap.convert(cls(), example_inputs=inputs)).count("swapped") == 1
     whole = sigswap.convert(Named(), example_inputs={"": torch.randn(2, 5, 16), "x": torch.randn(1, 2, 16)})
     assert sigswap.report(whole).count("swapped") == 1
 

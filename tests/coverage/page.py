@@ -17,13 +17,13 @@ OUTSIDE = ("not built", "does not run")
 """What is no claim about sigswap: the model's own code fails, with these rules, without sigswap."""
 UNKNOWN = ("not installed",)
 GOOD = ("right", "none")
-LIGHT = 2.0
+LIGHT = 1.8
 """Seconds, within which a check ends that the test suite may draw."""
 
 HEADER = """# Coverage
 
-Written by `python -m tests.coverage` (with {versions}). Each model is built small with random weights, run, and
-converted under `strict`; then these are compared:
+Written by `python -m tests.coverage`, with {versions}.
+Each model is built small with random weights, run, and converted under `strict`; then these are compared:
 
 - outputs and the gradients of all parameters with an oracle that shares no code with sigswap's passes
   (`tests/coverage/oracle.py`): to {close:g} of the largest value in float32, and where that fails to {close_64:g} in
