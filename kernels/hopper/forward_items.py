@@ -88,6 +88,7 @@ LONG        615 / 450  752 / 684  727 / 724
 ==========  =========  =========  =========
 
 Queries from shared memory gave 664 / 517, 684 / 653 and 723 / 695, cuDNN's softmax 572 / 422, 592 / 494 and 623 / 544.
+In another run it was the other way round at 4096 causal: LONG 659, queries from shared memory 705 (full 730 and 706).
 At head_dim 64 (32 heads) TILES give 521 / 397, 574 / 542 and 537 / 537, two warpgroups of 64 rows 457 / 369,
 489 / 466 and 488 / 471, and :mod:`sigswap.kernels.triton.forward` 476 / 363, 529 / 471 and 523 / 470.
 At 96 and 4096 TILES give 628 / 580, and 562 / 525 if 128 columns are multiplied; LONG gave 521 / 504."""
@@ -106,9 +107,10 @@ def tile_for(signature: Signature) -> Tile:
 
 def _is_long(signature: Signature) -> bool:
     band = signature.band()
-    if band.has_left or min(signature.q_len, signature.kv_len) < 3072:
+    shortest = min(signature.q_len, signature.kv_len)
+    if band.has_left or shortest < 3072:
         return False
-    return band.has_right or signature.kv_len <= 8192
+    return shortest > 4096 if band.has_right else signature.kv_len <= 8192
 
 
 def sees_in_every_item(signature: Signature, rows: int) -> bool:

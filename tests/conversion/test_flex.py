@@ -79,8 +79,8 @@ class Flex(nn.Module):
         return (out[0] * out[1][..., None] if isinstance(out, tuple) else out).transpose(1, 2).flatten(2)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = self.kv(x).unflatten(-1, (4, D)).transpose(1, 2).chunk(2, 1)
-        return self.q(x).unflatten(-1, (HEADS, D)).transpose(1, 2), k, v
+        k, v = self.kv(x).view(*x.shape[:2], 4, D).transpose(1, 2).chunk(2, 1)
+        return self.q(x).view(*x.shape[:2], HEADS, D).transpose(1, 2), k, v
 
 
 def expected(name: str) -> Tensor:

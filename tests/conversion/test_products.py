@@ -27,12 +27,12 @@ class Attention(nn.Module):
         self.scale, self.mix = nn.Parameter(torch.rand(H)), nn.Parameter(torch.randn(H, H))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (H, D)) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (t.view(*t.shape[:-1], H, D) for t in self.qkv(x).chunk(3, -1))
         return self.form(self, q, k, v, self.normalise).flatten(2)
 
 
 def two_axes(a: nn.Module, q: Tensor, k: Tensor, v: Tensor, p: Callable[[Tensor], Tensor]) -> Tensor:
-    q, k = (t.unflatten(-1, (2, 4)) for t in (q, k))
+    q, k = (t.view(*t.shape[:-1], 2, 4) for t in (q, k))
     return torch.einsum("bhnm,bmhd->bnhd", p(torch.einsum("bnhcd,bmhcd->bhnm", q, k)), v)
 
 

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.randn(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (t.view(*t.shape[:-1], 2, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         return (self.probabilities(self, q @ k.mT * 0.7) @ v).transpose(1, 2).flatten(2)
 
 

@@ -639,6 +639,20 @@ def test_random_packed_capped(index: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [1, 4])
+def test_values_narrower_than_a_load(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 512, 9, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    value = torch.randn(1, 512, 9, width, device="cuda", dtype=dtype).transpose(1, 2)
+    bias = -torch.rand(1, 9, 512, 1, device="cuda")
+    grad_out = torch.randn_like(value)
+    problem = problem_of(query, key, value, bias, None, None, grad_out, Options(0.125, is_causal=True))
+    assert_no_worse(ours(problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("index", range(320))
 def test_random_features_capped(index: int) -> None:
     problem = capped(random_problem(index, repeats=1 + (index % 4 == 3)), index)
