@@ -22,7 +22,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -101,6 +101,9 @@ def name_of(spots: Iterable[Spot]) -> str:
     return " > ".join(reversed(list(_expressions(spots))))
 
 
+ANYWHERE = "?"  # is the name of no place
+
+
 def left_to_python(function: Function) -> Function:
     """Has Dynamo run ``function`` as it is where it would compile it for itself, as it does below a graph break.
 
@@ -137,7 +140,9 @@ def place_of_call() -> Place:
         frame = frame.f_back
     known = _KNOWN.get(tuple(key))
     if known is None:
-        meet = torch.compiler.disable(_meet) if "torch._dynamo" in sys.modules else _meet
+        meet: Callable[..., Place] = _meet
+        if "torch._dynamo" in sys.modules:
+            meet = torch.compiler.disable(_meet)  # type: ignore[no-untyped-call]
         known = meet(first, tuple(key))
     return known
 
@@ -155,11 +160,11 @@ _KNOWN: dict[tuple[int, ...], Place] = {}
 atexit.register(_SPOTS.clear)
 
 
-def traced_name() -> str | None:
-    """While Dynamo traces: the ``name`` of the :class:`Place` of the call that the mode gets; None if it is the mode
-    itself that is compiled, after a graph break, for calls from anywhere.
+def traced_name() -> str:
+    """While Dynamo traces: the ``name`` of the :class:`Place` of the call that the mode gets; ANYWHERE if it is a part
+    of the mode that is compiled for itself, below a graph break.
     """
-    return _traced().name or None
+    return _traced().name
 
 
 def traced_is_own() -> bool:
@@ -175,7 +180,7 @@ def traced_suffix() -> str | None:
 # Called by Dynamo while it traces, for a constant. What torch.compiler.assume_constant_result does, without the import
 # of Dynamo, which takes a second.
 for _function in (traced_name, traced_is_own, traced_suffix):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def _traced() -> Place:
@@ -185,7 +190,7 @@ def _traced() -> Place:
     mode = next((at for at in _callers(tx) if _is_mode(at.f_code)), None)
     tx = getattr(mode, "parent", None)
     if tx is None:
-        return Place("", False)
+        return Place(ANYWHERE, False)
     spots: list[Spot] = []
     modules = len(tx.nn_module_stack)
     deeper = 0

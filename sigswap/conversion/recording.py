@@ -59,6 +59,7 @@ class Run:
     outputs: Mapping[str, Tensor | None]  # by module path, on the meta device; of several tensors the first
     executed: Mapping[str, tuple[int, ...]]  # module path -> the numbers of its calls
     way: Way
+    elsewhere: tuple[tuple[str, str], ...]  # module path and family of calls in another thread
 
     def call_of(self, node: torch.fx.Node) -> int | None:
         return node.meta.get(CALL)
@@ -203,6 +204,7 @@ class Recording:
             watch.outputs,
             {path: tuple(numbers) for path, numbers in watch.executed.items()},
             way,
+            tuple(watch.elsewhere),
         )
 
 

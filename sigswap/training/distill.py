@@ -165,8 +165,9 @@ def distill(
         autocast: ``torch.bfloat16``, say: both models run under ``torch.autocast`` with it, the losses in float32.
         compile: end-to-end steps run compiled: the model by the backend "sigswap" (by inductor, if some of its
             attention stays softmax), the teacher and the losses by inductor. Losses differ by rounding. The first
-            step takes a minute or more, and so does the first of each new shape; give batches of one shape. Layer-wise
-            steps and what the callback runs are not compiled.
+            step takes a minute or more, and so does the first of each new shape; give batches of one shape. With
+            ``checkpointing`` each layer is compiled by itself. Layer-wise steps and what the callback runs are not
+            compiled.
         checkpointing: recomputes the model's repeated layers in backward instead of keeping what is inside them.
         lift_row_cap: the row cap that each capped attention has after the end-to-end stage. It rises from what it is,
             by the same factor in each of the first 80% of the steps, with ``compile`` in four rises, for each compiles

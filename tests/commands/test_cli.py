@@ -48,13 +48,13 @@ class Summed(Attention):
         return (query @ key.mT + key @ query.mT).softmax(-1) @ value
 
 
-class Sink(Attention):
-    """A key of zeros that is no key."""
+class Renormalised(Attention):
+    """Probabilities that are normalised again, which would undo a sigmoid."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).chunk(3, -1)
-        scores = torch.cat([query @ key.mT, x.new_zeros(2, 5, 1)], -1)
-        return scores.softmax(-1)[..., :-1] @ value
+        p = (query @ key.mT).softmax(-1) ** 2
+        return p / p.sum(-1, keepdim=True) @ value
 
 
 class NoAttention(nn.Linear):
@@ -78,8 +78,8 @@ def build_summed() -> nn.Module:
     return Summed()
 
 
-def build_with_sink() -> nn.Module:
-    return Sink()
+def build_renormalised() -> nn.Module:
+    return Renormalised()
 
 
 def build_llama() -> nn.Module:
@@ -367,7 +367,7 @@ def test_mistakes(
         (("inspect", "build", "--example", f"{HERE}:HERE"), "HERE' is a str"),
         (("inspect", "build", "--example", f"{HERE}:inputs", "--include", "x"), "--include: 'x'"),
         (("convert", "build", "--exclude", "*"), "--include GLOB and --exclude GLOB leave none"),
-        (("convert", "build_with_sink"), "Pass --no-strict to leave them as softmax, or --exclude GLOB"),
+        (("convert", "build_renormalised"), "Pass --no-strict to leave them as softmax, or --exclude GLOB"),
         (("convert", "build_summed", "--query-bias"), "--query-bias needs"),
         (
             ("convert", "build_summed", "--query-bias"),

@@ -61,7 +61,7 @@ class Owner(nn.Module):
         self.eval()
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (layer(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for layer in (self.q, self.k, self.v))
         return q, k, v
 
     def merged(self, x: Tensor) -> Tensor:
@@ -248,6 +248,57 @@ def test_compiled(owner: type[Owner], way: str) -> None:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=way == "dynamic")
         close(compiled(x), expected)
         close(compiled(example(9)), oracle(model, example(9)))
+
+
+class Broken(Owner):
+    """Graph breaks between the product and the softmax, and after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.mT
+        torch._dynamo.graph_break()
+        p = self.p(scores, q, 0)
+        torch._dynamo.graph_break()
+        return self.merged(p @ v)
+
+
+def broken(owner: Owner, q: Tensor, k: Tensor, v: Tensor, site: int) -> Tensor:
+    scores = torch.matmul(q, k.mT)
+    torch._dynamo.graph_break()
+    return owner.p(scores, q, site) @ v
+
+
+class BrokenBothWays(Owner):
+    """Dynamo compiles ``broken`` for itself, once for both attentions."""
+
+    sites = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        first = broken(self, q, k, v, 0)
+        return self.merged(first + broken(self, k, q, v, 1))
+
+
+class BrokenLoop(Owner):
+    """Dynamo leaves such a loop to Python, and compiles what it calls: the mode, if it were let."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        parts = []
+        for rows in q.split(2, dim=2):
+            torch._dynamo.graph_break()
+            parts.append(self.p(rows @ k.mT, rows, 0) @ v)
+        return self.merged(torch.cat(parts, dim=2))
+
+
+def test_below_graph_breaks() -> None:
+    """One after the other, as each leaves compiled code that the next one must not take for its own."""
+    for owner in (Broken, BrokenBothWays, BrokenLoop):
+        model = converted(owner)
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            for length in (6, 6, 9):
+                close(compiled(example(length)), oracle(model, example(length)))
 
 
 @each_owner

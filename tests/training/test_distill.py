@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import BY_NAME, call, hf, randomise
 
 import sigswap
+from sigswap.conversion.record import conversion_of
 from sigswap.errors import ArgumentError, CalibrationError, NotConvertedError
 
 pytest.importorskip("transformers")
@@ -451,9 +452,10 @@ def test_row_caps_are_lifted(target: float, last: float | None, tmp_path: Path) 
             raise Interrupted
 
     arguments: dict[str, Any] = {"steps": 11, "lr": 1e-3, "lift_row_cap": target, "progress": False}
+    conversion = conversion_of(model)
     with pytest.raises(Interrupted):
         sigswap.distill(model, original, texts(), **arguments, callback=stop, resume=tmp_path / "run.pt")
-    assert caps_of(model) == [0.5, None]
+    assert caps_of(model) == [0.5, None] and conversion_of(model) is conversion
     report = sigswap.distill(model, original, texts(), **arguments, callback=stop, resume=tmp_path / "run.pt")
     caps = [cap for cap, other in seen if other is None]
     top = 8.0 if last else 64.0

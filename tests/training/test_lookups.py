@@ -290,7 +290,7 @@ def lines(count: int, rows: int = 3, length: int = 20) -> list[dict[str, Tensor]
     ]
 
 
-def test_calibration_sees_madebeside_the_batches() -> None:
+def test_calibration_sees_lookups_beside_the_batches() -> None:
     seen, report = seen_by(swapped(), lines(4), tokens=range(20, 50))
     given = [ids for ids in seen if bool((ids == ids[0, 0]).all())]
     made = torch.cat([ids for ids in seen if not bool((ids == ids[0, 0]).all())])
