@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import logging
 import random
 import tempfile
 import time
@@ -158,12 +159,15 @@ def _convert(model: nn.Module, built: Built) -> errors.SigswapError | None:
     example: Any = args if args else kwargs
     if args and kwargs:
         raise ValueError("a case passes its inputs by position or by keyword, not both")
+    logging.disable(logging.CRITICAL)  # a handler that keeps records keeps an error's frames, and all that they hold
     try:
         sigswap.convert(model, example_inputs=example)
     except errors.SigswapError as error:
         return error
     except Exception as error:
         raise _Found("fails", f"in convert: {_short(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     return None
 
 
