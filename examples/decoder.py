@@ -229,8 +229,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(options.seed + 1)
     calibration = [{"input_ids": data.batch(generator)[:: max(1, setting.batch // 16)]} for _ in range(4)]
     paper = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(bias=setting.context, learn_bias=False))
-    calibrated = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(query_bias=True))
-    report = sigswap.calibrate(calibrated, calibration)
+    calibrated = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(query_bias=True, first_token=False))
+    report = sigswap.calibrate(calibrated, calibration, lookups=False)
     console.print(report)
     report.save(options.out / "heads.png")
 

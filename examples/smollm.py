@@ -49,7 +49,7 @@ class Setting:
     blocks: tuple[int, ...]
     """How many of each."""
     calibration: tuple[tuple[int, int], ...]
-    """Blocks of text to calibrate on, and their tokens; half as many tokens of lookups come with them."""
+    """Blocks of text to calibrate on, and their tokens."""
     batch: int
     steps: int
     tuning_steps: int
@@ -120,18 +120,13 @@ class Data:
         return [ids[None, start : start + length] for start in starts.tolist()]
 
     def calibration(self) -> list[Tensor]:
-        """Blocks of text, and lookups of the lengths that distillation has."""
-        parts = self.setting.calibration
+        """Blocks [1, length] of the text to fit on."""
         generator = torch.Generator().manual_seed(self.seed)
-        text = []
-        for count, length in parts:
+        blocks = []
+        for count, length in self.setting.calibration:
             starts = torch.randint(0, len(self.fitted) - length, (count,), generator=generator)
-            text += [self.fitted[None, start : start + length] for start in starts.tolist()]
-        length = 2 * self.setting.lengths[0]
-        count = max(1, sum(a * b for a, b in parts) // 2 // length)
-        vocabulary = torch.tensor(sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids)))
-        lookups = sigswap.Lookups(kinds=("repeats",), seed=self.seed)
-        return text + [lookups.sequences(1, length, vocabulary, step) for step in range(count)]
+            blocks += [self.fitted[None, start : start + length] for start in starts.tolist()]
+        return blocks
 
 
 def batches(blocks: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -232,10 +227,10 @@ def main() -> None:
             words = (f"{key} {shown(key, value)} ({shown(key, beside[key])})" for key, value in figures.items())
             console.print(f"  {length:,} tokens, softmax in parentheses:", ", ".join(words), highlight=False)
 
-    model = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(query_bias=True, first_token=True))
+    model = sigswap.convert(copy.deepcopy(original))
     row("converted")
     calibration = list(batches(data.calibration(), device))
-    stage("calibrated", lambda: sigswap.calibrate(model, calibration).summary())
+    stage("calibrated", lambda: sigswap.calibrate(model, calibration, tokens=tokenizer).summary())
     row("calibrated")
     steps = batches(data.random(data.fitted, setting.steps, options.seed + 1), device)
     stage(

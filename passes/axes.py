@@ -5,11 +5,11 @@ The walk in ``find`` needs to know, at every step, which axis holds the keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch.fx import Node
 
-from sigswap.passes.nodes import input_at, rank_of, shape_of
+from sigswap.passes.nodes import input_at, input_list, rank_of, shape_of
 from sigswap.passes.ops import AxisMap, op_of
 
 Step = tuple[Node, Node]
@@ -43,12 +43,53 @@ def axis_map(node: Node, source: Node) -> AxisMap | None:
         return [axis + shift if after[axis + shift] == before[axis] else None for axis in range(rank)]
     if op.name == "linear":
         return [*range(rank - 1), None]
+    if op.name == "einsum":
+        terms, out = einsum_names(node)
+        names = terms[input_list(node, 1).index(source)]
+        return [out.index(name) if name in out else None for name in names] if len({*names}) == rank else None
     if op.name == "convolution":
         weight = input_at(node, 1)
         kernel = None if weight is None else shape_of(weight)
         pointwise = kernel is not None and all(size == 1 for size in kernel[2:])
         return [0, None, *range(2, rank)] if pointwise and rank == 4 else None
     return op.moves(node.args, rank) if op.moves is not None else None
+
+
+def einsum_names(node: Node) -> tuple[list[list[Hashable]], list[Hashable]]:
+    """A name for each axis of each operand of an einsum, and of its result. An ellipsis is spelled out, as "0", "1"."""
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
+
+    def spelled(term: str, rank: int) -> list[Hashable]:
+        before, dots, after = term.partition("...")
+        width = rank - len(before) - len(after) if dots else 0
+        return [*before, *(str(i) for i in range(9 - width, 9)), *after]
+
+    terms = [spelled(term, rank_of(x)) for term, x in zip(inputs.split(","), input_list(node, 1), strict=True)]
+    if not arrow:
+        every = [name for term in terms for name in term]
+        names = sorted({str(name) for name in every})
+        output = "".join(name for name in names if name.isdigit() or every.count(name) == 1)
+    return terms, spelled(output, rank_of(node))
+
+
+def axes_above(node: Node, source: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of ``source`` that hold ``axes`` of ``node``: one axis may be split into a grid, and merged again.
+
+    None: they are merged with others, or new.
+    """
+    mapped, before, after = axis_map(node, source), shape_of(source), shape_of(node)
+    if mapped is not None and all(axis in mapped for axis in axes):
+        return tuple(mapped.index(axis) for axis in axes)
+    if not op_of(node).reshapes or before is None or after is None:
+        return None
+    above: list[int] = []
+    for old, new in reshape_groups(before, after) or ():
+        large = {axis for axis in new if after[axis] != 1}
+        if large & set(axes):
+            if not large <= set(axes):
+                return None
+            above += [axis for axis in old if before[axis] != 1]
+    return tuple(above) or None
 
 
 def reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:

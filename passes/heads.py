@@ -15,7 +15,7 @@ from sigswap.passes.site import ONE_HEAD, Factor, HeadLayout, Product
 
 def score_heads(product: Factors, scores: Node, shape: tuple[int, ...], key_axis: int) -> HeadLayout:
     """Where the heads are in the scores. See :func:`factor_heads`; the axis is followed from the query down."""
-    found = factor_heads(product.query, product.query_dim_axis)
+    found = factor_heads(product.query, product.query_dim_axis) if product.plain else None
     if found is not None:
         axis = next((out for out, axes in product.query_axes.items() if axes == found.axis), None)
         followed = None if axis is None else _followed_heads(product.path, found.at(axis))
@@ -224,6 +224,8 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
 
     def layout(operand: Node, which: int) -> HeadLayout:
         shape = shape_of(operand)
+        if not factors.plain:
+            return HeadLayout(None, 0)
         if head.axis is None or shape is None:
             return HeadLayout(None, 1 if head.axis is None else 0)
         if found is not None and found.axis in factors.row_axes.values():
@@ -246,7 +248,12 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
         return Factor(node, position, dim_axis, layout(node, which), _constant_scale(node))
 
     shape = shape_of(factors.query)
-    ordered = all(op_of(node).in_order or op_name(node) == "baddbmm" for node, _ in factors.path)
+    ordered = all(
+        op_of(node).in_order
+        or op_name(node) == "baddbmm"
+        or _is_along(node, follow(factors.path[:i], factors.key_axis))
+        for i, (node, _) in enumerate(factors.path)
+    )
     return Product(
         factors.node,
         tuple(node for node, _ in factors.path),
@@ -256,6 +263,13 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
         shape[factors.query_dim_axis] if shape else 0,
         factors.query_in_order and ordered,
     )
+
+
+def _is_along(node: Node, key_axis: int | None) -> bool:
+    """Whether ``node`` puts something beside the keys (attention sinks), so that each row stays where it is."""
+    if op_name(node) == "pad":
+        return key_axis == rank_of(node) - 1
+    return op_name(node) == "cat" and key_axis is not None and (int_arg(node, 1) or 0) % rank_of(node) == key_axis
 
 
 def _constant_scale(factor: Node) -> float:

@@ -151,7 +151,7 @@ class Match:
 
     def _check_uses(self) -> None:
         for node, following in itertools.pairwise([*self.up, *self.down]):
-            others = [user for user in node.users if user is not following]
+            others = [user for user in node.users if user is not following and _is_read(user)]
             if others:
                 what = "probabilities" if node in self.down or node is self.anchor else "scores"
                 used = "returned" if any(user.op == "output" for user in others) else "used elsewhere"
@@ -182,6 +182,8 @@ class Match:
         rows = [name for name in product.out if name in query and name not in key]
         if not rows:
             raise Refused("its product of query and key has no axis of queries")
+        if sum(name in key and name not in product.out for name in query) > 1:
+            raise Refused("its product of query and key is a sum over several axes")
         self.rows, self.keys = by_name[rows[-1]], by_name[product.out[self.product.key_axis]]
         self.head_dim = by_name[query[self.product.query.dim_axis]]
         return operand(self.product.query), operand(self.product.key), tuple(by_name[name] for name in product.out)
@@ -478,6 +480,13 @@ def match_call(node: Node, masks: Masks) -> Call:
 
 
 # Small questions about nodes.
+
+
+def _is_read(node: Node, steps: int = 4) -> bool:
+    """Whether the numbers of ``node`` may be read, and not its form alone, as by zeros in place of a row's maximum."""
+    if op_of(node).fills:
+        return False
+    return steps == 0 or not node.users or any(_is_read(user, steps - 1) for user in node.users)
 
 
 def _is_layer_with_bias(node: Node) -> bool:

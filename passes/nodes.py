@@ -130,6 +130,9 @@ def edited_by(node: Node) -> list[Node]:
 
 
 def memory_of(node: Node) -> int | None:
-    """What identifies the memory that a node's tensor is a view of."""
+    """What identifies the memory that a node's tensor is a view of; one within vmap has none that can be named."""
     tensor = tensor_at(node)
-    return None if tensor is None else tensor.untyped_storage()._cdata
+    try:
+        return None if tensor is None else tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return id(tensor)

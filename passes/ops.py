@@ -137,6 +137,7 @@ _ROWS = (
     _elementwise("maximum", operands=(0, 1)),
     _elementwise("neg", "negative", linear=True, shifts=True),
     _elementwise("tanh"),
+    _elementwise("pow", "square abs absolute sqrt"),
     _elementwise("clamp", "clip"),
     _elementwise("clamp_min"),
     _elementwise("clamp_max"),
@@ -200,9 +201,11 @@ _ROWS = (
     Op("layer_norm", "rms_norm", norm=True),
     # Over an axis.
     Op("softmax", "_softmax _safe_softmax special_softmax", softmax=True),
+    Op("log_softmax", "_log_softmax special_log_softmax"),
     Op("amax", reduces=True),
     Op("mean", reduces=True),
-    Op("max", "min amin median kthvalue logsumexp special_logsumexp topk sort", reduces=True),
+    Op("max", "min amin median kthvalue logsumexp special_logsumexp", reduces=True),
+    Op("topk", "sort", reduces=True),
     Op("split", "chunk split_with_sizes tensor_split", splits=True),
     # What masks are made of.
     Op("ones", "ones_like new_ones", fills=True),
@@ -222,7 +225,6 @@ OPS: dict[str, Op] = {spelling: row for row in _ROWS for spelling in (row.name, 
 """Each row by each of its spellings."""
 
 OPAQUE = (
-    "flex_attention",
     "flash_attn",
     "flash_attention",
     "efficient_attention",

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 from torch.fx import Node
 
-from sigswap.passes.axes import Step, axis_map
+from sigswap.passes.axes import Step, axis_map, einsum_names
 from sigswap.passes.nodes import argument, axes_arg, input_at, input_list, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import op_name, op_of
 
@@ -43,24 +43,24 @@ def contraction(node: Node) -> Contraction | None:
 
 
 def _einsum(node: Node) -> Contraction | None:
-    """An ellipsis is spelled out, as "0", "1", ..."""
     operands = input_list(node, 1)
     if len(operands) != 2:
         return None
-    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
-
-    def spelled(term: str, rank: int) -> list[Hashable]:
-        before, dots, after = term.partition("...")
-        width = rank - len(before) - len(after) if dots else 0
-        return [*before, *(str(i) for i in range(9 - width, 9)), *after]
-
-    first, second = (spelled(term, rank_of(x)) for term, x in zip(inputs.split(","), operands, strict=True))
+    (first, second), out = einsum_names(node)
     if len(set(first)) < len(first) or len(set(second)) < len(second):
         return None
-    if not arrow:
-        names = sorted(str(name) for name in {*first, *second})
-        output = "".join(name for name in names if name.isdigit() or (name in first) != (name in second))
-    return Contraction((operands[0], operands[1]), (first, second), spelled(output, rank_of(node)))
+    return Contraction((operands[0], operands[1]), (first, second), out)
+
+
+def sums_with(node: Node, operand: Node, axis: int) -> bool:
+    """Whether an einsum of three or more tensors sums over ``axis`` of ``operand`` and of one that is no parameter."""
+    operands = input_list(node, 1) if op_name(node) == "einsum" else []
+    if len(operands) < 3 or operand not in operands:
+        return False
+    terms, out = einsum_names(node)
+    name = terms[operands.index(operand)][axis]
+    others = [term for term, x in zip(terms, operands, strict=True) if x is not operand and not is_parameter(x)]
+    return name not in out and any(name in term for term in others)
 
 
 @dataclasses.dataclass
@@ -78,6 +78,7 @@ class Factors:
     batch_axes: dict[int, tuple[int, int]]  # axis of the output -> (axis of the query, axis of the key)
     row_axes: dict[int, int]  # axis of the output -> axis of the query alone
     query_in_order: bool
+    plain: bool = True  # of two tensors, summed over one axis
     path: list[Step] = dataclasses.field(default_factory=list)  # from the product down to the softmax's scores
 
     @property
@@ -105,8 +106,11 @@ def product_of(node: Node, key_axis: int) -> Factors | str | None:
 
 def _contracted_product(node: Node, key_axis: int) -> Factors | str:
     product, einsum = contraction(node), op_name(node) == "einsum"
+    several = product is None
     if product is None:
-        return "its scores are an einsum that is not a product of two tensors"
+        product = _query_and_key(node, key_axis)
+    if product is None:
+        return "its scores are an einsum in which query and key are not known"
     if not einsum and min(map(len, product.names)) < 2:
         # A linear layer follows an axis (talking heads), a matrix-vector product scores keys by one vector.
         return "its scores are a matrix-vector product, not one of queries and keys"
@@ -116,22 +120,37 @@ def _contracted_product(node: Node, key_axis: int) -> Factors | str:
     query_arg = 0 if name in product.names[1] else 1
     query, key = product.names[query_arg], product.names[1 - query_arg]
     contracted = [c for c in query if c in key and c not in out]
-    if len(contracted) != 1:
-        return "its scores are an einsum that contracts no axis or several"
+    if not contracted:
+        return "its scores are an einsum that sums over no axis of query and key"
     rows = {i: query.index(c) for i, c in enumerate(out) if c in query and c not in key}
     return Factors(
         node,
         product.factors[query_arg],
         product.factors[1 - query_arg],
         query_arg,
-        query.index(contracted[0]),
-        key.index(contracted[0]),
+        query.index(contracted[-1]),
+        key.index(contracted[-1]),
         key_axis,
         max(rows, default=None),
         {i: (query.index(c), key.index(c)) for i, c in enumerate(out) if c in query and c in key},
         rows,
         query_in_order=[c for c in query if c not in contracted] == [c for c in out if c != name],
+        plain=not several and len(contracted) == 1,
     )
+
+
+def _query_and_key(node: Node, key_axis: int) -> Contraction | None:
+    """Those two of the three or more tensors of an einsum: they share an axis that is summed over."""
+    operands = input_list(node, 1)
+    terms, out = einsum_names(node)
+    known = [(x, names) for x, names in zip(operands, terms, strict=True) if len(set(names)) == len(names)]
+    name = out[key_axis]
+    for key, of_key in known:
+        for query, of_query in known:
+            shared = [c for c in of_key if c in of_query and c not in out]
+            if name in of_key and name not in of_query and shared and not (is_parameter(key) or is_parameter(query)):
+                return Contraction((query, key), (of_query, of_key), out)
+    return None
 
 
 def _summed_product(node: Node, key_axis: int) -> Factors | str:

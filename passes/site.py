@@ -64,13 +64,17 @@ class Product:
 class AttentionSite:
     """One softmax attention.
 
-    ``anchor`` is the softmax, or the scaled_dot_product_attention that holds it; ``key_axis``, ``row_axis``
+    ``anchor`` is the softmax (or log_softmax), or the function of query, key and value that holds it
+    (scaled_dot_product_attention, flex_attention: "sdpa"); ``key_axis``, ``row_axis``
     (None: not known) and ``head`` are axes of the scores (of a softmax) or of the query (of a
     scaled_dot_product_attention).
     ``products`` are the q.k products whose sum the scores are (empty for scaled_dot_product_attention).
     ``output`` is the product with the value, ``weights_path`` what the probabilities flow through on the way to it.
     ``shifts`` are reductions of rows (a maximum, say) that are subtracted from the scores and used for nothing else: a
     softmax ignores that, a sigmoid does not, so they have to be zeros.
+    ``exponential``: the exp of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``, whose division the anchor is;
+    ``weighted``: in between its numbers are multiplied, or some of them hidden.
+    ``extra``: how many logits stand before and behind those of the keys, and have no value (attention sinks).
     """
 
     kind: Literal["softmax", "sdpa"]
@@ -88,6 +92,9 @@ class AttentionSite:
     dropout: bool = False
     weights_path: tuple[Node, ...] = ()
     shifts: tuple[Node, ...] = ()
+    exponential: Node | None = None
+    weighted: bool = False
+    extra: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sigswap.passes.find import find
 from sigswap.passes.normalize import graph_modules, normalize, renew, source_of
-from sigswap.passes.site import LeftAlone
+from sigswap.passes.site import AttentionSite, LeftAlone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,38 +31,65 @@ def swap(
     stand_ins: Mapping[Any, Callable[..., Any]],
     terms: Mapping[str, Any],
     keep: str | None = None,
+    is_part: bool = False,
 ) -> SwapResult:
     """Replaces every attention softmax in ``graph_module`` (a Dynamo graph) and its checkpoint regions, in place.
 
     ``stand_ins`` maps a torch function, or the name of a Tensor method, to the function that takes its place: with the
     same arguments and the keywords ``terms``. The graph is linted and recompiled. ``keep``: why nothing is to be
-    replaced; the sites are then among those left alone.
+    replaced; the sites are then among those left alone. ``is_part``: the graph goes on in another one.
     """
     whole = 0 if keep else _swap_whole(graph_module, stand_ins, terms)
     if not _may_have_site(graph_module):
         return SwapResult(whole, ())
     shadow = normalize(graph_module, example_inputs)
-    found = find(shadow.graph)
+    found = find(shadow.graph, is_part=is_part)
     left = list(found.left_alone)
-    swapped: list[Node] = []
+    swapped, changed = 0, list[Node]()
     for site in found.sites:
-        source = source_of(site.anchor)
-        if keep:
-            left.append(LeftAlone(site.anchor, keep, True))
-            continue
-        if site.shifts:
-            left.append(LeftAlone(site.anchor, "its scores are shifted by a reduction over their own row", True))
-            continue
-        if source is None or source.target not in stand_ins:
-            reason = "its softmax is inside a function that the graph holds as a whole"
+        reason = keep or _swap_site(site, stand_ins, terms, changed)
+        if reason:
             left.append(LeftAlone(site.anchor, reason, True))
-            continue
-        _replace(source, stand_ins[source.target], terms)
-        swapped.append(source)
+        else:
+            swapped += 1
     for module in graph_modules(graph_module):
         module.graph.lint()
         module.recompile()
-    return SwapResult(len(swapped) + whole, tuple(left), shadow if renew(shadow, swapped) else None)
+    is_renewed = len(changed) == swapped and renew(shadow, changed)  # each site had one call, and that alone is new
+    return SwapResult(swapped + whole, tuple(left), shadow if is_renewed else None)
+
+
+def _swap_site(
+    site: AttentionSite,
+    stand_ins: Mapping[Any, Callable[..., Any]],
+    terms: Mapping[str, Any],
+    changed: list[Node],
+) -> str | None:
+    """Swaps one site, and adds the Dynamo nodes of its calls to ``changed``; a reason if it cannot."""
+    found = [source_of(node) for node in (site.anchor, site.exponential, *site.shifts) if node is not None]
+    calls = [call for call in found if call is not None and call.target in stand_ins and call.args]
+    if len(calls) < len(found) or len({call.graph for call in calls}) > 1:
+        return "its softmax is inside a function that the graph holds as a whole"
+    anchor, graph = calls[0], calls[0].graph
+    own: dict[str, Any] = {"extra": site.extra} if any(site.extra) else {}
+    if site.exponential is not None:
+        exponential = calls[1]
+        with graph.inserting_before(exponential):  # what is edited in place afterwards is not the copy
+            own |= {"scores": graph.call_function(torch.clone, exponential.args[:1]), "dim": site.key_axis}
+        if not site.weighted:  # the rest of it is a softmax
+            anchor.args, anchor.target = (own.pop("scores"), own.pop("dim")), torch.softmax
+        _replace(exponential, stand_ins[exponential.target], {})
+        changed.append(exponential)
+    for shift in calls[-len(site.shifts) :] if site.shifts else ():
+        users = list(shift.users)
+        with graph.inserting_after(shift):
+            zeros = graph.call_function(stand_ins[shift.target], (shift,))
+        for user in users:
+            user.replace_input_with(shift, zeros)
+        changed.append(shift)
+    _replace(anchor, stand_ins[anchor.target], {**terms, **own})
+    changed.append(anchor)
+    return None
 
 
 _WHOLE_ATTENTIONS = (
@@ -72,12 +99,15 @@ _WHOLE_ATTENTIONS = (
 )
 
 
+_PARTS_OF_NAMES = ("softmax", "attention", "attn")
+
+
 def _may_have_site(graph_module: GraphModule) -> bool:
     """Whether any call could be, or hold, a softmax. Most graphs of converted models have none, and need no shadow."""
     for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         own = getattr(node.target, "namespace", None) == "sigswap"
-        if node.op.startswith("call") and not own and ("softmax" in name or "attention" in name or "attn" in name):
+        if node.op.startswith("call") and not own and (name == "exp" or any(part in name for part in _PARTS_OF_NAMES)):
             return True
     return False
 

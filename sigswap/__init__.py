@@ -16,6 +16,7 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion.install import revert
 from sigswap.conversion.record import is_converted, report, set_row_cap
 from sigswap.conversion.softmax import softmax
+from sigswap.conversion.user_runs import watch
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import transformers_hook
@@ -68,6 +69,7 @@ __all__ = [
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax",
+    "watch",
 ]
 
 if TYPE_CHECKING:

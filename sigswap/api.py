@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,14 @@ import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.example_inputs import resolve_inputs
-from sigswap.conversion.implementations import ReachableAttention
-from sigswap.conversion.install import apply_conversion, revert
+from sigswap.conversion.example_inputs import resolve_examples
+from sigswap.conversion.implementations import reachable
+from sigswap.conversion.install import apply_conversion, installed, revert
 from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.recording import Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.state import decided_models
+from sigswap.conversion.user_runs import forget_calls
 from sigswap.errors import (
     AlreadyConvertedError,
     ArgumentError,
@@ -61,8 +63,9 @@ def convert(
         model: the model; it may be on any device, also meta, or on several by accelerate (``device_map``).
         config: what becomes of each site; ``SigmoidConfig()`` by default.
         example_inputs: what the model is run on to find its sites: a tensor, a tuple of positional arguments, a dict of
-            keyword arguments, or a list of those, one for each path through the code that is to be converted. By
-            default what the model knows of itself (transformers, timm).
+            keyword arguments, or a list of those, one for each path through the code that is to be converted; or, for
+            a model of which only parts can be run, a dict from the path of such a module to its inputs. By default what
+            was run of the model inside :func:`sigswap.watch`, or else what it knows of itself (transformers, timm).
         include: glob patterns of module paths; only the attention modules that match one are swapped.
         exclude: glob patterns of module paths that stay as they are.
         strict: an attention that cannot be swapped is an error; otherwise it stays softmax and the report says why.
@@ -85,38 +88,40 @@ def convert(
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
-    with ReachableAttention(model, example_inputs) as attention:
-        sites, report = search(model, example_inputs, include, exclude)
-        stuck = [left for left in sites.left if left.attention and selected(left.path, include, exclude)]
-        if stuck and strict:
-            raise UnswappableSiteError(
-                f"{len(stuck)} softmax attention(s) of {type(model).__name__} cannot be swapped: "
-                + "; ".join(f"{left.path or '(the model)'}: {left.reason}" for left in stuck[:5])
-                + ("; ..." if len(stuck) > 5 else "")
-                + ".",
-                hint=Hint(
-                    "Pass {strict} to leave them as softmax, or {exclude} to say which.",
-                    {"strict": "False", "exclude": "[...]"},
-                ),
-            )
-        if not sites.owners:
-            raise _nothing_to_swap(model, report, include, exclude)
-        swapped = [dataclasses.replace(r, status="swapped") if r.status == "swappable" else r for r in report.sites]
-        conversion = Conversion(
-            config,
-            tuple(sites.owners.values()),
-            tuple(sorted(sites.guarded)),
-            Report(swapped, [*attention.note, *report.notes]),
-            attention.before,
+    # Until all that may refuse has run, nothing of the model is changed: runs take other forms of it.
+    recording, examples = Recording(model), resolve_examples(model, example_inputs)
+    change = reachable(recording, examples)
+    sites, report = search(recording, examples, change, include, exclude)
+    stuck = [left for left in sites.left if left.attention and selected(left.path, include, exclude)]
+    if stuck and strict:
+        raise UnswappableSiteError(
+            f"{len(stuck)} softmax attention(s) of {type(model).__name__} cannot be swapped: "
+            + "; ".join(f"{left.path or '(the model)'}: {left.reason}" for left in stuck[:5])
+            + ("; ..." if len(stuck) > 5 else "")
+            + ".",
+            hint=Hint(
+                "Pass {strict} to leave them as softmax, or {exclude} to say which.",
+                {"strict": "False", "exclude": "[...]"},
+            ),
         )
-        apply_conversion(model, conversion)
+    if not sites.owners:
+        raise _nothing_to_swap(model, report, include, exclude)
+    swapped = [dataclasses.replace(r, status="swapped") if r.status == "swappable" else r for r in report.sites]
+    conversion = Conversion(
+        config,
+        tuple(sites.owners.values()),
+        tuple(sorted(sites.guarded)),
+        Report(swapped, report.notes),
+        change.before,
+    )
+    for example in examples:
+        recording.check(example, functools.partial(installed, conversion=conversion))
+    apply_conversion(model, conversion)
+    change.install(model)
+    if calibrate_with is not None:
         with _reverted_on_failure(model):
-            recording = Recording(model)
-            for call in resolve_inputs(model, example_inputs):
-                recording.check(call)
-            if calibrate_with is not None:
-                calibrate(model, calibrate_with)
-        attention.keep()
+            calibrate(model, calibrate_with)
+    forget_calls(model)
     return model
 
 
@@ -132,9 +137,8 @@ def inspect(
     Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
     """
     _check_convertible(model)
-    with ReachableAttention(model, example_inputs) as attention:
-        report = search(model, example_inputs, include, exclude)[1]
-    return Report(report.sites, [*attention.note, *report.notes])
+    recording, examples = Recording(model), resolve_examples(model, example_inputs)
+    return search(recording, examples, reachable(recording, examples), include, exclude)[1]
 
 
 def compare(

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sigswap.errors import ConfigError
 
 _OVERRIDABLE = ("bias", "learn_bias", "query_bias", "first_token", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
+OPEN = ("query_bias", "first_token")
+"""The fields that may be None: left to a calibration, which knows what the model is."""
 _NEWER: dict[str, Any] = {"first_token": False, "row_cap": None}
 """The fields that version 0.1 does not know, by what leaves the attention as it was there."""
 
@@ -29,12 +31,14 @@ class SigmoidConfig:
             an ``int`` n: ``-ln(n)`` for every row (the paper's: n is the training length);
             a ``float``: that very number for every row.
         learn_bias: adds ``c_h``, one trainable number per head, 0 at first.
-        query_bias: adds ``w_h . q_i``, one trainable vector [head_dim] per head, 0 at first.
+        query_bias: adds ``w_h . q_i``, one trainable vector [head_dim] per head, 0 at first. ``None``: not for now;
+            :func:`sigswap.calibrate` adds it to a decoder, unless ``bias`` is a number or ``learn_bias`` is off.
         first_token: takes the score ``s_first`` of the first key that a row sees as it is, with scale, soft cap and
             additive mask, so that ``b0``, ``c_h`` and ``w_h`` stand for the rest of the row. Adds ``a_h``, one
             trainable number per head, 1 at first, and ``d_h``, likewise, 0 at first. For decoders: their first token
             gets much of the attention. The first key is that of the row: beside padding the first that is no padding,
-            in packed sequences each one's own, and in a window that has moved on the oldest one in it.
+            in packed sequences each one's own, and in a window that has moved on the oldest one in it. ``None``: as
+            for ``query_bias``.
         qk_norm: ``"rms"`` or ``"layer"`` normalises query and key over head_dim, with trainable weights
             [heads, head_dim], before their product. ``None``: no norm.
         layer_scale: multiplies the attention module's output by a trainable vector [channels] that
@@ -48,8 +52,8 @@ class SigmoidConfig:
 
     bias: Literal["visible"] | int | float = "visible"
     learn_bias: bool = True
-    query_bias: bool = False
-    first_token: bool = False
+    query_bias: bool | None = None
+    first_token: bool | None = None
     qk_norm: Literal["rms", "layer"] | None = None
     layer_scale: float | None = None
     hybrid_norm: bool = False
@@ -59,7 +63,8 @@ class SigmoidConfig:
     def __post_init__(self) -> None:
         _check_bias(self.bias)
         for name in ("learn_bias", "query_bias", "first_token", "hybrid_norm"):
-            if not isinstance(getattr(self, name), bool):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name not in OPEN):
                 raise ConfigError(f"{{argument}} must be True or False, not {getattr(self, name)!r}.", argument=name)
         if self.qk_norm not in (None, "rms", "layer"):
             raise ConfigError(f"{{argument}} must be None, 'rms' or 'layer', not {self.qk_norm!r}.", argument="qk_norm")
@@ -87,6 +92,10 @@ class SigmoidConfig:
                 )
             SigmoidConfig(**fields)  # checks the values
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        # Pickles of version 0.1 lack the newer fields, and leave nothing open.
+        vars(self).update({**_NEWER, **state})
+
     @classmethod
     def from_scratch(cls, n: int, **changes: Any) -> SigmoidConfig:
         """The paper's recipe for training from scratch at sequence length ``n`` (arXiv 2409.04431, section 5).
@@ -96,7 +105,14 @@ class SigmoidConfig:
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ConfigError(f"{{argument}} must be the training length, a positive int, not {n!r}.", argument="n")
-        recipe: dict[str, Any] = {"bias": n, "learn_bias": False, "qk_norm": "layer", "layer_scale": 1e-4}
+        recipe: dict[str, Any] = {
+            "bias": n,
+            "learn_bias": False,
+            "query_bias": False,
+            "first_token": False,
+            "qk_norm": "layer",
+            "layer_scale": 1e-4,
+        }
         return cls(**{**recipe, **changes})
 
     def for_path(self, path: str) -> SigmoidConfig:
@@ -107,14 +123,25 @@ class SigmoidConfig:
                 fields.update(changes)
         return SigmoidConfig(**fields)
 
+    def open_fields(self) -> list[str]:
+        """Those that are left to a calibration. A bias that is a number, or not learned, is a recipe of the user's."""
+        if self.bias != "visible" or not self.learn_bias:
+            return []
+        return [name for name in OPEN if getattr(self, name) is None]
+
     def fields(self) -> dict[str, Any]:
         """All fields but ``overrides``, by name."""
         return {name: getattr(self, name) for name in _OVERRIDABLE}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold; :meth:`from_dict` reads it back, and so does version 0.1, unless a field is
-        used that it does not have."""
+        used that it does not have.
+
+        A field that is None by default is left out; then ``first_token`` is open only if ``query_bias`` is, too, for
+        version 0.1 knows but the latter.
+        """
         fields = {name: value for name, value in self.fields().items() if name not in _NEWER or value != _NEWER[name]}
+        fields = {name: value for name, value in fields.items() if name not in OPEN or value is not None}
         return {**fields, "overrides": {pattern: dict(changes) for pattern, changes in self.overrides.items()}}
 
     @classmethod
@@ -123,7 +150,8 @@ class SigmoidConfig:
         unknown = sorted(set(data) - {*_OVERRIDABLE, "overrides"})
         if unknown:
             raise ConfigError(f"unknown fields {unknown}; the fields are {[*_OVERRIDABLE, 'overrides']}.")
-        return cls(**data)
+        closed = {"first_token": False} if "query_bias" in data else {}
+        return cls(**{**closed, **data})
 
 
 def check_row_cap(row_cap: Any) -> None:

@@ -49,7 +49,6 @@ from sigswap.kernels.hopper.grad_query import (
     _BLOCK,
     _KEYS,
     BLOCK,
-    COLUMNS,
     KEYS,
     PRODUCT_OPTIONS,
     finish_columns_kernel,
@@ -202,8 +201,8 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         tiles = triton.cdiv(signature.q_len, ROWS)
         numbers = ROWS * (width + 1 if row_sums else width)
         sums = contiguous_layout((signature.batch * signature.heads * tiles, numbers), torch.float32)
-        finish_arguments = of_queries | {"tiles": tiles, "FIRST": _first_part(width)}
-        chunks = sums.shape[0] * (width // COLUMNS)
+        finish_arguments = of_queries | {"tiles": tiles, "FIRST": _first_part(width), "COLUMNS": 64}
+        chunks = sums.shape[0] * (width // 64)
         outputs = sums, grad_query, of_rows
         finish = Launch(finish_columns_kernel, chunks, signature.device, outputs, finish_arguments, num_warps=4)
     arguments = signature.arguments() | {

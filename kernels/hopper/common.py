@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sigswap.kernels.host.launch import Described, by_rows
@@ -52,6 +52,43 @@ class Numbers(Described):
     def describe(self, tensor: Tensor) -> Any:
         shared = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
+
+
+@gluon.jit
+def cut(tile, CUT: gl.constexpr):
+    """The columns of a tile in shared memory; if CUT 64 of them and the next 32, of 65 to 96 that are loaded as 128."""
+    if CUT:
+        return tile.slice(0, 64, 1), tile.slice(64, 32, 1)
+    else:
+        return (tile,)
+
+
+@gluon.jit
+def as_operands(tile, of_first: gl.constexpr, of_rest: gl.constexpr, CUT: gl.constexpr):
+    """A tile as the first operand of products of both widths, which hold it in the same registers."""
+    first = gl.convert_layout(tile, gl.DotOperandLayout(0, of_first, 2))
+    if CUT:
+        return first, gl.convert_layout(tile, gl.DotOperandLayout(0, of_rest, 2))
+    else:
+        return (first,)
+
+
+@gluon.jit
+def start_over_columns(first, second, start, USE_START: gl.constexpr):
+    """Starts the product of first and the transpose of second, piece by piece of their columns, on top of start."""
+    token = warpgroup_mma(first[0], second[0].permute((1, 0)), start, use_acc=USE_START, is_async=True)
+    for j in gl.static_range(1, len(second)):
+        token = warpgroup_mma(first[j], second[j].permute((1, 0)), token, use_acc=True, is_async=True)
+    return token
+
+
+@gluon.jit
+def start_by_columns(operands, second, sums, CUT: gl.constexpr):
+    """Starts the products of an operand and the pieces of second's columns, which are added to sums."""
+    tokens = sums[:0]
+    for j in gl.static_range(len(sums)):
+        tokens += (warpgroup_mma(operands[j if CUT else 0], second[j], sums[j], is_async=True),)
+    return tokens
 
 
 @gluon.jit

@@ -11,13 +11,10 @@ from sigswap.kernels.triton.common import elements, store_rows
 KEYS, BLOCK = 64, 128
 """Where dS goes through memory: the keys of a tile of it; the rows of dQ that a product_kernel()'s program has."""
 
-COLUMNS = 64
-"""Of dQ that a program of finish_columns_kernel() puts in order."""
-
 PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 4}
 """Of product_kernel()'s launch."""
 
-_KEYS, _BLOCK, _COLUMNS = tl.constexpr(KEYS), tl.constexpr(BLOCK), tl.constexpr(COLUMNS)
+_KEYS, _BLOCK = tl.constexpr(KEYS), tl.constexpr(BLOCK)
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
@@ -49,17 +46,18 @@ def finish_kernel(
 def finish_columns_kernel(
     sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
     stride_db_b, stride_db_h, stride_db_m,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: 64 columns of a tile of dQ, from the order in which add_tile() put it in memory, and, by the
+    """One program: some COLUMNS of a tile of dQ, from the order in which add_tile() put it in memory, and, by the
     first of them, the sums of its rows of dS.
 
-    FIRST: columns of the first warpgroup.
+    FIRST: columns that were added as one tile; the rest are another one.
     """
     stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
-    CHUNKS: tl.constexpr = DIM // _COLUMNS
+    CHUNKS: tl.constexpr = DIM // COLUMNS
     tile = tl.program_id(0) // CHUNKS
-    column0 = tl.program_id(0) % CHUNKS * _COLUMNS
+    column0 = tl.program_id(0) % CHUNKS * COLUMNS
     head = (tile // tiles % heads).to(tl.int64)
     batch = (tile // tiles // heads).to(tl.int64)
     start = tile % tiles * _ROWS
@@ -67,13 +65,13 @@ def finish_columns_kernel(
     width = tl.where(column0 < FIRST, FIRST, DIM - FIRST)
     before = tl.where(column0 < FIRST, 0, FIRST)
     # [warp, eight columns, row, two columns, row and that 8 below, column], of which a warp has 16 times its width.
-    WARP: tl.constexpr = 16 * _COLUMNS
+    WARP: tl.constexpr = 16 * COLUMNS
     number = tl.arange(0, 4 * WARP)
     place = before * _ROWS + number // WARP * (16 * width) + (column0 - before) * 16 + number % WARP
-    numbers = tl.load(sums + place).reshape(4, _COLUMNS // 8, 8, 4, 2, 2)
-    numbers = numbers.permute(0, 4, 2, 1, 3, 5).reshape(_ROWS, _COLUMNS)
+    numbers = tl.load(sums + place).reshape(4, COLUMNS // 8, 8, 4, 2, 2)
+    numbers = numbers.permute(0, 4, 2, 1, 3, 5).reshape(_ROWS, COLUMNS)
     row = start + tl.arange(0, _ROWS)
-    column = column0 + tl.arange(0, _COLUMNS)
+    column = column0 + tl.arange(0, COLUMNS)
     dq += batch * stride_dq_b + head * stride_dq_h
     inside = (row < q_len)[:, None] & (column < HEAD_DIM)[None, :]
     pointers = dq + (row * stride_dq_n)[:, None] + column[None, :]

@@ -132,11 +132,19 @@ def convert(
         bool, typer.Option("--learn-bias/--no-learn-bias", help="Add one trainable bias per head.")
     ] = True,
     query_bias: Annotated[
-        bool, typer.Option("--query-bias", help="Add a trainable bias that depends on the query.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--query-bias/--no-query-bias",
+            help="Add a trainable bias that depends on the query. Default: if a decoder is calibrated.",
+        ),
+    ] = None,
     first_token: Annotated[
-        bool, typer.Option("--first-token", help="Take the first key's score as it is in the bias; for decoders.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--first-token/--no-first-token",
+            help="Take the first key's score as it is in the bias. Default: if a decoder is calibrated.",
+        ),
+    ] = None,
     qk_norm: Annotated[str | None, typer.Option(metavar="rms|layer", help="Normalise queries and keys.")] = None,
     layer_scale: Annotated[
         float | None, typer.Option(metavar="FLOAT", help="Scale attention's output, from this value on.")
@@ -228,7 +236,8 @@ def convert(
             if calibration is not None:
                 console.print(calibration)
             console.print(f"Saved to {out}. Load it with {_loader(built)}({str(out)!r}).", highlight=False)
-            console.print(f"What the swap did to it: sigswap compare {out} {model}", highlight=False, soft_wrap=True)
+            command = f"sigswap compare {out} {model}{_held_out(built, model)}"
+            console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -428,6 +437,12 @@ def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
 def _writes(model: Any) -> bool:
     """Whether a transformers model is a decoder that writes text."""
     return bool(hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder)
+
+
+def _held_out(built: Any, spec: str) -> str:
+    """The option of compare with which its figures say more: text that the model was not fitted to, or images."""
+    taken = "pixel_values" if spec.startswith("timm:") else getattr(built, "main_input_name", "")
+    return {"input_ids": " --text FILE", "pixel_values": " --text DIR"}.get(taken, "")
 
 
 def _factory(built: nn.Module, spec: str) -> str | None:

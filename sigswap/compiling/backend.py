@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from sigswap.conversion.places import SWAPPED_FORWARD
 from sigswap.conversion.state import bias_terms, decided_models
 from sigswap.errors import ArgumentError, Hint, UnswappableSiteError
 from sigswap.functional import multi_head
-from sigswap.functional.torch_functions import SWAPS
+from sigswap.functional.stand_ins import divided, ones, unshifted
+from sigswap.functional.torch_functions import DIVISIONS, EXPONENTIALS, SHIFTS, SWAPS
 from sigswap.passes.lower import LowerResult, lower
 from sigswap.passes.normalize import graph_modules, modules_of
 from sigswap.passes.swap import SwapResult, swap
@@ -95,8 +97,16 @@ def swap_and_lower(
     visible_bias, const_bias = bias_terms(config)
     terms = {"visible_bias": visible_bias, "const_bias": const_bias, "row_cap": config.row_cap}
     keep = _KEPT if _is_converted(graph_module) else None
-    swapped = swap(graph_module, example_inputs, _STAND_INS, terms, keep)
+    swapped = swap(graph_module, example_inputs, _STAND_INS, terms, keep, _is_part(graph_module))
     return swapped, lower(graph_module, example_inputs, stand_ins=tuple(_STAND_INS.values()), shadow=swapped.shadow)
+
+
+def _is_part(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether a graph break ended the graph, or came before it."""
+    reason: Any = getattr(graph_module, "compile_subgraph_reason", None)  # Dynamo says there where the graph ended
+    if reason is None:
+        return False
+    return reason.graph_break or any(frame.name.startswith("torch_dynamo_resume_in_") for frame in reason.user_stack)
 
 
 def _is_converted(graph_module: torch.fx.GraphModule) -> bool:
@@ -149,10 +159,18 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
+_IN_PLACE = (torch.exp_, torch.Tensor.exp_, torch.Tensor.div_, torch.Tensor.divide_, torch.Tensor.true_divide_)
+"""Whose result has to be in the memory of what they are given, which those of a stand-in are not."""
+
 # A graph holds the call of a method by its name.
 _STAND_INS: dict[Any, Callable[..., Any]] = {
-    function.__name__ if isinstance(function, types.MethodDescriptorType) else function: (
-        _whole(swapped.stand_in) if swapped.whole else swapped.stand_in
-    )
-    for function, swapped in SWAPS.items()
+    **{function: _whole(swap.stand_in) if swap.whole else swap.stand_in for function, swap in SWAPS.items()},
+    **dict.fromkeys(SHIFTS, unshifted),
+    **dict.fromkeys(EXPONENTIALS, ones),
+    **dict.fromkeys((*DIVISIONS, operator.truediv), divided),
+}
+_STAND_INS = {
+    function.__name__ if isinstance(function, types.MethodDescriptorType) else function: stand_in
+    for function, stand_in in _STAND_INS.items()
+    if function not in _IN_PLACE
 }

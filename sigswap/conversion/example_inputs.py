@@ -10,12 +10,55 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sigswap.conversion.recording import INPUT_FORMS, Inputs
+from sigswap.conversion.copies import Inputs
+from sigswap.conversion.recording import INPUT_FORMS, Example
+from sigswap.conversion.user_runs import noted_calls
 from sigswap.errors import ArgumentError, ExampleInputsError, Hint
 
 _PASS_INPUTS = Hint(
     f"Pass {{example_inputs}}: {INPUT_FORMS} (one for each path through the model).", {"example_inputs": ""}
 )
+
+
+def resolve_examples(model: nn.Module, example_inputs: Any) -> list[Example]:
+    """The calls to look at: ``example_inputs`` of the model or, by path, of its parts; what was noted of it by watch;
+    or the model's own.
+
+    Raises ExampleInputsError if there are none and the model offers none, or a path is not one of the model.
+    """
+    if example_inputs is None and noted_calls(model):
+        return [*noted_calls(model)]
+    given = example_inputs if isinstance(example_inputs, list) else [example_inputs]
+    if given and all(isinstance(each, Example) for each in given):
+        return given
+    if isinstance(example_inputs, Mapping) and _are_paths(model, example_inputs):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        unknown = sorted(set(example_inputs) - set(modules))
+        if unknown:
+            raise ExampleInputsError(
+                f"{{argument}} names {unknown}, which are no modules of {type(model).__name__}.",
+                argument="example_inputs",
+                hint=_PASS_INPUTS,
+            )
+        return [
+            Example(call, path)
+            for path, calls in example_inputs.items()
+            for call in resolve_inputs(modules[path], calls)
+        ]
+    return [Example(call) for call in resolve_inputs(model, example_inputs)]
+
+
+def _are_paths(model: nn.Module, names: Mapping[Any, Any]) -> bool:
+    """Whether the keys are paths of modules, and not keyword arguments of the forward."""
+    if not names or not all(isinstance(name, str) for name in names):
+        return False
+    if any("." in name or not name for name in names):
+        return True
+    parts = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    parameters = inspect.signature(model.forward).parameters.values()
+    if all(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):  # takes whatever has a name
+        return False
+    return parts.issuperset(names) and not any(accepts(model, name) for name in names)
 
 
 def resolve_inputs(model: nn.Module, example_inputs: Any) -> list[Inputs]:

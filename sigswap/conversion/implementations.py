@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sigswap.conversion.copies import tensors_of
-from sigswap.conversion.example_inputs import resolve_inputs
-from sigswap.conversion.recording import Recording
+from sigswap.conversion.recording import Example, Form, Recording
 from sigswap.errors import ExampleInputsError
 
 
-def other_implementations(model: nn.Module) -> Iterator[tuple[str, Callable[[Any], None]]]:
-    """Those that a user may switch ``model`` to after the conversion: a name, and what switches a copy to it."""
-    implementation = _attn_implementation(model)
+def other_implementations(model: nn.Module, now: str | None) -> Iterator[tuple[str, Form]]:
+    """Those that a user may switch ``model`` to after the conversion: a name, and the form of the model with it.
+
+    ``now``: the implementation that it is converted in, if that is not the one that it has.
+    """
+    implementation = now or _attn_implementation(model)
     if implementation in ("sdpa", "eager"):
         other = "eager" if implementation == "sdpa" else "sdpa"
-        yield f"attn_implementation={other!r}", lambda clone: clone.set_attn_implementation(other)
+
+        @contextlib.contextmanager
+        def switched(clone: Any) -> Iterator[None]:
+            clone.set_attn_implementation(other)
+            yield
+
+        yield f"attn_implementation={other!r}", switched
     if any(isinstance(getattr(module, "fused_attn", None), bool) for module in model.modules()):
-        yield "fused_attn toggled", _toggle_fused_attn
+        yield "fused_attn toggled", _fused_attn_toggled
 
 
-def _toggle_fused_attn(clone: nn.Module) -> None:
+@contextlib.contextmanager
+def _fused_attn_toggled(clone: nn.Module) -> Iterator[None]:
     for module in clone.modules():
         fused = getattr(module, "fused_attn", None)
         if isinstance(fused, bool):
             vars(module)["fused_attn"] = not fused
+    yield
 
 
 def _attn_implementation(model: nn.Module) -> str | None:
@@ -39,67 +51,72 @@ def _attn_implementation(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
-class ReachableAttention:
-    """Sets what a transformers model runs inside one opaque op (flash, flex) to sdpa or eager; back again, unless kept.
+@dataclasses.dataclass(frozen=True)
+class Reachable:
+    """A change of what a transformers model runs inside one opaque op (flash, flex) to sdpa or eager, if it needs one.
+
+    ``before`` has the implementations to change, by module path, and ``now`` what they become.
+    """
+
+    before: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    now: str | None = None
+
+    @property
+    def note(self) -> list[str]:
+        """Says so in words."""
+        if self.now is None:
+            return []
+        names = ", ".join(sorted(set(self.before.values())))
+        return [f"The attention implementation was {names}, which cannot be seen into, and is {self.now} now."]
+
+    def install(self, model: nn.Module) -> None:
+        """Changes it for good."""
+        if self.now is not None:
+            set_implementations(model, dict.fromkeys(self.before, self.now))
+
+    @contextlib.contextmanager
+    def form(self, model: nn.Module) -> Iterator[None]:
+        """The model so changed, and as it was afterwards."""
+        self.install(model)
+        try:
+            yield
+        finally:
+            set_implementations(model, self.before)
+
+
+def reachable(recording: Recording, examples: Sequence[Example]) -> Reachable:
+    """What is to be changed so that all attention of the recording's model can be seen. The model is not changed.
 
     To which one: the first whose outputs equal the model's on the example inputs, or eager's, where its own cannot run
     here. Where neither does (attention sinks under sdpa, say) it stays, and is refused as opaque. On the meta device
     nothing can be compared, and the class's word for sdpa counts. A function that a user has registered stays, too: its
     softmax can be seen.
-
-    ``before`` holds the implementations that were changed, by module path; ``note`` says so in words.
     """
+    opaque = {}
+    for path, module in recording.model.named_modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if isinstance(implementation, str) and _is_opaque(implementation):
+            opaque[path] = implementation
+    chosen = _equal_to(recording, examples, opaque) if opaque else None
+    return Reachable() if chosen is None else Reachable(opaque, chosen)
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model = model
-        self.example_inputs = example_inputs
-        self.before: dict[str, str] = {}
-        self.note: list[str] = []
-        self.kept = False
 
-    def __enter__(self) -> ReachableAttention:
-        opaque = {}
-        for path, module in self.model.named_modules():
-            implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-            if isinstance(implementation, str) and _is_opaque(implementation):
-                opaque[path] = implementation
-        chosen = self._equal_to(opaque) if opaque else None
-        if chosen is not None:
-            self.before = opaque
-            names = ", ".join(sorted(set(opaque.values())))
-            self.note = [f"The attention implementation was {names}, which cannot be seen into, and is {chosen} now."]
-            # A config also sets its parts': all are read before the first is changed.
-            set_implementations(self.model, dict.fromkeys(opaque, chosen))
-        return self
+def _equal_to(recording: Recording, examples: Sequence[Example], opaque: Mapping[str, str]) -> str | None:
+    if any(tensor.is_meta for tensor in tensors_of(recording.model)):
+        return "sdpa" if getattr(recording.model, "_supports_sdpa", True) else "eager"
 
-    def _equal_to(self, opaque: Mapping[str, str]) -> str | None:
-        if any(tensor.is_meta for tensor in tensors_of(self.model)):
-            return "sdpa" if getattr(self.model, "_supports_sdpa", True) else "eager"
-        recording = Recording(self.model)
-        inputs = resolve_inputs(self.model, self.example_inputs)
+    def outputs(implementation: str | None) -> list[Tensor] | None:
+        change = Reachable() if implementation is None else Reachable(opaque, implementation)
+        try:
+            given = [recording.plainly(example, change.form) for example in examples]
+        except ExampleInputsError:
+            return None
+        return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
-        def outputs(implementation: str | None) -> list[Tensor] | None:
-            def prepare(model: nn.Module) -> None:
-                if implementation is not None:
-                    set_implementations(model, dict.fromkeys(opaque, implementation))
-
-            try:
-                given = [recording.plainly(call, prepare) for call in inputs]
-            except ExampleInputsError:
-                return None
-            return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-        wanted = outputs(None) or outputs("eager")
-        if not wanted:
-            return "sdpa"  # who runs it next says why it fails
-        return next((name for name in ("sdpa", "eager") if _equal(outputs(name), wanted)), None)
-
-    def keep(self) -> None:
-        self.kept = True
-
-    def __exit__(self, *error: object) -> None:
-        if not self.kept:
-            set_implementations(self.model, self.before)
+    wanted = outputs(None) or outputs("eager")
+    if not wanted:
+        return "sdpa"  # who runs it next says why it fails
+    return next((name for name in ("sdpa", "eager") if _equal(outputs(name), wanted)), None)
 
 
 def _is_opaque(implementation: str) -> bool:

@@ -6,18 +6,23 @@ a torch.nn encoder that holds owners loses its fused inference path, which would
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from sigswap.config import SigmoidConfig
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
-from sigswap.conversion.record import RECORD, Conversion, conversion_of, set_fitted_length
-from sigswap.conversion.state import OwnerState, decided_models
-from sigswap.errors import ConversionError, Hint
+from sigswap.conversion.record import RECORD, Conversion, conversion_of, owners_of, set_fitted_length
+from sigswap.conversion.state import OwnerState, SiteState, decided_models
+from sigswap.errors import ConfigError, ConversionError, Hint
 
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 # What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
@@ -59,6 +64,96 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     model.__dict__[RECORD] = conversion
     decided_models.add(model)
     return model
+
+
+@contextmanager
+def open_terms(model: nn.Module) -> Iterator[list[str]]:
+    """Gives the attentions of a converted ``model`` the terms that its config leaves open, as the config is then, too;
+    yields the paths of those modules. For good, unless what it is open for fails.
+
+    Where w_h cannot be (:class:`sigswap.conversion.state.SiteState`), there is the first key's term alone. The
+    parameters that are there stay the same objects.
+    """
+    conversion, states = conversion_of(model), owners_of(model)
+    added: list[tuple[SiteState, str]] = []
+    intercepting = [(state, state.intercepts_products) for state in states.values()]
+    acting = [(site, site.acts_on_product) for state in states.values() for site in state.sites()]
+    chosen = {path: _with_open_terms(model, conversion, state) for path, state in states.items()}
+    try:
+        for path, made in chosen.items():
+            if made is None:
+                continue
+            for site, new in zip(states[path].sites(), made.sites(), strict=True):
+                for name in ("query_weight", "length_share", "offset"):
+                    if getattr(site, name) is None and getattr(new, name) is not None:
+                        added.append((site, name))
+                        setattr(site, name, getattr(new, name))
+                site.acts_on_product = new.acts_on_product
+            states[path].intercepts_products = made.intercepts_products
+        model.__dict__[RECORD] = dataclasses.replace(conversion, config=_closed(conversion.config, chosen))
+        yield [path for path, made in chosen.items() if made is not None]
+    except BaseException:
+        for site, name in added:
+            setattr(site, name, None)
+        for site, acts in acting:
+            site.acts_on_product = acts
+        for state, intercepts in intercepting:
+            state.intercepts_products = intercepts
+        model.__dict__[RECORD] = conversion
+        raise
+
+
+def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState) -> OwnerState | None:
+    """A state like ``state`` with the terms that are open and possible; None if there are none."""
+    plan = state.plan
+    config = conversion.config.for_path(plan.path)
+    names = config.open_fields()
+    every: dict[str, Any] = dict.fromkeys(names, True)
+    for fields in (every, {name: name != "query_bias" for name in names}):
+        if not any(fields.values()):
+            continue
+        tried = dataclasses.replace(config, **fields)
+        try:
+            with torch.inference_mode(False):
+                return OwnerState(plan, tried, *_dtype_and_device(model, plan.path))
+        except ConfigError:
+            continue
+    return None
+
+
+def _closed(config: SigmoidConfig, chosen: Mapping[str, OwnerState | None]) -> SigmoidConfig:
+    """``config`` with what the modules have ``chosen`` of the fields that it left open."""
+    found = {}
+    for path, made in chosen.items():
+        names = config.for_path(path).open_fields()
+        sites = [] if made is None else made.sites()
+        has = {
+            "query_bias": any(site.query_weight is not None for site in sites),
+            "first_token": any(site.length_share is not None for site in sites),
+        }
+        found[path] = {name: has[name] for name in names}
+    common: dict[str, Any] = {
+        name: any(fields.get(name, False) for fields in found.values()) for name in config.open_fields()
+    }
+    closed = dataclasses.replace(config, **common)
+    overrides = {pattern: dict(fields) for pattern, fields in closed.overrides.items()}
+    for path, fields in found.items():
+        other = {name: value for name, value in fields.items() if getattr(closed.for_path(path), name) != value}
+        if other:
+            pattern = glob.escape(path)
+            overrides[pattern] = {**overrides.get(pattern, {}), **other}
+    return dataclasses.replace(closed, overrides=overrides)
+
+
+@contextmanager
+def installed(model: nn.Module, conversion: Conversion) -> Iterator[None]:
+    """Within it ``model`` is converted, as :func:`apply_conversion` does it; afterwards it is as it was."""
+    apply_conversion(model, conversion)
+    try:
+        yield
+    finally:
+        revert(model)
+        decided_models.discard(model)
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import copyreg
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -30,8 +31,9 @@ from sigswap.conversion.places import (
 )
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
 from sigswap.errors import Hint, UnknownCallError
-from sigswap.functional.stand_ins import scaled_dot_product_attention, softmax
-from sigswap.functional.torch_functions import FAMILIES, PRODUCTS, SWAPS
+from sigswap.functional.flex import flex_attention
+from sigswap.functional.stand_ins import logarithm, ones, scaled_dot_product_attention, softmax, unshifted, weighted
+from sigswap.functional.torch_functions import FAMILIES, NOT_IN_EVERY_PLAN, PRODUCTS, SWAPS
 
 
 class SwapMode(TorchFunctionMode):
@@ -45,6 +47,8 @@ class SwapMode(TorchFunctionMode):
         self.product_of: SiteState | None = None  # the site whose product has just been made
         self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
         self.shift_of: SiteState | None = None  # the site whose row shift has just been taken out
+        self.exponential: tuple[SiteState, Tensor] | None = None  # the site of an exp, its scores, until its division
+        self.by_logarithm = False  # the call is a log_softmax
         self.swapped: set[int] = set()  # the sites that were
         self.guessed = False  # a softmax was taken for the owner's one site, at a place that was not seen
         self.left = False  # a module in the owner, or an adapter in it, has made a call that was not seen
@@ -56,6 +60,8 @@ class SwapMode(TorchFunctionMode):
         if family is None or not self._watches(family):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if family == "division":
+            return self._divided(func, args, kwargs)
         site_index = self._site_of(family, args, kwargs)
         if site_index < 0:
             return func(*args, **kwargs)
@@ -64,11 +70,11 @@ class SwapMode(TorchFunctionMode):
             return self._product(site, func, args, kwargs)
         if family == "shift":
             self.shift_of = site
-            return _zeros(func(*args, **kwargs))
+            return unshifted(func(*args, **kwargs))
         if self.autograd is not None and _autograd_state() != self.autograd:
             self._refuse_checkpoint()
         self.swapped.add(site_index)
-        if family == "softmax":
+        if family in ("softmax", "log_softmax", "exp"):
             if site_index in self.state.shifted and self.shift_of is not site:
                 raise UnknownCallError(
                     f"{self.state.plan.path or 'the model'}: the row shift before its softmax was not seen, so it "
@@ -76,13 +82,20 @@ class SwapMode(TorchFunctionMode):
                     hint=Hint("Convert the model in the form in which it runs."),
                 )
             self.shift_of = None
-            return self._softmax(site, args, kwargs)
+            if family == "exp":
+                return self._exponential(site, func, args, kwargs)
+            self.by_logarithm = family == "log_softmax"
+            probs = self._softmax(site, args, kwargs)
+            return logarithm(probs) if self.by_logarithm else probs
         if family == "sdpa":
             return self._sdpa(site, *args, **kwargs)
+        if family == "flex":
+            return self._flex(site, *args, **kwargs)
         return self._whole(site, func, args, kwargs)
 
     def check(self) -> None:
         """After the forward: raises UnknownCallError if it may have left an attention as it was."""
+        self.check_whole()
         state = self.state
         if state.totals:
             state.check_totals(self.counts)
@@ -97,9 +110,22 @@ class SwapMode(TorchFunctionMode):
                 hint=Hint("Revert the model, and convert it again in the form in which you use it."),
             )
 
+    def check_whole(self) -> None:
+        """After the forward: raises UnknownCallError if a softmax by hand was not whole."""
+        if self.exponential is not None:
+            raise UnknownCallError(
+                f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and the division after its "
+                "exp was not seen.",
+                hint=Hint("Convert the model in the form in which it runs."),
+            )
+
     def _watches(self, family: str) -> bool:
         if family == "product":
             return self.state.intercepts_products
+        if family == "division":
+            return self.exponential is not None
+        if family in NOT_IN_EVERY_PLAN:
+            return family in self.state.families
         return family != "shift" or bool(self.state.shifted)
 
     @left_to_python
@@ -148,7 +174,7 @@ class SwapMode(TorchFunctionMode):
             return NOT_ATTENTION
         state = self.state
         only = state.only.get(family)
-        if only is None:
+        if only is None or family in ("exp", "log_softmax"):
             known = False
         elif family == "softmax":
             scores, dim = scores_of(args, kwargs)
@@ -170,7 +196,39 @@ class SwapMode(TorchFunctionMode):
             )
         bias = site.row_bias(scores, dim, self.query_bias)
         self.product_of = self.query_bias = None
-        return softmax(*args, **kwargs, **bias, **site.terms)
+        return softmax(*args, **kwargs, **bias, **site.terms, extra=site.plan.extra)
+
+    def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """The first part of a softmax by hand: its numbers are ones until its division, times what multiplies them."""
+        scores = args[0] if args else kwargs["input"]
+        in_place = func.__name__ == "exp_"
+        self.exponential = site, scores.clone() if in_place else scores
+        return scores.fill_(1.0) if in_place else ones(scores)
+
+    def _divided(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        assert self.exponential is not None
+        (site, scores), self.exponential = self.exponential, None
+        weights = args[0] if args else kwargs["input"]
+        total = args[1] if len(args) > 1 else kwargs["other"]
+        if not isinstance(total, Tensor) or weights.shape != scores.shape:
+            raise UnknownCallError(
+                f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and another division than its "
+                "own came after its exp.",
+                hint=Hint("Convert the model in the form in which it runs."),
+            )
+        assert site.plan.scores is not None
+        scores = weighted(scores, weights) if site.plan.weighted else scores
+        probs = self._softmax(site, (scores, site.plan.scores[1]), {}).to(
+            torch.promote_types(weights.dtype, total.dtype)
+        )
+        return weights.copy_(probs) if func.__name__ in ("div_", "divide_", "true_divide_", "__itruediv__") else probs
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """While it is open, flex_attention does not compile itself: this mode sees it whole."""
+        if "flex" not in self.state.families or torch.compiler.is_compiling():
+            return nullcontext()
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
 
     def _sdpa(
         self,
@@ -183,6 +241,10 @@ class SwapMode(TorchFunctionMode):
     ) -> Tensor:
         query, key = site.normalized(query, key)
         return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
+
+    def _flex(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+        query, key = site.normalized(query, key)
+        return flex_attention(query, key, value, *args, **site.sdpa_bias(query), **site.terms)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(site.attention, *args, **kwargs)
@@ -214,13 +276,6 @@ def scores_of(args: Any, kwargs: Any) -> tuple[Tensor, int]:
     if dim is None:
         dim = 0 if scores.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
     return scores, dim % scores.dim()
-
-
-def _zeros(reduced: Any) -> Any:
-    """In place of a maximum over rows (a tensor, or values and indices)."""
-    if isinstance(reduced, Tensor):
-        return torch.zeros_like(reduced)
-    return type(reduced)((torch.zeros_like(reduced[0]), reduced[1]))
 
 
 def _autograd_state() -> tuple[Any, ...]:
@@ -261,7 +316,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if state.observer is not None:
                 return state.observer.run(self, base.forward, args, kwargs)
             mode = SwapMode(state)
-            with mode:
+            with mode, mode.uncompiled():
                 output = base.forward(self, *args, **kwargs)
             mode.check()
             return state.finish(output)

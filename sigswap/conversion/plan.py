@@ -15,6 +15,7 @@ from sigswap.conversion.places import name_of
 from sigswap.conversion.recording import Run
 from sigswap.conversion.state import NOT_ATTENTION, AxisPlan, OwnerPlan, ProductPlan, SitePlan, Turns
 from sigswap.conversion.watch import Call, Stack
+from sigswap.functional.torch_functions import NOT_IN_EVERY_PLAN
 from sigswap.passes.site import AttentionSite, Factor, Product
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -128,9 +129,8 @@ def _with_places(plan: OwnerPlan, seen: Mapping[str, Mapping[str, list[tuple[int
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
     """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
     if known.kind != "softmax" and other.kind == "softmax":
-        return dataclasses.replace(
-            known, head_axis=other.head_axis, row_axis=other.row_axis, product=other.product, scores=other.scores
-        )
+        same = ("head_axis", "row_axis", "product", "scores", "extra", "weighted")
+        return dataclasses.replace(known, **{name: getattr(other, name) for name in same})
     if known.kind == "softmax" and other.kind == "sdpa":
         return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis)
     return known
@@ -146,8 +146,8 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
     left: list[Left] = []
     for site in run.found.sites:
         stack = run.stack_of(site.anchor)
-        call = run.call_of(site.anchor)
-        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha"):
+        call = run.call_of(site.exponential or site.anchor)
+        if call is not None and run.calls[call].family not in ("softmax", "sdpa", "mha", *NOT_IN_EVERY_PLAN):
             call = None
         in_function = call is not None and run.calls[call].in_function
         if call is None or in_function:
@@ -165,6 +165,11 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         if owner is None:
             reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
             left.append(Left(stack[-1][0], site.kind, reason, True))
+        elif site.exponential is not None and not _divides_next(run, call, site.anchor, owner):
+            reason = (
+                "its softmax is written by hand, and another division comes between its exp and its own; call softmax"
+            )
+            left.append(Left(stack[-1][0], site.kind, reason, True))
         elif not all(_is_shift_in(run, node, owner) for node in site.shifts):
             reason = "its scores are shifted by a reduction over their own row, which cannot be taken out"
             left.append(Left(stack[-1][0], site.kind, reason, True))
@@ -174,7 +179,17 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         call = run.call_of(item.anchor)
         kind = "softmax" if call is None else run.calls[call].family
         left.append(Left(run.stack_of(item.anchor)[-1][0], kind, item.reason, item.attention))
+    reason = "its softmax runs in a thread that the forward hands work to, where the swap does not reach"
+    left += [Left(path, family, reason, True) for path, family in run.elsewhere]
     return owned, list(dict.fromkeys(left))
+
+
+def _divides_next(run: Run, exponential: int, division: Node, owner: tuple[str, int]) -> bool:
+    """Whether the call of an exp within that call of the owner is followed by that of ``division`` before any other."""
+    after = (i for i, call in enumerate(run.calls) if i > exponential and call.family == "division")
+    following = next((i for i in after if owner in run.calls[i].stack), None)
+    call = run.calls[exponential]
+    return call.family == "exp" and owner in call.stack and following is not None and following == run.call_of(division)
 
 
 def _is_shift_in(run: Run, node: Node, owner: tuple[str, int]) -> bool:
@@ -224,6 +239,7 @@ def _owner_plan(
         for node in site.shifts:
             helper_sites[run.call_of(node)] = index_of[place]  # type: ignore[index]
 
+    families = {run.calls[anchor].family for anchor, ((owner, _), _) in owned.items() if owner == path}
     for index, call in enumerate(run.calls):
         depth = _depth(call, path)
         if depth is None:
@@ -233,6 +249,8 @@ def _owner_plan(
         call_owner = owned[index][0][0] if index in owned else None
         if call_owner is not None and call_owner != path and (_depth(call, call_owner) or 0) > depth:
             continue  # swapped by an owner further in: this one never sees it
+        if call.family == "division" or (call.family in NOT_IN_EVERY_PLAN and call.family not in families):
+            continue
         if call.family in ("product", "shift"):
             target = helper_sites.get(index, NOT_ATTENTION)
         else:
@@ -271,7 +289,7 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
     heads = run.calls[call].heads
     if heads is not None:
         return SitePlan("multi_head_attention", heads[0], heads[0], heads[1], mask=site.mask)
-    rank = site.anchor.meta["val"].dim()
+    rank = site.key_axis + 1 if site.kind == "sdpa" else site.anchor.meta["val"].dim()
     product = None
     if len(site.products) == 1 and site.products[0].query.head.heads and site.products[0].key.head.heads:
         product_call = run.call_of(site.products[0].node)
@@ -293,6 +311,8 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         head_axis=head_axis,
         row_axis=None if site.row_axis is None else site.row_axis - rank,
         scores=(rank, site.key_axis - rank),
+        extra=site.extra,
+        weighted=site.weighted,
     )
 
 

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -24,21 +25,29 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.conversion.copies import copied, device_of, fake, tensors_of
+from sigswap.conversion.copies import Inputs as Inputs
+from sigswap.conversion.copies import alive, copied, device_of, fake, placed, tensors_of
 from sigswap.conversion.untouched import Untouched, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
-from sigswap.errors import ConversionError, ExampleInputsError, Hint, UnknownCallError
+from sigswap.errors import ConfigError, ConversionError, ExampleInputsError, Hint, UnknownCallError
 from sigswap.passes.find import find
 from sigswap.passes.site import FindResult
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call of the model
 INPUT_FORMS = "a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those"
 Way = Literal["fake", "copy", "itself"]
-Prepare = Callable[[nn.Module], None]
+Form = Callable[[nn.Module], AbstractContextManager[None]]
+"""Puts what is run (a copy, or the model itself) into another form, and back when the run is over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One call to look at: of the model, or of the module at ``path`` in it."""
+
+    inputs: Inputs
+    path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Run:
     outputs: Mapping[str, Tensor | None]  # by module path, on the meta device; of several tensors the first
     executed: Mapping[str, tuple[int, ...]]  # module path -> the numbers of its calls
     way: Way
+    elsewhere: tuple[tuple[str, str], ...]  # module path and family of calls in another thread
 
     def call_of(self, node: torch.fx.Node) -> int | None:
         return node.meta.get(CALL)
@@ -59,11 +69,21 @@ class Run:
         return stack
 
 
+@contextlib.contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    yield
+
+
 class Recording:
-    """The runs of one model: what they leave behind is put back to what it was when this was made."""
+    """The runs of one model: what they leave behind is put back to what it was when this was made.
+
+    So the model must not be changed from outside before the last run. ``form`` is the form that it is run in.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.form: Form = _as_it_is
+        self.older = alive(Tensor)
         self.untouched = Untouched(model)
         meta = [tensor.is_meta for tensor in tensors_of(model)]
         hooked = accelerate_hooks.is_hooked(model)
@@ -73,43 +93,48 @@ class Recording:
         if hooked or not any(meta):
             self.ways.append("itself")
 
-    def run(self, inputs: Inputs, prepare: Prepare | None = None) -> Run:
-        """Watches one forward on ``inputs`` (moved to the model's device) and finds its attention sites.
+    def run(self, example: Example, form: Form | None = None) -> Run:
+        """Watches one forward on ``example`` (moved to the model's device) and finds its attention sites.
 
-        ``prepare`` may change what is run before it runs (to another attention implementation, say). The model is not
-        changed. Raises ExampleInputsError if its plain forward fails on the inputs, too, and else ConversionError.
+        ``form``: one that the model may take later (another attention implementation, say), on top of its own. The
+        model is not changed. Raises ExampleInputsError if its plain forward fails on the inputs, too, and else
+        ConversionError.
         """
         errors: list[Exception] = []
         for way in self.ways:
-            found = self._run(inputs, prepare, way)
+            found = self._run(example, form, way)
             if isinstance(found, Exception):
                 errors.append(found)
-            else:
+            elif found is not None:
                 self.ways = self.ways[self.ways.index(way) :]  # one that has failed would fail again
                 return found
         failures = "; ".join(dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors))
-        if prepare is not None:
+        if form is not None:
             raise ConversionError(failures) from errors[-1]
         if "itself" not in self.ways:
             raise ExampleInputsError(
                 f"the forward of {type(self.model).__name__} cannot be run on the meta device ({failures}).",
                 hint=Hint("Convert the model after its weights are loaded."),
             ) from errors[-1]
-        self.plainly(inputs)
+        self.plainly(example)
         raise ConversionError(
             f"{type(self.model).__name__} runs on the example inputs, but not while it is watched ({failures})."
         ) from errors[-1]
 
-    def check(self, inputs: Inputs) -> None:
-        """Runs the model, converted; twice, where that costs no compute: a cache may change what the second run calls.
+    def check(self, example: Example, converted: Form) -> None:
+        """Runs the model ``converted``; twice, where that costs no compute: a cache may change what the second run
+        calls.
 
-        Raises ConversionError if it fails: its calls are not those of its plan.
+        Raises ConversionError if it fails: its calls are not those of its plan; and what ``converted`` raises if the
+        model cannot be converted at all.
         """
         failures: list[str] = []
         for way in self.ways:
-            found = self._run(inputs, None, way, times=2 if way == "fake" else 1)
+            found = self._run(example, converted, way, check=True)
             if not isinstance(found, Exception):
                 return
+            if isinstance(found, ConfigError | ConversionError):
+                raise found
             failures.append(f"{type(found).__name__}: {found}")
             if isinstance(found, UnknownCallError):
                 break
@@ -117,19 +142,18 @@ class Recording:
             f"{type(self.model).__name__} cannot be converted: its example inputs would fail then ({failures[-1]})."
         )
 
-    def plainly(self, inputs: Inputs, prepare: Prepare | None = None) -> Any:
-        """What the model gives for ``inputs``, by its plain forward in inference. Raises ExampleInputsError."""
+    def plainly(self, example: Example, form: Form = _as_it_is) -> Any:
+        """What the model gives for ``example``, by its plain forward in inference. Raises ExampleInputsError."""
         own = {id(t): t.detach() for t in tensors_of(self.model) if not isinstance(t, nn.Parameter)}
         before = [(tensor, tensor.clone()) for tensor in own.values() if not tensor.is_meta]
         try:
-            with self.untouched.keep(), _inference(self.model):
-                if prepare is not None:
-                    prepare(self.model)
-                args, kwargs = tree_map_only(Tensor, _copied_to(device_of(self.model)), inputs)
-                return self.model(*args, **kwargs)
+            with self.untouched.keep(), _inference(self.model), self.form(self.model), form(self.model):
+                (args, kwargs), _ = placed(example.inputs, _copied_to(device_of(self.model)))
+                return self.model.get_submodule(example.path)(*args, **kwargs)
         except Exception as error:
+            where = f" of {example.path}" if example.path else ""
             raise ExampleInputsError(
-                f"{type(self.model).__name__} failed on the example inputs ({type(error).__name__}: {error}).",
+                f"{type(self.model).__name__} failed on the example inputs{where} ({type(error).__name__}: {error}).",
                 hint=Hint(f"Pass {{example_inputs}} that its forward accepts: {INPUT_FORMS}.", {"example_inputs": ""}),
             ) from error
         finally:
@@ -137,42 +161,50 @@ class Recording:
                 with _unsafe_preserve_version_counter(tensor):
                     tensor.copy_(values)
 
-    def _run(self, inputs: Inputs, prepare: Prepare | None, way: Way, times: int = 1) -> Run | Exception:
+    def _run(self, example: Example, form: Form | None, way: Way, check: bool = False) -> Run | Exception | None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if way == "fake" else None
         nodes: Nodes = WeakTensorKeyDictionary()
-        found: Run | Exception
+        found: Run | Exception | None
         try:
             with self.untouched.keep():
-                found = self._watched(inputs, prepare, way, nodes, times)
+                found = self._looked_at(example, form or _as_it_is, way, mode, nodes, check)
         except Exception as error:
             found = error
-        if way == "fake":
+        if mode is not None:
             if isinstance(found, Exception):  # whose frames hold the run's tensors
                 _clear_frames(found)
                 found = found.with_traceback(None)
                 found.__context__ = found.__cause__ = None
-            forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
+            if nodes:
+                forget(lambda: [tensor for tensor in nodes if isinstance(tensor, FakeTensor)])
+            elif check:
+                forget(lambda: [tensor for tensor in alive(FakeTensor) if tensor.fake_mode is mode])  # type: ignore[attr-defined]
         return found
 
-    def _watched(self, inputs: Inputs, prepare: Prepare | None, way: Way, nodes: Nodes, times: int) -> Run:
+    def _looked_at(
+        self, example: Example, form: Form, way: Way, mode: FakeTensorMode | None, nodes: Nodes, check: bool
+    ) -> Run | None:
+        """What was seen; or, to ``check``, nothing: it has run, and twice where that costs no compute."""
         device = device_of(self.model)
-        mode = FakeTensorMode(allow_non_fake_inputs=True) if way == "fake" else None
-        model = self.model if way == "itself" else copied(self.model, mode)
+        model, copies = (self.model, []) if way == "itself" else copied(self.model, mode)
         place = _copied_to(device) if mode is None else lambda tensor: fake(tensor, mode, device)
-        args, kwargs = tree_map_only(Tensor, place, inputs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        with mode or contextlib.nullcontext(), _inference(model):
-            if prepare is not None:
-                prepare(model)
-            watch = Watch(model, tensors_of(model), given, nodes)
+        (args, kwargs), given = placed(example.inputs, place)
+        with mode or contextlib.nullcontext(), _inference(model), self.form(model), form(model):
+            part = model.get_submodule(example.path)
+            if check and mode is not None:  # whose parameters have no values that could be written over
+                part(*args, **kwargs)
+                part(*args, **kwargs)
+                return None
+            watch = Watch(model, tensors_of(model), given, [*self.older, *copies], nodes)
             with watch.open():
-                for _ in range(times):
-                    model(*args, **kwargs)
+                part(*args, **kwargs)
         return Run(
             tuple(watch.calls),
             find(watch.graph),
             watch.outputs,
             {path: tuple(numbers) for path, numbers in watch.executed.items()},
             way,
+            tuple(watch.elsewhere),
         )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from sigswap.conversion.example_inputs import resolve_inputs
-from sigswap.conversion.implementations import other_implementations
+from sigswap.conversion.implementations import Reachable, other_implementations
 from sigswap.conversion.plan import AMBIGUOUS, Sites, merge, plan_run, without
-from sigswap.conversion.recording import Recording, Run
+from sigswap.conversion.recording import Example, Recording, Run
 from sigswap.errors import ArgumentError, ConversionError, Hint
 from sigswap.report import Report, SiteRecord
 
@@ -20,12 +19,18 @@ _NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.modules.linear.NonDynamicallyQuan
 
 
 def search(
-    model: nn.Module, example_inputs: Any, include: Sequence[str] | None, exclude: Sequence[str] | None
+    recording: Recording,
+    examples: Sequence[Example],
+    change: Reachable,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
 ) -> tuple[Sites, Report]:
-    """The sites of ``model`` that are to be swapped, and the report of a dry run. The model is not changed.
+    """The sites of the recording's model that are to be swapped, and the report of a dry run. It is not changed.
 
-    Raises ExampleInputsError, or ArgumentError for a pattern in include or exclude that matches no attention module.
+    ``change``: of its attention implementation, that the conversion makes. Raises ExampleInputsError, or ArgumentError
+    for a pattern in include or exclude that matches no attention module.
     """
+    model = recording.model
     for name, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise ArgumentError(
@@ -33,17 +38,16 @@ def search(
                 argument=name,
                 hint=Hint(f"Pass {{{name}}}.", {name: f"[{patterns!r}]"}),
             )
-    notes: list[str] = []
+    notes = [*change.note]
     runs = []
-    inputs = resolve_inputs(model, example_inputs)
-    recording = Recording(model)
-    for call in inputs:
-        runs.append(recording.run(call))
+    recording.form = change.form
+    for example in examples:
+        runs.append(recording.run(example))
     given = len(runs)
-    for name, prepare in other_implementations(model):
-        for call in inputs:
+    for name, form in other_implementations(model, change.now):
+        for example in examples:
             try:
-                runs.append(recording.run(call, prepare))
+                runs.append(recording.run(example, form))
             except ConversionError as error:
                 notes.append(f"not looked at with {name}: {error}")
     if any(recorded.way != "fake" for recorded in runs):
@@ -89,6 +93,8 @@ def _merged(model: nn.Module, runs: Sequence[Run], given: int, wanted: Sequence[
 def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
     """A note that names the modules with parameters that no run has reached, the outermost ones, if there are any."""
     executed = {path for recorded in runs for path in recorded.executed}
+    if "" not in executed:  # parts of it were run: what is around them has run, as far as it can
+        executed |= {path[:end] for path in executed for end in (0, *(m.start() for m in re.finditer(r"\.", path)))}
     idle = [
         f"{path} ({type(module).__name__})"
         for path, module in model.named_modules()

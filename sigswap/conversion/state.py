@@ -74,6 +74,8 @@ class SitePlan:
     ``head_axis`` is that of the scores, ``sdpa_head_axis`` that of the query that scaled_dot_product_attention gets.
     ``row_axis``: of the scores, from the end; None: not known. ``scores``: how many axes they have, and which one, from
     the end, is the keys'; None: they are not computed by the owner, or version 0.1 wrote the plan.
+    ``extra``: how many logits stand before and behind those of the keys (attention sinks). ``weighted``: of a softmax
+    by hand, whether what its exp gives is multiplied before it is divided.
     """
 
     kind: str
@@ -86,6 +88,8 @@ class SitePlan:
     product: ProductPlan | None = None
     row_axis: int | None = None
     scores: tuple[int, int] | None = None
+    extra: tuple[int, int] = (0, 0)
+    weighted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self) | self.head_axis.to_fields() | self.sdpa_head_axis.to_fields("sdpa_")
@@ -93,7 +97,8 @@ class SitePlan:
             del data["scores"]
         if self.product is not None:
             data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
-        return data
+        newer = {"extra": (0, 0), "weighted": False}  # left out where version 0.1 can do without
+        return {name: value for name, value in data.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
@@ -101,8 +106,8 @@ class SitePlan:
         if product is not None:
             factors = {name: AxisPlan(**HeadAxis.from_fields(product[name], "")) for name in ("query", "key")}
             product = ProductPlan(**{**product, **factors})
-        scores = data.get("scores")
-        plain = {"product": product, "scores": None if scores is None else tuple(scores)}
+        scores, extra = data.get("scores"), tuple(data.get("extra", (0, 0)))
+        plain = {"product": product, "scores": None if scores is None else tuple(scores), "extra": extra}
         return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), **plain})
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -198,6 +203,7 @@ class OwnerState(nn.Module):
     layer_scale: nn.Parameter | None
     softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
+    families: frozenset[str] = frozenset()  # of which a call is an attention
     shifted: frozenset[int] = frozenset()  # the sites from whose scores a maximum of the row is subtracted
     # By family: by place, the sites of its turns; and the one site of all its calls. Pickles of 0.1 have none.
     places: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
@@ -218,12 +224,13 @@ class OwnerState(nn.Module):
             [site for call, site in plan.calls.items() if call.startswith("shift:")]
             + [site for site in seen.get("shift", ()) if site >= 0]
         )
+        self.families = frozenset(family for family, sites in seen.items() if max(sites) >= 0)
         # Families in which a missing call would shift the others: there the number of calls has to be a known one.
         targets = {
             family: {i for key, i in plan.calls.items() if key.startswith(f"{family}:")} for family in plan.totals
         }
         self.totals = {family: plan.totals[family] for family in plan.totals if len(targets[family]) > 1}
-        self.intercepts_products = config.query_bias or config.qk_norm is not None
+        self.intercepts_products = bool(config.query_bias) or config.qk_norm is not None
         for index, site in enumerate(plan.sites):
             self.add_module(str(index), SiteState(site, config, plan.path, dtype, device))
         channels = plan.channels
@@ -358,7 +365,7 @@ class SiteState(nn.Module):
         if config.first_token:
             self.length_share = nn.Parameter(torch.ones(plan.heads, dtype=dtype, device=device))
             self.offset = nn.Parameter(torch.zeros(plan.heads, dtype=dtype, device=device))
-        self.acts_on_product = config.query_bias or config.qk_norm is not None
+        self.acts_on_product = bool(config.query_bias) or config.qk_norm is not None
         self.query_weight = None
         self.query_norm: HeadNorm | None = None
         self.key_norm: HeadNorm | None = None

@@ -12,10 +12,11 @@ import collections
 import contextlib
 import functools
 import gc
+import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Untouched:
         """What ``thing`` leads to; how to put it back is noted."""
         kind = type(thing)
         if kind in _DICTS:
-            self._put_back.append(functools.partial(_put_back_dict, thing, list(thing.items())))
+            self._put_back.append(functools.partial(_put_back_dict, thing, tuple(thing), tuple(thing.values())))
             return list(thing.values())
         if kind in _OTHERS:
             before = list(thing)
@@ -113,22 +114,18 @@ def _is_module(thing: Any) -> bool:
     return issubclass(type(thing), nn.Module)
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+def _same(before: Collection[Any], now: Collection[Any]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
-def _put_back_dict(thing: Any, before: list[tuple[Any, Any]]) -> None:
-    now = list(thing.items())
-    if not (
-        _same([key for key, _ in before], [key for key, _ in now])
-        and _same([value for _, value in before], [value for _, value in now])
-    ):
+def _put_back_dict(thing: Any, keys: tuple[Any, ...], values: tuple[Any, ...]) -> None:
+    if not (_same(keys, thing) and _same(values, thing.values())):
         thing.clear()
-        thing.update(before)
+        thing.update(zip(keys, values, strict=True))
 
 
 def _put_back_items(thing: Any, before: list[Any]) -> None:
-    if not _same(before, list(thing)):
+    if not _same(before, thing):
         thing.clear()
         (thing.update if isinstance(thing, set) else thing.extend)(before)
 

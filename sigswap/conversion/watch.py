@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 from sigswap.conversion.places import UNSEEN_FILES, Spot
+from sigswap.conversion.threads import seen_in_threads
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.passes.products import PARAMETER
 
@@ -61,14 +62,21 @@ class Watch(TorchFunctionMode):
     """While it is open, runs of ``model`` are watched, in ``graph`` (for ``find``) and in the records beside it.
 
     ``parameters`` are tensors that the model holds, ``inputs`` those that it is given: placeholders of the graph, the
-    former with ``meta[PARAMETER]``. So are tensors that are older than the run; any other whose making was not seen
+    former with ``meta[PARAMETER]``. So are those that are ``older`` than the run; any other whose making was not seen
     counts as an input. ``meta["val"]`` of a node is a tensor without data on the meta device.
 
     A parameter that the run writes to is as it was when the watch closes. ``nodes`` (empty) will have the tensors of
     the run that are still there.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], inputs: Iterable[Tensor], nodes: Nodes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        inputs: Iterable[Tensor],
+        older: Iterable[Tensor],
+        nodes: Nodes,
+    ) -> None:
         super().__init__()
         self.model = model
         self.graph = torch.fx.Graph()
@@ -78,13 +86,15 @@ class Watch(TorchFunctionMode):
         self.stack: list[tuple[str, int]] = []
         self.open_calls: list[int] = []
         self.module_calls = 0
+        self.thread = threading.get_ident()
+        self.elsewhere: dict[tuple[str, str], None] = {}  # module path and family of calls in another thread
         self.nodes = nodes  # tensor -> its node, and the number of edits until that was made
         self.memory: dict[int, torch.fx.Node] = {}  # a tensor's memory -> the last node whose memory it is
         self.edits: dict[
             int, tuple[torch.fx.Node, int]
         ] = {}  # a tensor's memory -> its last edit, and the number of it
         self.edit_count = 0
-        self.older = {id(tensor): tensor for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)}
+        self.older = {id(tensor): tensor for tensor in older}
         self.kept: dict[int, list[Tensor]] = {}  # a parameter's memory -> the parameters in it
         self.undo = contextlib.ExitStack()  # puts back the values of the parameters that were written to
         for tensor in inputs:
@@ -105,7 +115,7 @@ class Watch(TorchFunctionMode):
             )
         ]
         try:
-            with enable_python_dispatcher(), _Ops(self), self:
+            with seen_in_threads(self._note_elsewhere), enable_python_dispatcher(), _Ops(self), self:
                 yield
         finally:
             for handle in handles:
@@ -118,6 +128,8 @@ class Watch(TorchFunctionMode):
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != self.thread:
+                return
             self.module_calls += 1
             self.stack.append((path, self.module_calls))
             self.executed.setdefault(path, []).append(self.module_calls)
@@ -126,6 +138,8 @@ class Watch(TorchFunctionMode):
 
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() != self.thread:
+                return
             self.stack.pop()
             while isinstance(output, tuple | list) and output:
                 output = output[0]
@@ -133,14 +147,26 @@ class Watch(TorchFunctionMode):
 
         return hook
 
+    def _note_elsewhere(self) -> Callable[[Any], None]:
+        path = self._where()[-1][0]
+
+        def note(func: Any) -> None:
+            if func in SWAPS:
+                self.elsewhere[path, FAMILIES.get(func, "softmax")] = None
+
+        return note
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        family = FAMILIES.get(func)
         if isinstance(func, HigherOrderOperator):  # has rules for modes that it knows
             with _pop_mode_temporarily(_BEFORE_AUTOGRAD) if _is_watched() else contextlib.nullcontext():
                 output = func(*args, **kwargs)
             self.note(func, args, kwargs, output)
+            if family is not None:
+                self.nodes[output[0]][0].args[0].meta[CALL] = len(self.calls)  # type: ignore[union-attr]
+                self.calls.append(Call(family, self._where(), _spots(), None, None, _in_function()))
             return output
-        family = FAMILIES.get(func)
         if family is None:
             return func(*args, **kwargs)
         self.open_calls.append(len(self.calls))

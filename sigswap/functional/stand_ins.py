@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sigswap.functional.attention import FirstToken, attend, probabilities
@@ -20,17 +23,19 @@ def softmax(
     const_bias: float = 0.0,
     row_cap: float | None = None,
     first_token: FirstToken | None = None,
+    extra: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """As ``F.softmax``, ``torch.softmax`` and ``Tensor.softmax`` (third argument: dtype), with sigmoid.
 
-    ``bias``: broadcasts to ``input`` with size 1 at ``dim``.
+    ``bias``: broadcasts to ``input`` with size 1 at ``dim``. ``extra``: how many logits stand before and behind those
+    of the keys. They are no keys: they are not counted, and 0 in the result.
     """
     if isinstance(_stacklevel, torch.dtype):
         dtype = _stacklevel
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
     result = probabilities(
-        input,
+        of_keys(input, dim, extra),
         dim,
         bias=bias,
         visible_bias=visible_bias,
@@ -39,7 +44,52 @@ def softmax(
         dtype=dtype,
         first_token=first_token,
     )
+    if any(extra):
+        result = F.pad(result.movedim(dim, -1), extra).movedim(-1, dim)
     return result if out is None else out.copy_(result)
+
+
+def log_softmax(*args: Any, **kwargs: Any) -> Tensor:
+    """As ``F.log_softmax``, ``torch.log_softmax`` and ``Tensor.log_softmax``; keywords as of :func:`softmax`."""
+    return logarithm(softmax(*args, **kwargs))
+
+
+def logarithm(probs: Tensor) -> Tensor:
+    """Of probabilities; -inf where one is 0, without a gradient there."""
+    tiny = torch.finfo(probs.dtype).tiny
+    return torch.where(probs > 0, probs.clamp(min=tiny).log(), -torch.inf)
+
+
+def ones(scores: Tensor) -> Tensor:
+    """What ``exp(scores)`` becomes in a softmax by hand: only what it is multiplied by afterwards is to be known."""
+    return torch.ones_like(scores)
+
+
+def divided(weights: Tensor, total: Tensor, *, scores: Tensor, dim: int, **terms: Any) -> Tensor:
+    """What ``exp(scores) * w / total`` becomes; ``weights``: :func:`ones` of the scores, times w.
+
+    The keywords are those of :func:`softmax`, whose probabilities are these.
+    """
+    return softmax(weighted(scores, weights), dim, **terms).to(torch.promote_types(weights.dtype, total.dtype))
+
+
+def weighted(scores: Tensor, weights: Tensor) -> Tensor:
+    """The scores whose softmax is that of ``scores`` with each exp times a weight; where that is 0 they are masked."""
+    return scores + torch.where(weights > 0, weights, 1.0).log().masked_fill(weights <= 0, -torch.inf)
+
+
+def unshifted(reduced: Any) -> Any:
+    """In place of a row shift that is subtracted from scores, such as a maximum (perhaps with indices): zeros."""
+    if isinstance(reduced, Tensor):
+        return torch.zeros_like(reduced)
+    return type(reduced)((torch.zeros_like(reduced[0]), reduced[1]))
+
+
+def of_keys(scores: Tensor, dim: int, extra: tuple[int, int]) -> Tensor:
+    """``scores`` without ``extra`` logits before and behind those of the keys along ``dim``."""
+    if not any(extra):
+        return scores
+    return scores.narrow(dim, extra[0], scores.shape[dim] - sum(extra))
 
 
 def scaled_dot_product_attention(
@@ -59,6 +109,8 @@ def scaled_dot_product_attention(
     first_token: FirstToken | None = None,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
+    if enable_gqa and key.shape[-3] != value.shape[-3]:  # torch groups keys and values each by itself
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
     return attend(
         query,
         key,

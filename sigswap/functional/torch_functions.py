@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._higher_order_ops.flex_attention import flex_attention
 
-from sigswap.functional import multi_head, stand_ins
+from sigswap.functional import flex, multi_head, stand_ins
 
 
 class Swap(NamedTuple):
@@ -34,7 +35,12 @@ SWAPS: dict[Callable[..., Any], Swap] = {
     torch.softmax: Swap("softmax", stand_ins.softmax),
     torch.special.softmax: Swap("softmax", stand_ins.softmax),
     torch.Tensor.softmax: Swap("softmax", stand_ins.softmax),
+    F.log_softmax: Swap("log_softmax", stand_ins.log_softmax),
+    torch.log_softmax: Swap("log_softmax", stand_ins.log_softmax),
+    torch.special.log_softmax: Swap("log_softmax", stand_ins.log_softmax),
+    torch.Tensor.log_softmax: Swap("log_softmax", stand_ins.log_softmax),
     F.scaled_dot_product_attention: Swap("sdpa", stand_ins.scaled_dot_product_attention),
+    flex_attention: Swap("flex", flex.flex_attention),
     F.multi_head_attention_forward: Swap("mha", multi_head.multi_head_attention_forward, whole=True),
     torch._native_multi_head_attention: Swap("mha", multi_head.native_multi_head_attention, whole=True),
     torch._transformer_encoder_layer_fwd: Swap(None, multi_head.transformer_encoder_layer_fwd, whole=True),
@@ -65,8 +71,24 @@ SHIFTS: tuple[Callable[..., Any], ...] = (
 )
 """What is subtracted from scores before a softmax, which ignores it."""
 
+EXPONENTIALS: tuple[Callable[..., Any], ...] = (torch.exp, torch.exp_, torch.Tensor.exp, torch.Tensor.exp_)
+DIVISIONS: tuple[Callable[..., Any], ...] = (
+    torch.div,
+    torch.divide,
+    torch.true_divide,
+    *(
+        getattr(torch.Tensor, name)
+        for name in ("div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__")
+    ),
+)
+"""The parts of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``."""
+
 FAMILIES: dict[Callable[..., Any], str] = {
     **{function: swap.family for function, swap in SWAPS.items() if swap.family is not None},
     **dict.fromkeys(PRODUCTS, "product"),
     **dict.fromkeys(SHIFTS, "shift"),
+    **dict.fromkeys(EXPONENTIALS, "exp"),
+    **dict.fromkeys(DIVISIONS, "division"),
 }
+NOT_IN_EVERY_PLAN = ("log_softmax", "exp", "flex")
+"""Families that a plan names only where it has a site of theirs; elsewhere their calls are left alone."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from sigswap.config import check_row_cap
-from sigswap.conversion.record import note_calibration, owners_of, set_row_cap
+from sigswap.conversion.example_inputs import accepts
+from sigswap.conversion.install import open_terms
+from sigswap.conversion.record import conversion_of, note_calibration, owners_of, set_row_cap
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
@@ -24,8 +26,11 @@ from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.batches import as_calls, call_model, main_output, progress_bar, quiet
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
 from sigswap.training.fit import SiteFit, fit_channels, fit_norms, set_value
+from sigswap.training.language import check_length
+from sigswap.training.lookups import Lookups
+from sigswap.training.mixing import Beside, check_max_length, mixer_for
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
-from sigswap.training.own_batches import own_batches
+from sigswap.training.own_batches import check_seed, own_batches
 
 ROW_CAP = 1e-2
 """Of a calibrated decoder: docs/experiments.md has what it is chosen by."""
@@ -37,6 +42,9 @@ def calibrate(
     *,
     refine: int = 3,
     row_cap: Literal["auto"] | float | None = "auto",
+    lookups: bool | float | Lookups = True,
+    tokens: Any = None,
+    max_length: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> CalibrationReport:
@@ -47,14 +55,20 @@ def calibrate(
     with ``first_token`` a_h, too, by regression of the logarithm of what the row sums to beside its first key; all
     again and d_h, by ``refine`` Gauss-Newton steps on the squared error of the attention's output (the fewer the rows,
     the less w_h and a_h move; without data not at all); LayerScale and hybrid-norm, by least squares on the owner's
-    output per channel. No head's error gets larger than it was, but for that of a module which gets a row cap as a
-    whole. Rows of padding do not count where they can be told (self-attention whose mask hides a position from itself).
-    The base parameters are not changed. Scores are held for one tile at a time, where the model itself holds none: for
-    a decoder, a few sequences of its full length calibrate all positions.
+    output per channel. No head's error gets larger than it was, but for that of a module which gets a row cap or other
+    terms as a whole. Rows of padding do not count where they can be told (self-attention whose mask hides a position
+    from itself). The base parameters are not changed. Scores are held for one tile at a time, where the model itself
+    holds none.
+
+    A decoder is seen on lookups, too (:class:`sigswap.Lookups`), beside the batches: random tokens of its vocabulary
+    that repeat, a quarter of all sequences, as long as the user's. Text does not need looking back, and a bias that is
+    fitted to text alone does not allow it. Where its config leaves ``query_bias`` or ``first_token`` open
+    (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and d_h now, and row caps with them. Encoders,
+    encoder-decoders and vision models get none of this.
 
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
-            used. ``query_bias=True`` in its config lets it be fitted much better.
+            used. ``query_bias=True`` in its config lets it be fitted much better. (A decoder gets that by itself.)
         batches: what the model is called on: a list (or any iterable, a DataLoader say) of tensors, tuples of
             positional arguments or dicts of keyword arguments, or one such batch. A few dozen samples do. It is gone
             through ``refine + 2`` times; an iterator is therefore read into a list. ``None``: inputs made from
@@ -65,6 +79,11 @@ def calibrate(
             outputs are nearer to softmax's than they were before. The lower it is the nearer is the model to softmax;
             training may lift it. ``"auto"``: 0.01 for modules with ``first_token`` and without a row cap, and no other.
             ``None``: row caps stay as they are.
+        lookups: their share, or a :class:`sigswap.Lookups` with the kinds, too. ``True``: a quarter, if the model is a
+            decoder; a share is an error if it is not. ``False`` or 0: none.
+        tokens: what lookups are made of: the model's tokenizer, or token ids; as for :func:`sigswap.distill`.
+        max_length: of language models: their tokens are also put together to at most four sequences of this length, so
+            that the bias is fitted for all positions up to it. The report has the error by position.
         seed: of the inputs that are made without ``batches``.
         progress: shows a progress bar on standard error, if that is a terminal.
 
@@ -73,7 +92,8 @@ def calibrate(
 
     Raises:
         NotConvertedError: the model is not converted.
-        ArgumentError: ``batches`` is empty or of a wrong type, or the conversion has no parameters to calibrate.
+        ArgumentError: an argument is not as above, the conversion has no parameters to calibrate, or a sequence is
+            longer than the model's positions.
         CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite.
 
     Whatever is raised, the model is as it was.
@@ -81,7 +101,8 @@ def calibrate(
     states = _calibratable(model)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
-    caps = _caps_to_try(states, row_cap)
+    Lookups.of(lookups)
+    check_seed(seed)
     notes: list[str] = []
     calls: Iterable[Inputs]
     if batches is None:
@@ -89,16 +110,26 @@ def calibrate(
         notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
     else:
         calls = as_calls(batches)
-    fits = {
-        site: SiteFit(site, without_data=batches is None, row_cap=caps.get(path))
-        for path, state in states.items()
-        for site in state.sites()
-    }
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
-    normed = any(site.query_norm is not None for site in fits)
-    total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
-    passes = _Passes(model, states, calls)
-    with _unchanged_if_it_fails(states), quiet(model), progress_bar(progress) as bar:
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged_if_it_fails(states))
+        stack.enter_context(quiet(model))
+        bar = stack.enter_context(progress_bar(progress))
+        seen = _beside(model, calls, lookups, tokens, max_length)
+        if seen.mixer.inputs is not None and (given := stack.enter_context(open_terms(model))):
+            notes.append(
+                f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
+                "left open, for the query and the first key (query_bias, first_token)."
+            )
+        caps = _caps_to_try(states, row_cap)
+        fits = {
+            site: SiteFit(site, without_data=batches is None, row_cap=caps.get(path))
+            for path, state in states.items()
+            for site in state.sites()
+        }
+        normed = any(site.query_norm is not None for site in fits)
+        total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
+        passes = _Passes(model, states, seen)
         task = bar.add_task("Calibrating", total=None)
 
         def run(phase: Phase) -> Observer:
@@ -135,23 +166,15 @@ def calibrate(
                 "From the logsumexp alone, for the product of probabilities and value was not recognised: "
                 f"{', '.join(dict.fromkeys(unseen))}."
             )
-    if kept:
-        set_row_cap(model, kept)
-        notes.append(f"{len(kept)} of {len(states)} modules have the row cap {next(iter(kept.values())):.4g} now.")
-    heads = [
-        record
-        for path, state in states.items()
-        for index, site in enumerate(state.sites())
-        for record in fits[site].records(path, index)
-    ]
-    lengths = [
-        record
-        for path, state in states.items()
-        for index, site in enumerate(state.sites())
-        for record in fits[site].length_records(path, index)
-    ]
-    result = CalibrationReport(heads, passes.seen, notes, lengths)
-    note_calibration(model, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
+        notes += seen.notes()
+        if kept:
+            set_row_cap(model, kept)
+            notes.append(f"{len(kept)} of {len(states)} modules have the row cap {next(iter(kept.values())):.4g} now.")
+        sites = [(path, *item) for path, state in states.items() for item in enumerate(state.sites())]
+        heads = [record for path, index, site in sites for record in fits[site].records(path, index)]
+        lengths = [record for path, index, site in sites for record in fits[site].length_records(path, index)]
+        result = CalibrationReport(heads, seen.given, notes, lengths)
+        note_calibration(model, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
     return result
 
 
@@ -191,27 +214,38 @@ class _Passes:
     """Runs a model over its batches under an observer."""
 
     def __init__(self, model: nn.Module, states: Mapping[str, OwnerState], calls: Iterable[Inputs]) -> None:
-        self.model, self.states, self.calls, self.seen = model, states, calls, 0
+        self.model, self.states, self.calls = model, states, calls
 
     def run(self, observer: Observer) -> Iterator[int | None]:
         """One pass; yields the number of batches, as far as it is known, after each."""
         states = list(self.states.values())
         twice = needs_recording(states, observer.phase)
         count = operator.length_hint(self.calls, -1)
-        self.seen = 0
         with observed(states, observer):
             for index, call in enumerate(self.calls):
+                check_length(self.model, call, index)
                 observer.recorded.clear()
                 for observer.recording in (True, False) if twice else (False,):
                     call_model(self.model, call, index)
-                self.seen += 1
                 yield count if count >= 0 else None
-        if not self.seen:
-            raise ArgumentError(
-                "{argument} is empty.",
-                argument="batches",
-                hint=Hint("Pass at least one batch, or {batches} to calibrate without data.", {"batches": "None"}),
-            )
+
+
+def _beside(
+    model: nn.Module, calls: Iterable[Inputs], lookups: bool | float | Lookups, tokens: Any, max_length: int | None
+) -> Beside:
+    """``calls`` with what a decoder is to be seen on beside them."""
+    first = next(iter(calls), None)
+    if first is None:
+        raise ArgumentError(
+            "{argument} is empty.",
+            argument="batches",
+            hint=Hint("Pass at least one batch, or {batches} to calibrate without data.", {"batches": "None"}),
+        )
+    check_length(model, first, 0)
+    with softmax(model):
+        mixer = mixer_for(lookups, tokens, model, first)
+    check_max_length(model, max_length, mixer)
+    return Beside(calls, mixer, max_length, one_logit=accepts(model, "logits_to_keep"))
 
 
 def _each(
@@ -222,6 +256,7 @@ def _each(
 
 
 def _calibratable(model: nn.Module) -> dict[str, OwnerState]:
+    conversion_of(model)
     states = owners_of(model)
     if not any(True for state in states.values() for _ in state.parameters()):
         raise ArgumentError(

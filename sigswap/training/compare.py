@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.record import is_converted, owners_of
+from sigswap.conversion.record import owners_of
 from sigswap.conversion.recording import Inputs
-from sigswap.conversion.softmax import softmax
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import lookups
-from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar, quiet
+from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar, quiet, uncompiled
 from sigswap.training.comparison_report import (
     Comparison,
     DistanceMeasure,
@@ -39,10 +37,12 @@ from sigswap.training.language import (
     logits_at,
     read_language,
     vocabulary,
+    vocabulary_size,
 )
 from sigswap.training.observe import observed
-from sigswap.training.own_batches import own_batches
+from sigswap.training.own_batches import check_seed, own_batches
 from sigswap.training.row_sums import RowSumObserver, RowSums
+from sigswap.training.teaching import Original
 
 NEIGHBOURS = 5
 CHUNK = 1024
@@ -65,7 +65,9 @@ def compare_models(
     progress: bool,
 ) -> Comparison:
     """See :func:`sigswap.compare`, which also opens an original that is saved."""
+    model, original = uncompiled(model), None if original is None else uncompiled(original)
     states = owners_of(model)
+    check_seed(seed)
     for name, value in (("max_length", max_length), ("sequences", sequences)):
         if value is None and name == "max_length":
             continue
@@ -81,21 +83,24 @@ def compare_models(
         )
     notes = []
     if original is None:
-        notes.append("The original is this model with the swap switched off: its base weights are the converted one's.")
+        notes.append(
+            "The original is this model with the swap switched off, and adapters of peft: its base weights are the "
+            "converted one's."
+        )
     calls: Iterable[Inputs]
     if batches is None:
         calls, made = own_batches(model, seed=seed)
         notes.append(f"Without data: compared on {made}. Batches of real inputs say more.")
     else:
         calls = as_calls(batches)
-    pair = _Pair(model, source, list(states))
+    pair = _Pair(model, Original(source, with_adapters=original is not None), list(states))
     iterator = iter(enumerate(calls))
     with quiet(model), quiet(source), progress_bar(progress) as bar:
         first = next(iterator, None)
         if first is None:
             raise ArgumentError("{argument} is empty.", argument="batches", hint=Hint("Pass at least one batch."))
         check_length(model, first[1], 0)
-        with pair.softmax():
+        with pair.before.running():
             language = read_language(source, first[1])
         task = bar.add_task("Comparing", total=None)
         sums: Any = None
@@ -134,24 +139,16 @@ class _Both:
 class _Pair:
     """The converted ``model`` and its ``original``, run side by side; what the modules ``paths`` do is summed up."""
 
-    def __init__(self, model: nn.Module, original: nn.Module, paths: Sequence[str]) -> None:
-        self.model, self.original, self.paths = model, original, paths
+    def __init__(self, model: nn.Module, before: Original, paths: Sequence[str]) -> None:
+        self.model, self.before, self.original, self.paths = model, before, before.source, paths
         self.states = owners_of(model)
         self.observer = RowSumObserver()
         self.errors: dict[str, float] = {}
         self.energies: dict[str, float] = {}
 
-    @contextmanager
-    def softmax(self) -> Iterator[nn.Module]:
-        """While it is open, the original runs as softmax."""
-        with ExitStack() as stack:
-            if is_converted(self.original):
-                stack.enter_context(softmax(self.original))
-            yield self.original
-
     def run(self, call: Inputs, index: int) -> _Both:
         """Both on one batch. Raises CalibrationError if one fails, or they give outputs of different shapes."""
-        with self.softmax(), outputs_of(self.original, self.paths) as theirs:
+        with self.before.running(), outputs_of(self.original, self.paths) as theirs:
             truth = call_model(self.original, call, index)
         observer: Any = self.observer
         with observed(list(self.states.values()), observer), outputs_of(self.model, self.paths) as ours:
@@ -187,8 +184,13 @@ def _sums_for(language: TextInputs | str, model: Any, output: Any) -> Any:
         return _LanguageSums(language)
     tensor = main_output(output)
     classes = getattr(model, "num_classes", None)
-    is_logits = getattr(output, "logits", None) is not None or (classes and tensor.shape[-1] == classes)  # type: ignore[union-attr]
-    return _ClassSums() if is_logits else _VectorSums()
+    if getattr(output, "logits", None) is None and not (classes and tensor.shape[-1] == classes):  # type: ignore[union-attr]
+        return _VectorSums()
+    width = vocabulary_size(model)
+    if tensor is not None and tensor.dim() == 3 and width is not None and tensor.shape[-1] >= width:
+        pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        return _ClassSums("encoder-decoder" if pair else "token predictor", "token")
+    return _ClassSums("classifier", "class")
 
 
 class _LanguageSums:
@@ -245,9 +247,10 @@ class _LanguageSums:
 
 
 class _ClassSums:
-    kind: Kind = "classifier"
+    """Of logits, over what is called ``chosen``: a class or a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind, chosen: str) -> None:
+        self.kind, self.chosen = kind, chosen
         self.count = self.labelled = 0
         self.agreed = self.divergence = 0.0
         self.right = [0, 0]
@@ -273,7 +276,7 @@ class _ClassSums:
     def measures(self) -> list[Measure]:
         count = max(self.count, 1)
         found = [
-            Measure("most likely class agrees", "share", 1.0, self.agreed / count),
+            Measure(f"most likely {self.chosen} agrees", "share", 1.0, self.agreed / count),
             Measure("KL divergence from the original", "nats", 0.0, self.divergence / count),
         ]
         if self.labelled:
@@ -348,7 +351,7 @@ class _Asking:
         task = bar.add_task("Looking up", total=2 * len(probes))
         measures, by_distance = list(result.measures), []
         for probe in probes:
-            with pair.softmax():
+            with pair.before.running():
                 original = self._answered(pair.original, probe)
             bar.advance(task)
             converted = self._answered(pair.model, probe)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console, ConsoleOptions, RenderResult
 
-Kind = Literal["language model", "classifier", "encoder"]
-"""By what it is measured: a decoder, what gives logits otherwise, and what gives vectors."""
+Kind = Literal["language model", "encoder-decoder", "token predictor", "classifier", "encoder"]
+"""By what it is measured: a decoder; what gives logits over its vocabulary otherwise (a masked language model, say), or
+over classes; and what gives vectors."""
 
 
 @dataclasses.dataclass(frozen=True)

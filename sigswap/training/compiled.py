@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sigswap.conversion.recording import Inputs
 from sigswap.training.batches import call_model, main_output
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 SIGMOID_BACKEND, SOFTMAX_BACKEND = "sigswap", "inductor"
 """By which the student and its teacher are compiled. "sigswap" would swap an unconverted teacher."""
@@ -62,7 +60,7 @@ class Watched:
             hook.remove()
 
 
-def compiled(function: Function, **options: Any) -> Function:
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """``function`` as torch.compile makes it, with a code object of its own.
 
     Dynamo counts by code object how often it compiles, eight times by default, and what other runs in this process
@@ -76,5 +74,5 @@ def compiled(function: Function, **options: Any) -> Function:
         function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    made: Function = torch.compile(own, **options)
+    made: Callable[..., Any] = torch.compile(own, **options)
     return made

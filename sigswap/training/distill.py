@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
-from sigswap.training.batches import as_calls, progress_bar
+from sigswap.training.batches import as_calls, progress_bar, uncompiled
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
@@ -31,7 +31,7 @@ from sigswap.training.mixing import mixer_for
 from sigswap.training.recompute import checkpointed_layers
 from sigswap.training.resuming import Kept
 from sigswap.training.steps import Run
-from sigswap.training.teaching import Original
+from sigswap.training.teaching import Original, adapter_parameters, converted_part
 
 SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
@@ -112,6 +112,7 @@ def distill(
     train: Literal["all", "sigmoid"] = "all",
     lookups: bool | float | Lookups = True,
     tokens: Any = None,
+    lengths: Sequence[int] | None = None,
     lr: float = 1e-4,
     sigmoid_lr: float | None = None,
     weight_decay: float = 0.0,
@@ -142,8 +143,10 @@ def distill(
     Args:
         model: converted; its modules' trainable parameters are those with ``requires_grad``.
         teacher: the model before the conversion, or a converted copy, which then runs as softmax. ``None``: ``model``
-            itself, with the swap switched off, without a second copy; that needs ``train="sigmoid"``, for a teacher
-            whose weights are trained is none.
+            itself, with the swap switched off, without a second copy. A teacher whose weights are trained is none: that
+            needs ``train="sigmoid"``, or adapters of peft, which are switched off in the teacher; then
+            ``train="all"`` trains what of the adapters and of sigswap's parameters has ``requires_grad``
+            (``modules_to_save=["sigswap"]`` keeps the latter on), and all else has to be frozen, as peft makes it.
         batches: as for :func:`sigswap.calibrate`; they are gone through again and again until the steps are done.
         steps: end-to-end steps.
         layerwise_steps: layer-wise steps, before those.
@@ -152,6 +155,9 @@ def distill(
             model is a decoder; a share is an error if it is not. ``False`` or 0: none.
         tokens: what lookups are made of: the model's tokenizer, whose special tokens and gaps are left out, or token
             ids. ``None``: all ids that the model knows but those that its config names as special.
+        lengths: of language models: the tokens of each batch, one row behind the other and without padding, are cut
+            into sequences of one of these lengths, chosen at random, so that all of them are learned at one cost. A
+            batch with fewer tokens is one sequence. ``None``: batches stay as they are.
         lr: the largest learning rate of the base parameters.
         sigmoid_lr: that of sigswap's parameters; 10 times ``lr`` by default.
         weight_decay: of the base model's matrices.
@@ -159,8 +165,9 @@ def distill(
         autocast: ``torch.bfloat16``, say: both models run under ``torch.autocast`` with it, the losses in float32.
         compile: end-to-end steps run compiled: the model by the backend "sigswap" (by inductor, if some of its
             attention stays softmax), the teacher and the losses by inductor. Losses differ by rounding. The first
-            step takes a minute or more, and so does the first of each new shape; give batches of one shape. Layer-wise
-            steps and what the callback runs are not compiled.
+            step takes a minute or more, and so does the first of each new shape; give batches of one shape. With
+            ``checkpointing`` each layer is compiled by itself. Layer-wise steps and what the callback runs are not
+            compiled.
         checkpointing: recomputes the model's repeated layers in backward instead of keeping what is inside them.
         lift_row_cap: the row cap that each capped attention has after the end-to-end stage. It rises from what it is,
             by the same factor in each of the first 80% of the steps, with ``compile`` in four rises, for each compiles
@@ -179,13 +186,14 @@ def distill(
 
     Raises:
         NotConvertedError: the model is not converted.
-        ArgumentError: an argument is not as above, a sequence is longer than the model's positions, or ``resume``
-            holds the state of another run.
+        ArgumentError: an argument is not as above, a sequence is longer than the model's positions, ``resume`` holds
+            the state of another run, or it is called inside ``torch.inference_mode``.
         CalibrationError: a model fails on a batch, the loss is not finite, a module of ``model`` is not in the
             teacher, or the teacher's output is of another shape (a teacher with another vocabulary).
     """
+    _check_runnable(model, teacher)
     states = owners_of(model)
-    _check_arguments(model, teacher, locals())
+    _check_arguments(locals())
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
     if missing:
@@ -203,14 +211,17 @@ def distill(
             hint=Hint("Pass {train}, or switch its requires_grad off.", {"train": "'sigmoid'"}),
         )
     frozen = base if train == "sigmoid" else {}
+    own = source is model
+    if own and train == "all":
+        _check_own_teacher(teacher, base, adapter_parameters(model))
     calls = _endless(as_calls(batches))
     with ExitStack() as stack:
         stack.enter_context(_training(model, source, frozen))
         first = next(calls)
         check_length(model, first[1], 0)
-        original = Original(source)
+        original = Original(source, with_adapters=not own or train == "sigmoid")
         with original.running():
-            mixer = mixer_for(lookups, tokens, source, first[1])
+            mixer = mixer_for(lookups, tokens, source, first[1], lengths)
         if checkpointing:
             stack.enter_context(checkpointed_layers(model, list(states)))
         groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
@@ -220,6 +231,7 @@ def distill(
             "accumulate": accumulate,
             "lr": lr,
             "lift_row_cap": lift_row_cap,
+            **({} if lengths is None else {"lengths": list(lengths)}),
         }
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = {names[p]: p for group in groups for p in group["params"]}
@@ -239,7 +251,7 @@ def _backends(model: nn.Module) -> tuple[str, str]:
     "sigswap" swaps what it finds in graphs without converted modules: where a model has attention that is to stay
     softmax, and breaks its graph, such a graph would be of that attention.
     """
-    if report(model).count("left"):
+    if report(converted_part(model)).count("left"):
         return compiled.SOFTMAX_BACKEND, compiled.SOFTMAX_BACKEND
     return compiled.SIGMOID_BACKEND, compiled.SOFTMAX_BACKEND
 
@@ -250,7 +262,27 @@ def _caps_of(states: Mapping[str, OwnerState]) -> str:
     return f"row cap {min(caps):.4g} to {max(caps):.4g} in {len(caps)} attentions" if caps else ""
 
 
-def _check_arguments(model: nn.Module, teacher: nn.Module | None, given: Mapping[str, Any]) -> None:
+def _check_runnable(model: nn.Module, teacher: nn.Module | None) -> None:
+    """Raises ArgumentError where no training is possible, or what is given is compiled."""
+    for name, module in (("model", model), ("teacher", teacher)):
+        if module is not None and uncompiled(module) is not module:
+            raise ArgumentError(
+                "{argument} is compiled.",
+                argument=name,
+                hint=Hint("Pass what was given to torch.compile, and {compile}.", {"compile": "True"}),
+            )
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("there are no gradients inside torch.inference_mode().", hint=Hint("Distil outside of it."))
+    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if made:
+        raise ArgumentError(
+            f"{{argument}}: {made[0]} was made inside torch.inference_mode(), and can never have a gradient.",
+            argument="model",
+            hint=Hint("Make the model outside of it."),
+        )
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
     """Raises ArgumentError for a value of distill's that is not allowed, by name in ``given``."""
     for name in ("steps", "layerwise_steps", "accumulate"):
         value, least = given[name], 1 if name == "accumulate" else 0
@@ -261,13 +293,6 @@ def _check_arguments(model: nn.Module, teacher: nn.Module | None, given: Mapping
             )
     if given["train"] not in ("all", "sigmoid"):
         raise ArgumentError(f"{{argument}} must be 'all' or 'sigmoid', not {given['train']!r}.", argument="train")
-    if (teacher is None or teacher is model) and given["train"] == "all":
-        what = "None" if teacher is None else "the model"
-        raise ArgumentError(
-            f"{{argument}}={what} takes the model's own weights as the teacher's, which train='all' would change.",
-            argument="teacher",
-            hint=Hint("Pass {train}, or {teacher}.", {"train": "'sigmoid'", "teacher": "copy.deepcopy(model)"}),
-        )
     for name in ("lr", "sigmoid_lr", "weight_decay"):
         rate = given[name]
         optional = name == "sigmoid_lr" and rate is None
@@ -304,6 +329,25 @@ def _has(model: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _check_own_teacher(
+    teacher: nn.Module | None, base: Mapping[str, nn.Parameter], adapters: Set[nn.Parameter]
+) -> None:
+    """Raises ArgumentError if what is trained of the model, by name in ``base``, changes the teacher in it."""
+    changed = [name for name, parameter in base.items() if parameter not in adapters]
+    if not changed and adapters:
+        return
+    what = "None" if teacher is None else "the model"
+    also = f" ({changed[0]} is no adapter's)" if adapters and changed else ""
+    raise ArgumentError(
+        f"{{argument}}={what} takes the model's own weights as the teacher's, which train='all' would change{also}.",
+        argument="teacher",
+        hint=Hint(
+            "Pass {train}, or {teacher}, or give the model adapters of peft.",
+            {"train": "'sigmoid'", "teacher": "copy.deepcopy(model)"},
+        ),
+    )
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from sigswap.conversion.record import owners_of, set_row_cap
+from sigswap.conversion.record import RECORD, owners_of, set_row_cap
 from sigswap.errors import ArgumentError, Hint
+from sigswap.training.teaching import converted_part
 
 RISING = 0.8
 """The share of the steps in which the caps rise; in the others the model learns with the last ones."""
@@ -27,6 +28,8 @@ def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None
 
     Raises ArgumentError if no module has a cap, or one has a higher one than ``target``.
     """
+    model = converted_part(model)
+    conversion = model.__dict__.get(RECORD)
     caps = {path: state.site(0).row_cap for path, state in owners_of(model).items()}
     start = {path: cap for path, cap in caps.items() if cap is not None}
     if target is None:
@@ -60,4 +63,5 @@ def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None
         yield at
     except BaseException:
         set_row_cap(model, caps)
+        model.__dict__[RECORD] = conversion
         raise

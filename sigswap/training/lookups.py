@@ -59,6 +59,11 @@ class Lookups:
                 f"{{argument}}: the kinds must be some of {list(MIXED_KINDS)}, not {self.kinds!r}.", argument="lookups"
             )
 
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ArgumentError(
+                f"{{argument}}: the seed must be a whole number, not {self.seed!r}.", argument="lookups"
+            )
+
     @classmethod
     def of(cls, given: float | bool | Lookups) -> Lookups:
         """``given`` as distill takes it: a share, False for none, True for the default. Raises ArgumentError."""

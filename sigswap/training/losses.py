@@ -58,7 +58,7 @@ def divergence(y: Tensor, t: Tensor, counted: Tensor | None = None) -> Tensor:
     ``t`` gets no gradient.
     """
     if not torch.compiler.is_compiling():
-        loss: Tensor = _Divergence.apply(y, t.detach(), counted)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Divergence.apply(y, t.detach(), counted)
         return loss
     if counted is not None:  # what does not count may be NaN
         y, t = (x.masked_fill(~counted.unsqueeze(-1), 0.0) for x in (y, t))

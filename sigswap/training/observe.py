@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from sigswap.conversion.mode import SwapMode, factors_of, scores_of
 from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.functional import flex
+from sigswap.functional.stand_ins import logarithm, of_keys
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
 from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, seen, weights_of
 from sigswap.training.sums import ChannelSums, Rows, SiteSums
@@ -51,8 +53,9 @@ class Observer:
         if self.phase == "channels":
             return self._channels(owner, state, forward, args, kwargs)
         mode = _ObservingMode(state, self)
-        with mode:
+        with mode, mode.uncompiled():
             output = forward(owner, *args, **kwargs)
+        mode.check_whole()
         state.check_totals(mode.counts)
         state.check_turns(mode.turns)
         return output
@@ -64,7 +67,8 @@ class Observer:
             output = forward(owner, *args, **kwargs)
             self.recorded.setdefault(state, deque()).append(output)
             return output
-        with SwapMode(state):
+        mode = SwapMode(state)
+        with mode, mode.uncompiled():
             output = forward(owner, *args, **kwargs)
         original: Any = self.recorded[state].popleft()
         if state.layer_scale is not None or state.norm is not None:
@@ -150,8 +154,11 @@ class _ObservingMode(SwapMode):
         observer = self.observer
         if observer.phase == "norms":
             return probabilities
-        pending = PendingSoftmax(site, probabilities, scores, dim, bias)
+        kept = of_keys(probabilities, dim, site.plan.extra)
+        pending = PendingSoftmax(site, kept, scores, dim, bias)
         self.pending = pending
+        if self.by_logarithm:
+            pending.probabilities = logarithm(kept).exp()  # as the model gets them
         if observer.recording:
             return probabilities
         if query is not None:
@@ -224,6 +231,28 @@ class _ObservingMode(SwapMode):
         self._attention(site, query, key, value, attn_mask, is_causal, scale)
         return output
 
+    def _flex(
+        self,
+        site: SiteState,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Any,
+        block_mask: Any,
+        scale: float,
+        kernel_options: Any,
+        score_buffers: tuple[Any, ...] = (),
+        mask_buffers: tuple[Any, ...] = (),
+    ) -> Any:
+        arguments = score_mod, block_mask, scale, kernel_options, score_buffers, mask_buffers
+        output = torch.ops.higher_order.flex_attention(query, key, value, *arguments)
+        visible = flex.visible_keys(query, key, block_mask[-1], mask_buffers)
+        modify = (
+            None if flex.is_identity(score_mod) else functools.partial(flex.modified_score, score_mod, score_buffers)
+        )
+        self._attention(site, query, key, value, visible, False, scale, modify)
+        return output
+
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         return SWAPS[func].stand_in(functools.partial(self._heads, site), *args, **kwargs)
 
@@ -259,6 +288,7 @@ class _ObservingMode(SwapMode):
         attn_mask: Any,
         is_causal: bool,
         scale: float | None,
+        modify: Callable[[Tensor, int], Tensor] | None = None,
     ) -> None:
         observer = self.observer
         if observer.recording:
@@ -298,7 +328,7 @@ class _ObservingMode(SwapMode):
                     cut_mask = cut_mask[..., keys]
                 queries = q[:, :, rows], normed_q[:, :, rows]
                 others = k[:, :, keys], normed_k[:, :, keys], v[:, :, keys]
-                self._tile(site, Tile(*queries, cut_mask, cut_own, *others, start, is_causal, scale))
+                self._tile(site, Tile(*queries, cut_mask, cut_own, *others, start, is_causal, scale, modify))
 
     def _tile(self, site: SiteState, tile: Tile) -> None:
         observer = self.observer

@@ -29,13 +29,14 @@ def own_batches(model: nn.Module, *, seed: int = 0) -> tuple[list[Inputs], str]:
     normalises its images expects. Other floating point inputs are white noise. Measured on all-MiniLM-L6-v2: random
     tokens beat tokens drawn by a Zipf law.
 
-    Raises ArgumentError if the model does not say what its inputs look like.
+    Raises ArgumentError if the model does not say what its inputs look like, or ``seed`` is no number.
     """
+    check_seed(seed)
     try:
         ((args, kwargs),) = resolve_inputs(model, None)
     except ExampleInputsError as error:
         raise ArgumentError(
-            f"{type(model).__name__} does not say what its inputs look like, so it cannot be calibrated without data.",
+            f"{type(model).__name__} does not say what its inputs look like, so none can be made for it.",
             argument="batches",
             hint=Hint("Pass {batches}.", {"batches": ""}),
         ) from error
@@ -75,6 +76,12 @@ def own_batches(model: nn.Module, *, seed: int = 0) -> tuple[list[Inputs], str]:
             call["attention_mask"] = (torch.arange(length) < full).long()
         batches.append(((call[""],), {}) if args else ((), call))
     return batches, " and ".join(dict.fromkeys(kinds)) or "the model's example inputs"
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ArgumentError unless it is a whole number that a generator of torch takes."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise ArgumentError(f"{{argument}} must be a whole number, not {seed!r}.", argument="seed")
 
 
 def _is_known(name: str, x: Any) -> bool:

@@ -53,7 +53,8 @@ class RowSumObserver:
 
 
 class _SummingMode(SwapMode):
-    """The sum of a row is its attention to values that are 1, without the site's row cap."""
+    """The sum of a row is its attention to values that are 1, without the site's row cap. They are as wide as the
+    model's own, and lie as those do, so that the kernels are those that the model runs."""
 
     def __init__(self, state: OwnerState, sums: RowSums) -> None:
         super().__init__(state)
@@ -74,14 +75,14 @@ class _SummingMode(SwapMode):
 
     def _sdpa(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with _uncapped(site):
-            self.sums.add(super()._sdpa(site, query, key, torch.ones_like(value[..., :1]), *args, **kwargs))
+            self.sums.add(super()._sdpa(site, query, key, torch.ones_like(value), *args, **kwargs)[..., 0])
         return super()._sdpa(site, query, key, value, *args, **kwargs)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         def attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor | None]:
             asked = {**arguments, "need_weights": False}
             with _uncapped(site):
-                self.sums.add(site.attention(query, key, torch.ones_like(value[..., :1]), **asked)[0])
+                self.sums.add(site.attention(query, key, torch.ones_like(value), **asked)[0][..., 0])
             return site.attention(query, key, value, **arguments)
 
         return SWAPS[func].stand_in(attention, *args, **kwargs)

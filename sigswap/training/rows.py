@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sigswap.conversion.state import AxisPlan, RowBias, SiteState
 from sigswap.functional.attention import probabilities
+from sigswap.functional.stand_ins import of_keys
 from sigswap.kernels import MASKED_SCORE
 from sigswap.training.sums import Rows
 
@@ -36,11 +37,14 @@ class Tile:
     start: int
     is_causal: bool
     scale: float
+    modify: Callable[[Tensor, int], Tensor] | None = None  # of the scaled scores and the first row, as flex's score_mod
 
     def scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and whether they are visible, [B, H, m, N], in float32 at least."""
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         scores = query.to(wide) @ key.to(wide).mT * self.scale
+        if self.modify is not None:
+            scores = self.modify(scores, self.start)
         visible = torch.ones_like(scores, dtype=torch.bool)
         if self.is_causal:
             visible = visible.tril(self.start)
@@ -100,8 +104,9 @@ class PendingSoftmax:
 
     def __init__(self, site: SiteState, probs: Tensor, scores: Tensor, dim: int, bias: RowBias) -> None:
         self.site, self.probabilities, self.dim, self.bias = site, probs, dim, bias
-        self.wide = scores if scores.dtype == torch.float64 else scores.float()
-        self.visible = ~(scores <= MASKED_SCORE)  # NaN is not masked, but an error
+        self.whole = scores if scores.dtype == torch.float64 else scores.float()
+        self.wide = of_keys(self.whole, dim, site.plan.extra)
+        self.visible = ~(self.wide <= MASKED_SCORE)  # NaN is not masked, but an error
         axis = site.plan.head_axis.axis
         self.head_axis = None if axis is None else axis % scores.dim()
         self.counted = self.visible.any(dim, keepdim=True) & self._own()
@@ -143,8 +148,8 @@ class PendingSoftmax:
         return Rows(self.query, self.counted_rows(), self.by_head(count).squeeze(-1), self.by_head(first).squeeze(-1))
 
     def logsumexp(self) -> Tensor:
-        """[heads, rows]."""
-        masked = self.wide.masked_fill(~self.visible, -torch.inf)
+        """[heads, rows], of the whole row, with attention sinks."""
+        masked = self.whole.masked_fill(self.whole <= MASKED_SCORE, -torch.inf)
         return self.by_head(masked.logsumexp(self.dim, keepdim=True)).squeeze(-1)
 
     def by_head(self, x: Tensor) -> Tensor:

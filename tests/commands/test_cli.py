@@ -48,13 +48,13 @@ class Summed(Attention):
         return (query @ key.mT + key @ query.mT).softmax(-1) @ value
 
 
-class Sink(Attention):
-    """A key of zeros that is no key."""
+class Renormalised(Attention):
+    """Probabilities that are normalised again, which would undo a sigmoid."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).chunk(3, -1)
-        scores = torch.cat([query @ key.mT, x.new_zeros(2, 5, 1)], -1)
-        return scores.softmax(-1)[..., :-1] @ value
+        p = (query @ key.mT).softmax(-1) ** 2
+        return p / p.sum(-1, keepdim=True) @ value
 
 
 class NoAttention(nn.Linear):
@@ -78,8 +78,8 @@ def build_summed() -> nn.Module:
     return Summed()
 
 
-def build_with_sink() -> nn.Module:
-    return Sink()
+def build_renormalised() -> nn.Module:
+    return Renormalised()
 
 
 def build_llama() -> nn.Module:
@@ -205,7 +205,8 @@ def test_compare(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     word_llama(tmp_path / "in")
     done = run("convert", tmp_path / "in", "--out", tmp_path / "out")
-    assert done.exit_code == 0 and f"sigswap compare {tmp_path / 'out'} {tmp_path / 'in'}" in done.stdout
+    assert done.exit_code == 0, done.output
+    assert f"sigswap compare {tmp_path / 'out'} {tmp_path / 'in'} --text FILE\n" in done.stdout
     text = "\n".join(" ".join(f"w{(3 * i + j * j) % 48}" for j in range(10)) for i in range(40))
     (tmp_path / "text.txt").write_text(text)
     options = ("--text", tmp_path / "text.txt", "--length", 32, "--samples", 5, "--json", tmp_path / "figures.json")
@@ -271,10 +272,27 @@ def test_row_cap(tmp_path: Path) -> None:
     assert failed.exit_code == 1 and "row-cap must be None or a positive finite number" in failed.stderr
 
 
+def test_a_decoder_that_is_calibrated(tmp_path: Path) -> None:
+    word_llama(tmp_path / "in")
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{(i + 7 * j) % 48}" for j in range(20)) for i in range(9)))
+    options = ("--calibrate", tmp_path / "text.txt", "--out")
+    for flags, names in (
+        ((), {"bias", "query_weight", "length_share", "offset"}),
+        (("--no-first-token",), {"bias", "query_weight"}),
+    ):
+        out = tmp_path / f"out{len(flags)}"
+        result = run("convert", tmp_path / "in", *options, out, *flags)
+        assert result.exit_code == 0, result.output
+        state = sigswap.load(out).state_dict()
+        assert {name.rpartition(".")[2] for name in state if ".sigswap." in name} == names
+        assert ("row cap 0.01" in " ".join(result.stdout.split())) == (not flags)
+
+
 def test_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     assert "blocks.{0..5}.attn" in run("inspect", "timm:test_vit").stdout
-    assert run("convert", "timm:test_vit", "--out", tmp_path, "--layer-scale", "1.0").exit_code == 0
+    done = run("convert", "timm:test_vit", "--out", tmp_path, "--layer-scale", "1.0")
+    assert done.exit_code == 0 and f"sigswap compare {tmp_path} timm:test_vit --text DIR\n" in done.stdout
     assert any(name.endswith("layer_scale") for name in sigswap.load(tmp_path).state_dict())
 
 
@@ -349,7 +367,7 @@ def test_mistakes(
         (("inspect", "build", "--example", f"{HERE}:HERE"), "HERE' is a str"),
         (("inspect", "build", "--example", f"{HERE}:inputs", "--include", "x"), "--include: 'x'"),
         (("convert", "build", "--exclude", "*"), "--include GLOB and --exclude GLOB leave none"),
-        (("convert", "build_with_sink"), "Pass --no-strict to leave them as softmax, or --exclude GLOB"),
+        (("convert", "build_renormalised"), "Pass --no-strict to leave them as softmax, or --exclude GLOB"),
         (("convert", "build_summed", "--query-bias"), "--query-bias needs"),
         (
             ("convert", "build_summed", "--query-bias"),

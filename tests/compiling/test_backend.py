@@ -198,10 +198,47 @@ def test_torch_nn_layers(grad: bool, padded: bool) -> None:
         close(compiled(layer)(**inputs), expected)
 
 
+@pytest.mark.parametrize("where", ["before the product", "after the product", "after the softmax", "after the value"])
+def test_a_graph_break(where: str) -> None:
+    """Within an attention it is in doubt, and beside it of no account; a similarity alone is no attention."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def may_break(here: str) -> None:
+            if where == here:
+                torch._dynamo.graph_break()
+
+        may_break("before the product")
+        scores = q @ k.mT
+        may_break("after the product")
+        weights = scores.softmax(-1)
+        may_break("after the softmax")
+        out = weights @ v
+        may_break("after the value")
+        return out * 2
+
+    args = [torch.randn(B, H, M, D) for _ in range(3)]
+    compiled = torch.compile(attention, backend="sigswap", options={"inner": "eager"})
+    if where in ("after the product", "after the softmax"):
+        with pytest.raises(Exception, match="the graph breaks"):
+            compiled(*args)
+    else:
+        weights = torch.sigmoid(args[0] @ args[1].mT - math.log(M))
+        assert torch.allclose(compiled(*args), weights @ args[2] * 2, atol=1e-5)
+
+
+def test_a_similarity_alone_is_no_attention() -> None:
+    def similarity(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.mT).softmax(-1)
+
+    args = [torch.randn(3, 4), torch.randn(5, 4)]
+    compiled = torch.compile(similarity, backend="sigswap", options={"inner": "eager"})
+    assert torch.allclose(compiled(*args), similarity(*args))
+
+
 def test_left_alone_is_logged_and_strict_raises(caplog: pytest.LogCaptureFixture) -> None:
     def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
-        return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
+        return (scores - scores.mean(-1, keepdim=True)).softmax(-1) @ v
 
     args = [torch.randn(B, H, M, D) for _ in range(3)]
     with pytest.raises(Exception, match="shifted by a reduction") as info:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sigswap
-from sigswap import errors
 from sigswap.conversion.implementations import set_implementations
 from tests.support.oracle import sigmoid_of_scores
 
@@ -99,15 +98,34 @@ def test_an_opaque_one_becomes_what_is_equal(name: str, implementation: str, bec
     assert model.config._attn_implementation == implementation
 
 
-def test_sinks_are_never_dropped() -> None:
-    model = build(
-        "GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=16, layer_types=["full_attention"]
-    ).bfloat16()
+def test_sinks_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss, set to flex attention: its softmax has the sinks, its sigmoid does not."""
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    model = build("GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=16, layer_types=["full_attention"])
+    torch.nn.init.constant_(model.model.layers[0].self_attn.sinks, 3.0)
+    set_implementations(model, {"": "eager", "model": "eager"})
+    with torch.no_grad():
+        before = model(IDS).logits
     set_implementations(model, {"": "flex_attention", "model": "flex_attention"})
-    for strict, error in ((True, errors.UnswappableSiteError), (False, errors.NoAttentionError)):
-        with pytest.raises(error, match=r"sinks|shifted"):
-            sigswap.convert(model, strict=strict)
-        assert model.config._attn_implementation == "flex_attention"
+    sigswap.convert(model)
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad(), sigswap.softmax(model):
+        assert torch.allclose(model(IDS).logits, before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        after = model(IDS).logits
+    sigswap.revert(model)
+
+    def eager(module, query, key, value, attention_mask, scaling, **others):  # type: ignore[no-untyped-def]
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = query @ key.mT * scaling + attention_mask
+        return (sigmoid_of_scores(scores) @ value).transpose(1, 2).contiguous(), None
+
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", eager)
+    set_implementations(model, {"": "eager", "model": "eager"})
+    with torch.no_grad():
+        assert torch.allclose(after, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_on_the_meta_device_the_class_is_believed() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import sigswap
 from sigswap import errors
 from sigswap.conversion.record import conversion_of
-from sigswap.conversion.recording import Recording
+from sigswap.conversion.recording import Example, Recording
+from sigswap.conversion.untouched import Untouched
 from tests.support.oracle import sigmoid_of_scores
 
 
@@ -387,9 +389,48 @@ def test_the_inputs_are_blamed_only_if_the_plain_forward_fails() -> None:
 
 def test_a_way_that_failed_is_not_tried_again() -> None:
     recording = Recording(Attention(READS["numpy"]))
-    first = recording.run(((example(),), {}))
+    first = recording.run(Example(((example(),), {})))
     assert first.way == "copy" and recording.ways == ["copy", "itself"]
-    assert recording.run(((example(),), {})).way == "copy"
+    assert recording.run(Example(((example(),), {}))).way == "copy"
+
+
+# What it costs.
+
+
+@pytest.mark.parametrize(("name", "most"), [("nothing", 0), ("numpy", 2)])
+def test_forwards_of_the_models_own_tensors(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """None where fake tensors do; else one to look and one to check. The process is noted once."""
+    runs = tmp_path / "runs"  # a list would be put back to what it was
+    runs.touch()
+
+    def counted(self: Attention, y: Tensor) -> Tensor:
+        if not isinstance(y, FakeTensor):
+            with runs.open("a") as file:
+                file.write("forward\n")
+        return READS.get(name, lambda self, y: y)(self, y)
+
+    made: list[object] = []
+    note = Untouched._note
+    monkeypatch.setattr(Untouched, "_note", lambda self, *arguments: (made.append(self), note(self, *arguments))[1])
+    sigswap.convert(Attention(counted), example_inputs=example())
+    assert len(runs.read_text().splitlines()) == most and len(made) == 1
+
+
+def test_the_model_is_changed_when_nothing_can_refuse_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Attention()
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        Recording,
+        "check",
+        lambda self, example, form, check=Recording.check: (
+            seen.append(sigswap.is_converted(model)),
+            check(self, example, form),
+        )[1],
+    )
+    sigswap.convert(model, example_inputs=example())
+    assert seen == [False] and sigswap.is_converted(model)
 
 
 # What was accepted runs.
@@ -467,6 +508,6 @@ def test_hidden_states_that_were_asked_for_before() -> None:
 
     model, ids = Model().eval(), torch.randint(0, 97, (2, 6))
     model(ids)
-    assert Recording(model).run(((ids,), {})).way == "fake"
+    assert Recording(model).run(Example(((ids,), {}))).way == "fake"
     sigswap.convert(model, example_inputs=ids)
     assert sigswap.report(model).count("swapped") == 2

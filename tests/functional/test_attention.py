@@ -14,7 +14,9 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from sigswap.errors import ArgumentError, SigswapError
+from sigswap.functional import stand_ins
 from sigswap.functional.attention import attend, probabilities, sigmoid_attention
+from tests.support.oracle import sdpa
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Any = None) -> Tensor:
@@ -336,3 +338,13 @@ def test_forward_mode_raises() -> None:
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(SigswapError, match="forward-mode"):
         torch.func.jvp(lambda q: sigmoid_attention(q, q, q), (q,), (torch.ones_like(q),))
+
+
+def test_keys_and_values_are_grouped_each_by_itself() -> None:
+    """As torch's function does it: one head of keys for two of queries, and a value for each."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 8, generator=generator).double() for heads in (4, 2, 4))
+    F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    for k, v in ((key, value), (value, key)):
+        got = stand_ins.scaled_dot_product_attention(query, k, v, enable_gqa=True)
+        assert torch.allclose(got, sdpa(query, k, v, enable_gqa=True), atol=1e-12)

@@ -194,6 +194,56 @@ def test_finds_scores_that_are_a_sum_of_products() -> None:
     assert len(site.products) >= 1
 
 
+# Forms that are sites: function, shapes, parameters
+FORMS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int]] = {
+    "sinks": (
+        lambda q, k, v, s: torch.cat([q @ k.mT, s.expand(B, H, M, 1)], -1).softmax(-1)[..., :-1] @ v,
+        (Q, K, V, (H, 1, 1)),
+        1,
+    ),
+    "heads_mixed_by_an_einsum": (
+        lambda q, k, v, w: torch.einsum("bhij,hg->bgij", torch.einsum("bhij,hg->bgij", q @ k.mT, w).softmax(-1), w) @ v,
+        (Q, K, V, (H, H)),
+        1,
+    ),
+    "three_operands": (
+        lambda q, k, v, w: torch.einsum("bhid,bhjd,hg->bgij", q, k, w).softmax(-1) @ v,
+        (Q, K, V, (H, H)),
+        1,
+    ),
+    "three_operands_below": (
+        lambda q, k, v, w: torch.einsum("bhij,bhjd,hg->bgid", (q @ k.mT).softmax(-1), v, w),
+        (Q, K, V, (H, H)),
+        1,
+    ),
+    "by_hand": (
+        lambda q, k, v: (lambda e: (e / e.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp()),
+        (Q, K, V),
+        0,
+    ),
+    "by_hand_keys_first": (
+        lambda q, k, v: (lambda e: (e / e.sum(-2, keepdim=True)).mT @ v)((k @ q.mT).exp()),
+        (Q, K, V),
+        0,
+    ),
+    "log_softmax": (
+        lambda q, k, v: F.log_softmax(q @ k.mT, -1).exp() @ v,
+        (Q, K, V),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_finds_other_forms(name: str) -> None:
+    function, shapes, parameters = FORMS[name]
+    result = found(function, *shapes, parameters=parameters)
+    (site,) = result.sites
+    assert not result.left_alone and site.products and site.extra == ((0, 1) if name == "sinks" else (0, 0))
+    assert (site.exponential is not None) == name.startswith("by_hand")
+    assert site.key_axis == (2 if name == "by_hand_keys_first" else 3)
+
+
 # What is no attention, or none that can be swapped: function, shapes, parameters, attention, part of the reason
 NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int, bool, str]] = {
     "router": (lambda x, w: (x @ w).softmax(-1) @ x[:, :4], ((B, N, D), (D, 4)), 1, False, "parameter"),
@@ -231,13 +281,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
     "wrong_axis": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, (Q, K, V), 0, False, "do not weight a value"),
     "batch_axis": (lambda q, k, v: (q @ k.mT).softmax(1) @ v, (Q, K, V), 0, False, "batch axis"),
     "contrastive": (lambda x, y: (x @ y.mT).softmax(-1).diagonal().log().sum(), ((B, D), (B, D)), 0, False, ""),
-    "sinks": (
-        lambda q, k, v, s: torch.cat([q @ k.mT, s.expand(B, H, M, 1)], -1).softmax(-1)[..., :-1] @ v,
-        (Q, K, V, (H, 1, 1)),
-        1,
-        True,
-        "sinks",
-    ),
     "renormalised": (
         lambda q, k, v: (lambda p: (p / p.sum(-1, keepdim=True)) @ v)((q @ k.mT).softmax(-1)),
         (Q, K, V),
@@ -259,27 +302,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         False,
         "do not weight a value",
     ),
-    "heads_mixed_by_an_einsum": (
-        lambda q, k, v, w: torch.einsum("bhij,hg->bgij", torch.einsum("bhij,hg->bgij", q @ k.mT, w).softmax(-1), w) @ v,
-        (Q, K, V, (H, H)),
-        1,
-        True,
-        "parameter",
-    ),
-    "three_operands": (
-        lambda q, k, v, w: torch.einsum("bhid,bhjd,hg->bgij", q, k, w).softmax(-1) @ v,
-        (Q, K, V, (H, H)),
-        1,
-        True,
-        "not a product of two",
-    ),
-    "three_operands_below": (
-        lambda q, k, v, w: torch.einsum("bhij,bhjd,hg->bgid", (q @ k.mT).softmax(-1), v, w),
-        (Q, K, V, (H, H)),
-        1,
-        True,
-        "cannot be followed through einsum",
-    ),
     "threshold": (
         lambda q, k, v: F.threshold((q @ k.mT).softmax(-1), 0.01, 0.0) @ v,
         (Q, K, V),
@@ -294,13 +316,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         True,
         "cosine_similarity",
     ),
-    "by_hand": (
-        lambda q, k, v: (lambda e: (e / e.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp()),
-        (Q, K, V),
-        0,
-        True,
-        "by hand",
-    ),
     "by_hand_divided_below": (
         lambda q, k, v: (lambda e: (e @ v) / e.sum(-1, keepdim=True))(((q @ k.mT).clamp(max=9)).exp()),
         (Q, K, V),
@@ -308,19 +323,40 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...],
         True,
         "by hand",
     ),
-    "by_hand_keys_first": (
-        lambda q, k, v: (lambda e: (e / e.sum(-2, keepdim=True)).mT @ v)((k @ q.mT).exp()),
+    "distances": (
+        lambda q, k, v: (-(torch.cdist(q, k) ** 2)).softmax(-1) @ v,
         (Q, K, V),
         0,
         True,
-        "by hand",
+        "distances",
     ),
-    "log_softmax": (
-        lambda q, k, v: F.log_softmax(q @ k.mT, -1).exp() @ v,
+    "differences": (
+        lambda q, k, v: (-(q[..., :, None, :] - k[..., None, :, :]).abs().sum(-1)).softmax(-1) @ v,
         (Q, K, V),
         0,
         True,
-        "by hand",
+        "not a product",
+    ),
+    "first_score": (
+        lambda q, k, v: (lambda s: (s - s[..., :1]).softmax(-1))(q @ k.mT) @ v,
+        (Q, K, V),
+        0,
+        True,
+        "shifted by some of them",
+    ),
+    "topk": (
+        lambda q, k, v: torch.zeros(B, H, M, N).scatter(-1, *((q @ k.mT).softmax(-1).topk(2))[::-1]) @ v,
+        (Q, K, V),
+        0,
+        True,
+        "topk",
+    ),
+    "kept_sink": (
+        lambda q, k, v, s: torch.cat([q @ k.mT, s.expand(B, H, M, 1)], -1).softmax(-1)[..., 1:] @ v,
+        (Q, K, V, (H, 1, 1)),
+        1,
+        True,
+        "not dropped",
     ),
     "alibi_from_the_last_key": (
         lambda q, k, v, w: (q @ k.mT * D**-0.5 + torch.arange(1 - N, 1) * w[:, None, None].exp()).softmax(-1) @ v,
@@ -372,6 +408,11 @@ def test_what_looks_alike() -> None:
     assert len(found(bias_per_key, Q, K, V, (N,), parameters=1).sites) == 1
     assert not found(features, Q, K, V, (D, D), parameters=1).left_alone
     assert not found(loss, Q, K, V).left_alone
+
+    def positions(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:  # differences that are no scores
+        return (q @ k.mT - (x[:M, None] - x).abs()).softmax(-1) @ v
+
+    assert len(found(positions, Q, K, V, (N,)).sites) == 1
     assert not found(temperature, Q, K, V, (H, 1, 1), parameters=1).left_alone
 
 

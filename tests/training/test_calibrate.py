@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zoo import BY_NAME, call, hf, randomise
 
@@ -382,8 +383,9 @@ def test_arguments() -> None:
     with pytest.raises(ArgumentError, match="learn_bias=True"):
         sigswap.calibrate(model, data)
     sigswap.convert(sigswap.revert(model), example_inputs=data[0])
-    with pytest.raises(ArgumentError, match="refine"):
-        sigswap.calibrate(model, data, refine=-1)
+    for name, wrong in (("refine", -1), ("seed", "a"), ("lookups", "all"), ("max_length", 64)):
+        with pytest.raises(ArgumentError, match=name):
+            sigswap.calibrate(model, data, **{name: wrong})
 
 
 def test_convert_calibrates_in_one_go() -> None:
@@ -442,6 +444,44 @@ def test_report_and_ranking(tmp_path: Path) -> None:
         sigswap.revert(model), QUERY_BIAS, example_inputs=inputs, exclude=ranking.exclude(1), calibrate_with=inputs
     )
     assert sigswap.report(kept).count("left") == 1
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an op gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(output) if isinstance(x, Tensor))])
+        return output
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+def test_long_sequences_are_seen_without_a_tensor_of_rows_by_keys(
+    first_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("sigswap.training.observe"), "MAX_TILE_SCORES", 1 << 12)
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    length = 512
+    model, x = Causal(), torch.randn(1, length, 16)
+    config = sigswap.SigmoidConfig(query_bias=True, first_token=first_token)
+    sigswap.convert(model, config, example_inputs=x[:, :8])
+    with Largest() as largest:
+        report = sigswap.calibrate(model, x, progress=False)
+    assert largest.numel < length**2 / 4
+    assert [(r.least, r.most) for r in report.lengths][-2:] == [(256, 511), (512, 512)]
 
 
 def test_minilm_reaches_its_targets() -> None:

@@ -285,6 +285,26 @@ def test_other_models(name: str, kind: str) -> None:
     assert "converted (sigmoid)" in str(result)
 
 
+@pytest.mark.parametrize(
+    ("kind", "build"),
+    [
+        ("encoder-decoder", lambda: hf("T5ForConditionalGeneration")),
+        ("token predictor", lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=61, **SIZES))),
+    ],
+)
+def test_models_with_logits_over_their_vocabulary_choose_tokens(kind: str, build: Callable[[], nn.Module]) -> None:
+    original = randomise(build()).eval()
+    batch = texts(1)[0]
+    if kind == "encoder-decoder":
+        batch["decoder_input_ids"] = batch["input_ids"].flip(1)
+    model = converted(original)
+    result = sigswap.compare(model, original, [batch], progress=False)
+    with torch.no_grad():
+        chosen = [each(**batch).logits.argmax(-1)[batch["attention_mask"].bool()] for each in (original, model)]
+    assert result.kind == kind
+    assert result["most likely token agrees"].converted == float((chosen[0] == chosen[1]).double().mean())
+
+
 # Layers
 
 
@@ -415,3 +435,25 @@ def test_wrong_arguments() -> None:
     plain = ShiftedDecoder()
     with pytest.raises(ArgumentError, match="does not say what its inputs look like"):
         sigswap.compare(sigswap.convert(plain, example_inputs=texts(1)[0]["input_ids"]))
+
+
+def test_compiled_models_are_compared_as_they_are() -> None:
+    original = randomise(hf("LlamaForCausalLM"), gain=0.7).eval()
+    model = converted(original)
+    expected = sigswap.compare(model, original, texts(1), max_length=16, progress=False)
+    compiled = (torch.compile(each, backend="eager") for each in (model, original))
+    assert sigswap.compare(*compiled, texts(1), max_length=16, progress=False) == expected
+
+
+@pytest.mark.parametrize("seed", ["a", 1.0, True, None])
+def test_a_seed_that_is_no_number(seed: Any) -> None:
+    original = randomise(hf("LlamaForCausalLM")).eval()
+    with pytest.raises(ArgumentError, match="seed must be a whole number"):
+        sigswap.compare(converted(original), original, texts(1), seed=seed)
+
+
+def test_a_model_whose_inputs_are_not_known() -> None:
+    x = torch.randn(2, 6, 16)
+    model = converted(nn.TransformerEncoderLayer(16, 2, batch_first=True), x)
+    with pytest.raises(ArgumentError, match=r"does not say what its inputs look like, so none can be made for it\."):
+        sigswap.compare(model)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from zoo import BY_NAME, call, hf, randomise
 
 import sigswap
+from sigswap.conversion.record import conversion_of
 from sigswap.errors import ArgumentError, CalibrationError, NotConvertedError
 
 pytest.importorskip("transformers")
-QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True)
+QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True, first_token=False)
 VOCABULARY = 61
 
 
@@ -274,6 +275,64 @@ def test_lora_on_a_converted_model() -> None:
     assert loss_of(lora.merge_and_unload()) == pytest.approx(tuned, rel=1e-4)
 
 
+def adapted(**options: Any) -> tuple[Any, Any]:
+    """A converted model with adapters, of which some are not 0, and the original."""
+    peft = pytest.importorskip("peft")
+    model, original = converted()
+    arguments = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "modules_to_save": ["sigswap"]} | options
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(**arguments)).eval(), original
+
+
+def test_a_student_with_adapters_needs_no_second_model() -> None:
+    """Each loss is that beside a copy of the original; adapters and sigswap's parameters learn, and nothing else."""
+    student, original = adapted()
+    other = copy.deepcopy(student)
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    far = divergence(student, original)
+    report = sigswap.distill(student, None, texts(), steps=20, layerwise_steps=2, lr=1e-2, progress=False)
+    teacher = copy.deepcopy(other)  # of the same modules' names
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+    expected = sigswap.distill(other, teacher, texts(), steps=20, layerwise_steps=2, lr=1e-2, progress=False)
+    assert report.end_to_end == pytest.approx(expected.end_to_end, rel=1e-4)
+    assert report.layerwise == pytest.approx(expected.layerwise, rel=1e-4)
+    assert divergence(student, original) < 0.9 * far
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, flag in flags.items() if flag}
+    assert any("lora_A" in name for name in changed) and any("sigswap" in name for name in changed)
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == flags
+    with student.disable_adapter(), torch.no_grad(), sigswap.softmax(student):
+        for batch in texts():
+            torch.testing.assert_close(student(**batch).logits, original(**batch).logits)
+
+
+def test_a_trained_weight_that_is_no_adapters_needs_a_teacher() -> None:
+    student, _ = adapted()
+    student.base_model.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(
+        ArgumentError, match=r"would change \(base_model\.model\.(lm_head|model\.embed_tokens)\.weight is no"
+    ):
+        sigswap.distill(student, None, texts(), steps=1)
+    biased, _ = adapted(target_modules=["q_proj"], bias="all")
+    assert sigswap.distill(biased, None, texts(), steps=1, progress=False)  # Llama has no biases
+
+
+def test_comparing_and_lifting_a_student_with_adapters() -> None:
+    student, original = adapted()
+    sigswap.set_row_cap(student.base_model.model, 0.5)
+    report = sigswap.distill(student, None, texts(), steps=6, lr=1e-2, lift_row_cap=2.0, progress=False)
+    assert report.row_cap == "row cap 2 to 2 in 2 attentions"
+    found = sigswap.compare(student, None, texts(), max_length=16, progress=False)["loss"]
+    with torch.no_grad():
+        losses = [original(**batch, labels=batch["input_ids"]).loss for batch in texts()]
+    assert found.original == pytest.approx(float(sum(losses)) / len(losses), rel=1e-4)
+    assert found.converted != found.original
+
+
 # Distillation that scales: each option gives what a plain run gives
 
 
@@ -393,9 +452,10 @@ def test_row_caps_are_lifted(target: float, last: float | None, tmp_path: Path) 
             raise Interrupted
 
     arguments: dict[str, Any] = {"steps": 11, "lr": 1e-3, "lift_row_cap": target, "progress": False}
+    conversion = conversion_of(model)
     with pytest.raises(Interrupted):
         sigswap.distill(model, original, texts(), **arguments, callback=stop, resume=tmp_path / "run.pt")
-    assert caps_of(model) == [0.5, None]
+    assert caps_of(model) == [0.5, None] and conversion_of(model) is conversion
     report = sigswap.distill(model, original, texts(), **arguments, callback=stop, resume=tmp_path / "run.pt")
     caps = [cap for cap, other in seen if other is None]
     top = 8.0 if last else 64.0
@@ -433,3 +493,22 @@ def test_wrong_options() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             sigswap.distill(model, original, texts(), steps=1, progress=False, **wrong)
+
+
+def test_where_no_training_is_possible() -> None:
+    model, original = converted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode(), pytest.raises(ArgumentError, match=r"no gradients inside torch.inference_mode\(\)"):
+        sigswap.distill(model, original, texts(), steps=1, progress=False)
+    for argument, given in (
+        ("model", (torch.compile(model, backend="eager"), original)),
+        ("teacher", (model, torch.compile(original, backend="eager"))),
+    ):
+        with pytest.raises(ArgumentError, match=f"{argument} is compiled. Pass what was given to torch.compile"):
+            sigswap.distill(*given, texts(), steps=1, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+    with pytest.raises(ArgumentError, match=r"model: .* was made inside torch.inference_mode\(\)"):
+        sigswap.distill(made, original, texts(), steps=1, progress=False)
+    sigswap.distill(model, original, texts(), steps=1, progress=False)

@@ -21,7 +21,7 @@ from sigswap.training.mixing import Mixer, mixer_for
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(1000, 1500)
 LENGTH = 64
-QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True)
+QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True, first_token=False)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -192,7 +192,7 @@ def test_never_for_what_is_no_language_model() -> None:
         model = sigswap.convert(copy.deepcopy(original), example_inputs=inputs)
         report = sigswap.distill(model, original, [inputs], steps=1, progress=False)
         assert report.lookups.startswith("no lookups mixed in (") and report.lookups in str(report)
-        with pytest.raises(ArgumentError, match="are for language models"):
+        with pytest.raises(ArgumentError, match="lookups can be given for language models only"):
             sigswap.distill(model, original, [inputs], steps=1, lookups=0.25, progress=False)
 
 
@@ -255,6 +255,131 @@ def test_layerwise_stage_sees_lookups(teacher: ShiftedDecoder, monkeypatch: pyte
     report = sigswap.distill(model, teacher, texts(1, 0), steps=0, layerwise_steps=2, progress=False)
     assert len(seen) == 2 and all(int((ids != texts(1, 0)[0]["input_ids"]).any(1).sum()) == 4 for ids in seen)
     assert "8 of 32 sequences" in report.lookups
+
+
+# What a decoder is seen on beside the batches
+
+
+def seen_by(model: Any, batches: list[Any], **options: Any) -> tuple[list[Tensor], Any]:
+    """The token ids of the first pass of a calibration, and its report."""
+    seen: list[Tensor] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["input_ids"])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    report = sigswap.calibrate(model, batches, refine=0, progress=False, **options)
+    hook.remove()
+    tried, passes = 2, 2  # whether it is a decoder is tried first
+    assert (len(seen) - tried) % passes == 0
+    each = (len(seen) - tried) // passes
+    first, second = seen[tried : tried + each], seen[tried + each :]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return first, report
+
+
+def swapped(**config: Any) -> Any:
+    return sigswap.convert(randomise(hf("LlamaForCausalLM", **config)).eval(), QUERY_BIAS)
+
+
+def lines(count: int, rows: int = 3, length: int = 20) -> list[dict[str, Tensor]]:
+    """Rows of one token each, so that they are told from lookups."""
+    return [
+        {"input_ids": torch.full((rows, length), 3 + index), "labels": torch.zeros(rows, length, dtype=torch.int64)}
+        for index in range(count)
+    ]
+
+
+def test_calibration_sees_lookups_beside_the_batches() -> None:
+    seen, report = seen_by(swapped(), lines(4), tokens=range(20, 50))
+    given = [ids for ids in seen if bool((ids == ids[0, 0]).all())]
+    made = torch.cat([ids for ids in seen if not bool((ids == ids[0, 0]).all())])
+    assert torch.equal(torch.cat(given), torch.cat([batch["input_ids"] for batch in lines(4)]))
+    assert made.shape == (4, 20) and int(made.min()) >= 20  # a quarter of 16
+    assert len({tuple(row) for row in made.tolist()}) == 4
+    assert report.batches == 4 and any(
+        "4 lookups (repeats and edits of random tokens)" in line for line in report.notes
+    )
+    seen, report = seen_by(swapped(), lines(4), lookups=False)
+    assert len(seen) == 4 and not any("lookups" in line for line in report.notes)
+    seen, _ = seen_by(swapped(), lines(1, rows=1), lookups=Lookups(share=0.5, kinds=["lists"]))
+    assert [len(ids) for ids in seen] == [1, 1]
+
+
+def test_calibration_of_other_models_sees_no_lookups() -> None:
+    for name in ("bert", "vit"):
+        entry = BY_NAME[name]
+        inputs = entry.make_inputs()
+        model = sigswap.convert(entry.build(), example_inputs=inputs)
+        report = sigswap.calibrate(model, [inputs], refine=0, progress=False)
+        assert not report.notes
+        for wrong in ({"lookups": 0.5}, {"max_length": 16}):
+            with pytest.raises(ArgumentError, match=f"{next(iter(wrong))} can be given for language models only"):
+                sigswap.calibrate(model, [inputs], progress=False, **wrong)
+
+
+def test_calibration_reaches_all_positions_up_to_max_length() -> None:
+    ids = torch.randint(3, 61, (10, 20), generator=generator())
+    mask = torch.ones_like(ids)
+    mask[4, 15:] = 0
+    batches = [{"input_ids": a, "attention_mask": b} for a, b in zip(ids.split(4), mask.split(4), strict=True)]
+    seen, report = seen_by(swapped(), batches, max_length=60)
+    text_ = ids[mask.bool()]
+    long = [x for x in seen if x.shape[1] == 60]
+    assert torch.equal(torch.cat(long[:3]), text_[:180].view(3, 60)) and long[3].shape == (1, 60)  # the last: lookups
+    assert any("3 sequences of 60 tokens" in line for line in report.notes)
+    assert report.lengths[-1].most == 60 and max(record.most for record in report.lengths) == 60
+    assert {record.least for record in report.lengths} == {1, 2, 4, 8, 16, 32}
+    model = swapped()
+    seen, report = seen_by(model, batches[:1], max_length=64, lookups=False)
+    assert [x.shape for x in seen] == [(4, 20), (1, 64)]
+    seen, _ = seen_by(model, batches[1:2], max_length=64, lookups=False)
+    assert [x.shape for x in seen] == [(4, 20), (1, 64)]
+    seen, _ = seen_by(model, batches[2:], max_length=64, lookups=False)
+    assert [x.shape for x in seen] == [(2, 20), (1, 40)]  # there are no more
+    for wrong in (65, 1, "long", True):
+        with pytest.raises(ArgumentError, match="max_length"):
+            sigswap.calibrate(model, batches, max_length=wrong, progress=False)
+    too_long = [{"input_ids": torch.zeros(1, 65, dtype=torch.int64)}]
+    with pytest.raises(ArgumentError, match="positions for 64"):
+        sigswap.calibrate(model, too_long, progress=False)
+
+
+# Batches of other lengths
+
+
+def test_batches_are_cut_into_sequences_of_the_lengths_given() -> None:
+    mixer = Mixer(None, language.TextInputs("input_ids"), None, lengths=[8, 30, 100])
+    ids = torch.arange(3, 83).view(4, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+    shapes = set()
+    for step in range(30):
+        args, new = mixer(((), given), step)
+        cut = new.pop("input_ids")
+        assert args == () and new == {"use_cache": False}
+        assert torch.equal(cut.flatten(), ids[mask.bool()][: cut.numel()])
+        shapes.add(tuple(cut.shape))
+    assert shapes == {(9, 8), (2, 30), (1, 73)}
+    assert torch.equal(mixer(((), given), 7)[1]["input_ids"], mixer(((), given), 7)[1]["input_ids"])
+
+
+def test_distillation_at_several_lengths() -> None:
+    original = randomise(hf("LlamaForCausalLM"), gain=0.7).eval()
+    model = sigswap.convert(copy.deepcopy(original), QUERY_BIAS)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    batches = [{"input_ids": torch.randint(3, 61, (8, 16), generator=generator(i))} for i in range(3)]
+    report = sigswap.distill(model, original, batches, steps=8, lengths=[16, 64], progress=False)
+    assert set(seen) == {(8, 16), (2, 64)} and len(seen) == 8 and " of " in report.lookups
+    for wrong in ([], [1], [65], "16", [16.0], 16):
+        with pytest.raises(ArgumentError, match="lengths"):
+            sigswap.distill(model, original, batches, steps=1, lengths=wrong, progress=False)
+    entry = BY_NAME["vit"]
+    vit = sigswap.convert(entry.build(), example_inputs=entry.make_inputs())
+    with pytest.raises(ArgumentError, match="lengths can be given for language models only: the batches hold no token"):
+        sigswap.distill(vit, entry.build(), [entry.make_inputs()], steps=1, lengths=[16], progress=False)
 
 
 # Bad input: a clear error, and nothing lost

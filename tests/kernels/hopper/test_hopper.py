@@ -25,10 +25,11 @@ except ImportError as error:
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
-from sigswap.kernels.hopper import backward_common, grad_query
+from sigswap.kernels.hopper import backward_common, forward_items, grad_query
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -85,7 +86,7 @@ def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: 
     assert int(stores) <= spilled
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, pytest.param(96, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize(
     ("dtype", "band", "form", "grouped", "bias"),
     [
@@ -107,6 +108,7 @@ def test_the_backward_compiles_with_its_products_in_flight(
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
         "DIM": dim,
+        "APART": dim == 64,
         "BANDED": band != "none",
         "BIAS_ROWS": by_row,
         "SUMS": bias == "heads",
@@ -118,9 +120,10 @@ def test_the_backward_compiles_with_its_products_in_flight(
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    spilled = 160 if by_row else 128
+    spilled = 32 if dim < 128 else 160 if by_row else 128
+    width = 64 if dim == 64 else 128
     assert_products_in_flight(
-        hopper_bwd._kernel, rows, dim, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+        hopper_bwd._kernel, rows, width, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
     )
 
 
@@ -213,17 +216,28 @@ def test_the_product_of_ds_and_keys_is_in_flight(dim: int, banded: bool, tmp_pat
         ("fp16", "causal", CUBIC_TAIL, "heads"),
     ],
 )
+@pytest.mark.parametrize(
+    ("dim", "tile"),
+    [
+        pytest.param(64, forward_items.TILES[1, 1], id="64"),
+        pytest.param(96, forward_items.TILES[2, 2], id="96", marks=pytest.mark.slow),
+        pytest.param(128, forward_items.TILES[2, 2], id="128"),
+        pytest.param(128, forward_items.LONG, id="128-long", marks=pytest.mark.slow),
+    ],
+)
 def test_the_forward_compiles_with_its_products_in_flight(
-    dtype: str, band: str, form: int, bias: str | None, tmp_path: Path
+    dim: int, tile: forward_items.Tile, dtype: str, band: str, form: int, bias: str | None, tmp_path: Path
 ) -> None:
-    assert_forward_products_in_flight((2, 2), dtype, band, form, bias, 0, tmp_path)
+    # Triton 3.6 spills up to 12 bytes, 3.8 more of the fewer registers that more warpgroups have.
+    spilled = {2: 16, 3: 32, 4: 288}[tile.warpgroups]
+    assert_forward_products_in_flight((dim, dim), tile, dtype, band, form, bias, spilled, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("pieces", "dtype", "band", "form", "bias"),
     [
-        *((pieces, "bf16", "causal", AUTO, "rows") for pieces in hopper_fwd.TILES if max(pieces) > 2),
+        *((pieces, "bf16", "causal", AUTO, "rows") for pieces in forward_items.TILES if max(pieces) > 2),
         *((pieces, "bf16", "none", FAST, None) for pieces in ((3, 2), (4, 4))),
         *((pieces, "fp16", "window", CUBIC_TAIL, "heads") for pieces in ((3, 2), (4, 4))),
     ],
@@ -232,20 +246,23 @@ def test_the_forward_of_wide_heads_compiles_with_its_products_in_flight(
     pieces: tuple[int, int], dtype: str, band: str, form: int, bias: str | None, tmp_path: Path
 ) -> None:
     """But for a few numbers that are needed once per item, all stays in registers."""
-    assert_forward_products_in_flight(pieces, dtype, band, form, bias, 40 if bias else 0, tmp_path)
+    dims, tile = (64 * pieces[0], 64 * pieces[1]), forward_items.TILES[pieces]
+    assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, 40 if bias else 0, tmp_path)
 
 
 def assert_forward_products_in_flight(
-    pieces: tuple[int, int], dtype: str, band: str, form: int, bias: str | None, spilled: int, folder: Path
+    dims: tuple[int, int],
+    tile: forward_items.Tile,
+    dtype: str,
+    band: str,
+    form: int,
+    bias: str | None,
+    spilled: int,
+    folder: Path,
 ) -> None:
-    """pieces: of 64 columns, of head_dim and value's."""
-    tile = hopper_fwd.TILES[pieces]
-    constants = features(dtype, band, form, bottom_right=False) | {
-        "BIAS_ROWS": bias == "rows",
-        "STAGES": tile.stages,
-        "PARTS": triton.cdiv(64 * pieces[0], tile.part),
-        "V_PARTS": triton.cdiv(64 * pieces[1], tile.v_part),
-    }
+    """dims: head_dim, and value's."""
+    constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows"}
+    constants |= tile.arguments(*dims)
     absent: dict[str, Any] = {} if bias else {"bias": None}
     tiles: dict[str, int | tuple[int, int]] = {"q": (64, tile.part), "k": (tile.keys, tile.part)}
     tiles |= {"v": (tile.keys, tile.v_part), "out": (64, tile.stored)}
@@ -291,12 +308,12 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     for keys in (grad_query.KEYS, hopper_bwd.KEYS):
         seen = [bool(block.any()) for block in visible.split(keys, 1)]
         assert backward_common.sees_every_block(signature, keys) == all(seen)
-    seeing = [bool(item.any()) for item in visible.split(hopper_fwd.ROWS, 0)]
-    assert hopper_fwd._sees_in_every_item(signature) == all(seeing)
-    for keys in {tile.keys for tile in hopper_fwd.TILES.values()}:
-        seen_by_item = [item.any(0).nonzero().flatten() // keys for item in visible.split(hopper_fwd.ROWS, 0)]
+    for tile in {*forward_items.TILES.values(), forward_items.LONG}:
+        items = visible.split(tile.rows, 0)
+        assert forward_items.sees_in_every_item(signature, tile.rows) == all(bool(item.any()) for item in items)
+        seen_by_item = [item.any(0).nonzero().flatten() // tile.keys for item in items]
         counts = [int(blocks[-1] - blocks[0]) + 1 if len(blocks) else 1 for blocks in seen_by_item]
-        assert hopper_fwd._key_blocks(signature, keys).tolist() == counts
+        assert forward_items.key_blocks(signature, tile).tolist() == counts
 
 
 @pytest.mark.parametrize(
@@ -306,12 +323,63 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
 def test_programs_end_at_the_same_time_under_a_causal_mask(batch: int, heads: int, length: int) -> None:
     query = torch.empty(1, dtype=torch.bfloat16).expand(batch, heads, length, 256)
     signature = Problem(query, query, query, None, None, None, Options(scale=1.0, is_causal=True)).signature
-    order = hopper_fwd._order(signature, 64, 132)
-    times = hopper_fwd._key_blocks(signature, 64) + 1
+    tile = forward_items.TILES[4, 4]
+    order = forward_items.order_for(signature, tile, 132)
+    times = forward_items.key_blocks(signature, tile) + 1
     mean = int(times.sum()) * batch * heads / 132
-    assert hopper_fwd._longest(order, times, batch * heads, 132) <= 1.03 * mean
+    assert forward_items.longest(order, times, batch * heads, 132) <= 1.03 * mean
     if length >= 4096:
-        assert order.at_once * length <= 132 * hopper_fwd.ROWS  # and read the keys of few heads
+        assert order.at_once * length <= 132 * tile.rows  # and read the keys of few heads
+
+
+@pytest.mark.parametrize(
+    ("dims", "length", "options", "tile"),
+    [
+        ((64, 64), 4096, {}, forward_items.TILES[1, 1]),
+        ((40, 64), 1024, {"is_causal": True}, forward_items.TILES[1, 1]),
+        ((96, 96), 16384, {"is_causal": True}, forward_items.TILES[2, 2]),
+        ((96, 128), 4096, {}, forward_items.TILES[2, 2]),
+        ((128, 128), 1024, {"is_causal": True}, forward_items.TILES[2, 2]),
+        ((128, 128), 16384, {}, forward_items.TILES[2, 2]),
+        ((128, 128), 16384, {"is_causal": True, "window_left": 4000}, forward_items.TILES[2, 2]),
+        ((128, 128), 4096, {}, forward_items.LONG),
+        ((104, 128), 16384, {"is_causal": True}, forward_items.LONG),
+        ((192, 128), 16384, {"is_causal": True}, forward_items.TILES[3, 2]),
+    ],
+)
+def test_which_tiles_the_forward_has(
+    dims: tuple[int, int], length: int, options: dict[str, Any], tile: forward_items.Tile, no_memory: None
+) -> None:
+    problem = problem_on_no_gpu(length, *dims, options=options)
+    assert hopper_fwd.supports(problem)
+    assert forward_items.tile_for(problem.signature) == tile
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "columns", "launched"),
+    [(40, 64, 64, 1), (64, 64, 64, 1), (72, 96, 96, 3), (96, 104, 128, 1), (128, 128, 128, 1)],
+)
+def test_how_many_columns_the_backward_multiplies(
+    dim: int, value_dim: int, columns: int, launched: int, no_memory: None
+) -> None:
+    """And how many programs put a tile of dQ in order."""
+    problem = problem_on_no_gpu(2048, dim, value_dim)
+    assert hopper_bwd.supports(problem)
+    assert hopper_bwd.columns_of(problem.signature) == columns
+    assert problem.grad_out is not None
+    grads = tuple(None if given is None else layout_of(given) for given in problem.inputs)
+    plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads)
+    assert plan.sums.shape == (2 * 8 * 32, 64 * columns)
+    assert plan.finish._grid == (2 * 8 * 32 * launched, 1, 1)
+
+
+def test_which_narrow_heads_the_forward_supports(no_memory: None) -> None:
+    def supports(length: int = 2048, dim: int = 64, value_dim: int = 64, **options: Any) -> bool:
+        return hopper_fwd.supports(problem_on_no_gpu(length, dim, value_dim, options=options))
+
+    assert supports() and supports(1024) and supports(dim=40, value_dim=56) and supports(is_causal=True)
+    assert supports(is_causal=True, window_left=512) and not supports(is_causal=True, window_left=500)
+    assert not supports(1000) and not supports(dim=32) and not supports(value_dim=72) and not supports(dim=60)
 
 
 def problem_on_no_gpu(length: int = 4096, dim: int = 256, value_dim: int | None = None, **more: Any) -> Problem:
@@ -360,13 +428,16 @@ def test_determinism_of_wide_heads_is_a_matter_of_memory(no_memory: None, monkey
 @pytest.mark.parametrize(
     ("dim", "value_dim", "forward", "backward"),
     [
-        (64, 64, "triton.forward", "hopper.backward"),
+        (64, 64, "hopper.forward", "hopper.backward"),
         (128, 128, "hopper.forward", "hopper.backward"),
         (192, 128, "hopper.forward", "hopper.backward_wide"),
         (128, 192, "hopper.forward", "hopper.backward_wide"),
         (192, 192, "hopper.forward", "hopper.backward_wide"),
         (256, 256, "hopper.forward", "hopper.backward_wide"),
         (256, 64, "triton.forward", "triton.backward"),
+        (96, 128, "hopper.forward", "hopper.backward"),
+        (40, 64, "hopper.forward", "hopper.backward"),
+        (32, 32, "triton.forward", "triton.backward"),
         (264, 264, "reference", "reference"),
     ],
 )

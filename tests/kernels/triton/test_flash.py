@@ -27,6 +27,7 @@ from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
+from sigswap.kernels.hopper import forward_items
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
 from sigswap.kernels.host.results import empty_row_sums
@@ -264,7 +265,8 @@ def assert_no_worse(results: list[Tensor], problem: Problem) -> None:
 
     With a row cap it may be one rounding more: the kernels sum p before they round it for the product with the value,
     and round dO / r for both products of the backward. (The straightforward one sums what it rounded, so that rows with
-    one key are exact.) Of the gradients' two parts, which nearly cancel in such rows, the rounding is that of one part.
+    one key are exact.) Of the gradients' two parts, which nearly cancel in such rows, the rounding is that of one part;
+    of the parts of dS, dA . v_j and dA . o, it is o's, whose direction is any: larger by the root of the value's width.
     """
     dtype = problem.query.dtype
     parts = straightforward(problem, torch.float64, held=True) if problem.options.row_cap else None
@@ -276,6 +278,7 @@ def assert_near(
 ) -> None:
     for number, (result, theirs, truth) in enumerate(zip(results, naive, exact, strict=len(results) > 1)):
         assert result.shape == truth.shape and result.dtype == theirs.dtype
+        what = ("out", "query", "key", "value", "4th", "5th")[number]
         norm = truth.norm().item()
         error = (result.double() - truth).norm().item()
         # The error of a few numbers is a matter of luck, and one number may be what is left of a sum of large ones.
@@ -283,8 +286,8 @@ def assert_near(
         # The GPU's exponential and reciprocal are good to about 1e-6, which float32 alone can feel.
         bound = ratio * (theirs.double() - truth).norm().item() + 1.5e-6 * norm + floor
         if parts is not None:
-            bound += 0.5 * torch.finfo(result.dtype).eps * parts[number].norm().item()
-        what = ("out", "query", "key", "value", "4th", "5th")[number]
+            spread = 1.0 if what in ("out", "value") else math.sqrt(results[0].shape[-1])
+            bound += 0.5 * torch.finfo(result.dtype).eps * spread * max(norm, parts[number].norm().item())
         # Where the naive one overflows to NaN, ours need not.
         assert error <= bound or (math.isnan(bound) and error <= 1e-2 * norm), (what, error / norm, bound / norm)
 
@@ -636,6 +639,20 @@ def test_random_packed_capped(index: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [1, 4])
+def test_values_narrower_than_a_load(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 512, 9, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    value = torch.randn(1, 512, 9, width, device="cuda", dtype=dtype).transpose(1, 2)
+    bias = -torch.rand(1, 9, 512, 1, device="cuda")
+    grad_out = torch.randn_like(value)
+    problem = problem_of(query, key, value, bias, None, None, grad_out, Options(0.125, is_causal=True))
+    assert_no_worse(ours(problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("index", range(320))
 def test_random_features_capped(index: int) -> None:
     problem = capped(random_problem(index, repeats=1 + (index % 4 == 3)), index)
@@ -703,6 +720,22 @@ def test_random_problems_on_hopper(index: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("widths", "index"),
+    [
+        *(((64, 64), 120 + index) for index in range(80)),
+        *((widths, 200 + index) for widths in ((96, 96), (72, 96), (96, 80)) for index in range(30)),
+        *(((40, 56), 230 + index) for index in range(10)),
+    ],
+)
+def test_random_problems_on_hopper_of_narrow_heads(widths: tuple[int, int], index: int) -> None:
+    problem = hopper_problem(index, widths=widths)
+    assert_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("index", range(160))
 def test_random_problems_on_hopper_with_wide_heads(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dS goes through memory at once, by parts, or not."""
@@ -740,6 +773,36 @@ def test_random_problems_on_hopper_forward_of_wide_heads(widths: tuple[int, int]
     assert_hopper_forward_no_worse(hopper_problem(index, forward=True, widths=widths))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("widths", "index"),
+    [
+        *(((64, 64), index) for index in range(60)),
+        *((widths, 60 + index) for widths in ((40, 40), (48, 64), (64, 40)) for index in range(10)),
+        *((widths, 90 + index) for widths in ((96, 96), (72, 96), (96, 80)) for index in range(20)),
+        *((widths, 110 + index) for widths in ((96, 128), (128, 72)) for index in range(10)),
+    ],
+)
+def test_random_problems_on_hopper_forward_of_narrow_heads(widths: tuple[int, int], index: int) -> None:
+    assert_hopper_forward_no_worse(hopper_problem(index, forward=True, widths=widths))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(80))
+def test_random_problems_on_hopper_forward_with_long_tiles(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sequences that are not long."""
+    monkeypatch.setattr(forward_items, "_is_long", lambda signature: True)
+    hopper_fwd._plan.cache_clear()
+    problem = hopper_problem(index, forward=True, widths=((128, 128), (104, 120))[index % 4 == 3])
+    assert forward_items.tile_for(problem.signature) == forward_items.LONG
+    assert_hopper_forward_no_worse(problem)
+    hopper_fwd._plan.cache_clear()
+
+
 def assert_hopper_forward_no_worse(problem: Problem) -> None:
     shape, strides = output_layout(problem.query.shape, problem.value.shape)
     # What is not written is not what it should be.
@@ -756,7 +819,14 @@ def assert_hopper_forward_no_worse(problem: Problem) -> None:
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window_left": 700}])
 @pytest.mark.parametrize(("batch", "heads", "length"), [(9, 7, 1100), (16, 16, 1024), (3, 5, 4100), (1, 2, 16384)])
 @pytest.mark.parametrize(
-    ("dim", "value_dim"), [(128, 128), pytest.param(192, 128, id="wide-192-128"), pytest.param(256, 256, id="wide-256")]
+    ("dim", "value_dim"),
+    [
+        (64, 64),
+        (96, 96),
+        (128, 128),
+        pytest.param(192, 128, id="wide-192-128"),
+        pytest.param(256, 256, id="wide-256"),
+    ],
 )
 def test_hopper_forward_computes_every_row(
     dim: int, value_dim: int, batch: int, heads: int, length: int, options: dict[str, Any]
@@ -776,10 +846,20 @@ def test_hopper_forward_computes_every_row(
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("const_bias", [0.0, -12.0])
-@pytest.mark.parametrize("dim", [128, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
-def test_hopper_forward_sees_no_future_keys(dim: int, const_bias: float) -> None:
+@pytest.mark.parametrize(
+    ("dim", "length"),
+    [
+        (64, 2048),
+        (96, 2048),
+        (128, 2048),
+        (128, 4096),
+        pytest.param(192, 2048, id="wide-192"),
+        pytest.param(256, 2048, id="wide-256"),
+    ],
+)
+def test_hopper_forward_sees_no_future_keys(dim: int, length: int, const_bias: float) -> None:
     options = Options(dim**-0.5, const_bias, is_causal=True)
-    query, key, value = (torch.randn(2, 4, 2048, dim, device=DEVICE).bfloat16() for _ in range(3))
+    query, key, value = (torch.randn(2, 4, length, dim, device=DEVICE).bfloat16() for _ in range(3))
     out = hopper_fwd.forward(Problem(query, key, value, None, None, None, options))
     for row in (63, 64, 127, 128, 1000):
         other_key, other_value = key.clone(), value.clone()
@@ -803,14 +883,15 @@ def test_hopper_takes_the_forward_of_long_sequences_and_wide_heads() -> None:
 
     assert supports() and supports(options=options._replace(is_causal=True)) and supports(dim=96)
     assert supports(bias=torch.zeros(1, 8, 2048, 1, device=DEVICE))
-    assert not supports(rows=256) and not supports(dim=64) and not supports(dim=100)
+    assert not supports(rows=256) and not supports(dim=64, rows=512) and not supports(dim=100)
+    assert supports(dim=64) and not supports(dim=64, value_dim=128)
     assert supports(options=options._replace(is_causal=True, window_left=200))
     assert not supports(options=options._replace(is_causal=True, window_left=100))
     assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
     assert not supports(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
     assert supports(dim=192, value_dim=128) and supports(dim=136) and supports(dim=256) and supports(value_dim=256)
     assert not supports(dim=264) and not supports(dim=256, value_dim=64) and not supports(dim=192, value_dim=100)
-    for dim in (128, 192, 256):
+    for dim in (64, 96, 128, 192, 256):
         problem = Problem(*(tensor[..., :dim] for tensor in (query, key, value)), None, None, None, options)
         assert torch.equal(dispatch.forward(problem), hopper_fwd.forward(problem))
 
@@ -829,7 +910,7 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
 
     assert supports() and supports(options=options._replace(is_causal=True))
     assert not supports(rows=512) and not supports(needed=(True, True, False, False, False))
-    assert not supports(rows=1024) and supports(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
+    assert supports(rows=1024) and supports(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
     assert not supports(options=options._replace(is_causal=True, window_left=300))
     assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
     assert supports(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
@@ -875,14 +956,14 @@ def test_hopper_takes_wide_heads_and_two_runs_do_not_differ_if_all_is_to_be_dete
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("length", "const_bias"), [(2048, 0.0), (2048, -6.0), (8192, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
+@pytest.mark.parametrize("dim", [64, 96, 128, pytest.param(192, id="wide-192"), pytest.param(256, id="wide-256")])
 def test_hopper_gives_exactly_0_to_future_keys(dim: int, length: int, const_bias: float, dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(1, 2, length, dim, device="cuda").to(dtype) for _ in range(3))
     grad_out = torch.zeros_like(query)
     grad_out[:, :, 0] = 1
     options = Options(0.125, const_bias, is_causal=True)
     problem = problem_of(query, key, value, None, None, None, grad_out, options)
-    backward = hopper_bwd.backward if dim == 64 else hopper_bwd_wide.backward
+    backward = hopper_bwd.backward if dim <= 128 else hopper_bwd_wide.backward
     _, grad_key, grad_value, *_ = backward(problem)
     assert grad_key is not None and grad_value is not None
     assert (grad_key[:, :, 1:] == 0).all() and (grad_value[:, :, 1:] == 0).all()

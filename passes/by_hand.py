@@ -1,0 +1,89 @@
+"""A softmax in pieces, ``exp(scores) / exp(scores).sum(-1)``: where the numbers that ``exp`` gives meet their own sum.
+
+In between they may be multiplied by other numbers or hidden: that is a softmax of the scores plus the logarithm of what
+they were multiplied by. What becomes of the sum on its way (a small number is added, it is clamped) does not count, for
+a sigmoid has no use for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from sigswap.passes.nodes import argument, axes_arg, edited_by, input_at, rank_of, tensor_input
+from sigswap.passes.ops import op_name, op_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """``node`` divides the numbers by their sum over ``axis``; ``weighted``: they were multiplied or hidden before."""
+
+    node: Node
+    axis: int
+    weighted: bool
+
+
+def division_of(exponential: Node) -> Division | None:
+    """The one division of what ``exponential`` gives by its own sum; None: there is none, or it has other uses."""
+    numbers = _followed([exponential], _is_multiplied)
+    sums = [user for number in numbers for user in number.users if op_name(user) == "sum"]
+    axes = {axes_arg(total, 1, rank_of(tensor_input(total))) for total in sums}
+    totals = _followed(sums, lambda total, user: op_name(user) != "div")
+    divisions = {user for number in numbers for user in number.users if _divides(user, number, totals)}
+    scores = tensor_input(exponential)
+    edited = any(scores in edited_by(user) for user in scores.users if user is not exponential)
+    if len(divisions) != 1 or len(axes) != 1 or edited:
+        return None
+    (division,), (axis,) = divisions, axes
+    used = {user for node in (*numbers, *totals) for user in node.users}
+    if axis is None or len(axis) != 1 or not used <= {*numbers, *totals, division}:
+        return None
+    return (
+        Division(division, axis[0], input_at(division) is not exponential)
+        if rank_of(division) == rank_of(exponential)
+        else None
+    )
+
+
+def _divides(user: Node, number: Node, totals: dict[Node, None]) -> bool:
+    return op_name(user) == "div" and input_at(user) is number and input_at(user, 1) in totals
+
+
+def _followed(start: list[Node], onward: Callable[[Node, Node], bool]) -> dict[Node, None]:
+    """``start``, and what is made of it by ops that ``onward`` allows, in order."""
+    found = dict.fromkeys(start)
+    pending = list(found)
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user not in found and onward(node, user):
+                found[user] = None
+                pending.append(user)
+    return found
+
+
+def _is_multiplied(number: Node, user: Node) -> bool:
+    """Whether ``user`` gives the same numbers, or some multiplied, or some of them replaced by 0."""
+    op, name = op_of(user), op_name(user)
+    if op.same and not op.cuts:
+        return True
+    if name == "mul":
+        return not (input_at(user) is number and input_at(user, 1) is number)
+    if name == "masked_fill":
+        return input_at(user) is number and _is_zero(user.args[2])
+    if name == "where":
+        return input_at(user) is not number and any(_is_zero(other) for other in user.args[1:] if other is not number)
+    return False
+
+
+def _is_zero(value: object) -> bool:
+    if not isinstance(value, Node):
+        return isinstance(value, int | float) and value == 0
+    if op_of(value).same:
+        return _is_zero(value.args[0])
+    if not op_of(value).fills:
+        return False
+    number = {"full": 1, "scalar_tensor": 0}.get(op_name(value))
+    return op_name(value) == "zeros" if number is None else _is_zero(argument(value, number, "fill_value"))

@@ -1,0 +1,215 @@
+"""Attention whose softmax is not one call of softmax over the keys: in pieces, by its logarithm, over sinks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sigswap
+from sigswap import SigmoidConfig, errors
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import Conversion, conversion_of
+from tests.support.oracle import sigmoid_of_scores
+
+N = 6
+FUTURE = torch.ones(N, N).triu(1).bool()
+WEIGHTS = torch.rand(N, N, generator=torch.Generator().manual_seed(2)) + 0.1
+X = torch.randn(2, N, 16, generator=torch.Generator().manual_seed(1))
+Probabilities = Callable[[Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """[B, N, 16], two heads; ``probabilities``: of the scores, and a learned sink per head to them."""
+
+    def __init__(self, probabilities: Callable[[Attention, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.probabilities = nn.Linear(16, 48), probabilities
+        self.sinks = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(*t.shape[:-1], 2, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return (self.probabilities(self, q @ k.mT * 0.7) @ v).transpose(1, 2).flatten(2)
+
+
+def divided(e: Tensor) -> Tensor:
+    return e / e.sum(-1, keepdim=True)
+
+
+def in_place(s: Tensor) -> Tensor:
+    e = s.exp_()
+    e /= e.sum(-1, keepdim=True)
+    return e
+
+
+def with_sink(s: Tensor, sinks: Tensor, first: bool = False) -> Tensor:
+    sink = sinks.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
+    return torch.cat([sink, s] if first else [s, sink], dim=-1)
+
+
+def gpt_oss(a: Attention, s: Tensor) -> Tensor:
+    logits = with_sink(s.masked_fill(FUTURE, torch.finfo(s.dtype).min), a.sinks)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    return F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1]
+
+
+def causal(s: Tensor) -> Tensor:
+    return sigmoid_of_scores(s, visible=~FUTURE)
+
+
+SPELLINGS: dict[str, tuple[Callable[[Attention, Tensor], Tensor], Probabilities]] = {
+    "by hand": (lambda a, s: divided(s.exp()), sigmoid_of_scores),
+    "torch.exp": (lambda a, s: torch.div(e := torch.exp(s), torch.sum(e, -1, True)), sigmoid_of_scores),
+    "maximum": (lambda a, s: divided((s - s.amax(-1, keepdim=True)).exp()), sigmoid_of_scores),
+    "values": (lambda a, s: divided((s - s.max(-1, keepdim=True)[0].detach()).exp()), sigmoid_of_scores),
+    "epsilon": (lambda a, s: (e := s.exp()) / (e.sum(-1, keepdim=True) + 1e-2), sigmoid_of_scores),
+    "clamped": (lambda a, s: (e := s.exp()) / e.sum(-1, keepdim=True).clamp(min=1e-6), sigmoid_of_scores),
+    "unsqueezed": (lambda a, s: (e := s.exp()) / e.sum(-1)[..., None], sigmoid_of_scores),
+    "masked before": (lambda a, s: divided(s.masked_fill(FUTURE, -torch.inf).exp()), causal),
+    "masked by where": (lambda a, s: divided(torch.where(FUTURE, -torch.inf, s).exp()), causal),
+    "multiplied": (lambda a, s: divided(s.exp() * (~FUTURE).float()), causal),
+    "multiplied in place": (lambda a, s: divided(s.exp().mul_((~FUTURE).float())), causal),
+    "where": (lambda a, s: divided(torch.where(FUTURE, 0.0, s.exp())), causal),
+    "masked_fill": (lambda a, s: divided((s - s.amax(-1, keepdim=True)).exp().masked_fill(FUTURE, 0)), causal),
+    "weighted": (lambda a, s: divided(s.exp() * WEIGHTS), lambda s: sigmoid_of_scores(s + WEIGHTS.to(s.dtype).log())),
+    "in place": (lambda a, s: in_place(s), sigmoid_of_scores),
+    "in float64": (lambda a, s: divided(s.double().exp()).to(s.dtype), sigmoid_of_scores),
+    "log_softmax": (lambda a, s: F.log_softmax(s, dim=-1).exp(), sigmoid_of_scores),
+    "log_softmax masked": (lambda a, s: torch.exp(s.masked_fill(FUTURE, -torch.inf).log_softmax(-1)), causal),
+    "log_softmax in float32": (lambda a, s: torch.log_softmax(s, -1, torch.float32).exp(), sigmoid_of_scores),
+    "sink": (lambda a, s: with_sink(s, a.sinks).softmax(-1)[..., :-1], sigmoid_of_scores),
+    "sink first": (lambda a, s: with_sink(s, a.sinks, True).softmax(-1)[..., 1:], sigmoid_of_scores),
+    "gpt-oss": (gpt_oss, causal),
+    "softmax1": (lambda a, s: F.pad(s, (0, 1)).softmax(-1)[..., :-1], sigmoid_of_scores),
+    "padded": (lambda a, s: F.pad(s, (0, 2), value=-torch.inf).softmax(-1)[..., :-2], sigmoid_of_scores),
+}
+
+
+def expected(name: str) -> Tensor:
+    want = Attention(lambda a, s: SPELLINGS[name][1](s)).double()
+    return want(X.double())
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    error = ((a.double() - b).abs().max() / b.abs().max()).item()
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_is_swapped(name: str) -> None:
+    model = Attention(SPELLINGS[name][0])
+    before = model(X)
+    sigswap.convert(model, example_inputs=X)
+    got = model(X)
+    close(got, expected(name))
+    with sigswap.softmax(model):
+        assert torch.equal(model(X), before)
+    want = Attention(lambda a, s: SPELLINGS[name][1](s)).double()
+    want(X.double()).square().sum().backward()
+    got.square().sum().backward()
+    close(model.qkv.weight.grad, want.qkv.weight.grad, 1e-4)
+    plan = Conversion.from_dict(json.loads(json.dumps(conversion_of(model).to_dict())))
+    again = apply_conversion(Attention(SPELLINGS[name][0]), plan)
+    assert torch.equal(again(X), got)
+
+
+@pytest.mark.parametrize("name", ["maximum", "multiplied", "masked_fill", "log_softmax", "gpt-oss", "sink first"])
+def test_compiled(name: str) -> None:
+    """A converted model under another backend, and a plain one under backend="sigswap"."""
+    torch._dynamo.reset()
+    converted = sigswap.convert(Attention(SPELLINGS[name][0]), example_inputs=X)
+    close(torch.compile(converted, backend="aot_eager", fullgraph=True)(X), expected(name))
+    plain = torch.compile(Attention(SPELLINGS[name][0]), backend="sigswap", options={"inner": "aot_eager"})
+    close(plain(X), expected(name))
+
+
+@pytest.mark.parametrize("name", ["maximum", "multiplied", "log_softmax"])
+@pytest.mark.parametrize("options", [{}, {"query_bias": True}, {"row_cap": 0.1}, {"first_token": True}], ids=str)
+def test_calibrated(name: str, options: dict[str, Any]) -> None:
+    """As if it called softmax."""
+    fitted = []
+    for form in (
+        SPELLINGS[name][0],
+        lambda a, s: (s.masked_fill(FUTURE, -torch.inf) if name == "multiplied" else s).softmax(-1),
+    ):
+        model = sigswap.convert(Attention(form), SigmoidConfig(**options), example_inputs=X)
+        sigswap.calibrate(model, [X], progress=False)
+        fitted.append(dict(model.sigswap.named_parameters()))
+    assert fitted[0].keys() == fitted[1].keys() and fitted[0]
+    for parameter, value in fitted[1].items():
+        assert torch.allclose(fitted[0][parameter], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sink", "sink first", "gpt-oss", "softmax1"])
+@pytest.mark.parametrize("options", [{}, {"query_bias": True}], ids=str)
+def test_sinks_are_in_what_is_calibrated(name: str, options: dict[str, Any]) -> None:
+    """The row's sum has them, so that the bias makes up for them, and the outputs come nearer."""
+    model = Attention(SPELLINGS[name][0])
+    if name != "softmax1":
+        nn.init.constant_(model.sinks, 3.0)
+    before = model(X)
+    sigswap.convert(model, SigmoidConfig(**options), example_inputs=X)
+    error = (model(X) - before).square().sum()
+    sigswap.calibrate(model, [X], progress=False)
+    assert (model(X) - before).square().sum() < (0.5 if options else 0.9) * error
+
+
+def test_what_is_not_whole_is_an_error() -> None:
+    forms = ["divided"]
+
+    def sometimes(a: Attention, s: Tensor) -> Tensor:
+        e = s.exp()
+        if forms[-1] == "divided":
+            return e / e.sum(-1, keepdim=True)
+        return e if forms[-1] == "not" else (e * 1.0).sum(-1, keepdim=True) / 2 + e
+
+    model = sigswap.convert(Attention(sometimes), example_inputs=X)
+    model(X)
+    for form in ("not", "other"):
+        forms.append(form)
+        with pytest.raises(errors.UnknownCallError, match="written by hand"):
+            model(X)
+
+
+REFUSED: dict[str, tuple[Callable[[Attention, Tensor], Tensor], str]] = {
+    "sink that is kept": (lambda a, s: with_sink(s, a.sinks).softmax(-1)[..., 1:], "not dropped"),
+    "divided by a product": (lambda a, s: (e := s.exp()) * (1 / e.sum(-1, keepdim=True)), "by hand"),
+    "exp2": (lambda a, s: divided(torch.exp2(s)), "by hand"),
+    "another division": (lambda a, s: (e := s.exp()) / (e / 2).sum(-1, keepdim=True), "by hand"),
+    "first score": (lambda a, s: (s - s[..., :1]).softmax(-1), "shifted"),
+    "own score": (lambda a, s: (s - s.diagonal(dim1=-2, dim2=-1)[..., None]).softmax(-1), "shifted"),
+    "minimum": (lambda a, s: (s - s.amin(-1, keepdim=True)).softmax(-1), "shifted"),
+    "topk": (lambda a, s: torch.zeros_like(s).scatter(-1, *reversed(s.softmax(-1).topk(2))), "topk"),
+    "threshold": (lambda a, s: F.threshold(s.softmax(-1), 0.1, 0.0), "threshold"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_in_doubt(name: str) -> None:
+    with pytest.raises(errors.UnswappableSiteError, match=REFUSED[name][1]):
+        sigswap.convert(Attention(REFUSED[name][0]), example_inputs=X)
+
+
+def test_heads_are_mixed() -> None:
+    """Talking heads by an einsum with a parameter, before the softmax and after it."""
+
+    def talking(normalise: Probabilities) -> Callable[[Attention, Tensor], Tensor]:
+        mix = torch.randn(2, 2, generator=torch.Generator().manual_seed(5))
+
+        def probabilities(a: Attention, s: Tensor) -> Tensor:
+            a.mix = nn.Parameter(mix.to(s.dtype)) if not hasattr(a, "mix") else a.mix
+            p = normalise(torch.einsum("bhij,hg->bgij", s, a.mix))
+            return torch.einsum("bhij,hg->bgij", p, a.mix)
+
+        return probabilities
+
+    model = Attention(talking(lambda s: s.softmax(-1)))
+    model(X)
+    sigswap.convert(model, example_inputs=X)
+    close(model(X), Attention(talking(sigmoid_of_scores)).double()(X.double()))
