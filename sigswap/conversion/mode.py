@@ -58,7 +58,7 @@ class SwapMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         family = FAMILIES.get(func)
         if family is None or not self._watches(family):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if family == "division":
             return self._divided(func, args, kwargs)
@@ -97,11 +97,12 @@ class SwapMode(TorchFunctionMode):
         """After the forward: raises UnknownCallError if it may have left an attention as it was."""
         self.check_whole()
         state = self.state
-        state.check_totals(self.counts)
-        state.check_turns(self.turns)
-        if state.plan.may_skip:
-            return
-        if not self.swapped or (self.left and len(self.swapped) < len(state.plan.sites)):
+        if state.totals:
+            state.check_totals(self.counts)
+        if self.turns:
+            state.check_turns(self.turns)
+        missing = not self.swapped or (self.left and len(self.swapped) < len(state.plan.sites))
+        if missing and not state.plan.may_skip:
             some = "any" if not self.swapped else "some"
             raise UnknownCallError(
                 f"{state.plan.path or 'the model'} ran without {some} of the attention calls that were swapped when "

@@ -298,8 +298,9 @@ class OwnerState(nn.Module):
         told.
         """
         for family, totals in self.totals.items():
-            if counts[family] not in totals:
-                raise self.other_path(f"made {counts[family]} {family} calls, and {sorted(totals)}")
+            count = counts.get(family, 0)
+            if count not in totals:
+                raise self.other_path(f"made {count} {family} calls, and {sorted(totals)}")
 
     def finish(self, output: Any) -> Any:
         """The owner's output, or the first item of it, after hybrid-norm and LayerScale (paper, section 3)."""

@@ -695,4 +695,6 @@ def test_a_plan_by_positions_still_counts() -> None:
     with torch.no_grad():
         close(loaded(x), oracle(model, x))
         close(torch.compile(loaded, backend="aot_eager", fullgraph=True)(x), oracle(model, x))
+    with pytest.raises(errors.UnknownCallError, match="0 softmax calls"):
+        loaded.sigswap.check_totals({})
     assert conversion_of(loaded) == pickle.loads(pickle.dumps(conversion_of(loaded)))
