@@ -47,6 +47,36 @@ def division_of(exponential: Node) -> Division | None:
     )
 
 
+def is_summed(exponential: Node) -> bool:
+    """Whether what ``exponential`` gives is summed anywhere, as every softmax needs it. Numbers that only weight the
+    products of query and key, such as the decays of linear attention, are not."""
+    numbers = _followed([exponential], lambda n, user: _is_multiplied(n, user) and not _is_product_weighted(n, user))
+    return any(_sums(user, number) for number in numbers for user in number.users)
+
+
+def _is_product_weighted(number: Node, user: Node) -> bool:
+    """Whether ``user`` multiplies a product, a sum over an axis, by ``number``."""
+    other = input_at(user, 1) if input_at(user) is number else input_at(user)
+    return op_name(user) == "mul" and other is not None and op_of(_origin(other)).product
+
+
+def _sums(user: Node, number: Node) -> bool:
+    """Whether ``user`` adds ``number`` up, also as a product with a number for all."""
+    if op_name(user) in ("sum", "mean"):
+        return True
+    if not op_of(user).product:
+        return False
+    others = [each for each in user.all_input_nodes if each is not number]
+    return any(op_of(_origin(each)).fills for each in others)
+
+
+def _origin(node: Node) -> Node:
+    """``node`` before views and casts."""
+    while op_of(node).same and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 def _divides(user: Node, number: Node, totals: dict[Node, None]) -> bool:
     return op_name(user) == "div" and input_at(user) is number and input_at(user, 1) in totals
 

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch.fx import Graph, Node
 
-from sigswap.passes.by_hand import division_of
+from sigswap.passes.by_hand import division_of, is_summed
 from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
 from sigswap.passes.nodes import argument, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
@@ -93,6 +93,8 @@ def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
         if isinstance(found, AttentionSite):
             return dataclasses.replace(found, exponential=node, weighted=division.weighted)
         return found if found.attention else None
+    if not is_summed(node):
+        return None
     for found in (score_site(node, axis, data, scores) for axis in (rank - 1, rank - 2)):
         if isinstance(found, AttentionSite) or found.attention:
             reason = f"its softmax is written by hand, with {spelling_of(node)}, in an unknown form; call softmax"

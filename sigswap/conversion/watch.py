@@ -79,6 +79,8 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model = model
+        # ScriptModules take no hooks, and so are in no stack.
+        self.modules = {id(each) for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)}
         self.graph = torch.fx.Graph()
         self.calls: list[Call] = []
         self.outputs: dict[str, Tensor | None] = {}  # by module path; of several, the first
@@ -108,7 +110,7 @@ class Watch(TorchFunctionMode):
         handles = [
             handle
             for path, module in self.model.named_modules()
-            if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
+            if id(module) in self.modules
             for handle in (
                 module.register_forward_pre_hook(self._enter(path), prepend=True),
                 module.register_forward_hook(self._leave(path), always_call=True),
@@ -165,14 +167,14 @@ class Watch(TorchFunctionMode):
             self.note(func, args, kwargs, output)
             if family is not None:
                 self.nodes[output[0]][0].args[0].meta[CALL] = len(self.calls)  # type: ignore[union-attr]
-                self.calls.append(Call(family, self._where(), _spots(), None, None, _in_function()))
+                self.calls.append(Call(family, self._where(), self._spots(), None, None, _in_function()))
             return output
         if family is None:
             return func(*args, **kwargs)
         self.open_calls.append(len(self.calls))
         outer = next((index for index in self.open_calls[:-1] if self.calls[index].family == "mha"), None)
         heads = (args[4], args[3] // args[4]) if family == "mha" else None
-        self.calls.append(Call(family, self._where(), _spots(), outer, heads, _in_function()))
+        self.calls.append(Call(family, self._where(), self._spots(), outer, heads, _in_function()))
         try:
             if family == "mha":
                 # A mode gets this function whole; with the mode on again, the softmax inside it shows as well.
@@ -184,6 +186,20 @@ class Watch(TorchFunctionMode):
 
     def _where(self) -> Stack:
         return tuple(self.stack) or (("", 1),)
+
+    def _spots(self) -> tuple[tuple[Spot, ...], ...]:
+        """The frames that led to the recorded call, cut at each call of one of the model's modules. (One that a forward
+        makes for itself, ``nn.Softmax(dim=-1)(scores)`` say, is none of them, and not in the stack.)"""
+        levels: list[list[Spot]] = [[]]
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename not in UNSEEN_FILES:
+                levels[-1].append(Spot.of(frame))
+            elif code.co_name == "_call_impl" and id(frame.f_locals.get("self")) in self.modules:
+                levels.append([])
+            frame = frame.f_back
+        return tuple(tuple(level) for level in levels)
 
     # The graph.
 
@@ -344,17 +360,3 @@ def _in_function() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _spots() -> tuple[tuple[Spot, ...], ...]:
-    """The frames that led to the recorded call, cut at each call of a module."""
-    levels: list[list[Spot]] = [[]]
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename not in UNSEEN_FILES:
-            levels[-1].append(Spot.of(frame))
-        elif code.co_name == "_call_impl":
-            levels.append([])
-        frame = frame.f_back
-    return tuple(tuple(level) for level in levels)

@@ -23,7 +23,7 @@ from sigswap.conversion.record import Conversion, conversion_of
 from sigswap.conversion.state import OwnerState
 
 HEADS, DIM = 2, 8
-QUERY_BIAS = SigmoidConfig(query_bias=True)
+QUERY_BIAS = SigmoidConfig(query_bias=True, first_token=False)  # closed, as version 0.1 knows it
 
 
 def example(length: int = 6, seed: int = 1) -> Tensor:
@@ -70,6 +70,14 @@ class Owner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         return self.merged(self.p(q @ k.mT, q, 0) @ v)
+
+
+class MadeInForward(Owner):
+    """As BLIP's text model: a torch.nn.Softmax that is no child, made for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = lambda scores, q, site: nn.Softmax(dim=-1)(scores)
 
 
 class CachedTable(Owner):
@@ -186,6 +194,7 @@ class Alternating(Owner):
 
 OWNERS = [
     Owner,
+    MadeInForward,
     CachedTable,
     OnOneLine,
     InALoop,

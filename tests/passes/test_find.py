@@ -415,6 +415,14 @@ def test_what_looks_alike() -> None:
     assert len(found(positions, Q, K, V, (N,)).sites) == 1
     assert not found(temperature, Q, K, V, (H, 1, 1), parameters=1).left_alone
 
+    def decays(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        """As gated linear attention: exp weights the products, whose rows nothing divides."""
+        ends = g.cumsum(-1)
+        return ((q @ k.mT) * (ends[..., :M, None] - ends[..., None, :]).exp().tril()) @ v
+
+    result = found(decays, Q, K, V, (B, H, N))
+    assert not result.sites and not result.left_alone
+
 
 def test_a_router_beside_an_attention_stays() -> None:
     def layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
