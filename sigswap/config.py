@@ -135,13 +135,18 @@ class SigmoidConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold; :meth:`from_dict` reads it back, and so does version 0.1, unless a field is
-        used that it does not have.
+        used that it does not have, or ``first_token`` is left open beside a ``query_bias`` that is not.
 
-        A field that is None by default is left out; then ``first_token`` is open only if ``query_bias`` is, too, for
-        version 0.1 knows but the latter.
+        Fields that are left open are left out, but for that one: version 0.1 writes ``query_bias``, and means that
+        there is no ``first_token``.
         """
         fields = {name: value for name, value in self.fields().items() if name not in _NEWER or value != _NEWER[name]}
-        fields = {name: value for name, value in fields.items() if name not in OPEN or value is not None}
+        beside = self.query_bias is not None
+        fields = {
+            name: value
+            for name, value in fields.items()
+            if name not in OPEN or value is not None or (name == "first_token" and beside)
+        }
         return {**fields, "overrides": {pattern: dict(changes) for pattern, changes in self.overrides.items()}}
 
     @classmethod

@@ -127,6 +127,7 @@ def test_gradients(name: str) -> None:
         close(ours, theirs.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "softcap", "documents"])
 def test_compiled(name: str) -> None:
     """Flex compiled on its own, the whole converted model compiled, and backend="sigswap" without convert."""
@@ -143,6 +144,7 @@ def test_compiled(name: str) -> None:
         close(compiled(X), expected(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "softcap"])
 @pytest.mark.parametrize("options", [{}, {"query_bias": True}, {"qk_norm": "rms"}], ids=str)
 def test_calibrated(name: str, options: dict[str, Any]) -> None:

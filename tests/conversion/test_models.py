@@ -270,10 +270,10 @@ def test_first_token_is_lowered(case: Case) -> None:
     set_numbers(model)
     compiled = graphs.compile(model, fullgraph=entry.fullgraph)
     assert_equals_oracle(compiled, model, case, learned=True, first_token=True, least_scale=1e-2)
-    # XLNet's last layer computes a stream that nobody reads.
+    # XLNet's last layer computes a stream that nobody reads, with a dropout, so that it is not removed.
     unread = 1 if entry.name == "xlnet_two_stream" else 0
     assert len(graphs.calls) == (entry.calls or entry.sites) - unread
-    assert not [node for node in graphs.nodes if "sigmoid_probs" in str(node.target)]
+    assert len([node for node in graphs.nodes if "sigmoid_probs" in str(node.target)]) == unread
 
 
 # ----------------------------------------------------------------------------------------------- helpers

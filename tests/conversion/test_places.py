@@ -23,7 +23,7 @@ from sigswap.conversion.record import Conversion, conversion_of
 from sigswap.conversion.state import OwnerState
 
 HEADS, DIM = 2, 8
-QUERY_BIAS = SigmoidConfig(query_bias=True, first_token=False)  # closed, as version 0.1 knows it
+QUERY_BIAS = SigmoidConfig(query_bias=True)
 
 
 def example(length: int = 6, seed: int = 1) -> Tensor:
@@ -243,6 +243,7 @@ def test_each_call_is_told_from_the_others(owner: type[Owner]) -> None:
             close(model(example(length)), oracle(model, example(length)))
 
 
+@pytest.mark.slow
 @each_owner
 @pytest.mark.parametrize("way", ["compiled", "dynamic", "export", "non-strict export"])
 def test_compiled(owner: type[Owner], way: str) -> None:
@@ -472,6 +473,7 @@ def test_adapters(owner: type[Owner], adapt: Callable[[Owner], None]) -> None:
         close(before(x), expected)
 
 
+@pytest.mark.slow
 @each_adapter
 def test_adapters_compiled(adapt: Callable[[Owner], None]) -> None:
     model, x = converted(Owner), example()

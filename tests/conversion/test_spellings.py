@@ -119,6 +119,7 @@ def test_is_swapped(name: str) -> None:
     assert torch.equal(again(X), got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maximum", "multiplied", "masked_fill", "log_softmax", "gpt-oss", "sink first"])
 def test_compiled(name: str) -> None:
     """A converted model under another backend, and a plain one under backend="sigswap"."""

@@ -179,6 +179,7 @@ def test_terms_that_are_added_in_inference_mode_can_be_trained() -> None:
         (sigswap.SigmoidConfig(), {}),
         (sigswap.SigmoidConfig(query_bias=False, first_token=False), {"query_bias": False}),
         (sigswap.SigmoidConfig(query_bias=True, first_token=True), {"query_bias": True, "first_token": True}),
+        (sigswap.SigmoidConfig(query_bias=True), {"query_bias": True, "first_token": None}),
     ],
 )
 def test_saved_configs(config: sigswap.SigmoidConfig, as_data: dict[str, Any]) -> None:
