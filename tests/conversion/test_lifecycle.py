@@ -503,17 +503,16 @@ class _RowConstant(nn.Module):
         return scores.softmax(-1) @ v
 
 
-class _Sinks(nn.Module):
-    """One extra logit per head in the softmax (GPT-OSS): no key, no value, and no sigmoid needs it."""
+class _Thresholded(nn.Module):
+    """An op behind the softmax that cannot be followed to the value."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.sinks = nn.Linear(16, 48), nn.Parameter(torch.zeros(1))
+        self.qkv = nn.Linear(16, 48)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        scores = torch.cat([q @ k.transpose(-1, -2), self.sinks.expand(*x.shape[:2], 1)], dim=-1)
-        return scores.softmax(-1)[..., :-1] @ v
+        return nn.functional.threshold((q @ k.transpose(-1, -2)).softmax(-1), 0.1, 0.0) @ v
 
 
 class _Beside(nn.Module):
@@ -528,7 +527,7 @@ class _Beside(nn.Module):
         return self.bad(self.good(x, x, x)[0])
 
 
-UNSWAPPABLE = pytest.mark.parametrize("bad", [_RowConstant, _Sinks])
+UNSWAPPABLE = pytest.mark.parametrize("bad", [_RowConstant, _Thresholded])
 
 
 def test_converted_twice() -> None:
