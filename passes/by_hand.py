@@ -50,7 +50,12 @@ def division_of(exponential: Node) -> Division | None:
 def is_summed(exponential: Node) -> bool:
     """Whether what ``exponential`` gives is summed anywhere, as every softmax needs it. Numbers that only weight the
     products of query and key, such as the decays of linear attention, are not."""
-    numbers = _followed([exponential], lambda n, user: _is_multiplied(n, user) and not _is_product_weighted(n, user))
+
+    def onward(number: Node, user: Node) -> bool:
+        changed = _is_multiplied(number, user) or op_name(user) in ("div", "add", "sub", "clamp")
+        return changed and not _is_product_weighted(number, user)
+
+    numbers = _followed([exponential], onward)
     return any(_sums(user, number) for number in numbers for user in number.users)
 
 
