@@ -343,6 +343,7 @@ def test_programs_end_at_the_same_time_under_a_causal_mask(batch: int, heads: in
         ((128, 128), 16384, {}, forward_items.TILES[2, 2]),
         ((128, 128), 16384, {"is_causal": True, "window_left": 4000}, forward_items.TILES[2, 2]),
         ((128, 128), 4096, {}, forward_items.LONG),
+        ((128, 128), 4096, {"is_causal": True}, forward_items.TILES[2, 2]),
         ((104, 128), 16384, {"is_causal": True}, forward_items.LONG),
         ((192, 128), 16384, {"is_causal": True}, forward_items.TILES[3, 2]),
     ],
