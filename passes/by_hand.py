@@ -60,9 +60,12 @@ def is_summed(exponential: Node) -> bool:
 
 
 def _is_product_weighted(number: Node, user: Node) -> bool:
-    """Whether ``user`` multiplies a product, a sum over an axis, by ``number``."""
+    """Whether ``user`` multiplies a product by ``number``, also the terms of one, before they are summed."""
     other = input_at(user, 1) if input_at(user) is number else input_at(user)
-    return op_name(user) == "mul" and other is not None and op_of(_origin(other)).product
+    if op_name(user) != "mul" or other is None:
+        return False
+    other = _origin(other)
+    return op_of(other).product or (op_name(other) == "mul" and len(other.all_input_nodes) == 2)
 
 
 def _sums(user: Node, number: Node) -> bool:

@@ -420,8 +420,14 @@ def test_what_looks_alike() -> None:
         ends = g.cumsum(-1)
         return ((q @ k.mT) * (ends[..., :M, None] - ends[..., None, :]).exp().tril()) @ v
 
-    result = found(decays, Q, K, V, (B, H, N))
-    assert not result.sites and not result.left_alone
+    def decays_by_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        """As Kimi's: inside the product."""
+        decay = (g[..., :M, None, :] - g[..., None, :, :]).exp()
+        return (q.unsqueeze(-2) * k.unsqueeze(-3) * decay).sum(-1) @ v
+
+    for function, shape in ((decays, (B, H, N)), (decays_by_channel, (B, H, N, D))):
+        result = found(function, Q, K, V, shape)
+        assert not result.sites and not result.left_alone
 
 
 def test_a_router_beside_an_attention_stays() -> None:
