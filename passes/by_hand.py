@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from sigswap.passes.nodes import argument, axes_arg, edited_by, input_at, rank_of, tensor_input
 from sigswap.passes.ops import op_name, op_of
+from sigswap.passes.walks import unchanged_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _is_product_weighted(number: Node, user: Node) -> bool:
     other = input_at(user, 1) if input_at(user) is number else input_at(user)
     if op_name(user) != "mul" or other is None:
         return False
-    other = _origin(other)
+    other = unchanged_from(other)
     return op_of(other).product or (op_name(other) == "mul" and len(other.all_input_nodes) == 2)
 
 
@@ -75,14 +76,7 @@ def _sums(user: Node, number: Node) -> bool:
     if not op_of(user).product:
         return False
     others = [each for each in user.all_input_nodes if each is not number]
-    return any(op_of(_origin(each)).fills for each in others)
-
-
-def _origin(node: Node) -> Node:
-    """``node`` before views and casts."""
-    while op_of(node).same and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
+    return any(op_of(unchanged_from(each)).fills for each in others)
 
 
 def _divides(user: Node, number: Node, totals: dict[Node, None]) -> bool:
@@ -119,8 +113,7 @@ def _is_multiplied(number: Node, user: Node) -> bool:
 def _is_zero(value: object) -> bool:
     if not isinstance(value, Node):
         return isinstance(value, int | float) and value == 0
-    if op_of(value).same:
-        return _is_zero(value.args[0])
+    value = unchanged_from(value)
     if not op_of(value).fills:
         return False
     number = {"full": 1, "scalar_tensor": 0}.get(op_name(value))

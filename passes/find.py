@@ -26,6 +26,7 @@ from sigswap.passes.walks import (
     has_product_above,
     has_product_below,
     has_two_activations,
+    unchanged_from,
     with_above,
     with_below,
 )
@@ -104,9 +105,7 @@ def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
 
 def _is_logarithm(node: Node) -> bool:
     """Whether ``node`` is a log_softmax, in whatever dtype."""
-    while op_of(node).same:
-        node = tensor_input(node)
-    return op_name(node) == "log_softmax"
+    return op_name(unchanged_from(node)) == "log_softmax"
 
 
 def _is_exponentiated(node: Node) -> bool:

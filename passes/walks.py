@@ -11,6 +11,13 @@ from sigswap.passes.ops import op_name, op_of
 from sigswap.passes.products import is_parameter
 
 
+def unchanged_from(node: Node) -> Node:
+    """What has the same numbers as ``node``, before casts, copies and cuts."""
+    while op_of(node).same and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 def with_above(node: Node, is_end: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
     """``node`` and what it comes from, but nothing that goes through an end."""
     pending, seen = [node], {node}
