@@ -32,7 +32,15 @@ from sigswap.conversion.places import (
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
 from sigswap.errors import Hint, UnknownCallError
 from sigswap.functional.flex import flex_attention
-from sigswap.functional.stand_ins import logarithm, ones, scaled_dot_product_attention, softmax, unshifted, weighted
+from sigswap.functional.stand_ins import (
+    logarithm,
+    ones,
+    scaled_dot_product_attention,
+    softmax,
+    softmax_dim,
+    unshifted,
+    weighted,
+)
 from sigswap.functional.torch_functions import FAMILIES, NOT_IN_EVERY_PLAN, PRODUCTS, SWAPS
 
 
@@ -272,9 +280,7 @@ class SwapMode(TorchFunctionMode):
 def scores_of(args: Any, kwargs: Any) -> tuple[Tensor, int]:
     """What a softmax is taken of, and the axis, from 0."""
     scores = args[0] if args else kwargs["input"]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    if dim is None:
-        dim = 0 if scores.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+    dim = softmax_dim(scores, args[1] if len(args) > 1 else kwargs.get("dim"))
     return scores, dim % scores.dim()
 
 

@@ -11,6 +11,11 @@ from torch import Tensor
 from sigswap.functional.attention import FirstToken, attend, probabilities
 
 
+def softmax_dim(scores: Tensor, dim: int | None) -> int:
+    """The axis that ``F.softmax`` takes: ``dim``, or where that is None the one that it chooses."""
+    return dim if dim is not None else 0 if scores.dim() in (0, 1, 3) else 1
+
+
 def softmax(
     input: Tensor,
     dim: int | None = None,
@@ -32,8 +37,7 @@ def softmax(
     """
     if isinstance(_stacklevel, torch.dtype):
         dtype = _stacklevel
-    if dim is None:
-        dim = 0 if input.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+    dim = softmax_dim(input, dim)
     result = probabilities(
         of_keys(input, dim, extra),
         dim,

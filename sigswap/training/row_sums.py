@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sigswap.conversion.mode import SwapMode
+from sigswap.conversion.mode import SwapMode, scores_of
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.functional.torch_functions import SWAPS
 
@@ -64,9 +64,7 @@ class _SummingMode(SwapMode):
         of_product = self.product_of, self.query_bias
         with _uncapped(site):
             probabilities = super()._softmax(site, args, kwargs)
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if dim is None:
-            dim = 0 if probabilities.dim() in (0, 1, 3) else 1  # as F.softmax chooses it
+        _, dim = scores_of(args, kwargs)
         self.sums.add(probabilities.sum(dim))
         if site.row_cap is None:
             return probabilities
