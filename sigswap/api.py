@@ -21,13 +21,12 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_examples
 from sigswap.conversion.implementations import reachable
 from sigswap.conversion.install import apply_conversion, installed, revert
-from sigswap.conversion.record import Conversion, is_converted
+from sigswap.conversion.record import Conversion, check_unconverted
 from sigswap.conversion.recording import Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.state import decided_models
 from sigswap.conversion.user_runs import forget_calls
 from sigswap.errors import (
-    AlreadyConvertedError,
     ArgumentError,
     ConversionError,
     Hint,
@@ -226,13 +225,7 @@ def _reverted_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _check_convertible(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
-    if is_converted(model):
-        raise AlreadyConvertedError(
-            f"{type(model).__name__} is converted already.",
-            hint=Hint("Call sigswap.revert first to convert it in another way."),
-        )
+    check_unconverted(model, "to convert it in another way")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):  # a run, which gives it a shape, cannot be taken back
             raise ConversionError(f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted."))

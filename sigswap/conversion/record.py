@@ -13,7 +13,7 @@ from torch import nn
 from sigswap.config import SigmoidConfig, check_row_cap
 from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
-from sigswap.errors import ConfigError, Hint, NotConvertedError
+from sigswap.errors import AlreadyConvertedError, ArgumentError, ConfigError, Hint, NotConvertedError
 from sigswap.report import Report
 
 RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
@@ -113,6 +113,19 @@ def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | 
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model``, or a module in it, has been converted."""
     return any(base_class(module) is not None for module in model.modules())
+
+
+def check_unconverted(model: Any, to_do: str) -> None:
+    """Raises ArgumentError if ``model`` is no module, and AlreadyConvertedError if it, or a part of it, is converted.
+
+    ``to_do``: what the user is to revert it for, "to convert it in another way" say.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
+    if is_converted(model):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is converted already.", hint=Hint(f"Call sigswap.revert first {to_do}.")
+        )
 
 
 def conversion_of(model: nn.Module) -> Conversion:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from sigswap.conversion.copies import placed
-from sigswap.conversion.record import is_converted
+from sigswap.conversion.record import check_unconverted
 from sigswap.conversion.recording import Example
-from sigswap.errors import AlreadyConvertedError, ArgumentError, ExampleInputsError, Hint
+from sigswap.errors import ExampleInputsError, Hint
 
 _noted: weakref.WeakKeyDictionary[nn.Module, list[Example]] = weakref.WeakKeyDictionary()
 
@@ -44,13 +44,7 @@ def watch(model: nn.Module) -> Iterator[list[Example]]:
         AlreadyConvertedError: it is converted already.
         ExampleInputsError: none of its modules was called.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
-    if is_converted(model):
-        raise AlreadyConvertedError(
-            f"{type(model).__name__} is converted already.",
-            hint=Hint("Call sigswap.revert first to convert it with what you run."),
-        )
+    check_unconverted(model, "to convert it with what you run")
     noted: dict[Any, Example] = {}
     calls: list[Example] = []
     with _hooked(model, noted):
