@@ -428,7 +428,7 @@ class SiteState(nn.Module):
         scaled_dot_product_attention: those of several tokens, as a causal flag or a mask shows, are not packed.
         """
         axis = self.plan.sdpa_head_axis
-        if axis.axis is None or axis.merged or self.bias is None and not self.acts_on_product:
+        if axis.axis is None or axis.merged or (self.bias is None and not self.acts_on_product):
             return
         size = query.shape[axis.axis]
         tokens = query.shape[-2] if is_causal else mask.shape[-2] if mask is not None and mask.dim() > 1 else 1
