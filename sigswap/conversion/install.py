@@ -20,8 +20,9 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
-from sigswap.conversion.record import RECORD, Conversion, conversion_of, owners_of, set_fitted_length
+from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
 from sigswap.conversion.state import OwnerState, SiteState, decided_models
+from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
 
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
@@ -163,7 +164,9 @@ def revert(model: nn.Module) -> nn.Module:
     :func:`sigswap.compile_attention` has compiled is eager again. What ``torch.compile(backend="sigswap")`` compiled
     stays so, and swaps, as it does in any model that is not converted.
     """
+    whole, model = model, converted_part(model)
     conversion = conversion_of(model)
+    check_undistributed(whole, "be reverted")
     bases = [(path, module, base_class(module)) for path, module in model.named_modules()]
     converted = [(path, module, base) for path, module, base in bases if base is not None]
     for path, module, _ in converted:
@@ -178,7 +181,7 @@ def revert(model: nn.Module) -> nn.Module:
     del model.__dict__[RECORD]
     decided_models.add(model)
     set_implementations(model, conversion.attn_implementations)
-    return model
+    return whole
 
 
 def _check_revertible(where: str, module: nn.Module) -> None:

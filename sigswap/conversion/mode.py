@@ -247,6 +247,8 @@ class SwapMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        mask = args[0] if args else kwargs.get("attn_mask")
+        site.check_heads(query, mask, args[2] if len(args) > 2 else kwargs.get("is_causal", False))
         query, key = site.normalized(query, key)
         return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
-from sigswap.conversion.record import Conversion, conversion_of, is_converted
+from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
+from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
 from sigswap.saving import sources, transformers_hook
@@ -86,7 +87,7 @@ def save(
             argument="factory",
         )
 
-    model = getattr(model, "_orig_mod", model)  # a compiled model is saved as the model that was compiled
+    model = _savable(model)
     if not is_converted(model):
         raise NotConvertedError(
             "The model is not converted.",
@@ -143,6 +144,33 @@ def load(
     if dtype is not None:
         model = model.to(dtype)
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _savable(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``model``, which is what is saved. Raises CheckpointError where that is not all
+    of it.
+    """
+    spread = spread_parameter(model)
+    for wrapper in wrappers_of(model):
+        if wrapper.kind == "sharded":
+            spread = f"those inside {wrapper.name}"
+        if wrapper.kind == "adapted":
+            raise CheckpointError(
+                f"a {wrapper.name} has adapters, which sigswap.save does not save.",
+                hint=Hint(
+                    "Save them by its own save_pretrained, and the converted model before they are put on; or save "
+                    "model.merge_and_unload()."
+                ),
+            )
+        model = wrapper.inside
+    if spread is not None:
+        raise CheckpointError(
+            f"the parameters of the model are spread over processes ({spread}).",
+            hint=Hint("Load its full state_dict into a converted model that is not, and save that one."),
+        )
+    if part_to_pass(model) is not None:
+        conversion_of(model)  # which says so
+    return model
 
 
 def is_saved(directory: str | os.PathLike[str]) -> bool:
