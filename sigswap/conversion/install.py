@@ -22,6 +22,7 @@ from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
 from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
 from sigswap.conversion.state import OwnerState, SiteState, decided_models
+from sigswap.conversion.switches import Group, Switch
 from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
 
@@ -43,6 +44,9 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
         states[plan.path] = OwnerState(
             plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
         )
+    group = Group(len(states))
+    for state in states.values():
+        state.switch = Switch(group)
     set_fitted_length(states.values(), conversion.fitted_length)
     guarded = [_owner(model, path) for path in conversion.guarded]
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]

@@ -30,6 +30,7 @@ from sigswap.conversion.places import (
     traced_suffix,
 )
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
+from sigswap.conversion.switches import CONTEXTS_ARE_GUARDED, OBSERVED, SWITCHED, anywhere
 from sigswap.errors import Hint, UnknownCallError
 from sigswap.functional.flex import flex_attention
 from sigswap.functional.stand_ins import (
@@ -319,10 +320,14 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
-            if state.softmax:
+            if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
+                switched, observed = SWITCHED.get(), OBSERVED.get()
+            else:
+                switched, observed = anywhere.names, None
+            if switched is not None and state.switch.is_in(switched):
                 return base.forward(self, *args, **kwargs)
-            if state.observer is not None:
-                return state.observer.run(self, base.forward, args, kwargs)
+            if observed is not None and state in observed:
+                return observed[state].run(self, base.forward, args, kwargs)
             mode = SwapMode(state)
             with mode, mode.uncompiled():
                 output = base.forward(self, *args, **kwargs)
