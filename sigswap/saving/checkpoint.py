@@ -35,7 +35,7 @@ from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
-from sigswap.saving import sources, transformers_hook
+from sigswap.saving import marks, sources, transformers_hook
 from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
@@ -133,7 +133,7 @@ def load(
         raise CheckpointError(f"{directory} is not a directory.")
     if (directory / CONFIG).is_file():
         model = _load_factory(directory)
-    elif transformers_hook.read_marks(directory) is not None:
+    elif marks.read_marks(directory) is not None:
         model = _load_transformers(directory)
     else:
         raise CheckpointError(
@@ -148,7 +148,7 @@ def load(
 def is_saved(directory: str | os.PathLike[str]) -> bool:
     """Whether ``directory`` holds a model that :func:`load` loads."""
     path = Path(directory)
-    return (path / CONFIG).is_file() or transformers_hook.read_marks(path) is not None
+    return (path / CONFIG).is_file() or marks.read_marks(path) is not None
 
 
 # transformers
@@ -222,7 +222,7 @@ def _write_factory(
     kept, aliases = _untied(state)
     save_file(kept, staging / WEIGHTS, metadata={"format": "pt"})
     config = {
-        "format": transformers_hook.FORMAT,
+        "format": marks.FORMAT,
         "sigswap_version": __version__,
         "factory": factory,
         "factory_kwargs": kwargs,
@@ -242,7 +242,7 @@ def _load_factory(directory: Path) -> nn.Module:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object.")
-    transformers_hook.check_format(config, str(path))
+    marks.check_format(config, str(path))
     fields = ("factory", "factory_kwargs", "attributes", "aliases", "unsaved_buffers", "conversion")
     missing = [name for name in fields if name not in config]
     if missing:
@@ -559,6 +559,6 @@ def _stale(target: Path, new: list[str]) -> list[str]:
         for path in target.iterdir()
         if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name)
     ]
-    if CONFIG in new and transformers_hook.read_marks(target) is not None:
+    if CONFIG in new and marks.read_marks(target) is not None:
         stale += ["config.json", "generation_config.json"]
     return [name for name in [*stale, CONFIG] if name not in new]
