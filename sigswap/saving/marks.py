@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from sigswap import files
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import CheckpointError, Hint
 from sigswap.version import __version__
@@ -153,19 +154,18 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
 
     def to_json_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         del config.__dict__["to_json_file"]  # else it would be serialized
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            config.to_json_file(temporary, *args, **kwargs)
-            data = json.loads(temporary.read_text(encoding="utf-8"))
+
+        def write(new: Path) -> None:
+            config.to_json_file(new, *args, **kwargs)
+            data = json.loads(new.read_text(encoding="utf-8"))
             data |= {
                 "quantization_config": entry,
                 "attn_implementation": METHOD,
                 "transformers_weights": NO_SUCH_WEIGHTS,
             }
-            temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            new.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+        files.write_whole(path, write)
 
     # An attribute of the instance goes before the method of its class.
     config.__dict__["to_json_file"] = to_json_file
