@@ -65,7 +65,7 @@ class Transaction:
                 except BaseException as problem:
                     if not isinstance(problem, Exception):
                         interruption = problem
-                    elif last:
+                    if last:
                         self._lost.append(f"{step.what} ({type(problem).__name__}: {problem})")
             self._steps.pop()
         lost, self._lost = self._lost, []

@@ -17,19 +17,24 @@ by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import sys
+import threading
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
-from sigswap.conversion.record import Conversion
+from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import CheckpointError, Hint
 from sigswap.saving.marks import (
@@ -45,16 +50,23 @@ from sigswap.saving.marks import (
 )
 
 _TARGET = "transformers.modeling_utils"
+_WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
 def install() -> None:
-    """Makes transformers load and save converted models: at once if it is imported, else when it will be."""
+    """Makes transformers load and save converted models: at once if it is imported, else when it will be.
+
+    If another thread imports it just now, this waits for that thread.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     module = sys.modules.get(_TARGET)
     if module is not None:
-        _register(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        if _is_being_imported(module):
+            with contextlib.suppress(Exception):  # an import that fails is its importer's to report
+                importlib.import_module(_TARGET)
+        _set_up_if_imported()
 
 
 def is_transformers_model(model: object) -> bool:
@@ -64,27 +76,72 @@ def is_transformers_model(model: object) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Runs :func:`_register` at the end of the import of transformers.modeling_utils."""
+    """Sets transformers up at the end of the import of transformers.modeling_utils, and then goes.
+
+    It finds nothing itself. Where this import was under way before, in the thread that imports sigswap, the next
+    import of any module does it.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _TARGET:
+            if _TARGET in sys.modules:
+                _set_up_if_imported()
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                _register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        for finder in [other for other in sys.meta_path if not isinstance(other, _Finder)]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    _set_up_behind(spec.loader)
+                return spec
+        return None
 
 
-def _register(modeling_utils: ModuleType) -> None:
+def _set_up_behind(loader: Any) -> None:
+    """Sets transformers up when ``loader`` has executed its module."""
+    load = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        load(module)
+        _set_up(module)
+
+    loader.exec_module = exec_module
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _set_up_if_imported() -> None:
+    module = sys.modules.get(_TARGET)
+    if module is not None and not _is_being_imported(module):
+        _set_up(module)
+
+
+_setting_up = threading.Lock()
+
+
+def _set_up(modeling_utils: ModuleType) -> None:
+    """Registers sigswap with transformers, once. A version in which that is not possible is left as it is."""
+    if not _setting_up.acquire(blocking=False):
+        return  # by another thread, or for an import that this has made; to wait here could be for oneself
+    try:
+        _register()
+        _wrap(modeling_utils.PreTrainedModel)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"this version of transformers cannot load or save models with sigmoid attention ({error}); sigswap needs "
+            "5.17 or newer.",
+            stacklevel=2,
+        )
+    finally:
+        # Another list: imports that are under way, in this or other threads, are going through this one.
+        sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        _setting_up.release()
+
+
+def _register() -> None:
     from transformers.quantizers.auto import (
         AUTO_QUANTIZER_MAPPING,
         register_quantization_config,
@@ -171,6 +228,10 @@ def _register(modeling_utils: ModuleType) -> None:
                     f"{model.config._name_or_path}: the weights lack sigswap's parameters {missing[:5]}"
                     f"{' and more' if len(missing) > 5 else ''}; the files do not belong to this config.json."
                 )
+            for module in model.modules():
+                if isinstance(module, OwnerState):
+                    # Few as they are, they are not brought for each call: it is not the module that is called.
+                    accelerate_hooks.bring_for_good(module)
             return model
 
         def is_serializable(self) -> bool:
@@ -180,36 +241,47 @@ def _register(modeling_utils: ModuleType) -> None:
         def is_trainable(self) -> bool:
             return True
 
-    model_class = modeling_utils.PreTrainedModel
+
+def _wrap(model_class: Any) -> None:
+    """Wraps what transformers has no place for: the two methods take and raise what they did."""
+    if _WRAPPED in vars(model_class):
+        return
     save_pretrained = model_class.save_pretrained
     from_pretrained = model_class.from_pretrained.__func__
 
     @functools.wraps(save_pretrained)
-    def marking_save_pretrained(
-        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
-        entry = marks_of(self)
-        if entry is None:
-            return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
-        with without_gguf_marks(self), marked_config(self.config, entry):
-            return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+    def marking_save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else None
+        entry = marks_of(model) if isinstance(model, nn.Module) else None
+        if model is None or entry is None:
+            return save_pretrained(*args, **kwargs)
+        with without_gguf_marks(model), marked_config(model.config, entry):
+            return save_pretrained(*args, **kwargs)
 
     @functools.wraps(from_pretrained)
-    def checking_from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
-        loaded = from_pretrained(cls, name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, OwnerState):
-                # Few as they are, they are not brought for each call: it is not the module that is called.
-                accelerate_hooks.bring_for_good(module)
-        directory = os.path.join(name, kwargs.get("subfolder") or "") if isinstance(name, str | os.PathLike) else ""
-        if directory and marks_of(model) is None and read_marks(directory) is not None:
-            raise CheckpointError(
-                f"{directory} holds a model with sigmoid attention, but the config that was passed to "
-                "from_pretrained does not say so, and softmax attention would have been loaded.",
-                hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
-            )
+    def checking_from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        loaded = from_pretrained(*args, **kwargs)
+        name = args[1] if len(args) > 1 else kwargs.get("pretrained_model_name_or_path")
+        model = loaded[0] if isinstance(loaded, tuple) and loaded else loaded
+        if isinstance(name, str | os.PathLike) and isinstance(model, nn.Module) and not is_converted(model):
+            _check_unmarked(name, kwargs.get("subfolder"))
         return loaded
 
+    setattr(model_class, _WRAPPED, (save_pretrained, from_pretrained))
     model_class.save_pretrained = marking_save_pretrained
     model_class.from_pretrained = classmethod(checking_from_pretrained)
+
+
+def _check_unmarked(name: str | os.PathLike[str], subfolder: Any) -> None:
+    """Raises CheckpointError if the directory from which softmax attention was loaded holds sigmoid attention."""
+    directory = os.path.join(name, subfolder) if isinstance(subfolder, str) else os.fspath(name)
+    try:
+        marks = read_marks(directory)
+    except (OSError, ValueError, RecursionError, CheckpointError):  # transformers has read what it needed
+        return
+    if marks is not None:
+        raise CheckpointError(
+            f"{directory} holds a model with sigmoid attention, but the config that was passed to from_pretrained does "
+            "not say so, and softmax attention would have been loaded.",
+            hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
+        )
