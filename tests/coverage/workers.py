@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,8 @@ CASES_OF_A_WORKER = 60
 """After so many a worker is replaced: libraries keep what they were asked for."""
 WAITING = 20
 """Times the limit: longer than any machine that is shared lets a process wait."""
+MEMORY = 8 << 30
+"""Bytes that a process may take: a model that cannot be made small fails to be built, and takes nothing else down."""
 
 
 class _Worker:
@@ -66,6 +69,7 @@ def _serve(pipe: Connection) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     pipe.send("ready")
     while True:
         try:
