@@ -36,6 +36,7 @@ from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
 from sigswap.saving import sources, transformers_hook
+from sigswap.saving.rebuilt import Difference, add_buffer, from_json, is_same_function, to_json, unsaved_buffers
 from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
@@ -68,7 +69,7 @@ def save(
         factory: what builds the unconverted model when it is loaded: ``"module:function"``, an importable
             function, or ``"timm:NAME"``. Needed unless the model is transformers' or timm's.
             **Loading imports that module and calls that function.**
-        factory_kwargs: the arguments for it, of types that JSON has.
+        factory_kwargs: the arguments for it, of types that JSON has, or tuples of these.
         processor: transformers only: a tokenizer or processor, or several, saved beside the model. Without it,
             the files of the directory (or of the cached hub repository) that the model was loaded from are kept.
         max_shard_size: transformers only: weights beyond this size are split into several files.
@@ -213,24 +214,31 @@ def _load_transformers(directory: Path) -> nn.Module:
 
 
 def _write_factory(
-    model: nn.Module, factory: str, kwargs: dict[str, Any], attributes: dict[str, Any], staging: Path
+    model: nn.Module, factory: str, kwargs: dict[str, Any], difference: Difference, staging: Path
 ) -> None:
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
     kept, aliases = _untied(state)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    made = {name: buffers[name].detach().clone().contiguous() for name in difference.buffers}
+    kept |= made
     save_file(kept, staging / WEIGHTS, metadata={"format": "pt"})
     config = {
         "format": transformers_hook.FORMAT,
         "sigswap_version": __version__,
         "factory": factory,
-        "factory_kwargs": kwargs,
-        "attributes": attributes,
+        "factory_kwargs": to_json(kwargs),
+        "attributes": difference.attributes,
         "aliases": aliases,
         "unsaved_buffers": {name: _dtype_name(buffer) for name, buffer in model.named_buffers() if name not in state},
         "conversion": conversion_of(model).to_dict(),
     }
+    if made:
+        config["made_buffers"] = {
+            name: {"shape": list(buffer.shape), "dtype": _dtype_name(buffer)} for name, buffer in made.items()
+        }
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -248,16 +256,17 @@ def _load_factory(directory: Path) -> nn.Module:
     if missing:
         raise CheckpointError(f"{path} lacks {missing}.")
     try:
-        model = sources.build(config["factory"], config["factory_kwargs"])
+        model = sources.build(config["factory"], from_json(config["factory_kwargs"]))
         for module_path, values in config["attributes"].items():
             if _is_added(module_path):
                 continue  # written by an earlier version, and of no use
             for name, value in values.items():
                 setattr(model.get_submodule(module_path), name, value)
         apply_conversion(model, Conversion.from_dict(config["conversion"]))
+        made = {name: add_buffer(model, name, **form) for name, form in config.get("made_buffers", {}).items()}
     except (SigswapError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _read_weights(model, directory / WEIGHTS, config["aliases"])
+    _read_weights(model, directory / WEIGHTS, config["aliases"], made)
     buffers = dict(model.named_buffers())
     for name, dtype in config["unsaved_buffers"].items():
         if name in buffers:
@@ -265,9 +274,10 @@ def _load_factory(directory: Path) -> nn.Module:
     return model
 
 
-def _read_weights(model: nn.Module, path: Path, aliases: Mapping[str, str]) -> None:
-    """Gives the model's tensors the values and dtypes in the file, in place, so that ties between them stay."""
-    targets = model.state_dict(keep_vars=True)
+def _read_weights(model: nn.Module, path: Path, aliases: Mapping[str, str], made: Mapping[str, Tensor]) -> None:
+    """Gives the model's tensors, and the buffers ``made``, the values and dtypes in the file, in place, so that ties
+    between them stay."""
+    targets = {**model.state_dict(keep_vars=True), **made}
     try:
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
@@ -335,8 +345,8 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def _find_factory(
     model: nn.Module, factory: str | None, kwargs: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The factory, its arguments, and the attributes to set on what it builds, so that it equals ``model``."""
+) -> tuple[str, dict[str, Any], Difference]:
+    """The factory, its arguments, and what to set on what it builds, so that it equals ``model``."""
     if factory is not None:
         if not sources.is_factory(factory):
             raise ArgumentError(
@@ -344,11 +354,11 @@ def _find_factory(
             )
         kwargs = dict(kwargs or {})
         try:
-            if json.loads(json.dumps(kwargs)) != kwargs:
-                raise TypeError("JSON gives other values back")
+            to_json(kwargs)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
-                f"{{argument}}={kwargs!r} must be of types that JSON has: {error}.", argument="factory_kwargs"
+                f"{{argument}}={kwargs!r} must be of types that JSON has, or tuples: {error}.",
+                argument="factory_kwargs",
             ) from None
         return factory, kwargs, _compare(model, factory, kwargs)
     if kwargs is not None:
@@ -410,19 +420,21 @@ def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
         yield {**sized, "global_pool": pool}
 
 
-def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Checks that the factory builds ``model``, but for values; returns the attributes that differ, by module.
+def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Difference:
+    """Checks that the factory builds ``model``, but for values; returns what differs and can be set.
 
     What a module computes is set by its class, tensors, submodules and attributes. Attributes that are plain
-    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading; any other
-    difference is an error.
+    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading, and so are buffers
+    that no state_dict has, such as a table that the last run has left; any other difference is an error.
     """
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
     apply_conversion(built, conversion_of(model))
     other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"
     ours, theirs = _tensors(model), _tensors(built)
+    free, free_there = unsaved_buffers(model), unsaved_buffers(built)
+    made = tuple(name for name in free if ours[name] != theirs.get(name) and (name not in theirs or name in free_there))
     for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
+        if name not in made and ours.get(name) != theirs.get(name):
             raise CheckpointError(
                 f"{other_model}: {name} is {_shape(ours.get(name))} in the model and "
                 f"{_shape(theirs.get(name))} in what the factory builds."
@@ -451,7 +463,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
             )
             if plain and other != value:
                 differing.setdefault(path, {})[name] = value
-            elif isinstance(value, types.FunctionType) and value is not other:
+            elif isinstance(value, types.FunctionType) and not is_same_function(value, other):
                 raise CheckpointError(
                     f"{other_model}: {path}.{name} is another function in the model than in what the factory builds."
                 )
@@ -459,7 +471,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
                 raise CheckpointError(
                     f"{other_model}: {path}.{name} is {value} in the model and {other} in what the factory builds."
                 )
-    return differing
+    return Difference(differing, made)
 
 
 def _is_added(path: str) -> bool:
