@@ -79,8 +79,9 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model = model
-        # ScriptModules take no hooks, and so are in no stack.
-        self.modules = {id(each) for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)}
+        # ScriptModules take no hooks, and so are in no stack. Held, so that none that the forward makes gets the id of
+        # one that it drops.
+        self.modules = {id(each): each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)}
         self.graph = torch.fx.Graph()
         self.calls: list[Call] = []
         self.outputs: dict[str, Tensor | None] = {}  # by module path; of several, the first
