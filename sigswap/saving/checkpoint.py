@@ -33,6 +33,7 @@ from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedErr
 from sigswap.optional import require
 from sigswap.saving import marks, sources, transformers_hook
 from sigswap.saving.factories import find_factory, is_added
+from sigswap.saving.rebuilt import Difference, add_buffer, from_json, to_json
 from sigswap.saving.replacing import replace_files
 from sigswap.version import __version__
 
@@ -64,7 +65,7 @@ def save(
         factory: what builds the unconverted model when it is loaded: ``"module:function"``, an importable
             function, or ``"timm:NAME"``. Needed unless the model is transformers' or timm's.
             **Loading imports that module and calls that function.**
-        factory_kwargs: the arguments for it, of types that JSON has.
+        factory_kwargs: the arguments for it, of types that JSON has, or tuples of these.
         processor: transformers only: a tokenizer or processor, or several, saved beside the model. Without it,
             the files of the directory (or of the cached hub repository) that the model was loaded from are kept.
         max_shard_size: transformers only: weights beyond this size are split into several files.
@@ -235,24 +236,31 @@ def _load_transformers(directory: Path) -> nn.Module:
 
 
 def _write_factory(
-    model: nn.Module, factory: str, kwargs: dict[str, Any], attributes: dict[str, Any], staging: Path
+    model: nn.Module, factory: str, kwargs: dict[str, Any], difference: Difference, staging: Path
 ) -> None:
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
     kept, aliases = _untied(state)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    made = {name: buffers[name].detach().clone().contiguous() for name in difference.buffers}
+    kept |= made
     save_file(kept, staging / WEIGHTS, metadata={"format": "pt"})
     config = {
         "format": marks.FORMAT,
         "sigswap_version": __version__,
         "factory": factory,
-        "factory_kwargs": kwargs,
-        "attributes": attributes,
+        "factory_kwargs": to_json(kwargs),
+        "attributes": difference.attributes,
         "aliases": aliases,
         "unsaved_buffers": {name: _dtype_name(buffer) for name, buffer in model.named_buffers() if name not in state},
         "conversion": conversion_of(model).to_dict(),
     }
+    if made:
+        config["made_buffers"] = {
+            name: {"shape": list(buffer.shape), "dtype": _dtype_name(buffer)} for name, buffer in made.items()
+        }
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -270,16 +278,17 @@ def _load_factory(directory: Path) -> nn.Module:
     if missing:
         raise CheckpointError(f"{path} lacks {missing}.")
     try:
-        model = sources.build(config["factory"], config["factory_kwargs"])
+        model = sources.build(config["factory"], from_json(config["factory_kwargs"]))
         for module_path, values in config["attributes"].items():
             if is_added(module_path):
                 continue  # written by an earlier version, and of no use
             for name, value in values.items():
                 setattr(model.get_submodule(module_path), name, value)
         apply_conversion(model, Conversion.from_dict(config["conversion"]))
+        made = {name: add_buffer(model, name, **form) for name, form in config.get("made_buffers", {}).items()}
     except (SigswapError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _read_weights(model, directory / WEIGHTS, config["aliases"])
+    _read_weights(model, directory / WEIGHTS, config["aliases"], made)
     buffers = dict(model.named_buffers())
     for name, dtype in config["unsaved_buffers"].items():
         if name in buffers:
@@ -287,9 +296,10 @@ def _load_factory(directory: Path) -> nn.Module:
     return model
 
 
-def _read_weights(model: nn.Module, path: Path, aliases: Mapping[str, str]) -> None:
-    """Gives the model's tensors the values and dtypes in the file, in place, so that ties between them stay."""
-    targets = model.state_dict(keep_vars=True)
+def _read_weights(model: nn.Module, path: Path, aliases: Mapping[str, str], made: Mapping[str, Tensor]) -> None:
+    """Gives the model's tensors, and the buffers ``made``, the values and dtypes in the file, in place, so that ties
+    between them stay."""
+    targets = {**model.state_dict(keep_vars=True), **made}
     try:
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import conversion_of
 from sigswap.errors import ArgumentError, CheckpointError, Hint, SigswapError
 from sigswap.saving import sources
+from sigswap.saving.rebuilt import Difference, is_same_function, to_json, unsaved_buffers
 
 # Attributes that do not change what a model computes, and those that torch keeps for itself.
 _NOT_COMPARED = ("training", "grad_checkpointing", *accelerate_hooks.MOVES)
@@ -23,8 +23,8 @@ _NOT_COMPARED = ("training", "grad_checkpointing", *accelerate_hooks.MOVES)
 
 def find_factory(
     model: nn.Module, factory: str | None, kwargs: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The factory, its arguments, and the attributes to set on what it builds, so that it equals ``model``."""
+) -> tuple[str, dict[str, Any], Difference]:
+    """The factory, its arguments, and what to set on what it builds, so that it equals ``model``."""
     if factory is not None:
         if not sources.is_factory(factory):
             raise ArgumentError(
@@ -32,11 +32,11 @@ def find_factory(
             )
         kwargs = dict(kwargs or {})
         try:
-            if json.loads(json.dumps(kwargs)) != kwargs:
-                raise TypeError("JSON gives other values back")
+            to_json(kwargs)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
-                f"{{argument}}={kwargs!r} must be of types that JSON has: {error}.", argument="factory_kwargs"
+                f"{{argument}}={kwargs!r} must be of types that JSON has, or tuples: {error}.",
+                argument="factory_kwargs",
             ) from None
         return factory, kwargs, _compare(model, factory, kwargs)
     if kwargs is not None:
@@ -98,19 +98,21 @@ def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
         yield {**sized, "global_pool": pool}
 
 
-def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Checks that the factory builds ``model``, but for values; returns the attributes that differ, by module.
+def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Difference:
+    """Checks that the factory builds ``model``, but for values; returns what differs and can be set.
 
     What a module computes is set by its class, tensors, submodules and attributes. Attributes that are plain
-    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading; any other
-    difference is an error.
+    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading, and so are buffers
+    that no state_dict has, such as a table that the last run has left; any other difference is an error.
     """
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
     apply_conversion(built, conversion_of(model))
     other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"
     ours, theirs = _tensors(model), _tensors(built)
+    free, free_there = unsaved_buffers(model), unsaved_buffers(built)
+    made = tuple(name for name in free if ours[name] != theirs.get(name) and (name not in theirs or name in free_there))
     for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
+        if name not in made and ours.get(name) != theirs.get(name):
             raise CheckpointError(
                 f"{other_model}: {name} is {_shape(ours.get(name))} in the model and "
                 f"{_shape(theirs.get(name))} in what the factory builds."
@@ -139,7 +141,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
             )
             if plain and other != value:
                 differing.setdefault(path, {})[name] = value
-            elif isinstance(value, types.FunctionType) and value is not other:
+            elif isinstance(value, types.FunctionType) and not is_same_function(value, other):
                 raise CheckpointError(
                     f"{other_model}: {path}.{name} is another function in the model than in what the factory builds."
                 )
@@ -147,7 +149,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
                 raise CheckpointError(
                     f"{other_model}: {path}.{name} is {value} in the model and {other} in what the factory builds."
                 )
-    return differing
+    return Difference(differing, made)
 
 
 def is_added(path: str) -> bool:
