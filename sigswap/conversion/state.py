@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
+from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged, of_this_rank
 from sigswap.conversion.places import SWAPPED_FORWARD, UNSEEN_FILES
 from sigswap.conversion.switches import Switch
 from sigswap.errors import ConfigError, Hint, UnknownCallError
@@ -432,12 +432,14 @@ class SiteState(nn.Module):
         scaled_dot_product_attention: those of several tokens, as a causal flag or a mask shows, are not packed.
         """
         axis = self.plan.sdpa_head_axis
-        if axis.axis is None or axis.merged or (self.bias is None and not self.acts_on_product):
+        norm = None if self.query_norm is None else self.query_norm.weight
+        values = next((each for each in (self.bias, self.query_weight, norm) if each is not None), None)
+        if axis.axis is None or axis.merged or values is None:
             return
-        size = query.shape[axis.axis]
+        size, heads = query.shape[axis.axis], of_this_rank(values, query).shape[0]
         tokens = query.shape[-2] if is_causal else mask.shape[-2] if mask is not None and mask.dim() > 1 else 1
-        if size < self.plan.heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
-            raise axis.other_heads(self.plan.heads, size)
+        if size < heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+            raise axis.other_heads(heads, size)
 
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""
