@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import as_call
+from sigswap.conversion.keeping import hook
 from sigswap.conversion.recording import Inputs
 from sigswap.errors import ArgumentError, CalibrationError, Hint
+from sigswap.transaction import Transaction
 
 
 def as_calls(batches: Any) -> Iterable[Inputs]:
@@ -108,9 +110,12 @@ def main_output(output: Any) -> Tensor | None:
     return None
 
 
-def progress_bar(show: bool) -> Progress:
-    """On standard error, gone at the end."""
-    return Progress(console=Console(stderr=True), transient=True, disable=not show)
+def progress_bar(undo: Transaction, show: bool) -> Progress:
+    """On standard error, until the transaction is left."""
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not show)
+    undo.afterwards("the progress bar", bar.stop)
+    bar.start()
+    return bar
 
 
 @contextmanager
@@ -127,22 +132,7 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[tuple[st
 
         return note
 
-    hooks = [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
-    try:
+    with Transaction() as undo, undo:
+        for path in paths:
+            hook(undo.afterwards, model.get_submodule(path), noting(path))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled code; back to what it was at the end."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, value in training.items():
-            module.training = value
