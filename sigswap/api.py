@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
@@ -26,6 +25,7 @@ from sigswap.conversion.recording import LOOKING, Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.untouched import random_state
 from sigswap.conversion.user_runs import forget_calls
+from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, unwrapped
 from sigswap.errors import (
     ArgumentError,
     ConversionError,
@@ -88,6 +88,8 @@ def convert(
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
+    check_undistributed(model, "be converted")
+    whole, model = model, unwrapped(model)
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
         undo.on_failure("the random state", random_state())
@@ -100,7 +102,7 @@ def convert(
         if calibrate_with is not None:
             calibrate(model, calibrate_with)
         forget_calls(undo, model)
-    return model
+    return whole
 
 
 def _planned(
@@ -157,6 +159,7 @@ def inspect(
     Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
     """
     _check_convertible(model)
+    model = unwrapped(model)
     with Transaction() as undo, undo:
         LOOKING.take(undo.afterwards)
         thread_state(undo.on_failure)
@@ -246,12 +249,7 @@ def _check_convertible(model: nn.Module) -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):  # a run, which gives it a shape, cannot be taken back
             raise ConversionError(f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted."))
-    for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise ConversionError(
-                f"{path or 'the model'} is compiled.",
-                hint=Hint("Convert the model first and compile it afterwards: torch.compile(sigswap.convert(model))."),
-            )
+    check_uncompiled(model)
 
 
 def _nothing_to_swap(

@@ -21,9 +21,11 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
-from sigswap.conversion.record import RECORD, Conversion, conversion_of, owners_of, set_fitted_length
+from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
+from sigswap.conversion.replaced import watch_for_exchanges
 from sigswap.conversion.state import OwnerState, decided_models
 from sigswap.conversion.switches import Group, Switch
+from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
 from sigswap.transaction import Note, Transaction, entries
 
@@ -60,6 +62,7 @@ def convert_within(note: Note, model: nn.Module, conversion: Conversion) -> None
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
     if unused:
         raise ConversionError(f"config.overrides names {unused}, which match no converted module of {sorted(states)}.")
+    watch_for_exchanges()
     for path, state in states.items():
         owner = model.get_submodule(path)
         note(f"the class of {path or 'the model'}", accelerate_hooks.class_of(owner))
@@ -169,7 +172,9 @@ def revert(model: nn.Module) -> nn.Module:
     :func:`sigswap.compile_attention` has compiled is eager again. What ``torch.compile(backend="sigswap")`` compiled
     stays so, and swaps, as it does in any model that is not converted.
     """
+    whole, model = model, converted_part(model)
     conversion = conversion_of(model)
+    check_undistributed(whole, "be reverted")
     bases = [(path, module, base_class(module)) for path, module in model.named_modules()]
     converted = [(path, module, base) for path, module, base in bases if base is not None]
     for path, module, _ in converted:
@@ -190,7 +195,7 @@ def revert(model: nn.Module) -> nn.Module:
         _decided(model, note)
         del model.__dict__[RECORD]
         set_implementations(model, conversion.attn_implementations, note)
-    return model
+    return whole
 
 
 def _check_revertible(where: str, module: nn.Module) -> None:

@@ -427,6 +427,18 @@ class SiteState(nn.Module):
             stacklevel=2,
         )
 
+    def check_heads(self, query: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+        """Raises UnknownCallError for fewer heads than were converted, by the arguments of
+        scaled_dot_product_attention: those of several tokens, as a causal flag or a mask shows, are not packed.
+        """
+        axis = self.plan.sdpa_head_axis
+        if axis.axis is None or axis.merged or (self.bias is None and not self.acts_on_product):
+            return
+        size = query.shape[axis.axis]
+        tokens = query.shape[-2] if is_causal else mask.shape[-2] if mask is not None and mask.dim() > 1 else 1
+        if size < self.plan.heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+            raise axis.other_heads(self.plan.heads, size)
+
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""
         self.check_length(query.shape[-2])

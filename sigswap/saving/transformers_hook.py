@@ -1,7 +1,7 @@
 """transformers: directories that ``from_pretrained`` loads as sigmoid attention, or not at all.
 
-A converted model's config.json carries three marks, put there by :func:`sigswap.save` and by the model's own
-``save_pretrained`` (which Trainer and ``push_to_hub`` call):
+A converted model's config.json carries three marks (:mod:`sigswap.saving.marks`), put there by :func:`sigswap.save` and
+by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
 
 - ``quantization_config``, of method "sigswap", holds the conversion. transformers has a registry of
   quantization methods, and asks the registered one to change the model after it was built on the meta device
@@ -18,19 +18,15 @@ A converted model's config.json carries three marks, put there by :func:`sigswap
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,19 +34,23 @@ from torch import nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
-from sigswap.conversion.record import Conversion, conversion_of, is_converted
+from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import CheckpointError, Hint
-from sigswap.version import __version__
+from sigswap.saving.marks import (
+    METHOD,
+    QUANTIZATION_MARKS,
+    check_format,
+    config_parts,
+    marked_config,
+    marks_of,
+    read_marks,
+    rebased,
+    without_gguf_marks,
+)
 
-METHOD = "sigswap"
-FORMAT = 1
-# Not a file: the name is what a loader without sigswap prints when it cannot find it.
-NO_SUCH_WEIGHTS = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-before-loading.safetensors"
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
-# By these attributes transformers remembers, on the model and on its config, that a model is quantized.
-_QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "_is_quantized")
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
@@ -73,22 +73,6 @@ def is_transformers_model(model: object) -> bool:
     """Whether ``model`` is a transformers model, without importing transformers."""
     module = sys.modules.get(_TARGET)
     return module is not None and isinstance(model, module.PreTrainedModel)
-
-
-def read_marks(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The conversion's entry in ``directory/config.json``; None if there is none.
-
-    Raises CheckpointError if the file is there and is not JSON.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
-    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -196,7 +180,7 @@ def _register() -> None:
         def update_attn_implementation(self, config: Any) -> Any:
             vars(config).pop("transformers_weights", None)
             stored = self.quantization_config.attn_implementation
-            for path, part in _config_parts(config):
+            for path, part in config_parts(config):
                 asked = part._attn_implementation
                 if asked in _DISPATCHABLE:
                     continue
@@ -217,7 +201,7 @@ def _register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             conversion = Conversion.from_dict(self.quantization_config.conversion)
-            apply_conversion(model, _rebased(conversion, model))
+            apply_conversion(model, rebased(conversion, model))
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from transformers import PreTrainedModel
@@ -225,7 +209,7 @@ def _register() -> None:
             for module in model.modules():
                 if isinstance(module, PreTrainedModel):
                     for owner in (module, module.config):
-                        for name in _QUANTIZATION_MARKS:
+                        for name in QUANTIZATION_MARKS:
                             vars(owner).pop(name, None)
             for tensor in [*model.parameters(), *model.buffers()]:
                 # transformers leaves CPU weights where they lie in the mapped file, at any offset. In the last bit,
@@ -271,7 +255,7 @@ def _wrap(model_class: Any) -> None:
         entry = marks_of(model) if isinstance(model, nn.Module) else None
         if model is None or entry is None:
             return save_pretrained(*args, **kwargs)
-        with _without_gguf_marks(model), _marked_config(model.config, entry):
+        with without_gguf_marks(model), marked_config(model.config, entry):
             return save_pretrained(*args, **kwargs)
 
     @functools.wraps(from_pretrained)
@@ -301,135 +285,3 @@ def _check_unmarked(name: str | os.PathLike[str], subfolder: Any) -> None:
             "not say so, and softmax attention would have been loaded.",
             hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
         )
-
-
-def check_format(entry: dict[str, Any], where: str) -> None:
-    """Raises CheckpointError if ``entry`` was not written in a format that this version reads."""
-    if entry.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where}: sigswap's format {entry.get('format')!r} is not the one that this version reads ({FORMAT}); "
-            f"it was written by sigswap {entry.get('sigswap_version', 'of an unknown version')}."
-        )
-
-
-def marks_of(model: nn.Module) -> dict[str, Any] | None:
-    """The entry that the config.json of ``model`` must have; None if it is not converted.
-
-    Raises CheckpointError if the model is also quantized: config.json has room for one method.
-    """
-    if not is_converted(model):
-        return None
-    config = model.config
-    if getattr(config, "quantization_config", None) is not None and not _is_unpacked_gguf(model):
-        raise CheckpointError(
-            "A model that is both quantized and converted cannot be saved.",
-            hint=Hint("Save it in its original precision."),
-        )
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "sigswap_version": __version__,
-        "attn_implementation": {path: part._attn_implementation for path, part in _config_parts(config)},
-        "conversion": conversion_of(model).to_dict(),
-    }
-
-
-def _is_unpacked_gguf(model: Any) -> bool:
-    """Whether ``model`` is marked as quantized only because it was read from a GGUF file: its weights are plain floats.
-
-    Seen with transformers 5.22 to 5.24, which leave the marks on a model whose weights they unpacked.
-    """
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    return getattr(method, "value", method) == "gguf" and all(p.is_floating_point() for p in model.parameters())
-
-
-@contextmanager
-def _without_gguf_marks(model: Any) -> Iterator[None]:
-    """While it is open, a model with unpacked GGUF weights is not marked as quantized: it is saved as what it is."""
-    owners = [vars(model), vars(model.config)] if _is_unpacked_gguf(model) else []
-    kept = [{name: owner.pop(name) for name in _QUANTIZATION_MARKS if name in owner} for owner in owners]
-    try:
-        yield
-    finally:
-        for owner, marks in zip(owners, kept, strict=True):
-            owner.update(marks)
-
-
-def _config_parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``config`` and the configs inside it (text and vision of CLIP), each with its dotted path."""
-    yield path, config
-    for name in type(config).sub_configs:
-        part = getattr(config, name, None)
-        if hasattr(part, "_attn_implementation"):
-            yield from _config_parts(part, f"{path}.{name}" if path else name)
-
-
-def _rebased(conversion: Conversion, model: Any) -> Conversion:
-    """``conversion`` with the module paths of ``model``, which may have another head than the one it was made for.
-
-    A model with a head holds the base model as its child ``base_model_prefix``.
-    """
-    modules = {path for path, _ in model.named_modules()}
-    paths = [owner.path for owner in conversion.owners]
-    if modules.issuperset(paths):
-        return conversion
-    prefix = f"{model.base_model_prefix}."
-    if modules.issuperset(prefix + path for path in paths):
-
-        def moved(path: str) -> str:
-            return prefix + path
-    else:
-
-        def moved(path: str) -> str:
-            return path.removeprefix(prefix)
-
-    # What the head of the saved model owned is not in this one, as its weights are not.
-    kept = [path for path in paths if moved(path) in modules]
-    outside = [path for path in paths if path.startswith(prefix) and path not in kept]
-    if not kept or outside:
-        raise CheckpointError(
-            f"{type(model).__name__} has no module {(outside or paths)[0]!r}, with or without {prefix!r} before it, "
-            "where sigswap converted attention.",
-            hint=Hint("Load the saved model with the class that it was saved from."),
-        )
-    fields = {path: conversion.config.for_path(path).fields() for path in kept}
-    return dataclasses.replace(
-        conversion,
-        config=dataclasses.replace(conversion.config, overrides={moved(path): fields[path] for path in kept}),
-        owners=tuple(
-            dataclasses.replace(owner, path=moved(owner.path)) for owner in conversion.owners if owner.path in kept
-        ),
-        guarded=tuple(moved(path) for path in conversion.guarded if moved(path) in modules),
-        report=dataclasses.replace(
-            conversion.report,
-            sites=[dataclasses.replace(site, path=moved(site.path)) for site in conversion.report.sites],
-        ),
-    )
-
-
-@contextmanager
-def _marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
-    """While it is open, ``config.save_pretrained`` writes a config.json with the marks; the config stays clean."""
-
-    def to_json_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        del config.__dict__["to_json_file"]  # else it would be serialized
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            config.to_json_file(temporary, *args, **kwargs)
-            data = json.loads(temporary.read_text(encoding="utf-8"))
-            data |= {
-                "quantization_config": entry,
-                "attn_implementation": METHOD,
-                "transformers_weights": NO_SUCH_WEIGHTS,
-            }
-            temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    # An attribute of the instance goes before the method of its class.
-    config.__dict__["to_json_file"] = to_json_file
-    try:
-        yield
-    finally:
-        config.__dict__.pop("to_json_file", None)

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sigswap.conversion.record import RECORD, owners_of, set_row_cap
+from sigswap.conversion.record import RECORD, converted_part, owners_of, set_row_cap
 from sigswap.errors import ArgumentError, Hint
-from sigswap.training.teaching import converted_part
 from sigswap.transaction import Transaction, entries
 
 RISING = 0.8
