@@ -137,10 +137,11 @@ def _equal(outputs: list[Tensor] | None, wanted: list[Tensor]) -> bool:
     )
 
 
-def set_implementations(model: nn.Module, implementations: Mapping[str, str], note: Note) -> None:
+def set_implementations(model: nn.Module, implementations: Mapping[str, str], note: Note | None = None) -> None:
     """Past the checks of the model's own method: flash attention need not be installed to be put back."""
     for path, implementation in implementations.items():
         config: Any = model.get_submodule(path).config
         # Not the property _attn_implementation, which sets the parts' as well.
-        note("the attention implementation", entries(vars(config), "_attn_implementation_internal"))
+        if note is not None:
+            note("the attention implementation", entries(vars(config), "_attn_implementation_internal"))
         config._attn_implementation_internal = implementation

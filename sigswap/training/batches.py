@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -19,6 +17,9 @@ from sigswap.conversion.keeping import hook
 from sigswap.conversion.recording import Inputs
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.transaction import Transaction
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def as_calls(batches: Any) -> Iterable[Inputs]:
@@ -44,7 +45,19 @@ class _Calls:
 
     def __len__(self) -> int:
         """Raises TypeError where the batches cannot be counted before they have been gone through."""
-        return len(self.batches)  # type: ignore[arg-type]
+        try:
+            return len(self.batches)  # type: ignore[arg-type]
+        except Exception as error:  # streams say it in many ways
+            raise TypeError("no length is known") from error
+
+
+def gone() -> ArgumentError:
+    """About batches that have been gone through once, and cannot be again."""
+    return ArgumentError(
+        "{argument} gave batches once, and then none: they are gone through several times.",
+        argument="batches",
+        hint=Hint("Pass them as a list."),
+    )
 
 
 def on_device(call: Inputs, device: torch.device) -> Inputs:
@@ -106,6 +119,9 @@ def main_output(output: Any) -> Tensor | None:
 
 def progress_bar(undo: Transaction, show: bool) -> Progress:
     """On standard error, until the transaction is left."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     bar = Progress(console=Console(stderr=True), transient=True, disable=not show)
     undo.afterwards("the progress bar", bar.stop)
     bar.start()

@@ -24,7 +24,7 @@ from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.conversion.wrappers import check_undistributed, runnable, unwrapped
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.batches import as_calls, call_model, main_output, progress_bar
+from sigswap.training.batches import as_calls, call_model, gone, main_output, progress_bar
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
 from sigswap.training.fit import SiteFit, fit_channels, fit_norms
 from sigswap.training.language import check_length
@@ -229,6 +229,7 @@ class _Passes:
         states = list(self.states.values())
         twice = needs_recording(states, observer.phase)
         count = operator.length_hint(self.calls, -1)
+        index = -1
         with observed(states, observer):
             for index, call in enumerate(self.calls):
                 check_length(self.model, call, index)
@@ -236,6 +237,8 @@ class _Passes:
                 for observer.recording in (True, False) if twice else (False,):
                     call_model(self.model, call, index)
                 yield count if count >= 0 else None
+        if index < 0:
+            raise gone()
 
 
 def _beside(

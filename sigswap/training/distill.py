@@ -23,7 +23,7 @@ from sigswap.conversion.state import OwnerState
 from sigswap.conversion.wrappers import check_undistributed, runnable, wrappers_of
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
-from sigswap.training.batches import as_calls, progress_bar
+from sigswap.training.batches import as_calls, gone, progress_bar
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
@@ -326,11 +326,13 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _endless(calls: Iterable[Inputs]) -> Iterator[tuple[int, Inputs]]:
-    for _ in itertools.count():
+    for turn in itertools.count():
         empty = True
         for index, call in enumerate(calls):
             empty = False
             yield index, call
+        if empty and turn:
+            raise gone()
         if empty:
             raise ArgumentError("{argument} is empty.", argument="batches", hint=Hint("Pass at least one batch."))
 
