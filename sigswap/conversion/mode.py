@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from sigswap.conversion import stance
 from sigswap.conversion.places import (
     ANYWHERE,
     left_to_python,
@@ -269,8 +270,7 @@ class SwapMode(TorchFunctionMode):
         """While it is open, flex_attention does not compile itself: this mode sees it whole."""
         if "flex" not in self.state.families or torch.compiler.is_compiling():
             return nullcontext()
-        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-        return stance
+        return stance.uncompiled()
 
     def _sdpa(
         self,
@@ -367,7 +367,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             mode.check()
             return state.finish(output)
 
-        _SWAPPED[base] = _subclass(base, sigswap_forward)
+        _SWAPPED.setdefault(base, _subclass(base, sigswap_forward))  # another thread may have made one meanwhile
     return _SWAPPED[base]
 
 
