@@ -76,7 +76,8 @@ class SitePlan:
     ``row_axis``: of the scores, from the end; None: not known. ``scores``: how many axes they have, and which one, from
     the end, is the keys'; None: they are not computed by the owner, or version 0.1 wrote the plan.
     ``extra``: how many logits stand before and behind those of the keys (attention sinks). ``weighted``: of a softmax
-    by hand, whether what its exp gives is multiplied before it is divided.
+    by hand, whether what its exp gives is multiplied before it is divided. ``undivided``: its exp gives the
+    probabilities, for the logsumexp of the scores was subtracted from them.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class SitePlan:
     scores: tuple[int, int] | None = None
     extra: tuple[int, int] = (0, 0)
     weighted: bool = False
+    undivided: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self) | self.head_axis.to_fields() | self.sdpa_head_axis.to_fields("sdpa_")
@@ -98,7 +100,7 @@ class SitePlan:
             del data["scores"]
         if self.product is not None:
             data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
-        newer = {"extra": (0, 0), "weighted": False}  # left out where version 0.1 can do without
+        newer = {"extra": (0, 0), "weighted": False, "undivided": False}  # left out where version 0.1 can do without
         return {name: value for name, value in data.items() if name not in newer or value != newer[name]}
 
     @classmethod
