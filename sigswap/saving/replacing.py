@@ -77,7 +77,7 @@ def replace_files(target: Path, write: Callable[[Path], object], stale: Stale) -
             raise CheckpointError(
                 f"{target} could not be written, and is not as it was before: {error}. What was in it, and the new "
                 f"model, are kept in {work.path}.",
-                hint=_recover_hint(target),
+                hint=recover_hint(target),
             ) from error
         if work is not None and work.holds_new:
             raise CheckpointError(f"{target} holds the new model, but saving it did not end well: {error}") from error
@@ -283,7 +283,7 @@ def warn_of_leftovers(target: Path) -> None:
     """Names in a warning what saves to ``target`` have left when they were killed."""
     left = [str(work.path) for work in leftovers(target) if not work.is_new()]
     if left:
-        _log.warning(f"A save to {target} was interrupted and left {', '.join(left)}. {_recover_hint(target)}")
+        _log.warning(f"A save to {target} was interrupted and left {', '.join(left)}. {recover_hint(target)}")
 
 
 def settle(target: Path, but: Work) -> None:
@@ -348,5 +348,6 @@ def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _recover_hint(target: Path) -> Hint:
+def recover_hint(target: Path) -> Hint:
+    """What to do about what a save to ``target`` has left."""
     return Hint(f"Run `sigswap recover {target}`, or call sigswap.recover({str(target)!r}).")
