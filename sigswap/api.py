@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
@@ -26,6 +25,7 @@ from sigswap.conversion.recording import Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.state import decided_models
 from sigswap.conversion.user_runs import forget_calls
+from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, unwrapped
 from sigswap.errors import (
     ArgumentError,
     ConversionError,
@@ -87,6 +87,8 @@ def convert(
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
+    check_undistributed(model, "be converted")
+    whole, model = model, unwrapped(model)
     # Until all that may refuse has run, nothing of the model is changed: runs take other forms of it.
     recording, examples = Recording(model), resolve_examples(model, example_inputs)
     change = reachable(recording, examples)
@@ -121,7 +123,7 @@ def convert(
         with _reverted_on_failure(model):
             calibrate(model, calibrate_with)
     forget_calls(model)
-    return model
+    return whole
 
 
 def inspect(
@@ -136,6 +138,7 @@ def inspect(
     Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
     """
     _check_convertible(model)
+    model = unwrapped(model)
     recording, examples = Recording(model), resolve_examples(model, example_inputs)
     return search(recording, examples, reachable(recording, examples), include, exclude)[1]
 
@@ -231,12 +234,7 @@ def _check_convertible(model: nn.Module) -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):  # a run, which gives it a shape, cannot be taken back
             raise ConversionError(f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted."))
-    for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise ConversionError(
-                f"{path or 'the model'} is compiled.",
-                hint=Hint("Convert the model first and compile it afterwards: torch.compile(sigswap.convert(model))."),
-            )
+    check_uncompiled(model)
 
 
 def _nothing_to_swap(

@@ -20,8 +20,11 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
-from sigswap.conversion.record import RECORD, Conversion, conversion_of, owners_of, set_fitted_length
+from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
+from sigswap.conversion.replaced import watch_for_exchanges
 from sigswap.conversion.state import OwnerState, SiteState, decided_models
+from sigswap.conversion.switches import Group, Switch
+from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
 
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
@@ -42,12 +45,16 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
         states[plan.path] = OwnerState(
             plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
         )
+    group = Group(len(states))
+    for state in states.values():
+        state.switch = Switch(group)
     set_fitted_length(states.values(), conversion.fitted_length)
     guarded = [_owner(model, path) for path in conversion.guarded]
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
     if unused:
         raise ConversionError(f"config.overrides names {unused}, which match no converted module of {sorted(states)}.")
     done: list[tuple[nn.Module, type]] = []
+    watch_for_exchanges()
     try:
         for path, state in states.items():
             owner = model.get_submodule(path)
@@ -163,7 +170,9 @@ def revert(model: nn.Module) -> nn.Module:
     :func:`sigswap.compile_attention` has compiled is eager again. What ``torch.compile(backend="sigswap")`` compiled
     stays so, and swaps, as it does in any model that is not converted.
     """
+    whole, model = model, converted_part(model)
     conversion = conversion_of(model)
+    check_undistributed(whole, "be reverted")
     bases = [(path, module, base_class(module)) for path, module in model.named_modules()]
     converted = [(path, module, base) for path, module, base in bases if base is not None]
     for path, module, _ in converted:
@@ -178,7 +187,7 @@ def revert(model: nn.Module) -> nn.Module:
     del model.__dict__[RECORD]
     decided_models.add(model)
     set_implementations(model, conversion.attn_implementations)
-    return model
+    return whole
 
 
 def _check_revertible(where: str, module: nn.Module) -> None:

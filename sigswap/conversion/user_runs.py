@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from sigswap.conversion.copies import placed
 from sigswap.conversion.record import check_unconverted
 from sigswap.conversion.recording import Example
+from sigswap.conversion.wrappers import unwrapped
 from sigswap.errors import ExampleInputsError, Hint
 
 _noted: weakref.WeakKeyDictionary[nn.Module, list[Example]] = weakref.WeakKeyDictionary()
@@ -45,6 +46,7 @@ def watch(model: nn.Module) -> Iterator[list[Example]]:
         ExampleInputsError: none of its modules was called.
     """
     check_unconverted(model, "to convert it with what you run")
+    model = unwrapped(model)
     noted: dict[Any, Example] = {}
     calls: list[Example] = []
     with _hooked(model, noted):

@@ -25,17 +25,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.conversion.record import Conversion, conversion_of, is_converted
+from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
+from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
 from sigswap.saving import marks, schema, sources, transformers_hook, weights
-from sigswap.saving.factories import built_on_meta, check_plan_sizes, find_factory, finish, unmoved_random_state
+from sigswap.saving.factories import (
+    built_on_meta,
+    check_buffers,
+    check_plan_sizes,
+    find_factory,
+    finish,
+    unmoved_random_state,
+)
+from sigswap.saving.rebuilt import Difference, from_json, to_json
 from sigswap.saving.replacing import leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
 WEIGHTS = "model.safetensors"
-_SUMMED = ("factory", "factory_kwargs", "attributes", "aliases", "unsaved_buffers", "conversion")
 _RUN_CODE = Hint("Pass {allow_code} if you trust the directory.", {"allow_code": "True"})
 # The files of a transformers directory that go with the model and that save_pretrained does not write.
 COMPANIONS = (
@@ -63,7 +71,7 @@ def save(
         factory: what builds the unconverted model when it is loaded: ``"module:function"``, an importable
             function, or ``"timm:NAME"``. Needed unless the model is transformers' or timm's.
             **Loading imports that module and calls that function.**
-        factory_kwargs: the arguments for it, of types that JSON has.
+        factory_kwargs: the arguments for it, of types that JSON has, or tuples of these.
         processor: transformers only: a tokenizer or processor, or several, saved beside the model. Without it,
             the files of the directory (or of the cached hub repository) that the model was loaded from are kept.
         max_shard_size: transformers only: weights beyond this size are split into several files.
@@ -81,7 +89,7 @@ def save(
             argument="factory",
         )
 
-    model = getattr(model, "_orig_mod", model)  # a compiled model is saved as the model that was compiled
+    model = _savable(model)
     if not is_converted(model):
         raise NotConvertedError(
             "The model is not converted.",
@@ -166,6 +174,33 @@ def saved_conversion(directory: str | os.PathLike[str]) -> Conversion | None:
     return None if entry is None else marks.check_marks(entry, f"{path / 'config.json'}: quantization_config")
 
 
+def _savable(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``model``, which is what is saved. Raises CheckpointError where that is not all
+    of it.
+    """
+    spread = spread_parameter(model)
+    for wrapper in wrappers_of(model):
+        if wrapper.kind == "sharded":
+            spread = f"those inside {wrapper.name}"
+        if wrapper.kind == "adapted":
+            raise CheckpointError(
+                f"a {wrapper.name} has adapters, which sigswap.save does not save.",
+                hint=Hint(
+                    "Save them by its own save_pretrained, and the converted model before they are put on; or save "
+                    "model.merge_and_unload()."
+                ),
+            )
+        model = wrapper.inside
+    if spread is not None:
+        raise CheckpointError(
+            f"the parameters of the model are spread over processes ({spread}).",
+            hint=Hint("Load its full state_dict into a converted model that is not, and save that one."),
+        )
+    if part_to_pass(model) is not None:
+        conversion_of(model)  # which says so
+    return model
+
+
 def is_saved(directory: str | os.PathLike[str]) -> bool:
     """Whether ``directory`` holds a model that :func:`load` loads."""
     path = Path(directory)
@@ -241,28 +276,35 @@ def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
 
 
 def _write_factory(
-    model: nn.Module, factory: str, kwargs: dict[str, Any], attributes: dict[str, Any], staging: Path
+    model: nn.Module, factory: str, kwargs: dict[str, Any], difference: Difference, staging: Path
 ) -> None:
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
     kept, aliases = weights.untied(state)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    made = {name: buffers[name].detach().clone().contiguous() for name in difference.buffers}
+    kept |= made
     save_file(kept, staging / WEIGHTS, metadata={"format": "pt"})
     config = {
         "format": schema.FORMAT,
         "sigswap_version": __version__,
         "factory": factory,
-        "factory_kwargs": kwargs,
-        "attributes": attributes,
+        "factory_kwargs": to_json(kwargs),
+        "attributes": difference.attributes,
         "aliases": aliases,
         "unsaved_buffers": {name: _dtype_name(buffer) for name, buffer in model.named_buffers() if name not in state},
         "conversion": conversion_of(model).to_dict(),
     }
+    if made:
+        config["made_buffers"] = {
+            name: {"shape": list(buffer.shape), "dtype": _dtype_name(buffer)} for name, buffer in made.items()
+        }
     config = json.loads(json.dumps(config))
     schema.conversion_from(config["conversion"], "the model's conversion")  # what is saved can be loaded
     config["tensors"] = weights.digest(weights.read_header(staging / WEIGHTS))
-    config["checksums"] = schema.checksums({name: config[name] for name in _SUMMED})
+    config["checksums"] = schema.checksums(_summed(config))
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -273,14 +315,15 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], Conversion]:
     schema.check_format(config, str(path))
     schema.CONFIG_FILE(config, str(path))
     conversion = schema.conversion_from(config["conversion"], f"{path}: conversion")
-    schema.check_checksums({name: config[name] for name in _SUMMED}, config.get("checksums"), str(path))
+    schema.check_checksums(_summed(config), config.get("checksums"), str(path))
     return config, conversion
 
 
 def _load_factory(directory: Path, allow_code: bool) -> nn.Module:
     path, file = directory / CONFIG, directory / WEIGHTS
     config, conversion = _read_config(directory)
-    factory, kwargs, aliases = config["factory"], config["factory_kwargs"], config["aliases"]
+    factory, kwargs, aliases = config["factory"], from_json(config["factory_kwargs"]), config["aliases"]
+    made = config.get("made_buffers", {})
     if not factory.startswith("timm:") and not allow_code:
         raise CheckpointError(
             f"{directory} is loaded by importing and calling {factory!r}, which can be any code.", hint=_RUN_CODE
@@ -288,16 +331,18 @@ def _load_factory(directory: Path, allow_code: bool) -> nn.Module:
     header = weights.read_header(file)
     try:
         check_plan_sizes(conversion, header, aliases, file)
+        check_buffers(made, header, file)
         without_data = built_on_meta(factory, kwargs)
         if without_data is not None:  # so that nothing of a wrong size is allocated
-            finish(without_data, config["attributes"], conversion)
-            weights.check_header(without_data.state_dict(), header, aliases, file)
-        model = finish(sources.build(factory, kwargs), config["attributes"], conversion)
+            targets = finish(without_data, config["attributes"], conversion, made)
+            weights.check_header(targets, header, aliases, file)
+        model = sources.build(factory, kwargs)
+        targets = finish(model, config["attributes"], conversion, made)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a factory raises on arguments that are not its own
         raise CheckpointError(f"{path}: {_told(error)}") from error
-    weights.read_weights(model, file, header, aliases, config.get("tensors"))
+    weights.read_weights(model, targets, file, header, aliases, config.get("tensors"))
     buffers = dict(model.named_buffers())
     for name, dtype in config["unsaved_buffers"].items():
         if name in buffers:
@@ -307,6 +352,12 @@ def _load_factory(directory: Path, allow_code: bool) -> nn.Module:
             weights.check_dtype(name, wanted, buffers[name].dtype, path)
             buffers[name].data = buffers[name].data.to(wanted)
     return model
+
+
+def _summed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a sigswap.json that have checksums: those that say what the model is."""
+    others = ("format", "sigswap_version", "tensors", "checksums")
+    return {name: value for name, value in config.items() if name not in others}
 
 
 def _told(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import random
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
@@ -22,6 +21,7 @@ from sigswap.conversion.record import Conversion, conversion_of
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, CheckpointError, Hint, SigswapError
 from sigswap.saving import sources
+from sigswap.saving.rebuilt import Difference, add_buffer, is_same_function, to_json, unsaved_buffers
 from sigswap.saving.weights import Stored, check_keys
 from sigswap.transaction import Transaction
 
@@ -31,8 +31,8 @@ _NOT_COMPARED = ("training", "grad_checkpointing", *accelerate_hooks.MOVES)
 
 def find_factory(
     model: nn.Module, factory: str | None, kwargs: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The factory, its arguments, and the attributes to set on what it builds, so that it equals ``model``."""
+) -> tuple[str, dict[str, Any], Difference]:
+    """The factory, its arguments, and what to set on what it builds, so that it equals ``model``."""
     if factory is not None:
         if not sources.is_factory(factory):
             raise ArgumentError(
@@ -40,11 +40,11 @@ def find_factory(
             )
         kwargs = dict(kwargs or {})
         try:
-            if json.loads(json.dumps(kwargs)) != kwargs:
-                raise TypeError("JSON gives other values back")
+            to_json(kwargs)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
-                f"{{argument}}={kwargs!r} must be of types that JSON has: {error}.", argument="factory_kwargs"
+                f"{{argument}}={kwargs!r} must be of types that JSON has, or tuples: {error}.",
+                argument="factory_kwargs",
             ) from None
         return factory, kwargs, _compare(model, factory, kwargs)
     if kwargs is not None:
@@ -106,19 +106,21 @@ def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
         yield {**sized, "global_pool": pool}
 
 
-def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Checks that the factory builds ``model``, but for values; returns the attributes that differ, by module.
+def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Difference:
+    """Checks that the factory builds ``model``, but for values; returns what differs and can be set.
 
     What a module computes is set by its class, tensors, submodules and attributes. Attributes that are plain
-    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading; any other
-    difference is an error.
+    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading, and so are buffers
+    that no state_dict has, such as a table that the last run has left; any other difference is an error.
     """
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
     apply_conversion(built, conversion_of(model))
     other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"
     ours, theirs = _tensors(model), _tensors(built)
+    free, free_there = unsaved_buffers(model), unsaved_buffers(built)
+    made = tuple(name for name in free if ours[name] != theirs.get(name) and (name not in theirs or name in free_there))
     for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
+        if name not in made and ours.get(name) != theirs.get(name):
             raise CheckpointError(
                 f"{other_model}: {name} is {_shape(ours.get(name))} in the model and "
                 f"{_shape(theirs.get(name))} in what the factory builds."
@@ -147,7 +149,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
             )
             if plain and other != value:
                 differing.setdefault(path, {})[name] = value
-            elif isinstance(value, types.FunctionType) and value is not other:
+            elif isinstance(value, types.FunctionType) and not is_same_function(value, other):
                 raise CheckpointError(
                     f"{other_model}: {path}.{name} is another function in the model than in what the factory builds."
                 )
@@ -155,7 +157,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> dict[str
                 raise CheckpointError(
                     f"{other_model}: {path}.{name} is {value} in the model and {other} in what the factory builds."
                 )
-    return differing
+    return Difference(differing, made)
 
 
 def is_added(path: str) -> bool:
@@ -219,6 +221,16 @@ def unmoved_random_state() -> Iterator[None]:
         yield
 
 
+def check_buffers(made: Mapping[str, Mapping[str, Any]], header: Mapping[str, Stored], path: Path) -> None:
+    """Raises CheckpointError if the file does not hold the buffers ``made``, in their shapes and dtypes."""
+    for name, form in made.items():
+        stored, dtype = header.get(name), getattr(torch, form["dtype"], None)
+        if stored is None:
+            check_keys(path, [name], (), ())
+        elif stored.shape != tuple(form["shape"]) or stored.dtype != dtype:
+            raise CheckpointError(f"made_buffers[{name!r}] is {form}, and {path} has {stored.dtype} {stored.shape}.")
+
+
 def built_on_meta(factory: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
     """What ``factory`` builds, without data; None if it needs values to be built."""
     try:
@@ -230,8 +242,15 @@ def built_on_meta(factory: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
         return None
 
 
-def finish(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]], conversion: Conversion) -> nn.Module:
-    """Sets ``attributes``, by module path, and converts ``model``. Raises CheckpointError or ConversionError."""
+def finish(
+    model: nn.Module,
+    attributes: Mapping[str, Mapping[str, Any]],
+    conversion: Conversion,
+    made: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """Sets ``attributes``, by module path, converts ``model``, and gives it the buffers ``made``, whose values a file
+    has. Returns the tensors that the file is to have. Raises CheckpointError or ConversionError.
+    """
     for path, values in attributes.items():
         if is_added(path):
             continue  # written by an earlier version, and of no use
@@ -240,17 +259,19 @@ def finish(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]], conver
         except AttributeError as error:
             raise CheckpointError(f"attributes: the model has no module {path!r}.") from error
         for name, value in values.items():
-            before = vars(module).get(name)
-            inherited = getattr(type(module), name, None)
+            before, inherited = vars(module).get(name), getattr(type(module), name, None)
             registered = any(name in each for each in (module._parameters, module._buffers, module._modules))
-            if name.startswith("_") or name in _NOT_COMPARED or registered or not _is_plain((before, inherited)):
+            is_code = callable(inherited) or isinstance(inherited, property)
+            if name.startswith("_") or name in _NOT_COMPARED or registered or is_code:
                 raise CheckpointError(f"attributes[{path!r}]: {name!r} cannot be set to {value!r}.")
             if before is not None and value is not None and isinstance(before, str) != isinstance(value, str):
                 raise CheckpointError(
                     f"attributes[{path!r}][{name!r}] must be of the kind of {before!r}, not {value!r}."
                 )
             setattr(module, name, value)
-    return apply_conversion(model, conversion)
+    apply_conversion(model, conversion)
+    buffers = {name: add_buffer(model, name, **form) for name, form in made.items()}
+    return {**model.state_dict(keep_vars=True), **buffers}
 
 
 def check_plan_sizes(

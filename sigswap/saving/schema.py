@@ -372,7 +372,12 @@ CONFIG_FILE = record(
         "unsaved_buffers": mapping(text),
         "conversion": lambda value, where: None,  # by conversion_from
     },
-    {"sigswap_version": text, "checksums": mapping(text), "tensors": text},
+    {
+        "sigswap_version": text,
+        "checksums": mapping(text),
+        "tensors": text,
+        "made_buffers": mapping(record({"shape": array(integer(0)), "dtype": text})),
+    },
 )
 MARKS = record(
     {

@@ -142,13 +142,18 @@ def check_dtype(name: str, stored: torch.dtype, wanted: torch.dtype, path: Path)
 
 
 def read_weights(
-    model: nn.Module, path: Path, header: Mapping[str, Stored], aliases: Mapping[str, str], written: str | None
+    model: nn.Module,
+    targets: Mapping[str, Tensor],
+    path: Path,
+    header: Mapping[str, Stored],
+    aliases: Mapping[str, str],
+    written: str | None,
 ) -> None:
-    """Gives the model's tensors the values and dtypes in the file, in place, so that ties between them stay.
+    """Gives ``targets``, the model's tensors, the values and dtypes in the file, in place, so that ties between them
+    stay.
 
     ``written``: the digest of the file that was saved. Raises CheckpointError, before anything is read.
     """
-    targets = model.state_dict(keep_vars=True)
     check_header(targets, header, aliases, path)
     check_digest(header, written, path, '"tensors" from sigswap.json')
     try:

@@ -80,12 +80,6 @@ def call_model(model: nn.Module, call: Inputs, index: int, run: Callable[..., An
         ) from error
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What was given to torch.compile, if ``model`` is what it made of it: its modules have the names from before."""
-    inner: nn.Module = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
-    return inner
-
-
 def not_compiled(error: Exception) -> ArgumentError:
     """About ``compile``, for what Dynamo or a backend cannot do."""
     said = str(error).partition("\n\n")[0]  # and then Dynamo's advice

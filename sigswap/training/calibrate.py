@@ -22,6 +22,7 @@ from sigswap.conversion.record import conversion_of, note_calibration, owners_of
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.conversion.wrappers import check_undistributed, runnable, unwrapped
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.batches import as_calls, call_model, main_output, progress_bar, quiet
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
@@ -98,7 +99,9 @@ def calibrate(
 
     Whatever is raised, the model is as it was.
     """
-    states = _calibratable(model)
+    check_undistributed(model, "be calibrated")
+    part, model = unwrapped(model), runnable(model)
+    states = _calibratable(part)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
@@ -106,7 +109,7 @@ def calibrate(
     notes: list[str] = []
     calls: Iterable[Inputs]
     if batches is None:
-        calls, source = own_batches(model, seed=seed)
+        calls, source = own_batches(part, seed=seed)
         notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
     else:
         calls = as_calls(batches)
@@ -116,7 +119,7 @@ def calibrate(
         stack.enter_context(quiet(model))
         bar = stack.enter_context(progress_bar(progress))
         seen = _beside(model, calls, lookups, tokens, max_length)
-        if seen.mixer.inputs is not None and (given := stack.enter_context(open_terms(model))):
+        if seen.mixer.inputs is not None and (given := stack.enter_context(open_terms(part))):
             notes.append(
                 f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
                 "left open, for the query and the first key (query_bias, first_token)."
@@ -168,13 +171,13 @@ def calibrate(
             )
         notes += seen.notes()
         if kept:
-            set_row_cap(model, kept)
+            set_row_cap(part, kept)
             notes.append(f"{len(kept)} of {len(states)} modules have the row cap {next(iter(kept.values())):.4g} now.")
         sites = [(path, *item) for path, state in states.items() for item in enumerate(state.sites())]
         heads = [record for path, index, site in sites for record in fits[site].records(path, index)]
         lengths = [record for path, index, site in sites for record in fits[site].length_records(path, index)]
         result = CalibrationReport(heads, seen.given, notes, lengths)
-        note_calibration(model, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
+        note_calibration(part, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
     return result
 
 
@@ -186,6 +189,7 @@ def rank_sites(model: nn.Module, batches: Any, *, progress: bool = True) -> Site
     for the best one, the best two, and so on, together. That costs twice as many runs over ``batches`` as there are
     converted modules: pass one or two batches. Arguments and errors are those of :func:`calibrate`.
     """
+    model = runnable(model)
     states = owners_of(model)
     calls = list(as_calls(batches))
     with quiet(model), progress_bar(progress) as bar:

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigswap.conversion.record import owners_of
+from sigswap.conversion.record import owners_of, part_to_pass
 from sigswap.conversion.recording import Inputs
+from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import lookups
-from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar, quiet, uncompiled
+from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar, quiet
 from sigswap.training.comparison_report import (
     Comparison,
     DistanceMeasure,
@@ -65,7 +66,7 @@ def compare_models(
     progress: bool,
 ) -> Comparison:
     """See :func:`sigswap.compare`, which also opens an original that is saved."""
-    model, original = uncompiled(model), None if original is None else uncompiled(original)
+    model, original = runnable(model), None if original is None else runnable(original, "original")
     states = owners_of(model)
     check_seed(seed)
     for name, value in (("max_length", max_length), ("sequences", sequences)):
@@ -80,6 +81,7 @@ def compare_models(
         raise ArgumentError(
             f"{{argument}} has no module {missing[0]!r}: it must be the model before the conversion.",
             argument="original",
+            hint=part_to_pass(model),
         )
     notes = []
     if original is None:

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sigswap.conversion.record import owners_of, report
+from sigswap.conversion.record import owners_of, part_to_pass, report
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
+from sigswap.conversion.wrappers import check_undistributed, runnable, wrappers_of
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
-from sigswap.training.batches import as_calls, progress_bar, uncompiled
+from sigswap.training.batches import as_calls, progress_bar
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
@@ -31,7 +32,7 @@ from sigswap.training.mixing import mixer_for
 from sigswap.training.recompute import checkpointed_layers
 from sigswap.training.resuming import Kept
 from sigswap.training.steps import Run
-from sigswap.training.teaching import Original, adapter_parameters, converted_part
+from sigswap.training.teaching import Original, adapter_parameters
 
 SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
@@ -76,11 +77,18 @@ def param_groups(
     >>> optimizer = torch.optim.AdamW(sigswap.param_groups(model, 2e-5))
     >>> Trainer(model, args, optimizers=(optimizer, None), ...)
 
-    Raises NotConvertedError, or ArgumentError if nothing is trainable.
+    Raises NotConvertedError, or ArgumentError if nothing is trainable or FSDP has put the parameters together.
     """
     ours = {id(parameter) for state in owners_of(model).values() for parameter in state.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"sigmoid": [], "decay": [], "no_decay": []}
-    for parameter in model.parameters():
+    parameters = list(model.parameters())
+    if any(getattr(parameter, "_is_flat_param", False) for parameter in parameters):
+        raise ArgumentError(
+            "{argument}: its parameters were put together into others (by FullyShardedDataParallel).",
+            argument="model",
+            hint=Hint("Wrap it with use_orig_params=True, or use fully_shard."),
+        )
+    for parameter in parameters:
         if parameter.requires_grad:
             name = "sigmoid" if id(parameter) in ours else "decay" if parameter.dim() > 1 else "no_decay"
             groups[name].append(parameter)
@@ -192,6 +200,7 @@ def distill(
             teacher, or the teacher's output is of another shape (a teacher with another vocabulary).
     """
     _check_runnable(model, teacher)
+    model, teacher = runnable(model), None if teacher is None else runnable(teacher, "teacher")
     states = owners_of(model)
     _check_arguments(locals())
     source = model if teacher is None else teacher
@@ -200,6 +209,7 @@ def distill(
         raise CalibrationError(
             f"{{argument}} has no module {missing[0]!r}: it must be the model before the conversion.",
             argument="teacher",
+            hint=part_to_pass(model),
         )
     ours = {parameter for state in states.values() for parameter in state.parameters()}
     base = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and p not in ours}
@@ -251,7 +261,7 @@ def _backends(model: nn.Module) -> tuple[str, str]:
     "sigswap" swaps what it finds in graphs without converted modules: where a model has attention that is to stay
     softmax, and breaks its graph, such a graph would be of that attention.
     """
-    if report(converted_part(model)).count("left"):
+    if report(model).count("left"):
         return compiled.SOFTMAX_BACKEND, compiled.SOFTMAX_BACKEND
     return compiled.SIGMOID_BACKEND, compiled.SOFTMAX_BACKEND
 
@@ -265,12 +275,13 @@ def _caps_of(states: Mapping[str, OwnerState]) -> str:
 def _check_runnable(model: nn.Module, teacher: nn.Module | None) -> None:
     """Raises ArgumentError where no training is possible, or what is given is compiled."""
     for name, module in (("model", model), ("teacher", teacher)):
-        if module is not None and uncompiled(module) is not module:
+        if module is not None and any(wrapper.kind == "compiled" for wrapper in wrappers_of(module)):
             raise ArgumentError(
                 "{argument} is compiled.",
                 argument=name,
                 hint=Hint("Pass what was given to torch.compile, and {compile}.", {"compile": "True"}),
             )
+    check_undistributed(model, "be distilled")
     if torch.is_inference_mode_enabled():
         raise ArgumentError("there are no gradients inside torch.inference_mode().", hint=Hint("Distil outside of it."))
     made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]

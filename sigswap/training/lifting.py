@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from sigswap.conversion.record import RECORD, owners_of, set_row_cap
+from sigswap.conversion.record import RECORD, converted_part, owners_of, set_row_cap
 from sigswap.errors import ArgumentError, Hint
-from sigswap.training.teaching import converted_part
 
 RISING = 0.8
 """The share of the steps in which the caps rise; in the others the model learns with the last ones."""

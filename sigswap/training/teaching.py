@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sigswap.conversion.record import RECORD, is_converted, owners_of
+from sigswap.conversion.record import is_converted, owners_of
 from sigswap.conversion.softmax import run_as_softmax
 
 
@@ -40,12 +40,6 @@ class Original:
                     layer.enable_adapters(True)
                 for parameter, flag in trained:  # which peft sets as well
                     parameter.requires_grad_(flag)
-
-
-def converted_part(model: nn.Module) -> nn.Module:
-    """The module that was given to sigswap.convert, if that is one: ``model``, or what peft has wrapped."""
-    conversions = [module for module in model.modules() if RECORD in vars(module)]
-    return conversions[0] if len(conversions) == 1 else model
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
