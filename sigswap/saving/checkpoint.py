@@ -140,7 +140,17 @@ def load(
             the file and the field or the tensor. Or ``allow_code`` is needed.
     """
     directory = Path(directory)
-    warn_of_leftovers(directory)
+    try:
+        warn_of_leftovers(directory)
+        model = _load(directory, allow_code)
+    except OSError as error:
+        raise CheckpointError(f"{directory} could not be read: {error}") from error
+    if dtype is not None:
+        model = model.to(dtype)
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _load(directory: Path, allow_code: bool) -> nn.Module:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory.", hint=_recovery(directory))
     before = _stamps(directory)
@@ -157,9 +167,7 @@ def load(
             )
     if _stamps(directory) != before:
         raise CheckpointError(f"{directory} was saved to while it was being loaded.", hint=Hint("Load it again."))
-    if dtype is not None:
-        model = model.to(dtype)
-    return model.to(device).eval() if device is not None else model.eval()
+    return model
 
 
 def saved_conversion(directory: str | os.PathLike[str]) -> Conversion | None:

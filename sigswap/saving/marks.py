@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import CheckpointError, Hint
 from sigswap.saving import schema, weights
 from sigswap.saving.weights import Stored
+from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
 METHOD = "sigswap"
@@ -78,7 +80,7 @@ def check_directory(directory: Path) -> dict[str, dict[str, Stored]]:
     entry = config["quantization_config"]
     check_marks(entry, f"{path}: quantization_config")
     if entry.get("config_checksums") is not None:
-        schema.check_checksums(_summed(config), entry["config_checksums"], str(path))
+        schema.check_checksums(_summed(config), entry["config_checksums"], str(path), "config_checksums")
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
             f"{directory / 'adapter_config.json'} names another model, which transformers would load instead.",
@@ -156,12 +158,13 @@ def _is_unpacked_gguf(model: Any) -> bool:
 def without_gguf_marks(model: Any) -> Iterator[None]:
     """While it is open, a model with unpacked GGUF weights is not marked as quantized: it is saved as what it is."""
     owners = [vars(model), vars(model.config)] if _is_unpacked_gguf(model) else []
-    kept = [{name: owner.pop(name) for name in QUANTIZATION_MARKS if name in owner} for owner in owners]
-    try:
-        yield
-    finally:
+    kept = [{name: owner[name] for name in QUANTIZATION_MARKS if name in owner} for owner in owners]
+    with Transaction() as undo, undo:
         for owner, marks in zip(owners, kept, strict=True):
-            owner.update(marks)
+            undo.afterwards("the marks of a GGUF file", functools.partial(owner.update, marks))
+            for name in marks:
+                del owner[name]
+        yield
 
 
 def config_parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -235,12 +238,11 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
 
         files.write_whole(path, write)
 
-    # An attribute of the instance goes before the method of its class.
-    config.__dict__["to_json_file"] = to_json_file
-    try:
+    with Transaction() as undo, undo:
+        undo.afterwards("the method of the config", lambda: config.__dict__.pop("to_json_file", None))
+        # An attribute of the instance goes before the method of its class.
+        config.__dict__["to_json_file"] = to_json_file
         yield
-    finally:
-        config.__dict__.pop("to_json_file", None)
 
 
 def _summed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -269,12 +269,12 @@ def leftovers(target: Path) -> list[Work]:
     """The work folders that saves to ``target`` have left when they were killed, the oldest first."""
     target = target.resolve()
     prefix = _prefix(target)
-    folders = [folder for folder in (target.parent, target) if folder.is_dir()]
     found: list[tuple[float, Path]] = []
-    for path in (path for folder in folders for path in folder.iterdir() if path.name.startswith(prefix)):
-        with suppress(FileNotFoundError):  # another save has just removed it
-            if path.is_dir():
-                found.append((path.stat().st_mtime, path))
+    for folder in (target.parent, target):
+        with suppress(OSError):  # it is not there, or not to be read, or another save has just removed its own
+            for path in folder.iterdir():
+                if path.name.startswith(prefix) and path.is_dir():
+                    found.append((path.stat().st_mtime, path))
     works = [Work(path, target) for _, path in sorted(found)]
     return [work for work in works if not work.in_use()]
 

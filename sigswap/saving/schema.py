@@ -77,20 +77,20 @@ def checksums(fields: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def check_checksums(fields: Mapping[str, Any], written: Any, where: str) -> None:
-    """Raises CheckpointError if one of ``fields`` is not what it was when the checksums were ``written``.
+def check_checksums(fields: Mapping[str, Any], written: Any, where: str, name: str = "checksums") -> None:
+    """Raises CheckpointError if one of ``fields`` is not what it was when the checksums were ``written``, as ``name``.
 
     ``written`` None: an earlier version saved the directory, or somebody has removed them.
     """
     if written is None:
         return
-    mapping(text)(written, f"{where}: checksums")
+    mapping(text)(written, f"{where}: {name}")
     now = checksums(fields)
-    changed = sorted(name for name in {*now, *written} if now.get(name) != written.get(name))
+    changed = sorted(field for field in {*now, *written} if now.get(field) != written.get(field))
     if changed:
         raise CheckpointError(
             f"{where}: {', '.join(changed[:5])}{' and more' if len(changed) > 5 else ''}: not what was saved.",
-            hint=Hint('If you changed it on purpose, remove "checksums" from the file.'),
+            hint=Hint(f'If you changed it on purpose, remove "{name}" from the file.'),
         )
 
 

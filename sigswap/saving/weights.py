@@ -166,7 +166,7 @@ def read_weights(
     for name, source in aliases.items():
         owner_path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_path)
-        tensors = owner._parameters if attribute in owner._parameters else owner._buffers
+        tensors: Any = owner._parameters if attribute in owner._parameters else owner._buffers
         tensors[attribute] = targets[source]
 
 

@@ -919,3 +919,19 @@ def test_a_directory_that_is_saved_to_while_it_is_loaded(tmp_path: Path, monkeyp
     monkeypatch.setattr(checkpoint.weights, "read_header", saving)
     with pytest.raises(CheckpointError, match="saved to while it was being loaded"):
         sigswap.load(tmp_path / "m", allow_code=True)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser reads all folders")
+def test_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
+    saved_own(tmp_path / "m")
+    (tmp_path / "m").chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match="could not be read"):
+            sigswap.load(tmp_path / "m")
+    finally:
+        (tmp_path / "m").chmod(0o755)
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="could not be read|is not a directory"):
+        sigswap.load(tmp_path / ("x" * 300))
