@@ -253,6 +253,7 @@ def test_arguments_that_are_tuples_and_functions_that_are_made_anew(tmp_path: Pa
         sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_scaled", factory_kwargs=kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -316,6 +317,7 @@ def _edit_weights(directory: Path, **changes: Tensor | None) -> None:
     save_file(tensors, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -497,6 +499,7 @@ def _first(output: Any) -> Tensor:
     return next(value for value in output.values() if isinstance(value, Tensor) and value.dim())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -933,5 +936,5 @@ def test_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="could not be read|is not a directory"):
+    with pytest.raises(CheckpointError, match="too long"):
         sigswap.load(tmp_path / ("x" * 300))
