@@ -22,6 +22,7 @@ from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_va
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import transformers_hook
 from sigswap.saving.checkpoint import load, save
+from sigswap.saving.replacing import recover
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
@@ -63,6 +64,7 @@ __all__ = [
     "load",
     "param_groups",
     "rank_sites",
+    "recover",
     "report",
     "revert",
     "save",

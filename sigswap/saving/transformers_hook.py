@@ -41,7 +41,7 @@ from sigswap.errors import CheckpointError, Hint
 from sigswap.saving.marks import (
     METHOD,
     QUANTIZATION_MARKS,
-    check_format,
+    check_marks,
     config_parts,
     marked_config,
     marks_of,
@@ -49,6 +49,7 @@ from sigswap.saving.marks import (
     rebased,
     without_gguf_marks,
 )
+from sigswap.saving.weights import check_files
 
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
@@ -166,7 +167,7 @@ def _register() -> None:
         conversion: dict[str, Any]
 
         def __init__(self, **entry: Any) -> None:
-            check_format(entry, "config.json")
+            check_marks(entry, "config.json: quantization_config")
             self.__dict__.update(entry, quant_method=METHOD)
 
     @register_quantizer(METHOD)
@@ -205,6 +206,7 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             conversion = Conversion.from_dict(self.quantization_config.conversion)
             apply_conversion(model, rebased(conversion, model))
+            check_files(model, kwargs.get("checkpoint_files"))
             if getattr(model, "_tp_plan", None):  # which transformers applies next, if it is asked to
                 model._tp_plan = with_heads(model._tp_plan, model)
 
