@@ -223,7 +223,11 @@ class SwapMode(TorchFunctionMode):
     def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
         """The first part of a softmax by hand: its numbers are ones until its division, times what multiplies them."""
         scores = args[0] if args else kwargs["input"]
-        in_place = func.__name__ == "exp_"
+        in_place = func in (torch.exp_, torch.Tensor.exp_)
+        if site.plan.undivided:
+            assert site.plan.scores is not None
+            probs = self._softmax(site, (scores, site.plan.scores[1]), {})
+            return scores.copy_(probs) if in_place else probs
         self.exponential = site, scores.clone() if in_place else scores
         return scores.fill_(1.0) if in_place else ones(scores)
 

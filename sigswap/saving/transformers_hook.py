@@ -36,6 +36,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
+from sigswap.distributed.heads import with_heads
 from sigswap.errors import CheckpointError, Hint
 from sigswap.saving.marks import (
     METHOD,
@@ -204,6 +205,8 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             conversion = Conversion.from_dict(self.quantization_config.conversion)
             apply_conversion(model, rebased(conversion, model))
+            if getattr(model, "_tp_plan", None):  # which transformers applies next, if it is asked to
+                model._tp_plan = with_heads(model._tp_plan, model)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from transformers import PreTrainedModel

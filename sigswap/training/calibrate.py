@@ -32,6 +32,7 @@ from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Beside, check_max_length, mixer_for
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import check_seed, own_batches
+from sigswap.training.ranks import Ranks
 from sigswap.transaction import Transaction, entries
 
 ROW_CAP = 1e-2
@@ -48,6 +49,7 @@ def calibrate(
     tokens: Any = None,
     max_length: int | None = None,
     seed: int = 0,
+    group: Any = None,
     progress: bool = True,
 ) -> CalibrationReport:
     """Fits the sigmoid parameters of a converted ``model`` so that it computes what it computed as softmax.
@@ -68,6 +70,10 @@ def calibrate(
     (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and d_h now, and row caps with them. Encoders,
     encoder-decoders and vision models get none of this.
 
+    Where several processes train one model, each calls this with batches of its own. What they have gathered is added
+    up after each pass, so that all get the parameters that one process gets from all the batches, to rounding (beside
+    the first key a regression sees at most 2,048 rows of a head, and with more it is other ones).
+
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
             used. ``query_bias=True`` in its config lets it be fitted much better. (A decoder gets that by itself.)
@@ -87,6 +93,8 @@ def calibrate(
         max_length: of language models: their tokens are also put together to at most four sequences of this length, so
             that the bias is fitted for all positions up to it. The report has the error by position.
         seed: of the inputs that are made without ``batches``.
+        group: the torch.distributed process group whose ranks calibrate their copies of the model together. ``None``:
+            all ranks, where torch.distributed is initialised.
         progress: shows a progress bar on standard error, if that is a terminal.
 
     Returns:
@@ -107,19 +115,23 @@ def calibrate(
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
     check_seed(seed)
+    ranks = Ranks(group)
+    ranks.check_same(states, refine=refine, row_cap=row_cap, lookups=lookups, max_length=max_length, seed=seed)
     notes: list[str] = []
     calls: Iterable[Inputs]
-    if batches is None:
-        calls, source = own_batches(part, seed=seed)
-        notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
-    else:
-        calls = as_calls(batches)
+    with ranks.all_or_none():
+        if batches is None:
+            calls, source = own_batches(part, seed=seed)
+            notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
+        else:
+            calls = as_calls(batches)
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
     with Transaction() as undo, undo:
         _unchanged_if_it_fails(undo, part, states)
         quiet(undo, model)
-        bar = progress_bar(undo, progress)
-        seen = _beside(model, calls, lookups, tokens, max_length)
+        bar = progress_bar(undo, progress and ranks.rank == 0)
+        with ranks.all_or_none():
+            seen = _beside(model, calls, lookups, tokens, max_length)
         if seen.mixer.inputs is not None and (given := open_terms(undo.on_failure, part)):
             notes.append(
                 f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
@@ -138,8 +150,10 @@ def calibrate(
 
         def run(phase: Phase) -> Observer:
             observer = Observer(phase)
-            for count in passes.run(observer):
-                bar.update(task, advance=1, total=None if count is None else count * total)
+            with ranks.all_or_none():
+                for count in passes.run(observer):
+                    bar.update(task, advance=1, total=None if count is None else count * total)
+            ranks.add_up(observer, list(states.values()))
             return observer
 
         if normed:

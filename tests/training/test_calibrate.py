@@ -358,6 +358,7 @@ def test_a_failed_calibration_changes_nothing(bad: str) -> None:
     assert model(*data[0]).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [math.nan, 1e200])
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("query_bias", [False, True])
