@@ -17,6 +17,7 @@ from sigswap.conversion.install import revert
 from sigswap.conversion.record import is_converted, report, set_row_cap
 from sigswap.conversion.softmax import softmax
 from sigswap.conversion.user_runs import watch
+from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import transformers_hook
@@ -66,6 +67,7 @@ __all__ = [
     "revert",
     "save",
     "set_row_cap",
+    "shard_heads",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax",

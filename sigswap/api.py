@@ -6,26 +6,26 @@ They are above the rooms that they compose, so that conversion need not know tra
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_examples
-from sigswap.conversion.implementations import reachable
-from sigswap.conversion.install import apply_conversion, installed, revert
+from sigswap.conversion.implementations import Reachable, reachable
+from sigswap.conversion.install import convert_within, installed
+from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, check_unconverted
-from sigswap.conversion.recording import Recording
+from sigswap.conversion.recording import LOOKING, Recording
 from sigswap.conversion.search import search, selected
-from sigswap.conversion.state import decided_models
+from sigswap.conversion.untouched import random_state
 from sigswap.conversion.user_runs import forget_calls
+from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, unwrapped
 from sigswap.errors import (
     ArgumentError,
     ConversionError,
@@ -39,6 +39,7 @@ from sigswap.saving.checkpoint import is_saved, load
 from sigswap.training.calibrate import calibrate
 from sigswap.training.compare import compare_models
 from sigswap.training.comparison_report import Comparison
+from sigswap.transaction import Transaction
 
 
 def convert(
@@ -87,8 +88,36 @@ def convert(
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
-    # Until all that may refuse has run, nothing of the model is changed: runs take other forms of it.
-    recording, examples = Recording(model), resolve_examples(model, example_inputs)
+    check_undistributed(model, "be converted")
+    whole, model = model, unwrapped(model)
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        undo.on_failure("the random state", random_state())
+        LOOKING.take(undo.afterwards)
+        recording = Recording(model)
+        undo.on_failure("what the model's code keeps", recording.untouched.put_back)
+        conversion, change = _planned(recording, config, example_inputs, include, exclude, strict)
+        convert_within(undo.on_failure, model, conversion)
+        change.install(model, undo.on_failure)
+        if calibrate_with is not None:
+            calibrate(model, calibrate_with)
+        forget_calls(undo, model)
+    return whole
+
+
+def _planned(
+    recording: Recording,
+    config: SigmoidConfig,
+    example_inputs: Any,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    strict: bool,
+) -> tuple[Conversion, Reachable]:
+    """What is to be installed on the recording's model, and the change of its attention implementation. Raises as
+    :func:`convert` does; the model is not changed, and runs take other forms of it.
+    """
+    model = recording.model
+    examples = resolve_examples(model, example_inputs)
     change = reachable(recording, examples)
     sites, report = search(recording, examples, change, include, exclude)
     stuck = [left for left in sites.left if left.attention and selected(left.path, include, exclude)]
@@ -115,13 +144,7 @@ def convert(
     )
     for example in examples:
         recording.check(example, functools.partial(installed, conversion=conversion))
-    apply_conversion(model, conversion)
-    change.install(model)
-    if calibrate_with is not None:
-        with _reverted_on_failure(model):
-            calibrate(model, calibrate_with)
-    forget_calls(model)
-    return model
+    return conversion, change
 
 
 def inspect(
@@ -136,8 +159,15 @@ def inspect(
     Raises ExampleInputsError, AlreadyConvertedError or ConversionError as convert does; finding nothing is no error.
     """
     _check_convertible(model)
-    recording, examples = Recording(model), resolve_examples(model, example_inputs)
-    return search(recording, examples, reachable(recording, examples), include, exclude)[1]
+    model = unwrapped(model)
+    with Transaction() as undo, undo:
+        LOOKING.take(undo.afterwards)
+        thread_state(undo.on_failure)
+        undo.on_failure("the random state", random_state())
+        recording = Recording(model)
+        undo.on_failure("what the model's code keeps", recording.untouched.put_back)
+        examples = resolve_examples(model, example_inputs)
+        return search(recording, examples, reachable(recording, examples), include, exclude)[1]
 
 
 def compare(
@@ -214,27 +244,12 @@ def _opened(source: str) -> nn.Module:
     return sources.from_transformers(source)
 
 
-@contextlib.contextmanager
-def _reverted_on_failure(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        revert(model)
-        decided_models.discard(model)
-        raise
-
-
 def _check_convertible(model: nn.Module) -> None:
     check_unconverted(model, "to convert it in another way")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):  # a run, which gives it a shape, cannot be taken back
             raise ConversionError(f"{name} has no shape yet.", hint=Hint("Run the model once before it is converted."))
-    for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise ConversionError(
-                f"{path or 'the model'} is compiled.",
-                hint=Hint("Convert the model first and compile it afterwards: torch.compile(sigswap.convert(model))."),
-            )
+    check_uncompiled(model)
 
 
 def _nothing_to_swap(

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sigswap": "sigswap", "sigswap.passes": "passes", "sigswap.kernels": "kernels"}
 
-LEAVES = ("errors", "masked", "version", "optional", "config", "report")
+LEAVES = ("errors", "masked", "version", "optional", "config", "report", "transaction", "files")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "masked": (),
@@ -21,17 +21,30 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "optional": ("errors",),
     "config": ("errors",),
     "report": ("errors",),
+    "transaction": ("errors",),
+    "files": (),
     "kernels": ("errors", "masked"),
     "passes": ("errors", "masked"),
     "functional": ("kernels", *LEAVES),
     "conversion": ("functional", "passes", *LEAVES),
     "compiling": ("conversion", "functional", "passes", "kernels", *LEAVES),
     "training": ("conversion", "functional", "kernels", *LEAVES),
-    "saving": ("conversion", *LEAVES),
+    "distributed": ("conversion", *LEAVES),
+    "saving": ("distributed", "conversion", *LEAVES),
     "api": ("training", "saving", "conversion", *LEAVES),
     "bench": ("api", "saving", "compiling", "conversion", "functional", *LEAVES),
     "former_names": (),
-    "the package": ("former_names", "api", "saving", "training", "compiling", "conversion", "functional", *LEAVES),
+    "the package": (
+        "former_names",
+        "api",
+        "distributed",
+        "saving",
+        "training",
+        "compiling",
+        "conversion",
+        "functional",
+        *LEAVES,
+    ),
     "commands": ("the package", "bench", "api", "saving", "training", "compiling", "conversion", *LEAVES),
 }
 """By room, from the bottom, the rooms that its files may import besides their own, at the top of a file or in a

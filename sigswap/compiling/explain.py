@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from sigswap.compiling.backend import swap_and_lower
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_inputs
+from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ExampleInputsError, Hint
 from sigswap.passes.normalize import modules_of, source_of
 from sigswap.report import folded
@@ -88,6 +89,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     Raises:
         ExampleInputsError: The model does not run on the example inputs.
     """
+    model = runnable(model)
     sites: list[CompiledSite] = []
     graphs = 0
     paths = {id(module): path for path, module in model.named_modules()}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from sigswap.conversion.copies import Inputs
 from sigswap.conversion.recording import INPUT_FORMS, Example
 from sigswap.conversion.user_runs import noted_calls
+from sigswap.conversion.wrappers import unwrapped
 from sigswap.errors import ArgumentError, ExampleInputsError, Hint
 
 _PASS_INPUTS = Hint(
@@ -67,6 +68,7 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> list[Inputs]:
     Raises ExampleInputsError if there are none and the model offers none.
     """
     if example_inputs is None:
+        model = unwrapped(model)
         own: Inputs = ((_timm_images(model),), {}) if _is_timm(model) else ((), _own_inputs(model))
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return [tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, own)]
@@ -122,7 +124,9 @@ def _own_inputs(model: Any) -> dict[str, Any]:
     """Keyword arguments that a transformers model accepts, from its dummy_inputs or its config."""
     if not hasattr(model, "dummy_inputs") or not hasattr(model, "config"):
         raise ExampleInputsError(f"{type(model).__name__} does not say what its inputs look like.", hint=_PASS_INPUTS)
-    base = next(cls for cls in type(model).__mro__ if "dummy_inputs" in vars(cls))
+    base = next((cls for cls in type(model).__mro__ if "dummy_inputs" in vars(cls)), None)
+    if base is None:  # something around a transformers model, that lends its attributes
+        raise ExampleInputsError(f"{type(model).__name__} does not say what its inputs look like.", hint=_PASS_INPUTS)
     if base.__name__ != "PreTrainedModel":
         return dict(model.dummy_inputs)
     config = model.config

@@ -8,13 +8,21 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sigswap.errors import UnknownCallError
+from sigswap.errors import Hint, UnknownCallError
 from sigswap.passes.site import HeadLayout
 
 Unmerged = Literal["exact", "group", "pack"]
 """What an axis of heads alone may hold: the heads ("exact"); each key head repeated for the query heads that share it
-("group"); or, of a query, fewer heads with the others as rows of the next axis ("pack": so transformers decodes one
-token with grouped-query attention)."""
+("group"); or, of a query of one token, the key heads with the query heads of each as rows of the next axis ("pack": so
+transformers decodes with grouped-query attention)."""
+
+
+def of_this_rank(values: Tensor, like: Tensor) -> Tensor:
+    """What of ``values`` per head stands for the heads of ``like``: of a DTensor beside a plain tensor, its shard."""
+    if hasattr(values, "to_local") and not hasattr(like, "to_local"):
+        shard: Tensor = values.to_local()
+        return shard
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +47,11 @@ class HeadAxis:
     ) -> Tensor:
         """``values`` [heads], or [heads, head_dim] where ``dim_axis`` is head_dim's, shaped to broadcast over ``like``.
 
+        Values that are sharded over the ranks of tensor parallelism are taken for the heads of this rank.
+
         Raises UnknownCallError if ``like`` has another number of heads, in a form that ``unmerged`` does not allow.
         """
+        values = of_this_rank(values, like)
         heads = values.shape[0]
         axis = self.axis
         if heads == 1:
@@ -66,16 +77,27 @@ class HeadAxis:
             shape[axis + 1] = rows
             values = values.repeat_interleave(rows * size // heads, dim=0)
         else:
-            raise UnknownCallError(f"an attention that had {heads} heads when it was converted has {size} now.")
+            raise self.other_heads(heads, size)
         if dim_axis is not None and dim_axis % like.dim() < axis % like.dim():
             values = values.transpose(0, 1)
         return values.reshape(shape)
+
+    @staticmethod
+    def other_heads(heads: int, now: int) -> UnknownCallError:
+        """The error for a call with ``now`` heads of ``heads``."""
+        return UnknownCallError(
+            f"an attention that had {heads} heads when it was converted has {now} now.",
+            hint=Hint(
+                "Convert the model after its heads were pruned; if they are spread over devices by tensor parallelism, "
+                "call sigswap.shard_heads(model) after it."
+            ),
+        )
 
     def _is_packed(self, like: Tensor, heads: int, unmerged: Unmerged) -> bool:
         if self.merged or self.axis is None or unmerged != "pack":
             return False
         size, rows = like.shape[self.axis], like.shape[self.axis + 1]
-        return heads % size == 0 and rows % (heads // size) == 0
+        return size * rows == heads
 
     # In saved models, and in pickles of version 0.1, the three stand among the fields of the plan that has them.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from sigswap.conversion import stance
 from sigswap.conversion.places import (
     ANYWHERE,
     left_to_python,
@@ -30,6 +31,7 @@ from sigswap.conversion.places import (
     traced_suffix,
 )
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
+from sigswap.conversion.switches import CONTEXTS_ARE_GUARDED, OBSERVED, SWITCHED, anywhere
 from sigswap.errors import Hint, UnknownCallError
 from sigswap.functional.flex import flex_attention
 from sigswap.functional.stand_ins import (
@@ -272,8 +274,7 @@ class SwapMode(TorchFunctionMode):
         """While it is open, flex_attention does not compile itself: this mode sees it whole."""
         if "flex" not in self.state.families or torch.compiler.is_compiling():
             return nullcontext()
-        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-        return stance
+        return stance.uncompiled()
 
     def _sdpa(
         self,
@@ -284,6 +285,8 @@ class SwapMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        mask = args[0] if args else kwargs.get("attn_mask")
+        site.check_heads(query, mask, args[2] if len(args) > 2 else kwargs.get("is_causal", False))
         query, key = site.normalized(query, key)
         return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
 
@@ -354,17 +357,21 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
-            if state.softmax:
+            if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
+                switched, observed = SWITCHED.get(), OBSERVED.get()
+            else:
+                switched, observed = anywhere.names, None
+            if switched is not None and state.switch.is_in(switched):
                 return base.forward(self, *args, **kwargs)
-            if state.observer is not None:
-                return state.observer.run(self, base.forward, args, kwargs)
+            if observed is not None and state in observed:
+                return observed[state].run(self, base.forward, args, kwargs)
             mode = SwapMode(state)
             with mode, mode.uncompiled():
                 output = base.forward(self, *args, **kwargs)
             mode.check()
             return state.finish(output)
 
-        _SWAPPED[base] = _subclass(base, sigswap_forward)
+        _SWAPPED.setdefault(base, _subclass(base, sigswap_forward))  # another thread may have made one meanwhile
     return _SWAPPED[base]
 
 

@@ -15,6 +15,7 @@ from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
 from sigswap.errors import AlreadyConvertedError, ArgumentError, ConfigError, Hint, NotConvertedError
 from sigswap.report import Report
+from sigswap.transaction import Transaction, entries
 
 RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
 _CONVERT = Hint("Call sigswap.convert first.")
@@ -57,6 +58,7 @@ class Conversion:
 
 def report(model: nn.Module) -> Report:
     """What :func:`convert` did to ``model``, and the row caps as they are now. Raises NotConvertedError."""
+    model = converted_part(model)
     found = conversion_of(model).report
     caps = Counter(site.row_cap for state in owners_of(model).values() for site in state.sites())
     if set(caps) == {None}:
@@ -80,7 +82,8 @@ def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | 
         NotConvertedError: ``model`` is not converted.
         ConfigError: A cap is not as above, or a path is not that of a converted module.
     """
-    conversion, states = conversion_of(model), owners_of(model)
+    part = converted_part(model)
+    conversion, states = conversion_of(part), owners_of(part)
     given = row_cap if isinstance(row_cap, Mapping) else dict.fromkeys(states, row_cap)
     unknown = sorted(set(given) - set(states))
     if unknown:
@@ -103,10 +106,13 @@ def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | 
             pattern = glob.escape(path)
             overrides[pattern] = {**overrides.get(pattern, {}), "row_cap": cap}
     changed = dataclasses.replace(config, row_cap=common, overrides=overrides)
-    for path, cap in given.items():
-        for site in states[path].sites():
-            site.row_cap = cap
-    model.__dict__[RECORD] = dataclasses.replace(conversion, config=changed)
+    with Transaction() as undo, undo:
+        undo.on_failure("the record of the conversion", entries(vars(part), RECORD))
+        for path, cap in given.items():
+            for site in states[path].sites():
+                undo.on_failure("the row cap", entries(vars(site), "row_cap"))
+                site.row_cap = cap
+        part.__dict__[RECORD] = dataclasses.replace(conversion, config=changed)
     return model
 
 
@@ -128,10 +134,32 @@ def check_unconverted(model: Any, to_do: str) -> None:
         )
 
 
+def converted_part(model: nn.Module) -> nn.Module:
+    """The module that was given to :func:`convert`, if there is one such: ``model``, or what is in it.
+
+    What is around it (a wrapper, a LightningModule, an nn.Sequential) does not matter to those who run nothing.
+    """
+    parts = [module for module in model.modules() if RECORD in vars(module)]
+    return parts[0] if len(parts) == 1 else model
+
+
+def part_to_pass(model: nn.Module) -> Hint | None:
+    """Which part of ``model`` to pass in its place, where that was converted, and not ``model``."""
+    inside = [path for path, module in model.named_modules() if RECORD in vars(module)]
+    if not inside or "" in inside:
+        return None
+    return Hint(f"Pass {' or '.join(f'model.{path}' for path in inside)}, which was converted.")
+
+
 def conversion_of(model: nn.Module) -> Conversion:
-    """The conversion that ``model`` carries. Raises NotConvertedError, also for a part of a converted model."""
+    """The conversion that ``model`` carries. Raises NotConvertedError, also for a part of a converted model, and for
+    what is around one.
+    """
     conversion: Conversion | None = model.__dict__.get(RECORD)
     if conversion is None:
+        hint = part_to_pass(model)
+        if hint is not None:
+            raise NotConvertedError(f"{type(model).__name__} is not converted itself.", argument="model", hint=hint)
         part = " (a part of it is: pass the model that was given to sigswap.convert)" if is_converted(model) else ""
         raise NotConvertedError(f"{type(model).__name__} is not converted{part}.", hint=_CONVERT)
     return conversion

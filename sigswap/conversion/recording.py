@@ -31,12 +31,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.copies import Inputs as Inputs
 from sigswap.conversion.copies import alive, copied, device_of, fake, placed, tensors_of
+from sigswap.conversion.keeping import quiet
+from sigswap.conversion.turns import Turn
 from sigswap.conversion.untouched import Untouched, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
 from sigswap.errors import ConfigError, ConversionError, ExampleInputsError, Hint, UnknownCallError
 from sigswap.passes.find import find
 from sigswap.passes.site import FindResult
+from sigswap.transaction import Transaction
 
+LOOKING = Turn()
+"""Taken while a model is looked at: what is put back then (globals, threads' methods) is the whole process's."""
 INPUT_FORMS = "a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those"
 Way = Literal["fake", "copy", "itself"]
 Form = Callable[[nn.Module], AbstractContextManager[None]]
@@ -147,8 +152,22 @@ class Recording:
         """What the model gives for ``example``, by its plain forward in inference. Raises ExampleInputsError."""
         own = {id(t): t.detach() for t in tensors_of(self.model) if not isinstance(t, nn.Parameter)}
         before = [(tensor, tensor.clone()) for tensor in own.values() if not tensor.is_meta]
+
+        def put_back() -> None:
+            for tensor, values in before:
+                with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
+                    tensor.copy_(values)
+
         try:
-            with self.untouched.keep(), _inference(self.model), self.form(self.model), form(self.model):
+            with (
+                Transaction() as undo,
+                undo,
+                self.untouched.keep(),
+                _inference(self.model),
+                self.form(self.model),
+                form(self.model),
+            ):
+                undo.afterwards("the values of buffers", put_back)
                 (args, kwargs), _ = placed(example.inputs, _copied_to(device_of(self.model)))
                 return self.model.get_submodule(example.path)(*args, **kwargs)
         except Exception as error:
@@ -157,10 +176,6 @@ class Recording:
                 f"{type(self.model).__name__} failed on the example inputs{where} ({type(error).__name__}: {error}).",
                 hint=Hint(f"Pass {{example_inputs}} that its forward accepts: {INPUT_FORMS}.", {"example_inputs": ""}),
             ) from error
-        finally:
-            for tensor, values in before:
-                with _unsafe_preserve_version_counter(tensor):
-                    tensor.copy_(values)
 
     def _run(self, example: Example, form: Form | None, way: Way, check: bool = False) -> Run | Exception | None:
         mode = FakeTensorMode(allow_non_fake_inputs=True) if way == "fake" else None
@@ -231,10 +246,9 @@ def _on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """All of the model in eval mode, without gradients, and uncompiled; the caller puts ``training`` back."""
-    for module in model.modules():
-        module.__dict__["training"] = False  # not .eval(): some models override it
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    """All of the model in eval mode, without gradients, and uncompiled."""
+    with Transaction() as undo, undo:
+        quiet(undo, model)
         yield
 
 

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
+from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged, of_this_rank
 from sigswap.conversion.places import SWAPPED_FORWARD, UNSEEN_FILES
+from sigswap.conversion.switches import Switch
 from sigswap.errors import ConfigError, Hint, UnknownCallError
 from sigswap.functional.attention import FirstToken
 from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
@@ -203,17 +204,16 @@ class OwnerState(nn.Module):
     """The child module ``sigswap`` of an owner: one :class:`SiteState` per site, and what acts on its output."""
 
     layer_scale: nn.Parameter | None
-    softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
     families: frozenset[str] = frozenset()  # of which a call is an attention
     shifted: frozenset[int] = frozenset()  # the sites from whose scores a maximum of the row is subtracted
     # By family: by place, the sites of its turns; and the one site of all its calls. Pickles of 0.1 have none.
     places: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
     only: dict[str, int] = {}  # noqa: RUF012
-    observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.switch = Switch()
         self.plan = plan
         self.calls = dict(plan.calls)
         self.repeats = dict(plan.repeats)
@@ -247,6 +247,10 @@ class OwnerState(nn.Module):
         if config.layer_scale is not None and channels is not None:
             self.layer_scale = nn.Parameter(torch.full((channels,), config.layer_scale, dtype=dtype, device=device))
         self.norm = nn.LayerNorm(channels, dtype=dtype, device=device) if config.hybrid_norm else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        vars(self).setdefault("switch", Switch())  # pickles from before have none
 
     def site(self, index: int) -> SiteState:
         return self._modules[str(index)]  # type: ignore[return-value]
@@ -424,6 +428,20 @@ class SiteState(nn.Module):
             "positions: its bias was not fitted for such a length. Calibrate it with a few inputs of that length.",
             stacklevel=2,
         )
+
+    def check_heads(self, query: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+        """Raises UnknownCallError for fewer heads than were converted, by the arguments of
+        scaled_dot_product_attention: those of several tokens, as a causal flag or a mask shows, are not packed.
+        """
+        axis = self.plan.sdpa_head_axis
+        norm = None if self.query_norm is None else self.query_norm.weight
+        values = next((each for each in (self.bias, self.query_weight, norm) if each is not None), None)
+        if axis.axis is None or axis.merged or values is None:
+            return
+        size, heads = query.shape[axis.axis], of_this_rank(values, query).shape[0]
+        tokens = query.shape[-2] if is_causal else mask.shape[-2] if mask is not None and mask.dim() > 1 else 1
+        if size < heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+            raise axis.other_heads(heads, size)
 
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""

@@ -343,6 +343,8 @@ def _row_cap(row_cap: float | None) -> float:
 
 def _dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
     if dropout_p > 0.0:
+        if hasattr(query, "device_mesh"):
+            raise ArgumentError(f"dropout_p must be 0 where query is a DTensor, not {dropout_p}.")
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     return None
 

@@ -112,6 +112,7 @@ def randomized(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 class TestConfig:
+    @pytest.mark.slow
     def test_learned_bias(self, spelling: str) -> None:
         module, x, y = made(spelling)
         original = copy.deepcopy(module)
@@ -136,6 +137,7 @@ class TestConfig:
         sigswap.convert(module, SigmoidConfig(bias=-1.5), example_inputs=(x, y))
         close(module(x, y), oracle(original, x, y, b0=-1.5))
 
+    @pytest.mark.slow
     def test_query_bias(self, spelling: str) -> None:
         module, x, y = made(spelling)
         original = copy.deepcopy(module)

@@ -34,6 +34,7 @@ def oracle_of(model: Handwritten, row_cap: float = CAP) -> Handwritten:
     return exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_handwritten_models(kind: type[Handwritten]) -> None:
     torch.manual_seed(0)
@@ -103,6 +104,7 @@ CONFIGS: dict[str, tuple[SigmoidConfig, tuple[float | None, float | None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", [None, "aot_eager", "sigswap"])
 def test_per_site(name: str, backend: str | None) -> None:

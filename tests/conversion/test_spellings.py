@@ -122,6 +122,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert error <= tolerance, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_is_swapped(name: str) -> None:
     model = Attention(SPELLINGS[name][0])
@@ -181,6 +182,7 @@ def test_calibrated(name: str, options: dict[str, Any]) -> None:
         assert torch.allclose(fitted[0][parameter], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sink", "sink first", "gpt-oss", "softmax1"])
 @pytest.mark.parametrize("options", [{}, {"query_bias": True}], ids=str)
 def test_sinks_are_in_what_is_calibrated(name: str, options: dict[str, Any]) -> None:

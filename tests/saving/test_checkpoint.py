@@ -250,6 +250,7 @@ def test_arguments_that_are_tuples_and_functions_that_are_made_anew(tmp_path: Pa
         sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_scaled", factory_kwargs=kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -312,6 +313,7 @@ def _edit_weights(directory: Path, **changes: Tensor | None) -> None:
     save_file(tensors, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -493,6 +495,7 @@ def _first(output: Any) -> Tensor:
     return next(value for value in output.values() if isinstance(value, Tensor) and value.dim())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,0 +1,133 @@
+"""What people put around a model: seen through, where the model inside is what counts, or named in an error.
+
+A *wrapper* hands its calls on to one model: what torch.compile returns, ``DistributedDataParallel``, ``DataParallel``,
+``FullyShardedDataParallel``, a ``PeftModel``, lightning fabric's module. Any other module around a converted model (a
+``LightningModule``, an ``nn.Sequential``) is a *holder*: it may do anything with it, so it is seen through only where
+nothing is run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sigswap.errors import ArgumentError, ConversionError, Hint
+
+# By kind: the module that defines the class, its name, and what of it is the model inside.
+_KINDS = {
+    "compiled": [("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod")],
+    "parallel": [
+        ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+        ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ],
+    "sharded": [("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "module")],
+    "adapted": [
+        ("peft.peft_model", "PeftModel", "get_base_model()"),
+        ("peft.mixed_model", "PeftMixedModel", "base_model"),
+        ("peft.tuners.tuners_utils", "BaseTuner", "model"),
+    ],
+    "fabric": [("lightning.fabric.wrappers", "_FabricModule", "module")],
+}
+
+
+class Wrapper(NamedTuple):
+    """``name``: of its class. ``spelled``: how the model ``inside`` is got from it."""
+
+    kind: str
+    name: str
+    inside: nn.Module
+    spelled: str
+
+
+def wrapper_of(model: nn.Module) -> Wrapper | None:
+    """``model`` as a wrapper; None if it is none. Packages that are not imported are not imported for it."""
+    for kind, classes in _KINDS.items():
+        for module, name, attribute in classes:
+            cls = getattr(sys.modules.get(module), name, None)
+            if cls is None or not isinstance(model, cls):
+                continue
+            found: Any = getattr(model, attribute.removesuffix("()"))
+            return Wrapper(kind, name, found() if attribute.endswith("()") else found, f".{attribute}")
+    return None
+
+
+def wrappers_of(model: nn.Module) -> Iterator[Wrapper]:
+    """The wrappers around a model, from the outermost on."""
+    wrapper = wrapper_of(model)
+    while wrapper is not None:
+        yield wrapper
+        wrapper = wrapper_of(wrapper.inside)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside all its wrappers; ``model`` itself if it has none."""
+    for wrapper in wrappers_of(model):
+        model = wrapper.inside
+    return model
+
+
+def runnable(model: nn.Module, name: str = "model") -> nn.Module:
+    """What to run in place of ``model``, to the same result: the model inside its wrappers, or inside those around
+    adapters that are more than layers in it (prompts, a router of adapters).
+
+    Raises ArgumentError about the argument ``name`` where the model inside has not got its parameters.
+    """
+    for wrapper in wrappers_of(model):
+        if wrapper.kind == "sharded":
+            raise ArgumentError(
+                f"{{argument}} is inside {wrapper.name}, without which it cannot run.",
+                argument=name,
+                hint=Hint("Do so before it is wrapped."),
+            )
+        if wrapper.kind == "adapted" and _acts_outside(model):
+            return model
+        model = wrapper.inside
+    return model
+
+
+def _acts_outside(adapted: Any) -> bool:
+    """Whether a model of peft's does more than the layers that it has put into the model inside."""
+    tuner = adapted.base_model if type(adapted).__name__.startswith("Peft") else adapted
+    known = getattr(sys.modules["peft.tuners.tuners_utils"], "BaseTuner", ())
+    return not isinstance(tuner, known) or type(tuner).__name__ == "XLoraModel"
+
+
+def check_undistributed(model: nn.Module, to_do: str) -> None:
+    """Raises ConversionError if the parameters of ``model`` are spread over processes, or kept equal in them by what
+    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say.
+    """
+    for wrapper in wrappers_of(model):
+        if wrapper.kind in ("parallel", "sharded"):
+            raise ConversionError(
+                f"a model inside {wrapper.name} cannot {to_do}.",
+                argument="model",
+                hint=Hint(f"Do so with what was given to {wrapper.name}, in each process, and wrap it afterwards."),
+            )
+    spread = spread_parameter(model)
+    if spread is not None:
+        raise ConversionError(
+            f"a model whose parameters are spread over devices ({spread}) cannot {to_do}.",
+            argument="model",
+            hint=Hint("Do so before fully_shard or tensor parallelism is applied to it."),
+        )
+
+
+def spread_parameter(model: nn.Module) -> str | None:
+    """The name of a parameter of which each process holds a part (fully_shard, tensor parallelism); None if none is."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    names = () if kind is None else (name for name, tensor in model.named_parameters() if isinstance(tensor, kind))
+    return next(iter(names), None)
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Raises ConversionError if ``model``, or a part of it, is compiled."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise ConversionError(
+                f"{path or 'the model'} is compiled.",
+                hint=Hint("Convert the model first and compile it afterwards: torch.compile(sigswap.convert(model))."),
+            )
