@@ -17,6 +17,7 @@ A converted model's config.json carries three marks, put there by :func:`sigswap
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.abc
@@ -38,6 +39,7 @@ from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import CheckpointError, Hint
+from sigswap.saving import peft_hook
 from sigswap.version import __version__
 
 METHOD = "sigswap"
@@ -209,7 +211,7 @@ def _register(modeling_utils: ModuleType) -> None:
         entry = marks_of(self)
         if entry is None:
             return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
-        with _without_gguf_marks(self), _marked_config(self.config, entry):
+        with _without_gguf_marks(self), _marked_config(self.config, entry), peft_hook.marked(self):
             return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
 
     @functools.wraps(from_pretrained)
@@ -229,6 +231,24 @@ def _register(modeling_utils: ModuleType) -> None:
             )
         return loaded
 
+    from_config = model_class._from_config.__func__
+
+    @functools.wraps(from_config)
+    def converting_from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+        entry = getattr(config, "quantization_config", None)
+        entry = vars(entry) if isinstance(entry, SigswapConfig) else entry
+        if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+            return from_config(cls, config, **kwargs)
+        stored, config = SigswapConfig(**entry), copy.deepcopy(config)
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        SigswapQuantizer(stored).update_attn_implementation(config)
+        for part in [config for _, config in _config_parts(config)]:
+            vars(part).pop("quantization_config", None)
+        model = from_config(cls, config, **kwargs)
+        return apply_conversion(model, _rebased(Conversion.from_dict(stored.conversion), model))
+
+    model_class._from_config = classmethod(converting_from_config)
     model_class.save_pretrained = marking_save_pretrained
     model_class.from_pretrained = classmethod(checking_from_pretrained)
 
