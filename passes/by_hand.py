@@ -1,5 +1,7 @@
 """A softmax in pieces, ``exp(scores) / exp(scores).sum(-1)``: where the numbers that ``exp`` gives meet their own sum.
 
+Instead of the division there may be a product with the reciprocal of the sum.
+
 In between they may be multiplied by other numbers or hidden: that is a softmax of the scores plus the logarithm of what
 they were multiplied by. What becomes of the sum on its way (a small number is added, it is clamped) does not count, for
 a sigmoid has no use for it.
@@ -13,17 +15,21 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from sigswap.passes.nodes import argument, axes_arg, edited_by, input_at, rank_of, tensor_input
-from sigswap.passes.ops import op_name, op_of
+from sigswap.passes.ops import op_name, op_of, spelling_of
 from sigswap.passes.walks import unchanged_from
 
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """``node`` divides the numbers by their sum over ``axis``; ``weighted``: they were multiplied or hidden before."""
+    """``node`` divides the numbers by their sum over ``axis``; ``weighted``: they were multiplied or hidden before.
+
+    ``inverse``: the reciprocal of the sum, if ``node`` multiplies by it instead.
+    """
 
     node: Node
     axis: int
     weighted: bool
+    inverse: Node | None = None
 
 
 def division_of(exponential: Node) -> Division | None:
@@ -31,21 +37,20 @@ def division_of(exponential: Node) -> Division | None:
     numbers = _followed([exponential], _is_multiplied)
     sums = [user for number in numbers for user in number.users if op_name(user) == "sum"]
     axes = {axes_arg(total, 1, rank_of(tensor_input(total))) for total in sums}
-    totals = _followed(sums, lambda total, user: op_name(user) != "div")
-    divisions = {user for number in numbers for user in number.users if _divides(user, number, totals)}
+    totals = _followed(sums, _is_no_division)
+    divisions = {user: number for number in numbers for user in number.users if _divisor(user, number) in totals}
     scores = tensor_input(exponential)
     edited = any(scores in edited_by(user) for user in scores.users if user is not exponential)
     if len(divisions) != 1 or len(axes) != 1 or edited:
         return None
     (division,), (axis,) = divisions, axes
+    inverse = _inverse_in(_other(division, divisions[division]))
     used = {user for node in (*numbers, *totals) for user in node.users}
     if axis is None or len(axis) != 1 or not used <= {*numbers, *totals, division}:
         return None
-    return (
-        Division(division, axis[0], input_at(division) is not exponential)
-        if rank_of(division) == rank_of(exponential)
-        else None
-    )
+    if rank_of(division) != rank_of(exponential):
+        return None
+    return Division(division, axis[0], divisions[division] is not exponential, inverse)
 
 
 def is_summed(exponential: Node) -> bool:
@@ -79,8 +84,42 @@ def _sums(user: Node, number: Node) -> bool:
     return any(op_of(unchanged_from(each)).fills for each in others)
 
 
-def _divides(user: Node, number: Node, totals: dict[Node, None]) -> bool:
-    return op_name(user) == "div" and input_at(user) is number and input_at(user, 1) in totals
+def _is_no_division(total: Node, user: Node) -> bool:
+    """Whether ``user`` does something else with a sum than to divide by it."""
+    if op_name(user) == "div":
+        return is_inverse(user)
+    return op_name(user) != "mul" or len(user.all_input_nodes) == 1 or _inverse_in(total) is None
+
+
+def _divisor(user: Node, number: Node) -> Node | None:
+    """What ``user`` divides ``number`` by, or the factor by which it does so, a reciprocal."""
+    if op_name(user) == "div" and input_at(user) is number:
+        return input_at(user, 1)
+    other = _other(user, number) if op_name(user) == "mul" else None
+    return other if _inverse_in(other) is not None else None
+
+
+def _other(user: Node, number: Node) -> Node | None:
+    """The other of the two factors."""
+    return input_at(user, 1) if input_at(user) is number else input_at(user)
+
+
+def _inverse_in(node: Node | None) -> Node | None:
+    """The reciprocal that ``node`` is, in whatever form, or times a number."""
+    while node is not None and not is_inverse(node):
+        times_number = op_name(node) == "mul" and len(node.all_input_nodes) == 1
+        node = input_at(node) if op_of(node).same or op_of(node).views or times_number else None
+    return node
+
+
+def is_inverse(node: Node) -> bool:
+    """Whether ``node`` is 1 / x, or another number by x."""
+    name, inputs = op_name(node), node.args
+    return (
+        name == "reciprocal"
+        or (name == "div" and not isinstance(inputs[0], Node))
+        or (spelling_of(node) == "pow" and inputs[1] == -1)
+    )
 
 
 def _followed(start: list[Node], onward: Callable[[Node, Node], bool]) -> dict[Node, None]:
@@ -102,7 +141,7 @@ def _is_multiplied(number: Node, user: Node) -> bool:
     if op.same and not op.cuts:
         return True
     if name == "mul":
-        return not (input_at(user) is number and input_at(user, 1) is number)
+        return not (input_at(user) is number and input_at(user, 1) is number) and _divisor(user, number) is None
     if name == "masked_fill":
         return input_at(user) is number and _is_zero(user.args[2])
     if name == "where":

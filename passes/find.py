@@ -92,7 +92,7 @@ def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
     if division is not None:
         found = score_site(division.node, division.axis, data, scores)
         if isinstance(found, AttentionSite):
-            return dataclasses.replace(found, exponential=node, weighted=division.weighted)
+            return dataclasses.replace(found, exponential=node, weighted=division.weighted, inverse=division.inverse)
         return found if found.attention else None
     if not is_summed(node):
         return None

@@ -73,7 +73,8 @@ class AttentionSite:
     ``shifts`` are reductions of rows (a maximum, say) that are subtracted from the scores and used for nothing else: a
     softmax ignores that, a sigmoid does not, so they have to be zeros.
     ``exponential``: the exp of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``, whose division the anchor is;
-    ``weighted``: in between its numbers are multiplied, or some of them hidden.
+    ``weighted``: in between its numbers are multiplied, or some of them hidden. ``inverse``: the reciprocal of the sum,
+    if the anchor multiplies by it instead of dividing.
     ``extra``: how many logits stand before and behind those of the keys, and have no value (attention sinks).
     """
 
@@ -94,6 +95,7 @@ class AttentionSite:
     shifts: tuple[Node, ...] = ()
     exponential: Node | None = None
     weighted: bool = False
+    inverse: Node | None = None
     extra: tuple[int, int] = (0, 0)
 
 

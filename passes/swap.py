@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sigswap.passes.find import find
+from sigswap.passes.nodes import tensor_input
 from sigswap.passes.normalize import graph_modules, normalize, renew, source_of
 from sigswap.passes.site import AttentionSite, LeftAlone
+from sigswap.passes.walks import with_above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,8 @@ def _swap_site(
             own |= {"scores": graph.call_function(torch.clone, exponential.args[:1]), "dim": site.key_axis}
         if not site.weighted:  # the rest of it is a softmax
             anchor.args, anchor.target = (own.pop("scores"), own.pop("dim")), torch.softmax
+        elif _is_inverse_first(site):
+            anchor.args = anchor.args[1::-1]
         _replace(exponential, stand_ins[exponential.target], {})
         changed.append(exponential)
     for shift in calls[-len(site.shifts) :] if site.shifts else ():
@@ -90,6 +94,12 @@ def _swap_site(
     _replace(anchor, stand_ins[anchor.target], {**terms, **own})
     changed.append(anchor)
     return None
+
+
+def _is_inverse_first(site: AttentionSite) -> bool:
+    """Whether the anchor multiplies the reciprocal of the sum by the numbers, not them by it."""
+    first = with_above(tensor_input(site.anchor), lambda node: node is site.exponential)
+    return site.inverse is not None and site.inverse in first
 
 
 _WHOLE_ATTENTIONS = (

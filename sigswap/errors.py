@@ -113,5 +113,9 @@ class CheckpointError(SigswapError, RuntimeError):
     """A directory could not be saved to or loaded from."""
 
 
+class UndoError(SigswapError, RuntimeError):
+    """Something that a call changes for a while could not be put back; the message names it."""
+
+
 class BenchmarkError(SigswapError, RuntimeError):
     """The benchmark cannot run on this machine, or sigswap's own op raised or was wrong in it."""

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sigswap": "sigswap", "sigswap.passes": "passes", "sigswap.kernels": "kernels"}
 
-LEAVES = ("errors", "masked", "version", "optional", "config", "report")
+LEAVES = ("errors", "masked", "version", "optional", "config", "report", "transaction", "files")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "masked": (),
@@ -21,6 +21,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "optional": ("errors",),
     "config": ("errors",),
     "report": ("errors",),
+    "transaction": ("errors",),
+    "files": (),
     "kernels": ("errors", "masked"),
     "passes": ("errors", "masked"),
     "functional": ("kernels", *LEAVES),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from sigswap import files
 from sigswap.bench.cells import SUITES
 from sigswap.bench.peers import described
 from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint, SigswapError
@@ -307,7 +308,7 @@ def compare(
         )
         Console().print(result)
         if json_file is not None:
-            json_file.write_text(result.to_json() + "\n", encoding="utf-8")
+            files.write_text(json_file, result.to_json() + "\n")
         if picture is not None:
             result.save(picture)
 
@@ -372,9 +373,10 @@ def bench(
         result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=_errors)
         Console().print(result)
         if json_file is not None:
-            json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+            files.write_text(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
         if plot is not None:
-            result.figure().savefig(plot, dpi=150)
+            kind = plot.suffix[1:].lower()  # of a name that savefig does not see
+            files.write_whole(plot, lambda new: result.figure().savefig(new, dpi=150, format=kind))
         if result.failures:
             raise BenchmarkError("sigswap failed, and has no figures there:\n" + "\n".join(result.failures))
 

@@ -22,7 +22,7 @@ from sigswap.conversion.state import bias_terms, decided_models
 from sigswap.errors import ArgumentError, Hint, UnswappableSiteError
 from sigswap.functional import multi_head
 from sigswap.functional.stand_ins import divided, ones, unshifted
-from sigswap.functional.torch_functions import DIVISIONS, EXPONENTIALS, SHIFTS, SWAPS
+from sigswap.functional.torch_functions import DIVISIONS, EXPONENTIALS, IN_PLACE, MULTIPLICATIONS, SHIFTS, SWAPS
 from sigswap.passes.lower import LowerResult, lower
 from sigswap.passes.normalize import graph_modules, modules_of
 from sigswap.passes.swap import SwapResult, swap
@@ -159,7 +159,7 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
-_IN_PLACE = (torch.exp_, torch.Tensor.exp_, torch.Tensor.div_, torch.Tensor.divide_, torch.Tensor.true_divide_)
+_IN_PLACE = (torch.exp_, torch.Tensor.exp_, *IN_PLACE)
 """Whose result has to be in the memory of what they are given, which those of a stand-in are not."""
 
 # A graph holds the call of a method by its name.
@@ -167,7 +167,7 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     **{function: _whole(swap.stand_in) if swap.whole else swap.stand_in for function, swap in SWAPS.items()},
     **dict.fromkeys(SHIFTS, unshifted),
     **dict.fromkeys(EXPONENTIALS, ones),
-    **dict.fromkeys((*DIVISIONS, operator.truediv), divided),
+    **dict.fromkeys((*DIVISIONS, *MULTIPLICATIONS, operator.truediv, operator.mul), divided),
 }
 _STAND_INS = {
     function.__name__ if isinstance(function, types.MethodDescriptorType) else function: stand_in

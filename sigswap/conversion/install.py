@@ -21,7 +21,9 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
 from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
+from sigswap.conversion.replaced import watch_for_exchanges
 from sigswap.conversion.state import OwnerState, SiteState, decided_models
+from sigswap.conversion.switches import Group, Switch
 from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
 
@@ -43,12 +45,16 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
         states[plan.path] = OwnerState(
             plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
         )
+    group = Group(len(states))
+    for state in states.values():
+        state.switch = Switch(group)
     set_fitted_length(states.values(), conversion.fitted_length)
     guarded = [_owner(model, path) for path in conversion.guarded]
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
     if unused:
         raise ConversionError(f"config.overrides names {unused}, which match no converted module of {sorted(states)}.")
     done: list[tuple[nn.Module, type]] = []
+    watch_for_exchanges()
     try:
         for path, state in states.items():
             owner = model.get_submodule(path)

@@ -31,6 +31,7 @@ from sigswap.conversion.places import (
     traced_suffix,
 )
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
+from sigswap.conversion.switches import CONTEXTS_ARE_GUARDED, OBSERVED, SWITCHED, anywhere
 from sigswap.errors import Hint, UnknownCallError
 from sigswap.functional.flex import flex_attention
 from sigswap.functional.stand_ins import (
@@ -42,7 +43,16 @@ from sigswap.functional.stand_ins import (
     unshifted,
     weighted,
 )
-from sigswap.functional.torch_functions import FAMILIES, NOT_IN_EVERY_PLAN, PRODUCTS, SWAPS
+from sigswap.functional.torch_functions import (
+    FAMILIES,
+    IN_PLACE,
+    INVERSES,
+    MULTIPLICATIONS,
+    NOT_IN_EVERY_PLAN,
+    NUMBER_BY_TENSOR,
+    PRODUCTS,
+    SWAPS,
+)
 
 
 class SwapMode(TorchFunctionMode):
@@ -57,6 +67,7 @@ class SwapMode(TorchFunctionMode):
         self.query_bias: Tensor | None = None  # w_h . q_i, between that product and its softmax
         self.shift_of: SiteState | None = None  # the site whose row shift has just been taken out
         self.exponential: tuple[SiteState, Tensor] | None = None  # the site of an exp, its scores, until its division
+        self.inverse: Tensor | None = None  # that of the sum, until the product that takes the division's place
         self.by_logarithm = False  # the call is a log_softmax
         self.swapped: set[int] = set()  # the sites that were
         self.guessed = False  # a softmax was taken for the owner's one site, at a place that was not seen
@@ -67,6 +78,8 @@ class SwapMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         family = FAMILIES.get(func)
         if family is None or not self._watches(family):
+            if self.exponential is not None:
+                return self._until_division(func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if family == "division":
@@ -215,10 +228,31 @@ class SwapMode(TorchFunctionMode):
         return scores.fill_(1.0) if in_place else ones(scores)
 
     def _divided(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        weights = args[0] if args else kwargs["input"]
+        if func is NUMBER_BY_TENSOR or func in INVERSES or not isinstance(weights, Tensor):
+            self.inverse = inverse = func(*args, **kwargs)
+            return inverse
+        return self._finished(func, weights, args[1] if len(args) > 1 else kwargs["other"])
+
+    def _until_division(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Another call within a softmax by hand: it may get the reciprocal of the sum, perhaps to multiply by it."""
+        if func is NUMBER_BY_TENSOR:
+            return self._divided(func, args, kwargs)
+        given = (*args, *kwargs.values())
+        if self.inverse is None or not any(each is self.inverse for each in given):
+            return func(*args, **kwargs)
+        others = [each for each in given if each is not self.inverse and isinstance(each, Tensor)]
+        if func in MULTIPLICATIONS and len(others) == 1:
+            total, self.inverse = self.inverse, None
+            return self._finished(func, others[0], total)
+        output = func(*args, **kwargs)
+        self.inverse = output if isinstance(output, Tensor) else None
+        return output
+
+    def _finished(self, func: Any, weights: Tensor, total: Any) -> Tensor:
+        """The last part of a softmax by hand: its numbers have met their sum."""
         assert self.exponential is not None
         (site, scores), self.exponential = self.exponential, None
-        weights = args[0] if args else kwargs["input"]
-        total = args[1] if len(args) > 1 else kwargs["other"]
         if not isinstance(total, Tensor) or weights.shape != scores.shape:
             raise UnknownCallError(
                 f"{self.state.plan.path or 'the model'}: its softmax is written by hand, and another division than its "
@@ -230,7 +264,7 @@ class SwapMode(TorchFunctionMode):
         probs = self._softmax(site, (scores, site.plan.scores[1]), {}).to(
             torch.promote_types(weights.dtype, total.dtype)
         )
-        return weights.copy_(probs) if func.__name__ in ("div_", "divide_", "true_divide_", "__itruediv__") else probs
+        return weights.copy_(probs) if func in IN_PLACE else probs
 
     def uncompiled(self) -> AbstractContextManager[None]:
         """While it is open, flex_attention does not compile itself: this mode sees it whole."""
@@ -320,10 +354,14 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
-            if state.softmax:
+            if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
+                switched, observed = SWITCHED.get(), OBSERVED.get()
+            else:
+                switched, observed = anywhere.names, None
+            if switched is not None and state.switch.is_in(switched):
                 return base.forward(self, *args, **kwargs)
-            if state.observer is not None:
-                return state.observer.run(self, base.forward, args, kwargs)
+            if observed is not None and state in observed:
+                return observed[state].run(self, base.forward, args, kwargs)
             if not torch.compiler.is_compiling():
                 accelerate_hooks.bring_parameters(state)
             mode = SwapMode(state)

@@ -165,7 +165,7 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         if owner is None:
             reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
             left.append(Left(stack[-1][0], site.kind, reason, True))
-        elif site.exponential is not None and not _divides_next(run, call, site.anchor, owner):
+        elif site.exponential is not None and not _divides_next(run, call, site.inverse or site.anchor, owner):
             reason = (
                 "its softmax is written by hand, and another division comes between its exp and its own; call softmax"
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from sigswap.conversion.record import owners_of
-from sigswap.conversion.state import OwnerState
+from sigswap.conversion.switches import run_as_softmax as run_as_softmax
 
 
 @contextmanager
@@ -18,21 +18,11 @@ def softmax(model: nn.Module) -> Iterator[nn.Module]:
     >>> with sigswap.softmax(model):
     ...     before = model(x)
 
+    It holds for this thread, or this asyncio task, alone: others run ``model`` as they did, and so do threads that are
+    started inside. Uses may be nested, and may overlap.
+
     LayerScale and hybrid-norm are off, too: it is the model that :func:`revert` would give. Code that was compiled
     before follows (torch.compile compiles once more); an exported program does not. Raises NotConvertedError.
     """
     with run_as_softmax(owners_of(model).values()):
         yield model
-
-
-@contextmanager
-def run_as_softmax(states: Collection[OwnerState]) -> Iterator[None]:
-    """While it is open, these converted modules run as softmax."""
-    switched = [state for state in states if not state.softmax]
-    for state in switched:
-        state.softmax = True
-    try:
-        yield
-    finally:
-        for state in switched:
-            del state.softmax  # the class's again: nothing of it stays in what is saved

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
 from sigswap.conversion.places import SWAPPED_FORWARD, UNSEEN_FILES
+from sigswap.conversion.switches import Switch
 from sigswap.errors import ConfigError, Hint, UnknownCallError
 from sigswap.functional.attention import FirstToken
 from sigswap.functional.multi_head import AttentionArguments, sigmoid_heads
@@ -201,17 +202,16 @@ class OwnerState(nn.Module):
     """The child module ``sigswap`` of an owner: one :class:`SiteState` per site, and what acts on its output."""
 
     layer_scale: nn.Parameter | None
-    softmax = False  # the owner runs as it did before the conversion, see sigswap.softmax
     compiled = False  # by compile_attention
     families: frozenset[str] = frozenset()  # of which a call is an attention
     shifted: frozenset[int] = frozenset()  # the sites from whose scores a maximum of the row is subtracted
     # By family: by place, the sites of its turns; and the one site of all its calls. Pickles of 0.1 have none.
     places: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
     only: dict[str, int] = {}  # noqa: RUF012
-    observer: Any = None  # while it is calibrated: a sigswap.training.observe.Observer that runs the owner instead
 
     def __init__(self, plan: OwnerPlan, config: SigmoidConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.switch = Switch()
         self.plan = plan
         self.calls = dict(plan.calls)
         self.repeats = dict(plan.repeats)
@@ -245,6 +245,10 @@ class OwnerState(nn.Module):
         if config.layer_scale is not None and channels is not None:
             self.layer_scale = nn.Parameter(torch.full((channels,), config.layer_scale, dtype=dtype, device=device))
         self.norm = nn.LayerNorm(channels, dtype=dtype, device=device) if config.hybrid_norm else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        vars(self).setdefault("switch", Switch())  # pickles from before have none
 
     def site(self, index: int) -> SiteState:
         return self._modules[str(index)]  # type: ignore[return-value]
@@ -407,7 +411,8 @@ class SiteState(nn.Module):
     @property
     def product(self) -> ProductPlan:
         """The product of a site that computes its own scores, and of which it is known."""
-        assert self.plan.product is not None, f"{self.plan.kind} has no product"
+        if self.plan.product is None:  # an AttributeError: tools ask every attribute with hasattr
+            raise AttributeError(f"{self.plan.kind} has no product")
         return self.plan.product
 
     def check_length(self, rows: int) -> None:

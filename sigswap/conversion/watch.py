@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporaril
 
 from sigswap.conversion.places import UNSEEN_FILES, Spot
 from sigswap.conversion.threads import seen_in_threads
-from sigswap.functional.torch_functions import FAMILIES, SWAPS
+from sigswap.functional.torch_functions import FAMILIES, NUMBER_BY_TENSOR, SWAPS
 from sigswap.passes.products import PARAMETER
 
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
@@ -79,8 +79,9 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model = model
-        # ScriptModules take no hooks, and so are in no stack.
-        self.modules = {id(each) for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)}
+        # ScriptModules take no hooks, and so are in no stack. Held, so that none that the forward makes gets the id of
+        # one that it drops.
+        self.modules = {id(each): each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)}
         self.graph = torch.fx.Graph()
         self.calls: list[Call] = []
         self.outputs: dict[str, Tensor | None] = {}  # by module path; of several, the first
@@ -160,7 +161,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        family = FAMILIES.get(func)
+        family = "division" if func is NUMBER_BY_TENSOR else FAMILIES.get(func)
         if isinstance(func, HigherOrderOperator):  # has rules for modes that it knows
             with _pop_mode_temporarily(_BEFORE_AUTOGRAD) if _is_watched() else contextlib.nullcontext():
                 output = func(*args, **kwargs)

@@ -81,14 +81,30 @@ DIVISIONS: tuple[Callable[..., Any], ...] = (
         for name in ("div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__")
     ),
 )
-"""The parts of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``."""
+INVERSES: tuple[Callable[..., Any], ...] = (torch.reciprocal, torch.Tensor.reciprocal)
+NUMBER_BY_TENSOR: Callable[..., Any] = torch.Tensor.__rdiv__
+"""``1 / total``. It is in no dict, for with it as a key Dynamo's guard on the dict fails as soon as it is made."""
+MULTIPLICATIONS: tuple[Callable[..., Any], ...] = (
+    torch.mul,
+    torch.multiply,
+    *(
+        getattr(torch.Tensor, name)
+        for name in ("mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__")
+    ),
+)
+"""The parts of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``, or times the inverse of that sum."""
+IN_PLACE: frozenset[Callable[..., Any]] = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("div_", "divide_", "true_divide_", "__idiv__", "__itruediv__", "mul_", "multiply_", "__imul__")
+)
+"""Those of them whose result is in the memory of what they are given."""
 
 FAMILIES: dict[Callable[..., Any], str] = {
     **{function: swap.family for function, swap in SWAPS.items() if swap.family is not None},
     **dict.fromkeys(PRODUCTS, "product"),
     **dict.fromkeys(SHIFTS, "shift"),
     **dict.fromkeys(EXPONENTIALS, "exp"),
-    **dict.fromkeys(DIVISIONS, "division"),
+    **dict.fromkeys((*DIVISIONS, *INVERSES), "division"),
 }
 NOT_IN_EVERY_PLAN = ("log_softmax", "exp", "flex")
 """Families that a plan names only where it has a site of theirs; elsewhere their calls are left alone."""

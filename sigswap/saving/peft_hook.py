@@ -12,10 +12,10 @@ import contextvars
 import functools
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -35,31 +35,61 @@ _saving: contextvars.ContextVar[bool] = contextvars.ContextVar("sigswap_saving_a
 def install() -> None:
     """At once if peft is imported, else when it will be."""
     module = sys.modules.get(_TARGET)
-    if module is not None:
-        _register(module)
+    if module is not None and not _is_being_imported(module):
+        _set_up(module)
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Runs :func:`_register` at the end of the import of peft.peft_model."""
+    """Sets peft up at the end of the import of peft.peft_model, and then goes. It finds nothing itself.
+
+    Where that import was under way before, the next import of any module does it.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        module = sys.modules.get(_TARGET)
         if fullname != _TARGET:
+            if module is not None and not _is_being_imported(module):
+                _set_up(module)
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
+        for finder in [other for other in sys.meta_path if not isinstance(other, _PeftFinder)]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    _set_up_behind(spec.loader)
+                return spec
+        return None
 
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                _register(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+def _set_up_behind(loader: Any) -> None:
+    """Sets peft up when ``loader`` has executed its module."""
+    load = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        load(module)
+        _set_up(module)
+
+    loader.exec_module = exec_module
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _set_up(module: ModuleType) -> None:
+    """Wraps peft's methods, once. A version in which that is not possible is left as it is."""
+    # Another list: imports that are under way, in this or other threads, are going through this one.
+    sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
+    try:
+        _wrap(module)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"adapters of this version of peft do not tell sigmoid attention from softmax attention ({error}).",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager
@@ -72,7 +102,7 @@ def marked(model: object) -> Iterator[None]:
         _saving.reset(token)
 
 
-def _register(peft_model: ModuleType) -> None:
+def _wrap(peft_model: ModuleType) -> None:
     from peft.config import PeftConfigMixin
     from peft.tuners.tuners_utils import BaseTuner
 

@@ -1,7 +1,7 @@
 """transformers: directories that ``from_pretrained`` loads as sigmoid attention, or not at all.
 
-A converted model's config.json carries three marks, put there by :func:`sigswap.save` and by the model's own
-``save_pretrained`` (which Trainer and ``push_to_hub`` call):
+A converted model's config.json carries three marks (:mod:`sigswap.saving.marks`), put there by :func:`sigswap.save` and
+by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
 
 - ``quantization_config``, of method "sigswap", holds the conversion. transformers has a registry of
   quantization methods, and asks the registered one to change the model after it was built on the meta device
@@ -17,18 +17,17 @@ A converted model's config.json carries three marks, put there by :func:`sigswap
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import dataclasses
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+import threading
+import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -36,29 +35,40 @@ from torch import nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
-from sigswap.conversion.record import Conversion, conversion_of, is_converted
+from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import CheckpointError, Hint
 from sigswap.saving import peft_hook
-from sigswap.version import __version__
+from sigswap.saving.marks import (
+    METHOD,
+    QUANTIZATION_MARKS,
+    check_format,
+    config_parts,
+    marked_config,
+    marks_of,
+    read_marks,
+    rebased,
+    without_gguf_marks,
+)
 
-METHOD = "sigswap"
-FORMAT = 1
-# Not a file: the name is what a loader without sigswap prints when it cannot find it.
-NO_SUCH_WEIGHTS = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-before-loading.safetensors"
 _TARGET = "transformers.modeling_utils"
-# By these attributes transformers remembers, on the model and on its config, that a model is quantized.
-_QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "_is_quantized")
+_WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
 def install() -> None:
-    """Makes transformers load and save converted models: at once if it is imported, else when it will be."""
+    """Makes transformers load and save converted models: at once if it is imported, else when it will be.
+
+    If another thread imports it just now, this waits for that thread.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     module = sys.modules.get(_TARGET)
     if module is not None:
-        _register(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        if _is_being_imported(module):
+            with contextlib.suppress(Exception):  # an import that fails is its importer's to report
+                importlib.import_module(_TARGET)
+        _set_up_if_imported()
 
 
 def is_transformers_model(model: object) -> bool:
@@ -67,44 +77,73 @@ def is_transformers_model(model: object) -> bool:
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
-def read_marks(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The conversion's entry in ``directory/config.json``; None if there is none.
-
-    Raises CheckpointError if the file is there and is not JSON.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
-    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
-
-
 class _Finder(importlib.abc.MetaPathFinder):
-    """Runs :func:`_register` at the end of the import of transformers.modeling_utils."""
+    """Sets transformers up at the end of the import of transformers.modeling_utils, and then goes.
+
+    It finds nothing itself. Where this import was under way before, in the thread that imports sigswap, the next
+    import of any module does it.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _TARGET:
+            if _TARGET in sys.modules:
+                _set_up_if_imported()
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                _register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        for finder in [other for other in sys.meta_path if not isinstance(other, _Finder)]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    _set_up_behind(spec.loader)
+                return spec
+        return None
 
 
-def _register(modeling_utils: ModuleType) -> None:
+def _set_up_behind(loader: Any) -> None:
+    """Sets transformers up when ``loader`` has executed its module."""
+    load = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        load(module)
+        _set_up(module)
+
+    loader.exec_module = exec_module
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _set_up_if_imported() -> None:
+    module = sys.modules.get(_TARGET)
+    if module is not None and not _is_being_imported(module):
+        _set_up(module)
+
+
+_setting_up = threading.Lock()
+
+
+def _set_up(modeling_utils: ModuleType) -> None:
+    """Registers sigswap with transformers, once. A version in which that is not possible is left as it is."""
+    if not _setting_up.acquire(blocking=False):
+        return  # by another thread, or for an import that this has made; to wait here could be for oneself
+    try:
+        _register()
+        _wrap(modeling_utils.PreTrainedModel)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"this version of transformers cannot load or save models with sigmoid attention ({error}); sigswap needs "
+            "5.17 or newer.",
+            stacklevel=2,
+        )
+    finally:
+        # Another list: imports that are under way, in this or other threads, are going through this one.
+        sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        _setting_up.release()
+
+
+def _register() -> None:
     from transformers.quantizers.auto import (
         AUTO_QUANTIZER_MAPPING,
         register_quantization_config,
@@ -143,7 +182,7 @@ def _register(modeling_utils: ModuleType) -> None:
         def update_attn_implementation(self, config: Any) -> Any:
             vars(config).pop("transformers_weights", None)
             stored = self.quantization_config.attn_implementation
-            for path, part in _config_parts(config):
+            for path, part in config_parts(config):
                 asked = part._attn_implementation
                 if asked in _DISPATCHABLE:
                     continue
@@ -164,7 +203,7 @@ def _register(modeling_utils: ModuleType) -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             conversion = Conversion.from_dict(self.quantization_config.conversion)
-            apply_conversion(model, _rebased(conversion, model))
+            apply_conversion(model, rebased(conversion, model))
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from transformers import PreTrainedModel
@@ -172,7 +211,7 @@ def _register(modeling_utils: ModuleType) -> None:
             for module in model.modules():
                 if isinstance(module, PreTrainedModel):
                     for owner in (module, module.config):
-                        for name in _QUANTIZATION_MARKS:
+                        for name in QUANTIZATION_MARKS:
                             vars(owner).pop(name, None)
             for tensor in [*model.parameters(), *model.buffers()]:
                 # transformers leaves CPU weights where they lie in the mapped file, at any offset. In the last bit,
@@ -191,6 +230,10 @@ def _register(modeling_utils: ModuleType) -> None:
                     f"{model.config._name_or_path}: the weights lack sigswap's parameters {missing[:5]}"
                     f"{' and more' if len(missing) > 5 else ''}; the files do not belong to this config.json."
                 )
+            for module in model.modules():
+                if isinstance(module, OwnerState):
+                    # Few as they are, they are not brought for each call: it is not the module that is called.
+                    accelerate_hooks.bring_for_good(module)
             return model
 
         def is_serializable(self) -> bool:
@@ -200,186 +243,73 @@ def _register(modeling_utils: ModuleType) -> None:
         def is_trainable(self) -> bool:
             return True
 
-    model_class = modeling_utils.PreTrainedModel
+
+def _wrap(model_class: Any) -> None:
+    """Wraps what transformers has no place for: the two methods take and raise what they did."""
+    if _WRAPPED in vars(model_class):
+        return
     save_pretrained = model_class.save_pretrained
     from_pretrained = model_class.from_pretrained.__func__
 
     @functools.wraps(save_pretrained)
-    def marking_save_pretrained(
-        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
-        entry = marks_of(self)
-        if entry is None:
-            return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
-        with _without_gguf_marks(self), _marked_config(self.config, entry), peft_hook.marked(self):
-            return save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+    def marking_save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else None
+        entry = marks_of(model) if isinstance(model, nn.Module) else None
+        if model is None or entry is None:
+            return save_pretrained(*args, **kwargs)
+        with without_gguf_marks(model), marked_config(model.config, entry), peft_hook.marked(model):
+            return save_pretrained(*args, **kwargs)
 
     @functools.wraps(from_pretrained)
-    def checking_from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
-        loaded = from_pretrained(cls, name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, OwnerState):
-                # Few as they are, they are not brought for each call: it is not the module that is called.
-                accelerate_hooks.bring_for_good(module)
-        directory = os.path.join(name, kwargs.get("subfolder") or "") if isinstance(name, str | os.PathLike) else ""
-        if directory and marks_of(model) is None and read_marks(directory) is not None:
-            raise CheckpointError(
-                f"{directory} holds a model with sigmoid attention, but the config that was passed to "
-                "from_pretrained does not say so, and softmax attention would have been loaded.",
-                hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
-            )
+    def checking_from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        loaded = from_pretrained(*args, **kwargs)
+        name = args[1] if len(args) > 1 else kwargs.get("pretrained_model_name_or_path")
+        model = loaded[0] if isinstance(loaded, tuple) and loaded else loaded
+        if isinstance(name, str | os.PathLike) and isinstance(model, nn.Module) and not is_converted(model):
+            _check_unmarked(name, kwargs.get("subfolder"))
         return loaded
 
-    from_config = model_class._from_config.__func__
-
-    @functools.wraps(from_config)
-    def converting_from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
-        entry = getattr(config, "quantization_config", None)
-        entry = vars(entry) if isinstance(entry, SigswapConfig) else entry
-        if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
-            return from_config(cls, config, **kwargs)
-        stored, config = SigswapConfig(**entry), copy.deepcopy(config)
-        if "attn_implementation" in kwargs:
-            config._attn_implementation = kwargs.pop("attn_implementation")
-        SigswapQuantizer(stored).update_attn_implementation(config)
-        for part in [config for _, config in _config_parts(config)]:
-            vars(part).pop("quantization_config", None)
-        model = from_config(cls, config, **kwargs)
-        return apply_conversion(model, _rebased(Conversion.from_dict(stored.conversion), model))
-
-    model_class._from_config = classmethod(converting_from_config)
+    _wrap_from_config(model_class)
+    setattr(model_class, _WRAPPED, (save_pretrained, from_pretrained))
     model_class.save_pretrained = marking_save_pretrained
     model_class.from_pretrained = classmethod(checking_from_pretrained)
 
 
-def check_format(entry: dict[str, Any], where: str) -> None:
-    """Raises CheckpointError if ``entry`` was not written in a format that this version reads."""
-    if entry.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where}: sigswap's format {entry.get('format')!r} is not the one that this version reads ({FORMAT}); "
-            f"it was written by sigswap {entry.get('sigswap_version', 'of an unknown version')}."
-        )
+def _wrap_from_config(model_class: Any) -> None:
+    """What AutoModel.from_config calls: from the config of a converted directory it builds a converted model."""
+    from_config = model_class._from_config.__func__
+
+    @functools.wraps(from_config)
+    def converting_from_config(*args: Any, **kwargs: Any) -> Any:
+        config = args[1] if len(args) > 1 else kwargs.get("config")
+        entry = getattr(config, "quantization_config", None)
+        entry = entry if isinstance(entry, dict) or entry is None else vars(entry)
+        if not entry or entry.get("quant_method") != METHOD:
+            return from_config(*args, **kwargs)
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+        stored, config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**entry), copy.deepcopy(config)
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        AUTO_QUANTIZER_MAPPING[METHOD](stored).update_attn_implementation(config)
+        for _, part in config_parts(config):
+            vars(part).pop("quantization_config", None)
+        model = from_config(args[0], **{**kwargs, "config": config})
+        return apply_conversion(model, rebased(Conversion.from_dict(stored.conversion), model))
+
+    model_class._from_config = classmethod(converting_from_config)
 
 
-def marks_of(model: nn.Module) -> dict[str, Any] | None:
-    """The entry that the config.json of ``model`` must have; None if it is not converted.
-
-    Raises CheckpointError if the model is also quantized: config.json has room for one method.
-    """
-    if not is_converted(model):
-        return None
-    config = model.config
-    if getattr(config, "quantization_config", None) is not None and not _is_unpacked_gguf(model):
-        raise CheckpointError(
-            "A model that is both quantized and converted cannot be saved.",
-            hint=Hint("Save it in its original precision."),
-        )
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "sigswap_version": __version__,
-        "attn_implementation": {path: part._attn_implementation for path, part in _config_parts(config)},
-        "conversion": conversion_of(model).to_dict(),
-    }
-
-
-def _is_unpacked_gguf(model: Any) -> bool:
-    """Whether ``model`` is marked as quantized only because it was read from a GGUF file: its weights are plain floats.
-
-    Seen with transformers 5.22 to 5.24, which leave the marks on a model whose weights they unpacked.
-    """
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    return getattr(method, "value", method) == "gguf" and all(p.is_floating_point() for p in model.parameters())
-
-
-@contextmanager
-def _without_gguf_marks(model: Any) -> Iterator[None]:
-    """While it is open, a model with unpacked GGUF weights is not marked as quantized: it is saved as what it is."""
-    owners = [vars(model), vars(model.config)] if _is_unpacked_gguf(model) else []
-    kept = [{name: owner.pop(name) for name in _QUANTIZATION_MARKS if name in owner} for owner in owners]
+def _check_unmarked(name: str | os.PathLike[str], subfolder: Any) -> None:
+    """Raises CheckpointError if the directory from which softmax attention was loaded holds sigmoid attention."""
+    directory = os.path.join(name, subfolder) if isinstance(subfolder, str) else os.fspath(name)
     try:
-        yield
-    finally:
-        for owner, marks in zip(owners, kept, strict=True):
-            owner.update(marks)
-
-
-def _config_parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``config`` and the configs inside it (text and vision of CLIP), each with its dotted path."""
-    yield path, config
-    for name in type(config).sub_configs:
-        part = getattr(config, name, None)
-        if hasattr(part, "_attn_implementation"):
-            yield from _config_parts(part, f"{path}.{name}" if path else name)
-
-
-def _rebased(conversion: Conversion, model: Any) -> Conversion:
-    """``conversion`` with the module paths of ``model``, which may have another head than the one it was made for.
-
-    A model with a head holds the base model as its child ``base_model_prefix``.
-    """
-    modules = {path for path, _ in model.named_modules()}
-    paths = [owner.path for owner in conversion.owners]
-    if modules.issuperset(paths):
-        return conversion
-    prefix = f"{model.base_model_prefix}."
-    if modules.issuperset(prefix + path for path in paths):
-
-        def moved(path: str) -> str:
-            return prefix + path
-    else:
-
-        def moved(path: str) -> str:
-            return path.removeprefix(prefix)
-
-    # What the head of the saved model owned is not in this one, as its weights are not.
-    kept = [path for path in paths if moved(path) in modules]
-    outside = [path for path in paths if path.startswith(prefix) and path not in kept]
-    if not kept or outside:
+        marks = read_marks(directory)
+    except (OSError, ValueError, RecursionError, CheckpointError):  # transformers has read what it needed
+        return
+    if marks is not None:
         raise CheckpointError(
-            f"{type(model).__name__} has no module {(outside or paths)[0]!r}, with or without {prefix!r} before it, "
-            "where sigswap converted attention.",
-            hint=Hint("Load the saved model with the class that it was saved from."),
+            f"{directory} holds a model with sigmoid attention, but the config that was passed to from_pretrained does "
+            "not say so, and softmax attention would have been loaded.",
+            hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
         )
-    fields = {path: conversion.config.for_path(path).fields() for path in kept}
-    return dataclasses.replace(
-        conversion,
-        config=dataclasses.replace(conversion.config, overrides={moved(path): fields[path] for path in kept}),
-        owners=tuple(
-            dataclasses.replace(owner, path=moved(owner.path)) for owner in conversion.owners if owner.path in kept
-        ),
-        guarded=tuple(moved(path) for path in conversion.guarded if moved(path) in modules),
-        report=dataclasses.replace(
-            conversion.report,
-            sites=[dataclasses.replace(site, path=moved(site.path)) for site in conversion.report.sites],
-        ),
-    )
-
-
-@contextmanager
-def _marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
-    """While it is open, ``config.save_pretrained`` writes a config.json with the marks; the config stays clean."""
-
-    def to_json_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        del config.__dict__["to_json_file"]  # else it would be serialized
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            config.to_json_file(temporary, *args, **kwargs)
-            data = json.loads(temporary.read_text(encoding="utf-8"))
-            data |= {
-                "quantization_config": entry,
-                "attn_implementation": METHOD,
-                "transformers_weights": NO_SUCH_WEIGHTS,
-            }
-            temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    # An attribute of the instance goes before the method of its class.
-    config.__dict__["to_json_file"] = to_json_file
-    try:
-        yield
-    finally:
-        config.__dict__.pop("to_json_file", None)

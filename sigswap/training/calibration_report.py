@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sigswap import files
 from sigswap.errors import ArgumentError
 from sigswap.optional import require
 
@@ -97,9 +98,9 @@ class CalibrationReport:
         check_picture(path)
         suffix = path.suffix.lower()
         if suffix == ".html":
-            path.write_text(self._page(), encoding="utf-8")
+            files.write_text(path, self._page())
         else:
-            path.write_bytes(self._picture(suffix[1:]))
+            files.write_bytes(path, self._picture(suffix[1:]))
 
     def __rich__(self) -> Table:
         """One line per site: the mean of its heads, and the worst one."""

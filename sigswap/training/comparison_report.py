@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sigswap import files
 from sigswap.training.calibration_report import check_picture
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ class Comparison:
         check_picture(path)
         suffix = path.suffix.lower()
         if suffix == ".html":
-            path.write_text(self._page(), encoding="utf-8")
+            files.write_text(path, self._page())
         else:
-            path.write_bytes(self._picture(suffix[1:]))
+            files.write_bytes(path, self._picture(suffix[1:]))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sigswap.conversion.mode import SwapMode, factors_of, scores_of
 from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.conversion.switches import run_under
 from sigswap.functional import flex
 from sigswap.functional.stand_ins import logarithm, of_keys
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
@@ -82,13 +83,8 @@ class Observer:
 @contextmanager
 def observed(states: Sequence[OwnerState], observer: Observer) -> Iterator[Observer]:
     """While it is open, the owners of ``states`` run under ``observer``."""
-    for state in states:
-        state.observer = observer
-    try:
+    with run_under(dict.fromkeys(states, observer)):
         yield observer
-    finally:
-        for state in states:
-            del state.observer
 
 
 def needs_recording(states: Sequence[OwnerState], phase: Phase) -> bool:

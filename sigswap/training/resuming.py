@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sigswap import files
 from sigswap.errors import ArgumentError, Hint
 
 EVERY = 100
@@ -35,13 +35,9 @@ class Kept:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """``state``, the parameters and the settings; complete, or what was there before stays."""
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         values = {name: parameter.detach() for name, parameter in self.trained.items()}
-        try:
-            torch.save({**state, "settings": dict(self.settings), "parameters": values}, temporary)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        kept = {**state, "settings": dict(self.settings), "parameters": values}
+        files.write_whole(self.path, lambda new: torch.save(kept, new))
 
     def read(self) -> dict[str, Any] | None:
         """The state, with its values given to the parameters; None if there is no file.

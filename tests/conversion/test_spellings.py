@@ -79,6 +79,20 @@ SPELLINGS: dict[str, tuple[Callable[[Attention, Tensor], Tensor], Probabilities]
     "masked_fill": (lambda a, s: divided((s - s.amax(-1, keepdim=True)).exp().masked_fill(FUTURE, 0)), causal),
     "weighted": (lambda a, s: divided(s.exp() * WEIGHTS), lambda s: sigmoid_of_scores(s + WEIGHTS.to(s.dtype).log())),
     "in place": (lambda a, s: in_place(s), sigmoid_of_scores),
+    "reciprocal": (lambda a, s: (e := s.exp()) * (1 / e.sum(-1, keepdim=True)), sigmoid_of_scores),
+    "reciprocal first": (
+        lambda a, s: (e := (s - s.amax(-1, keepdim=True)).exp() * (~FUTURE)).sum(-1)[..., None].reciprocal() * e,
+        causal,
+    ),
+    "times in place": (
+        lambda a, s: (e := s.exp()).mul_((e.sum(-1, keepdim=True) + 1e-3).reciprocal()),
+        sigmoid_of_scores,
+    ),
+    "by torch.div": (lambda a, s: torch.mul(e := s.exp(), torch.div(1.0, e.sum(-1)).unsqueeze(-1)), sigmoid_of_scores),
+    "weighted reciprocal": (
+        lambda a, s: 1 / (e := s.exp() * WEIGHTS).sum(-1, keepdim=True) * e,
+        lambda s: sigmoid_of_scores(s + WEIGHTS.to(s.dtype).log()),
+    ),
     "in float64": (lambda a, s: divided(s.double().exp()).to(s.dtype), sigmoid_of_scores),
     "log_softmax": (lambda a, s: F.log_softmax(s, dim=-1).exp(), sigmoid_of_scores),
     "log_softmax masked": (lambda a, s: torch.exp(s.masked_fill(FUTURE, -torch.inf).log_softmax(-1)), causal),
@@ -120,7 +134,19 @@ def test_is_swapped(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["maximum", "multiplied", "masked_fill", "log_softmax", "gpt-oss", "sink first"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "maximum",
+        "multiplied",
+        "masked_fill",
+        "log_softmax",
+        "gpt-oss",
+        "sink first",
+        "reciprocal",
+        "weighted reciprocal",
+    ],
+)
 def test_compiled(name: str) -> None:
     """A converted model under another backend, and a plain one under backend="sigswap"."""
     torch._dynamo.reset()
@@ -180,7 +206,6 @@ def test_what_is_not_whole_is_an_error() -> None:
 
 REFUSED: dict[str, tuple[Callable[[Attention, Tensor], Tensor], str]] = {
     "sink that is kept": (lambda a, s: with_sink(s, a.sinks).softmax(-1)[..., 1:], "not dropped"),
-    "divided by a product": (lambda a, s: (e := s.exp()) * (1 / e.sum(-1, keepdim=True)), "by hand"),
     "exp2": (lambda a, s: divided(torch.exp2(s)), "by hand"),
     "another division": (lambda a, s: (e := s.exp()) / (e / 2).sum(-1, keepdim=True), "by hand"),
     "first score": (lambda a, s: (s - s[..., :1]).softmax(-1), "shifted"),

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
     parser.add_argument("patterns", nargs="*", help="only cases that match one: 'timm/*', 'transformers/bert'")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one for each core)")
-    parser.add_argument("--limit", type=float, default=90.0, help="seconds for one model (90)")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds of compute for one model (90)")
     parser.add_argument("--again", action="append", default=[], metavar="VERDICT", help="check those again; or: all")
     parser.add_argument("--results", type=Path, default=ROOT / "build/coverage.jsonl", help="the file of rows")
     parser.add_argument("--write", action="store_true", help="write the pages, also if only a part was asked for")

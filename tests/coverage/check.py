@@ -8,12 +8,14 @@ The verdicts:
 - ``refused``: convert raises, with a reason; ``missed``: sigswap finds no attention where the oracle does;
 - ``wrong``: converted, and something differs; ``false swap``: sigswap swaps what the oracle does not call attention;
 - ``fails``: converted, and then it raises;
-- ``not built``, ``does not run``: the model's own code, without sigswap;
+- ``not built``, ``does not run``: the model's own code, without sigswap (or its outputs tell nothing: sigmoid does not
+  change them, or rounding does);
 - ``too slow``, ``died``, ``not installed``: not known.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -99,11 +101,12 @@ def _check(row: Row, build: Callable[[], Built]) -> None:
         raise _Found("not built", _short(error)) from error
     args, kwargs = built.inputs
 
-    def call(module: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    def call(module: nn.Module, dtype: torch.dtype | None = None, scale: float = 1.0) -> Any:
         random.seed(0)
         numpy.random.seed(0)
         torch.manual_seed(0)
-        given = copy.deepcopy((args, kwargs)) if dtype is None else _as_dtype(copy.deepcopy((args, kwargs)), dtype)
+        given = copy.deepcopy((args, kwargs))
+        given = given if dtype is None else _as_dtype(given, dtype, scale)
         return module(*given[0], **given[1])
 
     try:
@@ -147,7 +150,7 @@ def _check(row: Row, build: Callable[[], Built]) -> None:
     if built.generate is not None:
         _generates(original, model, attention, built, row)
     _softmax_again(model, call, before, exact)
-    _saved(model, built, call, exact)
+    _saved(original, model, built, call, exact, row)
     sigswap.revert(model)
     with torch.no_grad():
         _same(tensors_of(call(model)), before, exact, "after revert")
@@ -199,16 +202,28 @@ def _compare(
     if error <= CLOSE:
         return error
     try:
-        original_64, model_64 = copy.deepcopy(original).double(), copy.deepcopy(model).double()
+        original_64, model_64 = _exact(original), _exact(model)
         with sigmoid(original_64, attention):
             want, want_grads = _results(original_64, lambda: call(original_64, torch.float64))
+            near, near_grads = _results(original_64, lambda: call(original_64, torch.float64, 1 + 1e-13))
         got, grads = _results(model_64, lambda: call(model_64, torch.float64))
     except Exception:
         raise _Found("wrong", f"{where} differ by {error:.2g} (float32; in float64 it does not run)") from None
     error_64, where = _largest(got, want, grads, want_grads)
     if error_64 > CLOSE_64:
+        jump, _ = _largest(near, want, near_grads, want_grads)
+        if jump > 0.1 * error_64:
+            raise _Found("does not run", f"it is not steady: inputs that differ by 1e-13 change it by {jump:.2g}")
         raise _Found("wrong", f"{where} differ by {error_64:.2g} (float64; {error:.2g} in float32)")
     return error_64
+
+
+def _exact(model: Any) -> Any:
+    """``model`` in float64."""
+    model = copy.deepcopy(model).double()
+    with contextlib.suppress(Exception):  # a grouped product has no float64
+        model.set_experts_implementation("eager")
+    return model
 
 
 def _results(module: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -305,7 +320,9 @@ def _softmax_again(model: nn.Module, call: Callable[..., Any], before: list[Tens
     _same(got, before, exact, "inside sigswap.softmax")
 
 
-def _saved(model: nn.Module, built: Built, call: Callable[..., Any], exact: bool) -> None:
+def _saved(
+    original: nn.Module, model: nn.Module, built: Built, call: Callable[..., Any], exact: bool, row: Row
+) -> None:
     with torch.no_grad():
         before = tensors_of(call(model))
     with tempfile.TemporaryDirectory() as directory:
@@ -313,9 +330,29 @@ def _saved(model: nn.Module, built: Built, call: Callable[..., Any], exact: bool
             sigswap.save(model, Path(directory), **built.factory)
             loaded = sigswap.load(Path(directory))
         except Exception as error:
+            if not _survives(original, call):
+                row.notes.append(f"its own save_pretrained loses weights, and so does sigswap's: {_short(error)}")
+                return
             raise _Found("fails", f"in save or load: {_short(error)}") from error
     with torch.no_grad():
         _same(tensors_of(call(loaded)), before, exact, "saved and loaded")
+
+
+def _survives(original: Any, call: Callable[..., Any]) -> bool:
+    """Whether a transformers model that nobody converted is what it was after its own save and load."""
+    if not hasattr(original, "save_pretrained"):
+        return True
+    with torch.no_grad():
+        before = tensors_of(call(original))
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            original.save_pretrained(directory)
+            loaded = type(original).from_pretrained(directory).eval()
+        except Exception:
+            return False
+    with torch.no_grad():
+        after = tensors_of(call(loaded))
+    return [x.shape for x in after] == [x.shape for x in before] and _error(after, before) <= CLOSE
 
 
 def _same(got: list[Tensor], want: list[Tensor], exact: bool, when: str) -> None:
@@ -353,10 +390,10 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(item, seen)
 
 
-def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+def _as_dtype(value: Any, dtype: torch.dtype, scale: float) -> Any:
     from torch.utils._pytree import tree_map_only
 
-    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+    return tree_map_only(Tensor, lambda x: x.to(dtype) * scale if x.is_floating_point() else x, value)
 
 
 def _short(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 :func:`attention_calls` runs the softmax model once and follows marks from op to op, by the memory that tensors lie in:
 the product of two tensors, neither of them a bare weight, is scores; a softmax of scores that another such product
-takes up is attention. Inside :func:`sigmoid` these calls, and every ``scaled_dot_product_attention``, are the sigmoid.
+takes up over the softmax's axis is attention. Inside :func:`sigmoid` these calls, and every
+``scaled_dot_product_attention``, are the sigmoid; logits that no product made and that were put beside the scores
+(attention sinks) are no keys.
 A call is known by the module that makes it and by its number among that module's calls.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -39,11 +41,15 @@ _COPIES = {"_to_copy", "clone", "detach", "alias", "copy_", "lift_fresh", "conti
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """What feeds attention in one run: softmaxes, fused attentions, and the row maxima that are taken from scores."""
+    """What feeds attention in one run: softmaxes, fused attentions, and the row maxima that are taken from scores.
+
+    ``sinks``: of softmaxes over more than the keys, how many logits stand before and behind those.
+    """
 
     softmaxes: frozenset[Key]
     fused: frozenset[Key]
     shifts: frozenset[Key]
+    sinks: Mapping[Key, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.softmaxes) + len(self.fused)
@@ -143,6 +149,8 @@ class _Marks(TorchDispatchMode):
         self.alive: list[Any] = []  # so that no address is used twice
         self.marks: dict[int, set[Any]] = {}
         self.attention: set[Key] = set()
+        self.sizes: dict[Key, int] = {}  # of the axis that a softmax is over
+        self.sinks: dict[Key, tuple[int, int]] = {}
         self.shifts: set[Key] = set()
         for weight in weights:
             self.of(weight).add("weight")
@@ -167,6 +175,8 @@ class _Marks(TorchDispatchMode):
         before = {id(x): set(self.of(x)) for x in given}
         name = func._overloadpacket.__name__ if hasattr(func, "_overloadpacket") else str(func)
         marks = self._marks(name, given, before, made)
+        if name == "cat":
+            marks = marks | self._beside(args, kwargs, before)
         old = {id(x) for x in given}
         for tensor in made:
             own = self.of(tensor)
@@ -174,6 +184,16 @@ class _Marks(TorchDispatchMode):
                 own.discard("weight")
             own |= marks
         return output
+
+    def _beside(self, args: Any, kwargs: Any, before: dict[int, set[Any]]) -> set[Any]:
+        """A mark of what ``cat`` puts before and behind scores: how many logits, and how many there are then."""
+        parts, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        scores = ["scores" in before[id(part)] for part in parts]
+        if all(scores) or not any(scores):
+            return set()
+        sizes = [part.shape[dim] for part in parts]
+        first, last = scores.index(True), len(scores) - scores[::-1].index(True)
+        return {("beside", sum(sizes[:first]), sum(sizes[last:]), sum(sizes))}
 
     def _marks(self, name: str, given: list[Tensor], before: dict[int, set[Any]], made: list[Tensor]) -> set[Any]:
         values = [x for x in given if x.is_floating_point()]
@@ -210,8 +230,9 @@ class _Marks(TorchDispatchMode):
             mixers = [x for x in weights if x.numel() <= HEAD_MIXER]
             mixed = set().union(*(before[id(x)] for x in factors)) - {"weight", "outer"} if mixers else set()
             return {mark for mark in mixed if mark[0] != "summand"}
-        for tensor in factors:
-            self.attention |= {mark[1] for mark in before[id(tensor)] if mark[0] == "softmax"}
+        for tensor, other in (factors, factors[::-1]):
+            keys = {mark[1] for mark in before[id(tensor)] if mark[0] == "softmax"}
+            self.attention |= {key for key in keys if self.sizes[key] in other.shape or key in self.sinks}
         return {"scores"}
 
 
@@ -222,12 +243,17 @@ class _Finder(_Calls):
         self.fused_calls: set[Key] = set()
 
     def softmax(self, key: Key, call: Callable[..., Tensor], scores: Tensor, dim: int, dtype: Any) -> Tensor:
-        known = "scores" in self.marks.of(scores)
+        before = set(self.marks.of(scores))
+        known = "scores" in before
         output = call()
         marks = self.marks.of(output)
         marks.clear()
         if known:
             marks.add(("softmax", key))
+            self.marks.sizes[key] = size = scores.shape[dim]
+            for mark in before:
+                if mark[0] == "beside" and mark[3] == size:
+                    self.marks.sinks[key] = mark[1:3]
         return output
 
     def fused(self, key: Key, call: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
@@ -264,7 +290,7 @@ def attention_calls(model: nn.Module, run: Callable[[], Any]) -> Attention:
     with torch.no_grad(), finder.open(), marks:
         run()
     shifts = marks.shifts if marks.attention else set()
-    return Attention(frozenset(marks.attention), frozenset(finder.fused_calls), frozenset(shifts))
+    return Attention(frozenset(marks.attention), frozenset(finder.fused_calls), frozenset(shifts), marks.sinks)
 
 
 # The model with them as sigmoid.
@@ -280,7 +306,13 @@ class _Sigmoid(_Calls):
         if key not in self.attention.softmaxes:
             return call()
         self.swapped += 1
-        return sigmoid_of_scores(scores if dtype is None or dtype is False else scores.to(dtype), dim)
+        scores = scores if dtype is None or dtype is False else scores.to(dtype)
+        before, behind = self.attention.sinks.get(key, (0, 0))
+        keys = scores.narrow(dim, before, scores.shape[dim] - before - behind)
+        sigmoids = sigmoid_of_scores(keys, dim)
+        if not before and not behind:
+            return sigmoids
+        return F.pad(sigmoids.movedim(dim, -1), (before, behind)).movedim(-1, dim)
 
     def fused(self, key: Key, call: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         self.swapped += 1

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -15,6 +16,10 @@ from tests.coverage.check import Row
 
 CASES_OF_A_WORKER = 60
 """After so many a worker is replaced: libraries keep what they were asked for."""
+WAITING = 20
+"""Times the limit: longer than any machine that is shared lets a process wait."""
+MEMORY = 8 << 30
+"""Bytes that a process may take: a model that cannot be made small fails to be built, and takes nothing else down."""
 
 
 class _Worker:
@@ -27,12 +32,24 @@ class _Worker:
         self.process.start()
         other.close()
         self.case: str | None = None
-        self.begun = 0.0
+        self.begun, self.begun_at = 0.0, 0.0
         self.done = 0
 
     def give(self, case: str) -> None:
         self.pipe.send(case)
-        self.case, self.begun = case, time.monotonic()
+        self.case, self.begun, self.begun_at = case, self.work(), time.monotonic()
+
+    def work(self) -> float:
+        """Seconds of compute that the process has had; where the system does not say, those that went by."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return time.monotonic()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def is_over(self, limit: float) -> bool:
+        """Whether its case has had more than ``limit`` seconds of compute, or waits for something for ever."""
+        return self.work() - self.begun > limit or time.monotonic() - self.begun_at > WAITING * limit
 
     def end(self) -> None:
         self.process.kill()
@@ -52,6 +69,7 @@ def _serve(pipe: Connection) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     pipe.send("ready")
     while True:
         try:
@@ -66,7 +84,7 @@ def run(
 ) -> None:
     """Checks ``cases`` and appends their rows to ``results``, a file of JSON lines.
 
-    ``limit``: seconds for one case. ``progress`` is called with each row, and with the cases that run now.
+    ``limit``: seconds of compute for one case. ``progress`` is called with each row, and with the cases that run now.
     """
     waiting = list(reversed(cases))
     crew = [_Worker() for _ in range(min(workers, len(cases)))]
@@ -114,7 +132,7 @@ def _rows(crew: list[_Worker], waiting: list[str], limit: float) -> Iterator[tup
             worker.done += 1
             yield worker, Row(**message)
         for place, worker in enumerate(crew):
-            if worker.case is not None and time.monotonic() - worker.begun > limit:
+            if worker.case is not None and worker.is_over(limit):
                 case = worker.case
                 worker.end()
                 crew[place] = _Worker()

@@ -215,6 +215,41 @@ def test_what_ran_as_softmax_for_a_while_is_saved_and_loaded(tmp_path: Path) -> 
     assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), expected)
 
 
+def test_buffers_that_a_run_has_made_come_back(tmp_path: Path) -> None:
+    """Tables that grow with the input, and are in no state_dict: of another shape than the factory's, or new."""
+    model = converted_own()
+    model.register_buffer("cache", torch.rand(3), persistent=False)
+    model.table = torch.rand(4, 16)
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
+    loaded = sigswap.load(tmp_path / "m")
+    assert_same_state(model, loaded)
+    assert torch.equal(loaded(WORDS), model(WORDS)) and "table" not in loaded.state_dict()
+    sigswap.save(loaded, tmp_path / "again", factory=f"{HERE}:build")
+    assert_same_state(model, sigswap.load(tmp_path / "again"))
+    model.register_buffer("cache", torch.rand(3))  # one that the state_dict has is a part of the model
+    with pytest.raises(CheckpointError, match="cache is of shape"):
+        sigswap.save(model, tmp_path / "other", factory=f"{HERE}:build")
+
+
+def build_scaled(shape: tuple[int, ...] = (16,), rates: Any = None) -> nn.Module:
+    """Takes tuples only, and has a function of its own."""
+    assert type(shape) is tuple and (rates is None or type(rates[0]) is tuple)
+    model = Attention(*shape)
+    number = len(shape)
+    model.scale = lambda x, by=number: x * by
+    return model
+
+
+def test_arguments_that_are_tuples_and_functions_that_are_made_anew(tmp_path: Path) -> None:
+    kwargs = {"shape": (16, 2), "rates": [(0.5, None), (1, "a")]}
+    model = randomized(sigswap.convert(build_scaled(**kwargs), example_inputs=WORDS))
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_scaled", factory_kwargs=kwargs)
+    assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), model(WORDS))
+    model.scale = lambda x, by=2: x + by
+    with pytest.raises(CheckpointError, match="scale is another function"):
+        sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_scaled", factory_kwargs=kwargs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import BY_NAME, call, hf, randomise
 
 import sigswap
+from sigswap.conversion.switches import OBSERVED
 from sigswap.errors import ArgumentError, CalibrationError, NotConvertedError
 
 QUERY_BIAS = sigswap.SigmoidConfig(query_bias=True)
@@ -353,7 +354,7 @@ def test_a_failed_calibration_changes_nothing(bad: str) -> None:
         sigswap.calibrate(model, wrong, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and model.attention.training
-    assert site(model) is not None and model.attention.sigswap.observer is None
+    assert site(model) is not None and OBSERVED.get() is None
     assert model(*data[0]).isfinite().all()
 
 

@@ -1,0 +1,194 @@
+"""What builds the unconverted model when it is loaded, and whether that is this model, but for its values."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import conversion_of
+from sigswap.errors import ArgumentError, CheckpointError, Hint, SigswapError
+from sigswap.saving import sources
+from sigswap.saving.rebuilt import Difference, is_same_function, to_json, unsaved_buffers
+
+# Attributes that do not change what a model computes, and those that torch keeps for itself.
+_NOT_COMPARED = ("training", "grad_checkpointing", *accelerate_hooks.MOVES)
+
+
+def find_factory(
+    model: nn.Module, factory: str | None, kwargs: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any], Difference]:
+    """The factory, its arguments, and what to set on what it builds, so that it equals ``model``."""
+    if factory is not None:
+        if not sources.is_factory(factory):
+            raise ArgumentError(
+                f"{{argument}}={factory!r} must be 'module:function' or 'timm:NAME'.", argument="factory"
+            )
+        kwargs = dict(kwargs or {})
+        try:
+            to_json(kwargs)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{{argument}}={kwargs!r} must be of types that JSON has, or tuples: {error}.",
+                argument="factory_kwargs",
+            ) from None
+        return factory, kwargs, _compare(model, factory, kwargs)
+    if kwargs is not None:
+        raise ArgumentError("{argument} needs a factory.", argument="factory_kwargs")
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    architecture = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
+    if architecture is None:
+        raise CheckpointError(
+            f"sigswap.save does not know how to build a {type(model).__name__} again: it is neither a transformers "
+            "nor a timm model.",
+            argument="factory",
+            hint=Hint(
+                "Pass {factory}, a function that returns the unconverted model and that can be imported where the "
+                "model will be loaded, with {factory_kwargs} if it takes arguments.",
+                {"factory": "'module:function'", "factory_kwargs": "{...}"},
+            ),
+        )
+    tag = cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
+    name = f"timm:{architecture}.{tag}" if tag else f"timm:{architecture}"
+    problem: CheckpointError | None = None
+    for candidate in _timm_kwargs(model):
+        try:
+            return name, candidate, _compare(model, name, candidate)
+        except CheckpointError as error:
+            problem = problem or error
+    raise CheckpointError(
+        f"The arguments that this timm model was built with could not be found out. With those that "
+        f"could be: {problem}",
+        argument="factory_kwargs",
+        hint=Hint(
+            "Pass {factory}, and the other arguments of timm.create_model as {factory_kwargs}.",
+            {"factory": repr(name), "factory_kwargs": "{...}"},
+        ),
+    )
+
+
+def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
+    """Arguments of timm.create_model that may have been given, the likeliest first."""
+    kwargs: dict[str, Any] = {}
+    if isinstance(getattr(model, "num_classes", None), int):
+        kwargs["num_classes"] = model.num_classes
+    if isinstance(getattr(model, "in_chans", None), int):
+        kwargs["in_chans"] = model.in_chans
+    rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    if rates:
+        kwargs["drop_path_rate"] = max(rates)  # timm's rule gives the last block the whole rate
+    yield kwargs
+    sized = dict(kwargs)
+    for owner in (getattr(model, "patch_embed", None), model):
+        size = getattr(owner, "img_size", None)
+        if size is not None:
+            sized["img_size"] = list(size) if isinstance(size, tuple) else size
+            yield sized
+            break
+    pool = getattr(model, "global_pool", None)
+    pool = getattr(getattr(getattr(model, "head", None), "global_pool", None), "pool_type", pool)
+    if isinstance(pool, str):
+        yield {**kwargs, "global_pool": pool}
+        yield {**sized, "global_pool": pool}
+
+
+def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Difference:
+    """Checks that the factory builds ``model``, but for values; returns what differs and can be set.
+
+    What a module computes is set by its class, tensors, submodules and attributes. Attributes that are plain
+    numbers or strings (a dropout rate, an eps, timm's fused_attn) are set again after loading, and so are buffers
+    that no state_dict has, such as a table that the last run has left; any other difference is an error.
+    """
+    built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
+    apply_conversion(built, conversion_of(model))
+    other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"
+    ours, theirs = _tensors(model), _tensors(built)
+    free, free_there = unsaved_buffers(model), unsaved_buffers(built)
+    made = tuple(name for name in free if ours[name] != theirs.get(name) and (name not in theirs or name in free_there))
+    for name in [*ours, *theirs]:
+        if name not in made and ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{other_model}: {name} is {_shape(ours.get(name))} in the model and "
+                f"{_shape(theirs.get(name))} in what the factory builds."
+            )
+    modules, built_modules = dict(model.named_modules()), dict(built.named_modules())
+    for path in [*modules, *built_modules]:
+        kind, built_kind = (
+            type(found[path]).__qualname__ if path in found else "not there" for found in (modules, built_modules)
+        )
+        if kind != built_kind:
+            raise CheckpointError(
+                f"{other_model}: module {path!r} is {kind} in the model and {built_kind} in what the factory builds."
+            )
+    differing: dict[str, dict[str, Any]] = {}
+    for path, module in modules.items():
+        if is_added(path):
+            continue  # built from the conversion alone
+        for name, value in vars(module).items():
+            if name.startswith("_") or name in _NOT_COMPARED:
+                continue
+            other = vars(built_modules[path]).get(name)
+            plain = (
+                value is None
+                or isinstance(value, bool | int | str)
+                or (isinstance(value, float) and math.isfinite(value))
+            )
+            if plain and other != value:
+                differing.setdefault(path, {})[name] = value
+            elif isinstance(value, types.FunctionType) and not is_same_function(value, other):
+                raise CheckpointError(
+                    f"{other_model}: {path}.{name} is another function in the model than in what the factory builds."
+                )
+            elif isinstance(value, tuple | list | torch.dtype) and _is_plain(value) and other != value:
+                raise CheckpointError(
+                    f"{other_model}: {path}.{name} is {value} in the model and {other} in what the factory builds."
+                )
+    return Difference(differing, made)
+
+
+def is_added(path: str) -> bool:
+    """Whether a module is sigswap's, of a converted one."""
+    return "sigswap" in path.split(".")
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"
+
+
+def _build_without_data(factory: Callable[[], nn.Module], name: str) -> nn.Module:
+    """What ``factory`` builds, on the meta device; on the CPU, if it needs values to be built."""
+    state = torch.get_rng_state()
+    try:
+        with torch.device("meta"):
+            return factory()
+    except SigswapError:
+        raise
+    except Exception:
+        try:
+            return factory()
+        except Exception as error:
+            raise CheckpointError(
+                f"{{argument}}={name!r} failed: {type(error).__name__}: {error}", argument="factory"
+            ) from error
+    finally:
+        torch.set_rng_state(state)  # a save must not change the numbers that training draws next

@@ -1,0 +1,175 @@
+"""What a converted model's config.json says about the conversion, written and read.
+
+:mod:`sigswap.saving.transformers_hook` says what the marks are for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sigswap import files
+from sigswap.conversion.record import Conversion, conversion_of, is_converted
+from sigswap.errors import CheckpointError, Hint
+from sigswap.version import __version__
+
+METHOD = "sigswap"
+FORMAT = 1
+# Not a file: the name is what a loader without sigswap prints when it cannot find it.
+NO_SUCH_WEIGHTS = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-before-loading.safetensors"
+# By these attributes transformers remembers, on the model and on its config, that a model is quantized.
+QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "_is_quantized")
+
+
+def read_marks(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The conversion's entry in ``directory/config.json``; None if there is none.
+
+    Raises CheckpointError if the file is there and is not JSON.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
+
+
+def check_format(entry: dict[str, Any], where: str) -> None:
+    """Raises CheckpointError if ``entry`` was not written in a format that this version reads."""
+    if entry.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where}: sigswap's format {entry.get('format')!r} is not the one that this version reads ({FORMAT}); "
+            f"it was written by sigswap {entry.get('sigswap_version', 'of an unknown version')}."
+        )
+
+
+def marks_of(model: nn.Module) -> dict[str, Any] | None:
+    """The entry that the config.json of ``model`` must have; None if it is not converted.
+
+    Raises CheckpointError if the model is also quantized: config.json has room for one method.
+    """
+    if not is_converted(model):
+        return None
+    config = model.config
+    if getattr(config, "quantization_config", None) is not None and not _is_unpacked_gguf(model):
+        raise CheckpointError(
+            "A model that is both quantized and converted cannot be saved.",
+            hint=Hint("Save it in its original precision."),
+        )
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "sigswap_version": __version__,
+        "attn_implementation": {path: part._attn_implementation for path, part in config_parts(config)},
+        "conversion": conversion_of(model).to_dict(),
+    }
+
+
+def _is_unpacked_gguf(model: Any) -> bool:
+    """Whether ``model`` is marked as quantized only because it was read from a GGUF file: its weights are plain floats.
+
+    Seen with transformers 5.22 to 5.24, which leave the marks on a model whose weights they unpacked.
+    """
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    return getattr(method, "value", method) == "gguf" and all(p.is_floating_point() for p in model.parameters())
+
+
+@contextmanager
+def without_gguf_marks(model: Any) -> Iterator[None]:
+    """While it is open, a model with unpacked GGUF weights is not marked as quantized: it is saved as what it is."""
+    owners = [vars(model), vars(model.config)] if _is_unpacked_gguf(model) else []
+    kept = [{name: owner.pop(name) for name in QUANTIZATION_MARKS if name in owner} for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, marks in zip(owners, kept, strict=True):
+            owner.update(marks)
+
+
+def config_parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """``config`` and the configs inside it (text and vision of CLIP), each with its dotted path."""
+    yield path, config
+    for name in type(config).sub_configs:
+        part = getattr(config, name, None)
+        if hasattr(part, "_attn_implementation"):
+            yield from config_parts(part, f"{path}.{name}" if path else name)
+
+
+def rebased(conversion: Conversion, model: Any) -> Conversion:
+    """``conversion`` with the module paths of ``model``, which may have another head than the one it was made for.
+
+    A model with a head holds the base model as its child ``base_model_prefix``.
+    """
+    modules = {path for path, _ in model.named_modules()}
+    paths = [owner.path for owner in conversion.owners]
+    if modules.issuperset(paths):
+        return conversion
+    prefix = f"{model.base_model_prefix}."
+    if modules.issuperset(prefix + path for path in paths):
+
+        def moved(path: str) -> str:
+            return prefix + path
+    else:
+
+        def moved(path: str) -> str:
+            return path.removeprefix(prefix)
+
+    # What the head of the saved model owned is not in this one, as its weights are not.
+    kept = [path for path in paths if moved(path) in modules]
+    outside = [path for path in paths if path.startswith(prefix) and path not in kept]
+    if not kept or outside:
+        raise CheckpointError(
+            f"{type(model).__name__} has no module {(outside or paths)[0]!r}, with or without {prefix!r} before it, "
+            "where sigswap converted attention.",
+            hint=Hint("Load the saved model with the class that it was saved from."),
+        )
+    fields = {path: conversion.config.for_path(path).fields() for path in kept}
+    return dataclasses.replace(
+        conversion,
+        config=dataclasses.replace(conversion.config, overrides={moved(path): fields[path] for path in kept}),
+        owners=tuple(
+            dataclasses.replace(owner, path=moved(owner.path)) for owner in conversion.owners if owner.path in kept
+        ),
+        guarded=tuple(moved(path) for path in conversion.guarded if moved(path) in modules),
+        report=dataclasses.replace(
+            conversion.report,
+            sites=[dataclasses.replace(site, path=moved(site.path)) for site in conversion.report.sites],
+        ),
+    )
+
+
+@contextmanager
+def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
+    """While it is open, ``config.save_pretrained`` writes a config.json with the marks; the config stays clean."""
+
+    def to_json_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        del config.__dict__["to_json_file"]  # else it would be serialized
+
+        def write(new: Path) -> None:
+            config.to_json_file(new, *args, **kwargs)
+            data = json.loads(new.read_text(encoding="utf-8"))
+            data |= {
+                "quantization_config": entry,
+                "attn_implementation": METHOD,
+                "transformers_weights": NO_SUCH_WEIGHTS,
+            }
+            new.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+        files.write_whole(path, write)
+
+    # An attribute of the instance goes before the method of its class.
+    config.__dict__["to_json_file"] = to_json_file
+    try:
+        yield
+    finally:
+        config.__dict__.pop("to_json_file", None)
