@@ -1,0 +1,130 @@
+"""A decoder on several processes: converted, calibrated by all of them together, trained, and saved.
+
+    torchrun --nproc-per-node 2 examples/distributed.py                        # every rank has the whole model (DDP)
+    torchrun --nproc-per-node 2 examples/distributed.py --parallel sharded     # and a shard of it (FSDP2)
+    torchrun --nproc-per-node 2 examples/distributed.py --parallel tensor      # and some of its heads
+
+On GPUs by NCCL, else by gloo; on several nodes with torchrun's own options. The text is the standard library's source,
+as bytes, of which every rank takes other parts (with tensor parallelism, the same).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sigswap
+
+CONTEXT, BATCH = 128, 4
+
+
+def decoder() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(count: int, part: int, device: torch.device) -> list[Tensor]:
+    """``count`` batches [BATCH, CONTEXT] of a text; another ``part`` has others."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = b"".join(path.read_bytes() for path in files)[part * count * BATCH * CONTEXT :]
+    tokens = torch.frombuffer(bytearray(text[: count * BATCH * CONTEXT]), dtype=torch.uint8)
+    return list(tokens.long().view(count, BATCH, CONTEXT).to(device))
+
+
+def spread(model: Any, parallel: str, device: torch.device) -> nn.Module:
+    """``model``, which is converted, on all ranks."""
+    if parallel == "data":
+        return nn.parallel.DistributedDataParallel(model)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if parallel == "sharded":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    styles = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
+    styles |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, styles)
+    return sigswap.shard_heads(model)
+
+
+def train(model: nn.Module, text: list[Tensor]) -> list[float]:
+    """The loss of each step, as the mean over the ranks."""
+    # Not all parameters at once: under tensor parallelism some are DTensors and some are not.
+    optimizer = torch.optim.AdamW(sigswap.param_groups(model, 1e-3, weight_decay=0.1), foreach=False)
+    losses = []
+    for ids in text:
+        logits = model(input_ids=ids).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / dist.get_world_size())
+    return losses
+
+
+def save(model: nn.Module, whole: nn.Module, directory: Path) -> None:
+    """By rank 0, for any number of processes: ``from_pretrained`` and ``sigswap.load`` read it. ``whole`` is a copy of
+    ``model`` from before it was spread."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # all ranks hand theirs on
+    if dist.get_rank() == 0:
+        whole.load_state_dict(state)
+        sigswap.save(whole, directory)
+    dist.barrier()
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parallel", choices=["data", "sharded", "tensor"], default="data")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("out/distributed"))
+    options = parser.parse_args(arguments)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group()
+    rank = dist.get_rank()
+    part = 0 if options.parallel == "tensor" else rank
+    model = sigswap.convert(decoder().to(device), sigswap.SigmoidConfig(learn_bias=True))
+    report = sigswap.calibrate(model, batches(4, rank, device), progress=False)  # the same on all ranks
+    if rank == 0:
+        print(report.summary())
+    whole = copy.deepcopy(model).cpu()  # calibration has given a decoder terms that convert alone does not
+    model = spread(model, options.parallel, device)
+    losses = train(model, batches(options.steps, part, device))
+    if rank == 0:
+        print(f"{options.parallel}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {len(losses)} steps")
+    save(model, whole, options.out)
+    return losses
+
+
+if __name__ == "__main__":
+    main()
+    dist.destroy_process_group()
