@@ -180,6 +180,7 @@ def compare(
     sequences: int = 16,
     seed: int = 0,
     progress: bool = True,
+    allow_code: bool = False,
 ) -> Comparison:
     """What the swap did to a converted ``model``: its figures beside those of its softmax ``original``.
 
@@ -210,6 +211,7 @@ def compare(
         sequences: of each kind of lookup; fewer, but two at least, where that would be more than 131,072 tokens.
         seed: of the lookups, and of inputs that are made.
         progress: shows a progress bar on standard error, if that is a terminal.
+        allow_code: if ``original`` is a directory that sigswap.save wrote: as for :func:`sigswap.load`.
 
     Raises:
         NotConvertedError: ``model`` is not converted.
@@ -218,7 +220,7 @@ def compare(
         CalibrationError: a model fails on a batch, or the two give outputs of different shapes.
     """
     if isinstance(original, str | os.PathLike):
-        original = _opened(os.fspath(original))
+        original = _opened(os.fspath(original), allow_code)
     elif original is not None and not isinstance(original, nn.Module):
         raise ArgumentError(
             f"{{argument}} must be a model or where one is saved, not a {type(original).__name__}.", argument="original"
@@ -235,10 +237,10 @@ def compare(
     )
 
 
-def _opened(source: str) -> nn.Module:
+def _opened(source: str, allow_code: bool) -> nn.Module:
     """The model that ``source`` names. Raises as sigswap.load and sigswap.saving.sources do."""
     if is_saved(source):
-        return load(source)
+        return load(source, allow_code=allow_code)
     if sources.is_factory(source):
         return sources.build(source, {}, pretrained=source.startswith("timm:"))
     return sources.from_transformers(source)

@@ -146,7 +146,7 @@ def test_saved_loaded_copied_and_reported(name: str, tmp_path: Path) -> None:
     sigswap.convert(model, config, example_inputs=x)
     expected = model(x)
     sigswap.save(model, tmp_path, factory=f"{__name__}:Fused")
-    for other in (sigswap.load(tmp_path), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (sigswap.load(tmp_path, allow_code=True), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.eval()(x)[0], expected[0])
         text = str(sigswap.report(other))
         assert all(f"{cap:.4g} (1 attentions)" in text for cap in caps if cap is not None and caps[0] != caps[1])
@@ -182,7 +182,7 @@ def test_set_row_cap(tmp_path: Path) -> None:
         for actual, exact in zip((*model(x), *compiled(x)), expected * 2, strict=True):
             close(actual, exact)
         sigswap.save(model, tmp_path / str(number), factory=f"{__name__}:Fused")
-        close(sigswap.load(tmp_path / str(number)).eval()(x)[0], expected[0])
+        close(sigswap.load(tmp_path / str(number), allow_code=True).eval()(x)[0], expected[0])
         assert [conversion_of(model).config.for_path(path).row_cap for path in ("first", "second")] == list(caps)
 
 
