@@ -101,7 +101,7 @@ def thread_state(note: Note) -> None:
             torch._C._pop_torch_dispatch_stack()
 
     note("torch's modes", put_back)
-    enabled = torch._C._get_torch_function_state()
-    note("torch's overrides", functools.partial(torch._C._set_torch_function_state, enabled))
+    c: Any = torch._C  # whose stubs do not have all
+    note("torch's overrides", functools.partial(c._set_torch_function_state, c._get_torch_function_state()))
     context_state(note)
     note("the grad mode", functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))

@@ -31,7 +31,7 @@ OBSERVED: ContextVar[Mapping[Any, Any] | None] = ContextVar("sigswap_observed", 
 _SWITCHES: ContextVar[Mapping[object, frozenset[str]]] = ContextVar("sigswap_switches", default={})  # noqa: B039
 """The names that each open use has switched; this mapping is never written to."""
 
-CONTEXTS_ARE_GUARDED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
+CONTEXTS_ARE_GUARDED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 """Whether Dynamo traces a context variable, and guards on it. In older versions compiled code follows a switch in any
 context of the process."""
 
@@ -112,8 +112,9 @@ def run_under(observers: Mapping[Any, Any]) -> Iterator[None]:
 
 def context_state(note: Note) -> None:
     """Notes what is switched and observed now, for an interruption between two lines of the functions above."""
-    for variable in (SWITCHED, _SWITCHES, OBSERVED):
-        note("what runs as softmax", functools.partial(variable.set, variable.get()))  # type: ignore[attr-defined]
+    variables: tuple[ContextVar[Any], ...] = (SWITCHED, _SWITCHES, OBSERVED)
+    for variable in variables:
+        note("what runs as softmax", functools.partial(variable.set, variable.get()))
 
 
 def _names_of(states: Iterable[nn.Module]) -> frozenset[str]:
