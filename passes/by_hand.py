@@ -137,7 +137,7 @@ def is_inverse(node: Node) -> bool:
     return (
         name == "reciprocal"
         or (name == "div" and not isinstance(inputs[0], Node))
-        or (spelling_of(node) == "pow" and inputs[1] == -1)
+        or (spelling_of(node) == "pow" and bool(inputs[1] == -1))
     )
 
 

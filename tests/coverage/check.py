@@ -70,6 +70,7 @@ class Row:
     convert_seconds: float = 0.0
     forward_seconds: float = 0.0
     notes: list[str] = dataclasses.field(default_factory=list)
+    commit: str = ""  # of sigswap, at which it was checked; "": before that was noted
 
 
 class _Found(Exception):

@@ -54,6 +54,10 @@ def write(rows: Sequence[Row], names: Sequence[str], folder: Path) -> None:
     for kind, group in groups.items():
         total = sum(kind_of(name) == kind for name in names)
         text += _line(kind, group, total)
+    commits = Counter(row.commit or "earlier ones" for row in rows)
+    text += (
+        "\nChecked at commit " + ", ".join(f"{commit}: {number}" for commit, number in commits.most_common()) + ".\n"
+    )
     missing = len(names) - len(rows)
     if missing:
         text += f"\n{missing} of {len(names)} models were not checked yet.\n"

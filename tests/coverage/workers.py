@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -86,11 +87,13 @@ def run(
 
     ``limit``: seconds of compute for one case. ``progress`` is called with each row, and with the cases that run now.
     """
+    commit = _commit()
     waiting = list(reversed(cases))
     crew = [_Worker() for _ in range(min(workers, len(cases)))]
     try:
         with results.open("a", encoding="utf-8") as file:
             for worker, row in _rows(crew, waiting, limit):
+                row.commit = commit
                 file.write(json.dumps(dataclasses.asdict(row)) + "\n")
                 file.flush()
                 del worker
@@ -137,6 +140,13 @@ def _rows(crew: list[_Worker], waiting: list[str], limit: float) -> Iterator[tup
                 worker.end()
                 crew[place] = _Worker()
                 yield worker, Row(case, "too slow", f"more than {limit:g} s", seconds=limit)
+
+
+def _commit() -> str:
+    """That of the working tree; "" outside of one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return found.stdout.strip()
 
 
 def read(results: Path) -> dict[str, Row]:
