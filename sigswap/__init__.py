@@ -20,7 +20,7 @@ from sigswap.conversion.user_runs import watch
 from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
-from sigswap.saving import transformers_hook
+from sigswap.saving import peft_hook, transformers_hook
 from sigswap.saving.checkpoint import load, save
 from sigswap.saving.replacing import recover
 from sigswap.training.calibrate import calibrate, rank_sites
@@ -31,6 +31,7 @@ from sigswap.training.lookups import Lookups
 from sigswap.version import __version__ as __version__
 
 former_names.keep()
+peft_hook.install()  # as does putting an adapter onto the wrong model
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
 __all__ = [

@@ -100,6 +100,14 @@ def offloads_inner_modules(module: nn.Module) -> bool:
     return any(_offloads(hook) and hook.place_submodules for hook in _hooks(module))
 
 
+def bring_parameters(state: nn.Module) -> None:
+    """The same for what a converted module carries, where accelerate has come after the conversion: few as they are,
+    its parameters stay where they are used, for its parts are not called, and nothing would bring them.
+    """
+    if any("_hf_hook" in part.__dict__ for part in (state, *state._modules.values()) if part is not None):
+        bring_for_good(state)
+
+
 def bring_for_good(module: nn.Module) -> None:
     """Puts offloaded weights of ``module`` where they are during a call, and leaves them there."""
     offloading = [(part, hook) for part in module.modules() for hook in _hooks(part) if _offloads(hook)]

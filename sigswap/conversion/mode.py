@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from sigswap.conversion import stance
+from sigswap.conversion import accelerate_hooks, stance
 from sigswap.conversion.places import (
     ANYWHERE,
     left_to_python,
@@ -365,6 +365,8 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
                 return base.forward(self, *args, **kwargs)
             if observed is not None and state in observed:
                 return observed[state].run(self, base.forward, args, kwargs)
+            if not torch.compiler.is_compiling():
+                accelerate_hooks.bring_parameters(state)
             mode = SwapMode(state)
             with mode, mode.uncompiled():
                 output = base.forward(self, *args, **kwargs)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sigswap.config import SigmoidConfig, check_row_cap
+from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
 from sigswap.errors import AlreadyConvertedError, ArgumentError, ConfigError, Hint, NotConvertedError
@@ -170,6 +171,8 @@ def owners_of(model: nn.Module) -> dict[str, OwnerState]:
     states = {path: module.sigswap for path, module in model.named_modules() if base_class(module) is not None}
     if not states:
         raise NotConvertedError(f"{type(model).__name__} is not converted.", hint=_CONVERT)
+    for state in states.values():
+        accelerate_hooks.bring_parameters(state)
     return states
 
 

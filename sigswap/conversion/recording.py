@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sigswap.conversion import accelerate_hooks
@@ -204,7 +205,7 @@ class Recording:
         model, copies = (self.model, []) if way == "itself" else copied(self.model, mode)
         place = _copied_to(device) if mode is None else lambda tensor: fake(tensor, mode, device)
         (args, kwargs), given = placed(example.inputs, place)
-        with mode or contextlib.nullcontext(), _inference(model), self.form(model), form(model):
+        with _on_fakes(mode), _inference(model), self.form(model), form(model):
             part = model.get_submodule(example.path)
             if check and mode is not None:  # whose parameters have no values that could be written over
                 part(*args, **kwargs)
@@ -221,6 +222,26 @@ class Recording:
             way,
             tuple(watch.elsewhere),
         )
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Within a fake mode: grouped matrix products of any dtype that they run in. Their rule for fake tensors takes
+    bfloat16 alone (seen in 2.11 to 2.14), so that no mixture of experts in another dtype would run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        given = {**(kwargs or {}), "out_dtype": None}
+        return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:5], **given).to(args[0].dtype)
+
+
+@contextlib.contextmanager
+def _on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
+    if mode is None:
+        yield
+        return
+    with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
+        yield
 
 
 @contextlib.contextmanager

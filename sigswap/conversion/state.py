@@ -413,7 +413,8 @@ class SiteState(nn.Module):
     @property
     def product(self) -> ProductPlan:
         """The product of a site that computes its own scores, and of which it is known."""
-        assert self.plan.product is not None, f"{self.plan.kind} has no product"
+        if self.plan.product is None:  # an AttributeError: tools ask every attribute with hasattr
+            raise AttributeError(f"{self.plan.kind} has no product")
         return self.plan.product
 
     def check_length(self, rows: int) -> None:

@@ -18,6 +18,7 @@ by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.abc
 import importlib.machinery
@@ -38,6 +39,7 @@ from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.distributed.heads import with_heads
 from sigswap.errors import CheckpointError, Hint
+from sigswap.saving import peft_hook
 from sigswap.saving.marks import (
     METHOD,
     QUANTIZATION_MARKS,
@@ -262,7 +264,7 @@ def _wrap(model_class: Any) -> None:
         entry = marks_of(model) if isinstance(model, nn.Module) else None
         if model is None or entry is None:
             return save_pretrained(*args, **kwargs)
-        with without_gguf_marks(model), marked_config(model.config, entry):
+        with without_gguf_marks(model), marked_config(model.config, entry), peft_hook.marked(model):
             return save_pretrained(*args, **kwargs)
 
     @functools.wraps(from_pretrained)
@@ -274,9 +276,35 @@ def _wrap(model_class: Any) -> None:
             _check_unmarked(name, kwargs.get("subfolder"))
         return loaded
 
+    _wrap_from_config(model_class)
     setattr(model_class, _WRAPPED, (save_pretrained, from_pretrained))
     model_class.save_pretrained = marking_save_pretrained
     model_class.from_pretrained = classmethod(checking_from_pretrained)
+
+
+def _wrap_from_config(model_class: Any) -> None:
+    """What AutoModel.from_config calls: from the config of a converted directory it builds a converted model."""
+    from_config = model_class._from_config.__func__
+
+    @functools.wraps(from_config)
+    def converting_from_config(*args: Any, **kwargs: Any) -> Any:
+        config = args[1] if len(args) > 1 else kwargs.get("config")
+        entry = getattr(config, "quantization_config", None)
+        entry = entry if isinstance(entry, dict) or entry is None else vars(entry)
+        if not entry or entry.get("quant_method") != METHOD:
+            return from_config(*args, **kwargs)
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+        stored, config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**entry), copy.deepcopy(config)
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        AUTO_QUANTIZER_MAPPING[METHOD](stored).update_attn_implementation(config)
+        for _, part in config_parts(config):
+            vars(part).pop("quantization_config", None)
+        model = from_config(args[0], **{**kwargs, "config": config})
+        return apply_conversion(model, rebased(Conversion.from_dict(stored.conversion), model))
+
+    model_class._from_config = classmethod(converting_from_config)
 
 
 def _check_unmarked(name: str | os.PathLike[str], subfolder: Any) -> None:

@@ -381,3 +381,31 @@ def test_a_forward_that_needs_values() -> None:
     for one in spread:
         assert conversion_of(one) == conversion_of(bare)
         assert_equal(run(one, (x,)), run(bare, (x,)))
+
+
+@pytest.mark.parametrize("features", [{}, {"query_bias": True, "qk_norm": "rms", "layer_scale": 0.5}])
+@pytest.mark.parametrize("disk", [False, True])
+def test_offloaded_after_the_conversion(disk: bool, features: dict[str, Any], tmp_path: Path) -> None:
+    """What was put into the model is used by functions, not by a forward that a hook could stand before."""
+    accelerate = pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = sigswap.convert(transformers.LlamaForCausalLM(config).eval(), sigswap.SigmoidConfig(**features))
+    ids = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        if disk:
+            accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+        else:
+            accelerate.cpu_offload(model, execution_device="cpu")
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected)
+    sigswap.calibrate(model, [{"input_ids": ids}], lookups=False, refine=0, progress=False)
+    with torch.no_grad():
+        calibrated = model(ids).logits
+        assert not torch.equal(calibrated, expected)
+        accelerate.hooks.remove_hook_from_submodules(model)
+        torch.testing.assert_close(model(ids).logits, calibrated)

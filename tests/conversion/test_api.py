@@ -573,6 +573,7 @@ def test_revert_refuses_a_class_that_was_changed() -> None:
         sigswap.revert(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bhmn", "hbmn", "windows"])
 @pytest.mark.parametrize("sdpa", [False, True])
 def test_heads_are_where_the_channels_were_split(layout: str, sdpa: bool) -> None:

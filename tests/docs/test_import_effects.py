@@ -58,7 +58,7 @@ def snapshot(before: str) -> dict[str, list[str]]:
 def test_import_alone() -> None:
     found = snapshot("import rich.console, rich.table, safetensors.torch, html")
     assert found["changed"] == []
-    assert found["finders"] == ["_Finder"]
+    assert found["finders"] == ["_Finder", "_PeftFinder"]
     assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs", "sigswap::first_token_bias"])
     assert "transformers" not in found["packages"]
 
@@ -67,7 +67,26 @@ def test_import_after_transformers() -> None:
     pytest.importorskip("transformers")
     found = snapshot("import rich.console, rich.table, transformers.modeling_utils, transformers.quantizers.auto")
     model = "transformers.modeling_utils.PreTrainedModel"
-    assert found["changed"] == [f"{model}.from_pretrained", f"{model}.save_pretrained"]
+    assert found["changed"] == [f"{model}._from_config", f"{model}.from_pretrained", f"{model}.save_pretrained"]
+    assert found["finders"] == ["_PeftFinder"]
+
+
+def test_import_after_peft() -> None:
+    pytest.importorskip("peft")
+    found = snapshot("import rich.console, rich.table, transformers.modeling_utils, transformers.quantizers.auto, peft")
+    config, model, tuner = (
+        "peft.config.PeftConfigMixin",
+        "peft.peft_model.PeftModel",
+        "peft.tuners.tuners_utils.BaseTuner",
+    )
+    assert [name for name in found["changed"] if name.startswith("peft.")] == [
+        f"{config}.from_peft_type",
+        f"{config}.save_pretrained",
+        f"{model}.__init__",
+        f"{model}.add_adapter",
+        f"{model}.save_pretrained",
+        f"{tuner}.inject_adapter",
+    ]
     assert found["finders"] == []
 
 

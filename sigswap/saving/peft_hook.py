@@ -1,0 +1,173 @@
+"""peft: an adapter that was made for sigmoid attention says so, and is not put onto softmax attention.
+
+The adapter_config.json of an adapter that was on a converted model has an entry "sigswap". peft ignores what it does
+not know there, with a warning; with sigswap imported, putting such an adapter onto a model that is not converted is an
+error. Set up when peft is imported, as :mod:`sigswap.saving.transformers_hook` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from sigswap.conversion.record import is_converted
+from sigswap.errors import CheckpointError, Hint
+from sigswap.version import __version__
+
+MARK = "sigswap"  # of adapter_config.json
+_TARGET = "peft.peft_model"
+_MADE_FOR = "_sigswap_made_for"  # of a config that was read: its mark
+_saving: contextvars.ContextVar[bool] = contextvars.ContextVar("sigswap_saving_adapters", default=False)
+
+
+def install() -> None:
+    """At once if peft is imported, else when it will be."""
+    module = sys.modules.get(_TARGET)
+    if module is not None and not _is_being_imported(module):
+        _set_up(module)
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+
+
+class _PeftFinder(importlib.abc.MetaPathFinder):
+    """Sets peft up at the end of the import of peft.peft_model, and then goes. It finds nothing itself.
+
+    Where that import was under way before, the next import of any module does it.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        module = sys.modules.get(_TARGET)
+        if fullname != _TARGET:
+            if module is not None and not _is_being_imported(module):
+                _set_up(module)
+            return None
+        for finder in [other for other in sys.meta_path if not isinstance(other, _PeftFinder)]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    _set_up_behind(spec.loader)
+                return spec
+        return None
+
+
+def _set_up_behind(loader: Any) -> None:
+    """Sets peft up when ``loader`` has executed its module."""
+    load = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        load(module)
+        _set_up(module)
+
+    loader.exec_module = exec_module
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _set_up(module: ModuleType) -> None:
+    """Wraps peft's methods, once. A version in which that is not possible is left as it is."""
+    # Another list: imports that are under way, in this or other threads, are going through this one.
+    sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
+    try:
+        _wrap(module)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"adapters of this version of peft do not tell sigmoid attention from softmax attention ({error}).",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def marked(model: object) -> Iterator[None]:
+    """While it is open, configs of adapters that are saved are of ``model``, and say so if it is converted."""
+    token = _saving.set(isinstance(model, nn.Module) and is_converted(model))
+    try:
+        yield
+    finally:
+        _saving.reset(token)
+
+
+def _wrap(peft_model: ModuleType) -> None:
+    from peft.config import PeftConfigMixin
+    from peft.tuners.tuners_utils import BaseTuner
+
+    model_class = peft_model.PeftModel
+    save_model, save_config = model_class.save_pretrained, PeftConfigMixin.save_pretrained
+    if hasattr(save_model, _MADE_FOR):
+        return
+    from_peft_type = PeftConfigMixin.from_peft_type.__func__
+    init, add_adapter, inject = model_class.__init__, model_class.add_adapter, BaseTuner.inject_adapter
+
+    @functools.wraps(save_model)
+    def marking_save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with marked(self):
+            return save_model(self, *args, **kwargs)
+
+    setattr(marking_save_pretrained, _MADE_FOR, True)
+
+    @functools.wraps(save_config)
+    def marked_save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> Any:
+        result = save_config(self, save_directory, **kwargs)
+        if _saving.get():
+            path = os.path.join(save_directory, "adapter_config.json")
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            config[MARK] = {"sigswap_version": __version__}
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=2, sort_keys=True)
+        return result
+
+    @functools.wraps(from_peft_type)
+    def reading_from_peft_type(cls: Any, **kwargs: Any) -> Any:
+        mark = kwargs.pop(MARK, None)
+        config = from_peft_type(cls, **kwargs)
+        if mark is not None:
+            vars(config)[_MADE_FOR] = mark
+        return config
+
+    @functools.wraps(init)
+    def checking_init(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        _check(model, peft_config)
+        init(self, model, peft_config, *args, **kwargs)
+
+    @functools.wraps(add_adapter)
+    def checking_add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(self, peft_config)
+        return add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+
+    @functools.wraps(inject)
+    def checking_inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        _check(model, self.peft_config[adapter_name])
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    model_class.save_pretrained = marking_save_pretrained
+    model_class.__init__ = checking_init
+    model_class.add_adapter = checking_add_adapter
+    PeftConfigMixin.save_pretrained = marked_save_pretrained
+    PeftConfigMixin.from_peft_type = classmethod(reading_from_peft_type)
+    BaseTuner.inject_adapter = checking_inject_adapter
+
+
+def _check(model: Any, config: Any) -> None:
+    """Raises CheckpointError if an adapter was made for sigmoid attention, and ``model`` has none."""
+    if _MADE_FOR in getattr(config, "__dict__", ()) and not is_converted(model):
+        raise CheckpointError(
+            f"this adapter ({config.peft_type.value}) was trained on a model with sigmoid attention, and "
+            f"{type(model).__name__} has softmax attention.",
+            hint=Hint("Put it onto the converted model: one that sigswap.load returns, or sigswap.convert."),
+        )

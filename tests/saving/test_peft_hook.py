@@ -1,0 +1,93 @@
+"""Adapters of a converted model know it: they go onto a converted model, and onto no other."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sigswap
+from sigswap.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+IDS = torch.arange(1, 13).view(2, 6)
+CONFIGS = {
+    "lora": peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+    "sigswap's parameters, too": peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["sigswap"], init_lora_weights=False
+    ),
+    "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "llama adapter": peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_of_a_converted_model(kind: str, tmp_path: Path) -> None:
+    model = peft.get_peft_model(sigswap.convert(llama()), CONFIGS[kind]).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="trained on a model with sigmoid attention, and LlamaForCausalLM has"):
+        peft.PeftModel.from_pretrained(llama(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unexpected keyword")  # peft's, of an entry that it does not know
+        loaded = peft.PeftModel.from_pretrained(sigswap.convert(llama()), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_a_second_adapter(tmp_path: Path) -> None:
+    peft.get_peft_model(sigswap.convert(llama()), CONFIGS["lora"]).save_pretrained(tmp_path)
+    plain = peft.get_peft_model(llama(), CONFIGS["lora"])
+    with pytest.raises(CheckpointError, match="softmax attention"):
+        plain.load_adapter(tmp_path, "second")
+    assert list(plain.peft_config) == ["default"]
+
+
+def test_an_adapter_that_transformers_puts_on(tmp_path: Path) -> None:
+    model = sigswap.convert(llama())
+    try:
+        model.add_adapter(CONFIGS["lora"])
+    except ValueError as error:
+        pytest.skip(f"transformers does not work with this peft: {error}")
+    model.save_pretrained(tmp_path)
+    plain = llama()
+    with pytest.raises(CheckpointError, match="softmax attention"):
+        plain.load_adapter(str(tmp_path))
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    again = sigswap.convert(llama())
+    again.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+
+
+def test_an_adapter_of_a_softmax_model_is_as_ever(tmp_path: Path) -> None:
+    """It has no mark, and may be put onto a converted model, too."""
+    peft.get_peft_model(llama(), CONFIGS["lora"]).save_pretrained(tmp_path)
+    assert "sigswap" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    peft.PeftModel.from_pretrained(llama(), tmp_path)
+    peft.PeftModel.from_pretrained(sigswap.convert(llama()), tmp_path)
+
+
+def test_a_config_alone_is_not_marked(tmp_path: Path) -> None:
+    model = peft.get_peft_model(sigswap.convert(llama()), CONFIGS["lora"])
+    model.peft_config["default"].save_pretrained(tmp_path)
+    assert "sigswap" not in json.loads((tmp_path / "adapter_config.json").read_text())
