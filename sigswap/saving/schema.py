@@ -223,7 +223,8 @@ def _site(value: Any, where: str) -> None:
     _SITE(value, where)
     if value["heads"] % value["key_heads"]:
         _wrong(f"{where}.heads", f"be a multiple of key_heads, {value['key_heads']}", value["heads"])
-    if value["sdpa_head_axis"] is not None and value["sdpa_head_axis"] >= -2:
+    last = -2 if value["sdpa_merged"] else -3  # heads may be merged with the rows
+    if value["sdpa_head_axis"] is not None and value["sdpa_head_axis"] > last:
         _wrong(f"{where}.sdpa_head_axis", "be an axis before those of the rows and head_dim", value["sdpa_head_axis"])
     if value["kind"] != "softmax" or value.get("scores") is None:
         return
