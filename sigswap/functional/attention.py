@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels.op import dense, varlen
+from sigswap.kernels.op import dense, flops, varlen
 from sigswap.kernels.op.first_token import first_token_bias
+
+flops.register()
 
 
 class FirstToken(NamedTuple):
