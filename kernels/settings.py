@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 sigmoid_form: Literal["auto", "fast", "accurate"] = "auto"
@@ -9,3 +10,8 @@ sigmoid_form: Literal["auto", "fast", "accurate"] = "auto"
 
 "auto": the fast form where it is accurate enough for the row bias at hand
 (:mod:`sigswap.kernels.triton.common`), which does not show in bfloat16's rounding; else an accurate one."""
+
+check_lengths: bool = os.environ.get("SIGSWAP_CHECK_LENGTHS", "0") not in ("", "0")
+"""Whether calls for packed sequences check the values in cu_seqlens on a GPU, too, before they run: wrong ones read and
+write wrong memory. Each call then waits for the GPU; compiled code does not check. For debugging; the environment
+variable SIGSWAP_CHECK_LENGTHS=1 sets it, too."""

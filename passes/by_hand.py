@@ -1,6 +1,7 @@
 """A softmax in pieces, ``exp(scores) / exp(scores).sum(-1)``: where the numbers that ``exp`` gives meet their own sum.
 
-Instead of the division there may be a product with the reciprocal of the sum.
+Instead of the division there may be a product with the reciprocal of the sum, or all of it is ``exp(scores -
+scores.logsumexp(-1))``.
 
 In between they may be multiplied by other numbers or hidden: that is a softmax of the scores plus the logarithm of what
 they were multiplied by. What becomes of the sum on its way (a small number is added, it is clamped) does not count, for
@@ -10,7 +11,7 @@ a sigmoid has no use for it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.fx import Node
 
@@ -51,6 +52,24 @@ def division_of(exponential: Node) -> Division | None:
     if rank_of(division) != rank_of(exponential):
         return None
     return Division(division, axis[0], divisions[division] is not exponential, inverse)
+
+
+def is_exponential(node: Node) -> bool:
+    """Whether ``node`` is an exp, to whatever base."""
+    name = op_name(node)
+    return name in ("exp", "exp2", "expm1") or (spelling_of(node) == "pow" and isinstance(node.args[0], int | float))
+
+
+def is_normalised(scores: Node, shifts: Sequence[Node], axis: int) -> bool:
+    """Whether ``scores`` are others minus their logsumexp over ``axis``, one of ``shifts``: logarithms of a softmax."""
+    scores = unchanged_from(scores)
+    source = input_at(scores) if op_name(scores) == "sub" and "alpha" not in scores.kwargs else None
+    for shift in shifts:
+        if spelling_of(shift).endswith("logsumexp") and source is not None:
+            same = unchanged_from(tensor_input(shift)) is unchanged_from(source)
+            if same and axes_arg(shift, 1, rank_of(scores)) == (axis,):
+                return True
+    return False
 
 
 def is_summed(exponential: Node) -> bool:

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch.fx import Graph, Node
 
-from sigswap.passes.by_hand import division_of, is_summed
+from sigswap.passes.by_hand import division_of, is_exponential, is_normalised, is_summed
 from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
 from sigswap.passes.nodes import argument, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
 from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
@@ -53,7 +53,7 @@ def find(graph: Graph, *, is_part: bool = False) -> FindResult:
                 sites.append(found)
             else:
                 left.append(_cut_off(found, data) if is_part and not found.attention else found)
-        elif op.name in ("exp", "exp2"):
+        elif is_exponential(node):
             by_hand = _by_hand(node, data)
             if by_hand is not None:
                 (sites if isinstance(by_hand, AttentionSite) else left).append(by_hand)  # type: ignore[arg-type]
@@ -84,8 +84,9 @@ def _cut_off(left: LeftAlone, data: set[Node]) -> LeftAlone:
 
 
 def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
-    """An attention whose softmax is in pieces, from ``node``, an exp: ``exp(s) / exp(s).sum(-1)``."""
-    rank, scores = rank_of(node), input_at(node)
+    """An attention whose softmax is in pieces, from ``node``, an exp: ``exp(s) / exp(s).sum(-1)``, or
+    ``exp(s - s.logsumexp(-1))``."""
+    rank, scores = rank_of(node), input_at(node, 1 if op_name(node) == "pow" else 0)
     if scores is None or rank < 2 or _is_logarithm(scores):
         return None
     division = division_of(node) if op_name(node) == "exp" else None
@@ -94,13 +95,23 @@ def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
         if isinstance(found, AttentionSite):
             return dataclasses.replace(found, exponential=node, weighted=division.weighted, inverse=division.inverse)
         return found if found.attention else None
-    if not is_summed(node):
-        return None
-    for found in (score_site(node, axis, data, scores) for axis in (rank - 1, rank - 2)):
-        if isinstance(found, AttentionSite) or found.attention:
+    summed = is_summed(node)
+    for axis in (rank - 1, rank - 2):
+        found = score_site(node, axis, data, scores)
+        if isinstance(found, AttentionSite) and op_name(node) == "exp" and is_normalised(scores, found.shifts, axis):
+            return dataclasses.replace(found, exponential=node)
+        if (summed and (isinstance(found, AttentionSite) or found.attention)) or _weights_a_value(
+            node, axis, data, scores
+        ):
             reason = f"its softmax is written by hand, with {spelling_of(node)}, in an unknown form; call softmax"
             return LeftAlone(node, reason, True)
     return None
+
+
+def _weights_a_value(node: Node, axis: int, data: set[Node], scores: Node) -> bool:
+    """Whether ``node``, made of a product of query and key, goes into one with a value: an attention of some form."""
+    products = trace_scores(scores, (axis,), set()).products
+    return any(_is_computed(product.key, data) for product in products) and weighted_sum(node, axis)[0] is not None
 
 
 def _is_logarithm(node: Node) -> bool:

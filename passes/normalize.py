@@ -15,7 +15,6 @@ import torch.fx
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
 from sigswap.passes.nodes import input_at
@@ -30,6 +29,7 @@ def normalize(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
 
     Placeholders that are parameters carry ``meta[PARAMETER]``. Subgraphs of activation checkpointing are inlined.
     """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it imports sympy, which takes a second
 
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     known = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]

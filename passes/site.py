@@ -72,7 +72,8 @@ class AttentionSite:
     ``output`` is the product with the value, ``weights_path`` what the probabilities flow through on the way to it.
     ``shifts`` are reductions of rows (a maximum, say) that are subtracted from the scores and used for nothing else: a
     softmax ignores that, a sigmoid does not, so they have to be zeros.
-    ``exponential``: the exp of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``, whose division the anchor is;
+    ``exponential``: the exp of a softmax by hand, ``exp(scores) / exp(scores).sum(-1)``, whose division the anchor is,
+    or of ``exp(scores - scores.logsumexp(-1))``, where it is the anchor itself;
     ``weighted``: in between its numbers are multiplied, or some of them hidden. ``inverse``: the reciprocal of the sum,
     if the anchor multiplies by it instead of dividing.
     ``extra``: how many logits stand before and behind those of the keys, and have no value (attention sinks).

@@ -68,13 +68,18 @@ def _swap_site(
     changed: list[Node],
 ) -> str | None:
     """Swaps one site, and adds the Dynamo nodes of its calls to ``changed``; a reason if it cannot."""
-    found = [source_of(node) for node in (site.anchor, site.exponential, *site.shifts) if node is not None]
+    exponential_node = site.exponential if site.exponential is not site.anchor else None
+    found = [source_of(node) for node in (site.anchor, exponential_node, *site.shifts) if node is not None]
     calls = [call for call in found if call is not None and call.target in stand_ins and call.args]
     if len(calls) < len(found) or len({call.graph for call in calls}) > 1:
         return "its softmax is inside a function that the graph holds as a whole"
     anchor, graph = calls[0], calls[0].graph
     own: dict[str, Any] = {"extra": site.extra} if any(site.extra) else {}
-    if site.exponential is not None:
+    if site.exponential is site.anchor:
+        with graph.inserting_before(anchor):
+            anchor.args = (graph.call_function(torch.clone, anchor.args[:1]), site.key_axis)
+        anchor.target, anchor.op, anchor.kwargs = torch.softmax, "call_function", {}
+    elif site.exponential is not None:
         exponential = calls[1]
         with graph.inserting_before(exponential):  # what is edited in place afterwards is not the copy
             own |= {"scores": graph.call_function(torch.clone, exponential.args[:1]), "dim": site.key_axis}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch.fx import Node
 
-from sigswap.passes.nodes import is_floating, rank_of, shape_of
+from sigswap.passes.nodes import edited_by, input_at, is_floating, rank_of, shape_of
 from sigswap.passes.ops import op_name, op_of
-from sigswap.passes.products import is_parameter
+from sigswap.passes.products import PARAMETER, is_parameter
 
 
 def unchanged_from(node: Node) -> Node:
@@ -42,7 +42,7 @@ def with_below(node: Node) -> Iterator[Node]:
 
 def has_product_below(node: Node) -> bool:
     """Whether ``node`` is, or goes into, a product of two activations, with no layer in between."""
-    return any(op_of(below).product and has_two_activations(below) for below in with_below(node))
+    return any(_is_product(below) for below in with_below(node))
 
 
 def has_product_above(node: Node) -> bool:
@@ -53,7 +53,28 @@ def has_product_above(node: Node) -> bool:
         mixes = op.name == "einsum" and rank_of(above) > 3  # heads, by a parameter
         return (op.product and not mixes) or op.layer or op.softmax
 
-    return any(op_of(above).product and has_two_activations(above) for above in with_above(node, is_end))
+    above = list(with_above(node, is_end))
+    seen = set(above)
+    for each in above:  # grows: what is written into a tensor that was made empty
+        for written in _written_into(each):
+            new = [source for source in with_above(written, is_end) if source not in seen]
+            above += new
+            seen.update(new)
+    return any(map(_is_product, above))
+
+
+def _written_into(node: Node) -> list[Node]:
+    """What ops write into ``node``, a tensor that was made full of one number, or empty, or into views of it."""
+    if not (op_of(node).fills or "empty" in op_name(node)):
+        return []
+    views, found = [node], list[Node]()
+    for view in views:  # grows
+        for user in view.users:
+            if view in edited_by(user):
+                found += [source for source in user.all_input_nodes if source is not view]
+            elif (op_of(user).views or op_of(user).part) and input_at(user) is view:
+                views.append(user)
+    return found
 
 
 def has_pairs_above(node: Node, data: Collection[Node]) -> bool:
@@ -72,6 +93,17 @@ def has_pairs_above(node: Node, data: Collection[Node]) -> bool:
         return any(a == 1 != b for a, b in sizes) and any(b == 1 != a for a, b in sizes)
 
     return any(is_pairwise(above) for above in with_above(node, is_end))
+
+
+def _is_product(node: Node) -> bool:
+    """Whether ``node`` is a product of two activations; so is a layer that has one for its weight."""
+    op = op_of(node)
+    if op.product:
+        return has_two_activations(node)
+    weight = input_at(node, 1) if op.layer and op.name != "addmm" else None
+    if weight is None or not is_floating(weight):
+        return False
+    return any(above.op == "placeholder" and not above.meta.get(PARAMETER) for above in with_above(weight))
 
 
 def has_two_activations(product: Node) -> bool:

@@ -61,13 +61,19 @@ def weighted_sum(anchor: Node, key_axis: int) -> tuple[tuple[Node, Weights] | No
                     axis,
                     (*weights.path, user),
                     weights.dropout or "dropout" in name,
-                    weights.multiplied or (name == "mul" and tensors == 2),
+                    weights.multiplied or (name == "mul" and tensors == 2 and _is_spread(user, weights, anchor)),
                     weights.remade or name in ("add", "sub") or (name == "div" and tensors == 2),
                     _dropped(user, weights),
                     weights.logarithms and not exponent,
                 )
             )
     return None, lost
+
+
+def _is_spread(user: Node, weights: Weights, anchor: Node) -> bool:
+    """Whether ``user`` multiplies the probabilities by what has an axis that they do not have, as a value has."""
+    before, after = shape_of(weights.node) or (), shape_of(user) or ()
+    return len(after) > rank_of(anchor) or before != after
 
 
 def _dropped(user: Node, weights: Weights) -> tuple[int, int]:

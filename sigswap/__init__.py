@@ -17,10 +17,12 @@ from sigswap.conversion.install import revert
 from sigswap.conversion.record import is_converted, report, set_row_cap
 from sigswap.conversion.softmax import softmax
 from sigswap.conversion.user_runs import watch
+from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import peft_hook, transformers_hook
 from sigswap.saving.checkpoint import load, save
+from sigswap.saving.replacing import recover
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
@@ -63,10 +65,12 @@ __all__ = [
     "load",
     "param_groups",
     "rank_sites",
+    "recover",
     "report",
     "revert",
     "save",
     "set_row_cap",
+    "shard_heads",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax",

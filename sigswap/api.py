@@ -6,24 +6,24 @@ They are above the rooms that they compose, so that conversion need not know tra
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_examples
-from sigswap.conversion.implementations import reachable
-from sigswap.conversion.install import apply_conversion, installed, revert
+from sigswap.conversion.implementations import Reachable, reachable
+from sigswap.conversion.install import convert_within, installed
+from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, check_unconverted
-from sigswap.conversion.recording import Recording
+from sigswap.conversion.recording import LOOKING, Recording
 from sigswap.conversion.search import search, selected
-from sigswap.conversion.state import decided_models
+from sigswap.conversion.untouched import random_state
 from sigswap.conversion.user_runs import forget_calls
 from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, unwrapped
 from sigswap.errors import (
@@ -39,6 +39,7 @@ from sigswap.saving.checkpoint import is_saved, load
 from sigswap.training.calibrate import calibrate
 from sigswap.training.compare import compare_models
 from sigswap.training.comparison_report import Comparison
+from sigswap.transaction import Transaction
 
 
 def convert(
@@ -89,8 +90,34 @@ def convert(
     _check_convertible(model)
     check_undistributed(model, "be converted")
     whole, model = model, unwrapped(model)
-    # Until all that may refuse has run, nothing of the model is changed: runs take other forms of it.
-    recording, examples = Recording(model), resolve_examples(model, example_inputs)
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        undo.on_failure("the random state", random_state())
+        LOOKING.take(undo.afterwards)
+        recording = Recording(model)
+        undo.on_failure("what the model's code keeps", recording.untouched.put_back)
+        conversion, change = _planned(recording, config, example_inputs, include, exclude, strict)
+        convert_within(undo.on_failure, model, conversion)
+        change.install(model, undo.on_failure)
+        if calibrate_with is not None:
+            calibrate(model, calibrate_with)
+        forget_calls(undo, model)
+    return whole
+
+
+def _planned(
+    recording: Recording,
+    config: SigmoidConfig,
+    example_inputs: Any,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    strict: bool,
+) -> tuple[Conversion, Reachable]:
+    """What is to be installed on the recording's model, and the change of its attention implementation. Raises as
+    :func:`convert` does; the model is not changed, and runs take other forms of it.
+    """
+    model = recording.model
+    examples = resolve_examples(model, example_inputs)
     change = reachable(recording, examples)
     sites, report = search(recording, examples, change, include, exclude)
     stuck = [left for left in sites.left if left.attention and selected(left.path, include, exclude)]
@@ -117,13 +144,7 @@ def convert(
     )
     for example in examples:
         recording.check(example, functools.partial(installed, conversion=conversion))
-    apply_conversion(model, conversion)
-    change.install(model)
-    if calibrate_with is not None:
-        with _reverted_on_failure(model):
-            calibrate(model, calibrate_with)
-    forget_calls(model)
-    return whole
+    return conversion, change
 
 
 def inspect(
@@ -139,8 +160,14 @@ def inspect(
     """
     _check_convertible(model)
     model = unwrapped(model)
-    recording, examples = Recording(model), resolve_examples(model, example_inputs)
-    return search(recording, examples, reachable(recording, examples), include, exclude)[1]
+    with Transaction() as undo, undo:
+        LOOKING.take(undo.afterwards)
+        thread_state(undo.on_failure)
+        undo.on_failure("the random state", random_state())
+        recording = Recording(model)
+        undo.on_failure("what the model's code keeps", recording.untouched.put_back)
+        examples = resolve_examples(model, example_inputs)
+        return search(recording, examples, reachable(recording, examples), include, exclude)[1]
 
 
 def compare(
@@ -153,6 +180,7 @@ def compare(
     sequences: int = 16,
     seed: int = 0,
     progress: bool = True,
+    allow_code: bool = False,
 ) -> Comparison:
     """What the swap did to a converted ``model``: its figures beside those of its softmax ``original``.
 
@@ -183,6 +211,7 @@ def compare(
         sequences: of each kind of lookup; fewer, but two at least, where that would be more than 131,072 tokens.
         seed: of the lookups, and of inputs that are made.
         progress: shows a progress bar on standard error, if that is a terminal.
+        allow_code: if ``original`` is a directory that sigswap.save wrote: as for :func:`sigswap.load`.
 
     Raises:
         NotConvertedError: ``model`` is not converted.
@@ -191,7 +220,7 @@ def compare(
         CalibrationError: a model fails on a batch, or the two give outputs of different shapes.
     """
     if isinstance(original, str | os.PathLike):
-        original = _opened(os.fspath(original))
+        original = _opened(os.fspath(original), allow_code)
     elif original is not None and not isinstance(original, nn.Module):
         raise ArgumentError(
             f"{{argument}} must be a model or where one is saved, not a {type(original).__name__}.", argument="original"
@@ -208,23 +237,13 @@ def compare(
     )
 
 
-def _opened(source: str) -> nn.Module:
+def _opened(source: str, allow_code: bool) -> nn.Module:
     """The model that ``source`` names. Raises as sigswap.load and sigswap.saving.sources do."""
     if is_saved(source):
-        return load(source)
+        return load(source, allow_code=allow_code)
     if sources.is_factory(source):
         return sources.build(source, {}, pretrained=source.startswith("timm:"))
     return sources.from_transformers(source)
-
-
-@contextlib.contextmanager
-def _reverted_on_failure(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        revert(model)
-        decided_models.discard(model)
-        raise
 
 
 def _check_convertible(model: nn.Module) -> None:

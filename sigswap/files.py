@@ -112,11 +112,13 @@ def lock(handle: int, *, wait: bool = False) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether someone holds the lock of the file ``path``."""
+    """Whether someone holds the lock of the file ``path``, as far as can be told: another user's may be."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
+    except OSError:
+        return True
     try:
         return not lock(handle)
     finally:

@@ -14,11 +14,14 @@ made good by the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sigswap.errors import UndoError
+
+Note = Callable[[str, Callable[[], object]], None]
+"""``undo.afterwards`` or ``undo.on_failure`` of a transaction, for who changes something and does not know how long."""
 
 
 class _Step(NamedTuple):
@@ -75,3 +78,29 @@ class Transaction:
             (interruption or error).add_note(f"sigswap could not put back {'; '.join(lost)}.")  # type: ignore[union-attr]
         if interruption is not None:
             raise interruption
+
+
+def entries(mapping: MutableMapping[Any, Any], *names: Any) -> Callable[[], None]:
+    """What makes these entries of ``mapping`` what they are now; one that is not there goes."""
+    before = {name: mapping[name] for name in names if name in mapping}
+
+    def put_back() -> None:
+        for name in names:
+            if name in before:
+                mapping[name] = before[name]
+            else:
+                mapping.pop(name, None)
+
+    return put_back
+
+
+def whole(mapping: MutableMapping[Any, Any]) -> Callable[[], None]:
+    """What makes all of ``mapping`` what it is now, in the same order."""
+    before = list(mapping.items())
+
+    def put_back() -> None:
+        if [(name, id(value)) for name, value in mapping.items()] != [(name, id(value)) for name, value in before]:
+            mapping.clear()
+            mapping.update(before)
+
+    return put_back

@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 
 
 SAMPLE = 4
-"""Of the cases of each test that is marked slow, one in so many is run, the same ones each time, and at least one."""
+"""Of the cases of each test that is marked slow, one in so many is run, the same ones each time, and at least one. Of
+tests without cases likewise, of all that one file has."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cases: dict[str, list[str]] = {}
     for item in items:
         if item.get_closest_marker("slow") is not None:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item.nodeid)
+            test, case, _ = item.nodeid.partition("[")
+            cases.setdefault(test if case else test.partition("::")[0], []).append(item.nodeid)
     left_out: set[str] = set()
     for each in cases.values():
         each.sort(key=lambda case: zlib.crc32(case.encode()))

@@ -55,7 +55,7 @@ def test_a_pickle_of_version_0_1_loads() -> None:
 
 def test_a_directory_of_version_0_1_loads() -> None:
     written = pickle.loads((WRITTEN / "converted.pickle").read_bytes())
-    model = sigswap.load(WRITTEN / "saved")
+    model = sigswap.load(WRITTEN / "saved", allow_code=True)
     with torch.no_grad():
         torch.testing.assert_close(model(written["input"]), written["output"])
 

@@ -24,7 +24,7 @@ from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.problem import Gradients, Options, Problem, problem_of
 from sigswap.kernels.host.results import empty_output
-from sigswap.kernels.op import checks, vmap
+from sigswap.kernels.op import checks, sharding, vmap
 from sigswap.kernels.op.first_token import bias_of_first
 from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
@@ -170,6 +170,7 @@ _attention = AttentionOp(
     empty=lambda query, key, value, *others: empty_output(query, value),
 )
 vmap.register_folding(_attention)
+sharding.shard_batch_and_heads(_attention)
 
 
 def _probs(

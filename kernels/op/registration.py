@@ -37,6 +37,7 @@ from sigswap.errors import SigswapError
 from sigswap.kernels import reference
 from sigswap.kernels.host.problem import Gradients, Options, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_row_sums
+from sigswap.kernels.op.sharding import meet_dtensors
 
 OPTIONS = (
     "float scale, float const_bias=0.0, bool visible_bias=True, bool is_causal=False, bool bottom_right=False, "
@@ -393,6 +394,7 @@ def _recorded(function: type[_Function], *arguments: Any) -> Any:
 def _below_autograd(
     op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...], keywords: dict[str, Any]
 ) -> Any:
+    meet_dtensors()
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **keywords)
 

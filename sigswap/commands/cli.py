@@ -1,4 +1,4 @@
-"""The command line: ``sigswap inspect | convert | compare | bench | demo``. torch and others are imported on use."""
+"""The command line: ``sigswap inspect | convert | compare | recover | bench | demo``. torch is imported on use."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ Example = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="timm: load the published weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run code that a directory which sigswap saved names (its factory)."),
+]
 Debug = Annotated[bool, typer.Option("--debug", envvar="SIGSWAP_DEBUG", help="Show the traceback of an error.")]
 
 
@@ -86,15 +90,22 @@ def inspect(
     compile: Annotated[
         bool, typer.Option("--compile", help="Show what torch.compile(backend='sigswap') makes of each attention.")
     ] = False,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show the softmax attention in MODEL, and what convert would do with it. Reads no weights."""
+    """Show the softmax attention in MODEL, and what convert would do with it. Reads no weights.
+
+    Of a directory that sigswap saved it shows what was converted, and builds nothing unless --compile is given.
+    """
     with _failures(as_json, debug):
         import sigswap
+        from sigswap.saving.checkpoint import saved_conversion
 
-        with _errors.status(f"Building {model}"):
-            built = _build(model, weights=False, pretrained=False)
+        saved = None if compile else saved_conversion(model)
+        if saved is None:
+            with _errors.status(f"Building {model}"):
+                built = _build(model, weights=False, pretrained=False, allow_code=allow_code)
         if compile:
             with _errors.status(f"Compiling {model}"):
                 compiled = sigswap.explain(built, _example(example))
@@ -103,7 +114,9 @@ def inspect(
             else:
                 Console().print(compiled)
             return
-        if sigswap.is_converted(built):
+        if saved is not None:
+            report = saved.report
+        elif sigswap.is_converted(built):
             report = sigswap.report(built)
         else:
             with _errors.status(f"Looking for attention in {model}"):
@@ -198,6 +211,7 @@ def convert(
             raise ArgumentError("--picture shows a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
+        from sigswap.saving.checkpoint import saved_conversion
         from sigswap.training.calibration_report import check_picture
 
         if picture is not None:  # what can be told before the minutes of loading, converting and calibrating
@@ -205,8 +219,9 @@ def convert(
         found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
         config = sigswap.SigmoidConfig(**settings)
         with _errors.status(f"Loading {model}"):
-            built = _build(model, weights=True, pretrained=pretrained)
-        if sigswap.is_converted(built):
+            is_saved = saved_conversion(model) is not None
+            built = None if is_saved else _build(model, weights=True, pretrained=pretrained, allow_code=False)
+        if built is None or sigswap.is_converted(built):
             raise AlreadyConvertedError(
                 f"{model} is converted already.", hint=Hint("To have it in another way, convert the original.")
             )
@@ -236,8 +251,10 @@ def convert(
             console.print(report)
             if calibration is not None:
                 console.print(calibration)
-            console.print(f"Saved to {out}. Load it with {_loader(built)}({str(out)!r}).", highlight=False)
-            command = f"sigswap compare {out} {model}{_held_out(built, model)}"
+            code = _factory(built, model) is not None and not model.startswith("timm:")
+            call = f"{_loader(built)}({str(out)!r}{', allow_code=True' if code else ''})"
+            console.print(f"Saved to {out}. Load it with {call}.", highlight=False)
+            command = f"sigswap compare {out} {model}{_held_out(built, model)}{' --allow-code' if code else ''}"
             console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -269,6 +286,7 @@ def compare(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the figures: .png, .svg, .pdf or .html.")
     ] = None,
+    allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
     """Compare the converted model in DIR with its softmax ORIGINAL.
@@ -292,8 +310,9 @@ def compare(
             raise ArgumentError(f"{model} holds no model that sigswap saved.")
         found = None if text is None else find_samples(text, samples, "--text")
         with _errors.status(f"Loading {model} and {original}"):
-            converted = sigswap.load(model)
-            before = _build(original, weights=True, pretrained=original.startswith("timm:"))
+            converted = sigswap.load(model, allow_code=allow_code)
+            timm = original.startswith("timm:")
+            before = _build(original, weights=True, pretrained=timm, allow_code=allow_code)
         tokenizer, beside = None, original
         if is_transformers_model(converted):
             tokenizer, beside = find_tokenizer(str(model), original)
@@ -311,6 +330,26 @@ def compare(
             files.write_text(json_file, result.to_json() + "\n")
         if picture is not None:
             result.save(picture)
+
+
+@app.command()
+def recover(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What the model was being saved to.")],
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Put back the model that was there before, and drop the new one.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Bring DIR in order after a save to it was killed.
+
+    If the new model was complete, DIR holds it then; if not, DIR holds what it held before. What else the save has
+    left is removed.
+    """
+    with _failures(False, debug):
+        from sigswap.saving.replacing import recover as bring_in_order
+
+        for done in bring_in_order(directory, undo=undo) or ["There is nothing to recover."]:
+            Console().print(done, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -411,7 +450,7 @@ def _parse_bias(text: str) -> str | int | float:
     return text
 
 
-def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
+def _build(spec: str, *, weights: bool, pretrained: bool, allow_code: bool) -> nn.Module:
     import torch
 
     from sigswap.saving import sources
@@ -420,7 +459,7 @@ def _build(spec: str, *, weights: bool, pretrained: bool) -> nn.Module:
     if pretrained and not spec.startswith("timm:"):
         raise ArgumentError("--pretrained is for timm:NAME.")
     if is_saved(spec):
-        return load(spec)
+        return load(spec, allow_code=allow_code)
     if spec.startswith("timm:"):
         if weights:
             return sources.build(spec, {}, pretrained=pretrained).eval()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from sigswap.transaction import entries, whole
 
 # The methods of a dispatched model that accelerate replaces on the instance, by ones that warn.
 MOVES = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
@@ -41,6 +43,20 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     if inside:
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def class_of(module: nn.Module) -> Callable[[], None]:
+    """What makes ``module`` an instance of its present class again, inside the hook that it has, with its present
+    children."""
+    cls, forwards, children = type(module), entries(vars(module), "forward", "_old_forward"), whole(module._modules)
+
+    def put_back() -> None:
+        if type(module) is not cls:
+            module.__class__ = cls
+        forwards()
+        children()
+
+    return put_back
 
 
 def is_hooked(model: nn.Module) -> bool:

@@ -17,6 +17,14 @@ Unmerged = Literal["exact", "group", "pack"]
 transformers decodes with grouped-query attention)."""
 
 
+def of_this_rank(values: Tensor, like: Tensor) -> Tensor:
+    """What of ``values`` per head stands for the heads of ``like``: of a DTensor beside a plain tensor, its shard."""
+    if hasattr(values, "to_local") and not hasattr(like, "to_local"):
+        shard: Tensor = values.to_local()
+        return shard
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadAxis:
     """The axis of the heads, counted from the end; None: one head, which has no axis.
@@ -39,8 +47,11 @@ class HeadAxis:
     ) -> Tensor:
         """``values`` [heads], or [heads, head_dim] where ``dim_axis`` is head_dim's, shaped to broadcast over ``like``.
 
+        Values that are sharded over the ranks of tensor parallelism are taken for the heads of this rank.
+
         Raises UnknownCallError if ``like`` has another number of heads, in a form that ``unmerged`` does not allow.
         """
+        values = of_this_rank(values, like)
         heads = values.shape[0]
         axis = self.axis
         if heads == 1:
@@ -77,7 +88,8 @@ class HeadAxis:
         return UnknownCallError(
             f"an attention that had {heads} heads when it was converted has {now} now.",
             hint=Hint(
-                "Convert the model after its heads were changed (pruned, or spread over devices by tensor parallelism)."
+                "Convert the model after its heads were pruned; if they are spread over devices by tensor parallelism, "
+                "call sigswap.shard_heads(model) after it."
             ),
         )
 

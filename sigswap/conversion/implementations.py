@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sigswap.conversion.copies import tensors_of
 from sigswap.conversion.recording import Example, Form, Recording
 from sigswap.errors import ExampleInputsError
+from sigswap.transaction import Note, Transaction, entries
 
 
 def other_implementations(model: nn.Module, now: str | None) -> Iterator[tuple[str, Form]]:
@@ -69,19 +70,17 @@ class Reachable:
         names = ", ".join(sorted(set(self.before.values())))
         return [f"The attention implementation was {names}, which cannot be seen into, and is {self.now} now."]
 
-    def install(self, model: nn.Module) -> None:
-        """Changes it for good."""
+    def install(self, model: nn.Module, note: Note) -> None:
+        """Changes it, for as long as ``note`` says."""
         if self.now is not None:
-            set_implementations(model, dict.fromkeys(self.before, self.now))
+            set_implementations(model, dict.fromkeys(self.before, self.now), note)
 
     @contextlib.contextmanager
     def form(self, model: nn.Module) -> Iterator[None]:
         """The model so changed, and as it was afterwards."""
-        self.install(model)
-        try:
+        with Transaction() as undo, undo:
+            self.install(model, undo.afterwards)
             yield
-        finally:
-            set_implementations(model, self.before)
 
 
 def reachable(recording: Recording, examples: Sequence[Example]) -> Reachable:
@@ -138,9 +137,11 @@ def _equal(outputs: list[Tensor] | None, wanted: list[Tensor]) -> bool:
     )
 
 
-def set_implementations(model: nn.Module, implementations: Mapping[str, str]) -> None:
+def set_implementations(model: nn.Module, implementations: Mapping[str, str], note: Note | None = None) -> None:
     """Past the checks of the model's own method: flash attention need not be installed to be put back."""
     for path, implementation in implementations.items():
         config: Any = model.get_submodule(path).config
         # Not the property _attn_implementation, which sets the parts' as well.
+        if note is not None:
+            note("the attention implementation", entries(vars(config), "_attn_implementation_internal"))
         config._attn_implementation_internal = implementation

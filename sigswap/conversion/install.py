@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
 from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
 from sigswap.conversion.replaced import watch_for_exchanges
-from sigswap.conversion.state import OwnerState, SiteState, decided_models
+from sigswap.conversion.state import OwnerState, decided_models
 from sigswap.conversion.switches import Group, Switch
 from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
+from sigswap.transaction import Note, Transaction, entries
 
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 # What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
@@ -34,10 +36,17 @@ _FAST_PATH = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}
 
 
 def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
+    """:func:`convert_within` a transaction of its own. Returns the model."""
+    with Transaction() as undo, undo:
+        convert_within(undo.on_failure, model, conversion)
+    return model
+
+
+def convert_within(note: Note, model: nn.Module, conversion: Conversion) -> None:
     """Installs ``conversion`` on an unconverted ``model`` of the architecture it was made for, in place.
 
     New parameters take dtype and device from their owner (also meta, unless accelerate brings its weights for each
-    call). Raises ConversionError if a module is missing or cannot be converted, and leaves the model as it was.
+    call). Raises ConversionError if a module is missing or cannot be converted. ``note``: when it is undone.
     """
     states: dict[str, OwnerState] = {}
     for plan in conversion.owners:
@@ -53,61 +62,57 @@ def apply_conversion(model: nn.Module, conversion: Conversion) -> nn.Module:
     unused = [pattern for pattern in conversion.config.overrides if not fnmatch.filter(states, pattern)]
     if unused:
         raise ConversionError(f"config.overrides names {unused}, which match no converted module of {sorted(states)}.")
-    done: list[tuple[nn.Module, type]] = []
     watch_for_exchanges()
-    try:
-        for path, state in states.items():
-            owner = model.get_submodule(path)
-            done.append((owner, type(owner)))
+    for path, state in states.items():
+        owner = model.get_submodule(path)
+        note(f"the class of {path or 'the model'}", accelerate_hooks.class_of(owner))
+        try:
             owner.add_module("sigswap", state.train(owner.training))
             accelerate_hooks.set_class(owner, swapped_class(type(owner)))
-    except Exception as error:
-        for module, cls in reversed(done):
-            accelerate_hooks.set_class(module, cls)
-            module._modules.pop("sigswap", None)
-        raise ConversionError(f"{type(done[-1][0]).__name__} cannot be converted: {error}") from error
+        except Exception as error:
+            raise ConversionError(f"{type(owner).__name__} cannot be converted: {error}") from error
     for module in guarded:
+        note("the fused inference path", entries(vars(module), _FAST_PATH_BEFORE, *_FAST_PATH))
         _switch_off_fast_path(module)
+    _decided(model, note)
     model.__dict__[RECORD] = conversion
+
+
+def _decided(model: nn.Module, note: Note) -> None:
+    """Notes what the model's record is, and whether it has been decided on; from now on it has."""
+    note("the record of the conversion", entries(vars(model), RECORD))
+    note(
+        "what was decided",
+        functools.partial(decided_models.add if model in decided_models else decided_models.discard, model),
+    )
     decided_models.add(model)
-    return model
 
 
-@contextmanager
-def open_terms(model: nn.Module) -> Iterator[list[str]]:
+def open_terms(note: Note, model: nn.Module) -> list[str]:
     """Gives the attentions of a converted ``model`` the terms that its config leaves open, as the config is then, too;
-    yields the paths of those modules. For good, unless what it is open for fails.
+    returns the paths of those modules. ``note``: when it is undone.
 
     Where w_h cannot be (:class:`sigswap.conversion.state.SiteState`), there is the first key's term alone. The
     parameters that are there stay the same objects.
     """
     conversion, states = conversion_of(model), owners_of(model)
-    added: list[tuple[SiteState, str]] = []
-    intercepting = [(state, state.intercepts_products) for state in states.values()]
-    acting = [(site, site.acts_on_product) for state in states.values() for site in state.sites()]
     chosen = {path: _with_open_terms(model, conversion, state) for path, state in states.items()}
-    try:
-        for path, made in chosen.items():
-            if made is None:
-                continue
-            for site, new in zip(states[path].sites(), made.sites(), strict=True):
-                for name in ("query_weight", "length_share", "offset"):
-                    if getattr(site, name) is None and getattr(new, name) is not None:
-                        added.append((site, name))
-                        setattr(site, name, getattr(new, name))
-                site.acts_on_product = new.acts_on_product
-            states[path].intercepts_products = made.intercepts_products
-        model.__dict__[RECORD] = dataclasses.replace(conversion, config=_closed(conversion.config, chosen))
-        yield [path for path, made in chosen.items() if made is not None]
-    except BaseException:
-        for site, name in added:
-            setattr(site, name, None)
-        for site, acts in acting:
-            site.acts_on_product = acts
-        for state, intercepts in intercepting:
-            state.intercepts_products = intercepts
-        model.__dict__[RECORD] = conversion
-        raise
+    note("the record of the conversion", entries(vars(model), RECORD))
+    for path, made in chosen.items():
+        if made is None:
+            continue
+        note("the terms", entries(vars(states[path]), "intercepts_products"))
+        for site, new in zip(states[path].sites(), made.sites(), strict=True):
+            names = ("query_weight", "length_share", "offset")
+            note("the terms", entries(vars(site), "acts_on_product", *names))
+            note("the terms", entries(site._parameters, *names))
+            for name in names:
+                if getattr(site, name) is None and getattr(new, name) is not None:
+                    setattr(site, name, getattr(new, name))
+            site.acts_on_product = new.acts_on_product
+        states[path].intercepts_products = made.intercepts_products
+    model.__dict__[RECORD] = dataclasses.replace(conversion, config=_closed(conversion.config, chosen))
+    return [path for path, made in chosen.items() if made is not None]
 
 
 def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState) -> OwnerState | None:
@@ -155,12 +160,9 @@ def _closed(config: SigmoidConfig, chosen: Mapping[str, OwnerState | None]) -> S
 @contextmanager
 def installed(model: nn.Module, conversion: Conversion) -> Iterator[None]:
     """Within it ``model`` is converted, as :func:`apply_conversion` does it; afterwards it is as it was."""
-    apply_conversion(model, conversion)
-    try:
+    with Transaction() as undo, undo:
+        convert_within(undo.afterwards, model, conversion)
         yield
-    finally:
-        revert(model)
-        decided_models.discard(model)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -177,16 +179,22 @@ def revert(model: nn.Module) -> nn.Module:
     converted = [(path, module, base) for path, module, base in bases if base is not None]
     for path, module, _ in converted:
         _check_revertible(path or "the model", module)
-    for _, module, base in converted:
-        state = module._modules.pop("sigswap", None)
-        if isinstance(state, OwnerState) and state.compiled:
-            module._compiled_call_impl = None
-        accelerate_hooks.set_class(module, base)
-    for module in model.modules():
-        module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE, {}))
-    del model.__dict__[RECORD]
-    decided_models.add(model)
-    set_implementations(model, conversion.attn_implementations)
+    with Transaction() as undo, undo:
+        note = undo.on_failure
+        for path, module, base in converted:
+            note(f"the class of {path or 'the model'}", accelerate_hooks.class_of(module))
+            note("what was compiled", entries(vars(module), "_compiled_call_impl"))
+            state = module._modules.pop("sigswap", None)
+            if isinstance(state, OwnerState) and state.compiled:
+                module._compiled_call_impl = None
+            accelerate_hooks.set_class(module, base)
+        for module in model.modules():
+            if _FAST_PATH_BEFORE in vars(module):
+                note("the fused inference path", entries(vars(module), _FAST_PATH_BEFORE, *_FAST_PATH))
+                module.__dict__.update(module.__dict__.pop(_FAST_PATH_BEFORE))
+        _decided(model, note)
+        del model.__dict__[RECORD]
+        set_implementations(model, conversion.attn_implementations, note)
     return whole
 
 

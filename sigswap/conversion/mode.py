@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from sigswap.conversion import accelerate_hooks
+from sigswap.conversion import accelerate_hooks, stance
 from sigswap.conversion.places import (
     ANYWHERE,
     left_to_python,
@@ -223,7 +223,11 @@ class SwapMode(TorchFunctionMode):
     def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
         """The first part of a softmax by hand: its numbers are ones until its division, times what multiplies them."""
         scores = args[0] if args else kwargs["input"]
-        in_place = func.__name__ == "exp_"
+        in_place = func in (torch.exp_, torch.Tensor.exp_)
+        if site.plan.undivided:
+            assert site.plan.scores is not None
+            probs = self._softmax(site, (scores, site.plan.scores[1]), {})
+            return scores.copy_(probs) if in_place else probs
         self.exponential = site, scores.clone() if in_place else scores
         return scores.fill_(1.0) if in_place else ones(scores)
 
@@ -270,8 +274,7 @@ class SwapMode(TorchFunctionMode):
         """While it is open, flex_attention does not compile itself: this mode sees it whole."""
         if "flex" not in self.state.families or torch.compiler.is_compiling():
             return nullcontext()
-        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-        return stance
+        return stance.uncompiled()
 
     def _sdpa(
         self,
@@ -370,7 +373,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             mode.check()
             return state.finish(output)
 
-        _SWAPPED[base] = _subclass(base, sigswap_forward)
+        _SWAPPED.setdefault(base, _subclass(base, sigswap_forward))  # another thread may have made one meanwhile
     return _SWAPPED[base]
 
 

@@ -129,7 +129,7 @@ def _with_places(plan: OwnerPlan, seen: Mapping[str, Mapping[str, list[tuple[int
 def _merged_site(known: SitePlan, other: SitePlan) -> SitePlan:
     """``known``, with the layout of whatever only ``other`` does: computing its own scores, or calling sdpa."""
     if known.kind != "softmax" and other.kind == "softmax":
-        same = ("head_axis", "row_axis", "product", "scores", "extra", "weighted")
+        same = ("head_axis", "row_axis", "product", "scores", "extra", "weighted", "undivided")
         return dataclasses.replace(known, **{name: getattr(other, name) for name in same})
     if known.kind == "softmax" and other.kind == "sdpa":
         return dataclasses.replace(known, sdpa_head_axis=other.sdpa_head_axis)
@@ -165,7 +165,9 @@ def _owned_sites(model: nn.Module, run: Run) -> tuple[dict[int, tuple[tuple[str,
         if owner is None:
             reason = f"its query, softmax and value meet in a plain {type(model).__name__}; put them into a module"
             left.append(Left(stack[-1][0], site.kind, reason, True))
-        elif site.exponential is not None and not _divides_next(run, call, site.inverse or site.anchor, owner):
+        elif site.exponential not in (None, site.anchor) and not _divides_next(
+            run, call, site.inverse or site.anchor, owner
+        ):
             reason = (
                 "its softmax is written by hand, and another division comes between its exp and its own; call softmax"
             )
@@ -313,6 +315,7 @@ def _site_plan(run: Run, call: int, site: AttentionSite) -> SitePlan:
         scores=(rank, site.key_axis - rank),
         extra=site.extra,
         weighted=site.weighted,
+        undivided=site.exponential is not None and site.exponential is site.anchor,
     )
 
 

@@ -16,6 +16,7 @@ from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
 from sigswap.errors import AlreadyConvertedError, ArgumentError, ConfigError, Hint, NotConvertedError
 from sigswap.report import Report
+from sigswap.transaction import Transaction, entries
 
 RECORD = "_sigswap_conversion"  # the attribute of a converted model that holds its Conversion
 _CONVERT = Hint("Call sigswap.convert first.")
@@ -106,10 +107,13 @@ def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | 
             pattern = glob.escape(path)
             overrides[pattern] = {**overrides.get(pattern, {}), "row_cap": cap}
     changed = dataclasses.replace(config, row_cap=common, overrides=overrides)
-    for path, cap in given.items():
-        for site in states[path].sites():
-            site.row_cap = cap
-    part.__dict__[RECORD] = dataclasses.replace(conversion, config=changed)
+    with Transaction() as undo, undo:
+        undo.on_failure("the record of the conversion", entries(vars(part), RECORD))
+        for path, cap in given.items():
+            for site in states[path].sites():
+                undo.on_failure("the row cap", entries(vars(site), "row_cap"))
+                site.row_cap = cap
+        part.__dict__[RECORD] = dataclasses.replace(conversion, config=changed)
     return model
 
 

@@ -25,17 +25,23 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.copies import Inputs as Inputs
 from sigswap.conversion.copies import alive, copied, device_of, fake, placed, tensors_of
+from sigswap.conversion.keeping import quiet
+from sigswap.conversion.turns import Turn
 from sigswap.conversion.untouched import Untouched, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
 from sigswap.errors import ConfigError, ConversionError, ExampleInputsError, Hint, UnknownCallError
 from sigswap.passes.find import find
 from sigswap.passes.site import FindResult
+from sigswap.transaction import Transaction
 
+LOOKING = Turn()
+"""Taken while a model is looked at: what is put back then (globals, threads' methods) is the whole process's."""
 INPUT_FORMS = "a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those"
 Way = Literal["fake", "copy", "itself"]
 Form = Callable[[nn.Module], AbstractContextManager[None]]
@@ -146,8 +152,22 @@ class Recording:
         """What the model gives for ``example``, by its plain forward in inference. Raises ExampleInputsError."""
         own = {id(t): t.detach() for t in tensors_of(self.model) if not isinstance(t, nn.Parameter)}
         before = [(tensor, tensor.clone()) for tensor in own.values() if not tensor.is_meta]
+
+        def put_back() -> None:
+            for tensor, values in before:
+                with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
+                    tensor.copy_(values)
+
         try:
-            with self.untouched.keep(), _inference(self.model), self.form(self.model), form(self.model):
+            with (
+                Transaction() as undo,
+                undo,
+                self.untouched.keep(),
+                _inference(self.model),
+                self.form(self.model),
+                form(self.model),
+            ):
+                undo.afterwards("the values of buffers", put_back)
                 (args, kwargs), _ = placed(example.inputs, _copied_to(device_of(self.model)))
                 return self.model.get_submodule(example.path)(*args, **kwargs)
         except Exception as error:
@@ -156,10 +176,6 @@ class Recording:
                 f"{type(self.model).__name__} failed on the example inputs{where} ({type(error).__name__}: {error}).",
                 hint=Hint(f"Pass {{example_inputs}} that its forward accepts: {INPUT_FORMS}.", {"example_inputs": ""}),
             ) from error
-        finally:
-            for tensor, values in before:
-                with _unsafe_preserve_version_counter(tensor):
-                    tensor.copy_(values)
 
     def _run(self, example: Example, form: Form | None, way: Way, check: bool = False) -> Run | Exception | None:
         mode = FakeTensorMode(allow_non_fake_inputs=True) if way == "fake" else None
@@ -189,7 +205,7 @@ class Recording:
         model, copies = (self.model, []) if way == "itself" else copied(self.model, mode)
         place = _copied_to(device) if mode is None else lambda tensor: fake(tensor, mode, device)
         (args, kwargs), given = placed(example.inputs, place)
-        with mode or contextlib.nullcontext(), _inference(model), self.form(model), form(model):
+        with _on_fakes(mode), _inference(model), self.form(model), form(model):
             part = model.get_submodule(example.path)
             if check and mode is not None:  # whose parameters have no values that could be written over
                 part(*args, **kwargs)
@@ -208,12 +224,31 @@ class Recording:
         )
 
 
+class _GroupedProducts(TorchDispatchMode):
+    """Within a fake mode: grouped matrix products of any dtype that they run in. Their rule for fake tensors takes
+    bfloat16 alone (seen in 2.11 to 2.14), so that no mixture of experts in another dtype would run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        given = {**(kwargs or {}), "out_dtype": None}
+        return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:5], **given).to(args[0].dtype)
+
+
+@contextlib.contextmanager
+def _on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
+    if mode is None:
+        yield
+        return
+    with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
+        yield
+
+
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """All of the model in eval mode, without gradients, and uncompiled; the caller puts ``training`` back."""
-    for module in model.modules():
-        module.__dict__["training"] = False  # not .eval(): some models override it
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    """All of the model in eval mode, without gradients, and uncompiled."""
+    with Transaction() as undo, undo:
+        quiet(undo, model)
         yield
 
 

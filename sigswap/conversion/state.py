@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigswap.config import SigmoidConfig
-from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged
+from sigswap.conversion.head_axis import ONE_HEAD, SDPA_HEADS, HeadAxis, Unmerged, of_this_rank
 from sigswap.conversion.places import SWAPPED_FORWARD, UNSEEN_FILES
 from sigswap.conversion.switches import Switch
 from sigswap.errors import ConfigError, Hint, UnknownCallError
@@ -76,7 +76,8 @@ class SitePlan:
     ``row_axis``: of the scores, from the end; None: not known. ``scores``: how many axes they have, and which one, from
     the end, is the keys'; None: they are not computed by the owner, or version 0.1 wrote the plan.
     ``extra``: how many logits stand before and behind those of the keys (attention sinks). ``weighted``: of a softmax
-    by hand, whether what its exp gives is multiplied before it is divided.
+    by hand, whether what its exp gives is multiplied before it is divided. ``undivided``: its exp gives the
+    probabilities, for the logsumexp of the scores was subtracted from them.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class SitePlan:
     scores: tuple[int, int] | None = None
     extra: tuple[int, int] = (0, 0)
     weighted: bool = False
+    undivided: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self) | self.head_axis.to_fields() | self.sdpa_head_axis.to_fields("sdpa_")
@@ -98,7 +100,7 @@ class SitePlan:
             del data["scores"]
         if self.product is not None:
             data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
-        newer = {"extra": (0, 0), "weighted": False}  # left out where version 0.1 can do without
+        newer = {"extra": (0, 0), "weighted": False, "undivided": False}  # left out where version 0.1 can do without
         return {name: value for name, value in data.items() if name not in newer or value != newer[name]}
 
     @classmethod
@@ -433,12 +435,14 @@ class SiteState(nn.Module):
         scaled_dot_product_attention: those of several tokens, as a causal flag or a mask shows, are not packed.
         """
         axis = self.plan.sdpa_head_axis
-        if axis.axis is None or axis.merged or (self.bias is None and not self.acts_on_product):
+        norm = None if self.query_norm is None else self.query_norm.weight
+        values = next((each for each in (self.bias, self.query_weight, norm) if each is not None), None)
+        if axis.axis is None or axis.merged or values is None:
             return
-        size = query.shape[axis.axis]
+        size, heads = query.shape[axis.axis], of_this_rank(values, query).shape[0]
         tokens = query.shape[-2] if is_causal else mask.shape[-2] if mask is not None and mask.dim() > 1 else 1
-        if size < self.plan.heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
-            raise axis.other_heads(self.plan.heads, size)
+        if size < heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+            raise axis.other_heads(heads, size)
 
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""

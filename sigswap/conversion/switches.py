@@ -10,8 +10,8 @@ whole model one name, so that its modules can share compiled code.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from sigswap.transaction import Note
 
 Names = tuple[str, ...]
 
@@ -44,7 +46,6 @@ class Anywhere:
 
 anywhere = Anywhere()
 _everywhere: dict[object, frozenset[str]] = {}
-_lock = threading.Lock()
 
 
 class Group:
@@ -109,6 +110,12 @@ def run_under(observers: Mapping[Any, Any]) -> Iterator[None]:
         OBSERVED.set(before)
 
 
+def context_state(note: Note) -> None:
+    """Notes what is switched and observed now, for an interruption between two lines of the functions above."""
+    for variable in (SWITCHED, _SWITCHES, OBSERVED):
+        note("what runs as softmax", functools.partial(variable.set, variable.get()))  # type: ignore[attr-defined]
+
+
 def _names_of(states: Iterable[nn.Module]) -> frozenset[str]:
     """Those of the switches of ``states``, and of those inside where a library has put a wrapper around one (peft)."""
     by_group: dict[Group, list[str]] = {}
@@ -129,12 +136,12 @@ def _switch(use: object, names: frozenset[str] | None) -> None:
     switches = others if names is None else {**others, use: names}
     _SWITCHES.set(switches)
     SWITCHED.set(_union(switches.values()))
-    with _lock:
-        if names is None:
-            _everywhere.pop(use, None)
-        else:
-            _everywhere[use] = names
-        anywhere.names = _union(_everywhere.values())
+    if names is None:
+        _everywhere.pop(use, None)
+    else:
+        _everywhere[use] = names
+    while anywhere.names != (now := _union(list(_everywhere.values()))):  # another thread may have written meanwhile
+        anywhere.names = now
 
 
 def _union(names: Iterable[frozenset[str]]) -> Names | None:

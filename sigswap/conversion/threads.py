@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
+from sigswap.transaction import Transaction
+
 Note = Callable[[Any], None]
 
 
@@ -45,13 +47,15 @@ def seen_in_threads(note_here: Callable[[], Note]) -> Iterator[None]:
     def noted_submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return submit(pool, noted(function) if getattr(ours, "here", False) else function, *args, **kwargs)
 
-    threading.Thread.start = noted_start  # type: ignore[method-assign, assignment]
-    ThreadPoolExecutor.submit = noted_submit  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
+    def put_back() -> None:
         threading.Thread.start = start  # type: ignore[method-assign]
         ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
+
+    with Transaction() as undo, undo:
+        undo.afterwards("the methods of threads", put_back)
+        threading.Thread.start = noted_start  # type: ignore[method-assign, assignment]
+        ThreadPoolExecutor.submit = noted_submit  # type: ignore[method-assign, assignment]
+        yield
 
 
 class _Noting(TorchFunctionMode):

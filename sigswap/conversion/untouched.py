@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sigswap.errors import ConversionError
+from sigswap.transaction import Transaction
 
 _MOST_OBJECTS = 50_000  # looked at, those nearest to the model first
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -43,19 +44,14 @@ class Untouched:
     @contextlib.contextmanager
     def keep(self) -> Iterator[None]:
         """Afterwards, what was noted is as it was when this was made, and random numbers go on as before."""
-        numpy: Any = sys.modules.get("numpy")
-        python_state = random.getstate()
-        numpy_state = numpy.random.get_state() if numpy is not None else None
-        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        try:
-            with torch.random.fork_rng(devices=cuda):
-                yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-            for put_back in self._put_back:
-                put_back()
+        with Transaction() as undo, undo:
+            undo.afterwards("what the model's code keeps", self.put_back)
+            undo.afterwards("the random state", random_state())
+            yield
+
+    def put_back(self) -> None:
+        for put_back in self._put_back:
+            put_back()
 
     def _note(self, model: nn.Module, classes: set[type]) -> None:
         pending: collections.deque[Any] = collections.deque([model])
@@ -108,6 +104,25 @@ class Untouched:
 
     def _is_the_models(self, module: Any) -> bool:
         return isinstance(module, str) and module.partition(".")[0] in self._packages
+
+
+def random_state() -> Callable[[], None]:
+    """What makes Python's, numpy's and torch's random numbers go on from here."""
+    numpy: Any = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    cpu = torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def put_back() -> None:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
+
+    return put_back
 
 
 def _is_module(thing: Any) -> bool:

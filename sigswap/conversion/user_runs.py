@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from sigswap.conversion import keeping
 from sigswap.conversion.copies import placed
 from sigswap.conversion.record import check_unconverted
 from sigswap.conversion.recording import Example
 from sigswap.conversion.wrappers import unwrapped
 from sigswap.errors import ExampleInputsError, Hint
+from sigswap.transaction import Transaction, entries
 
 _noted: weakref.WeakKeyDictionary[nn.Module, list[Example]] = weakref.WeakKeyDictionary()
 
@@ -65,40 +67,36 @@ def noted_calls(model: nn.Module) -> list[Example]:
     return _noted.get(model, [])
 
 
-def forget_calls(model: nn.Module) -> None:
+def forget_calls(undo: Transaction, model: nn.Module) -> None:
+    undo.on_failure("what was watched", entries(_noted, model))
     _noted.pop(model, None)
 
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, noted: dict[Any, Example]) -> Iterator[None]:
     depth = 0
-    handles = []
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-            continue
+    with Transaction() as undo, undo:
+        keeping.thread_state(undo.on_failure)
+        for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
 
-        def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            nonlocal depth
-            depth += 1
-            if depth == 1:
-                form = _form(path, args, kwargs)
-                if form not in noted:
-                    # A cache that the call is given is filled by it: what is kept is how it was before.
-                    noted[form] = Example(placed((args, kwargs), lambda x: x.detach().clone())[0], path)
+            def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                nonlocal depth
+                depth += 1
+                if depth == 1:
+                    form = _form(path, args, kwargs)
+                    if form not in noted:
+                        # A cache that the call is given is filled by it: what is kept is how it was before.
+                        noted[form] = Example(placed((args, kwargs), lambda x: x.detach().clone())[0], path)
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            nonlocal depth
-            depth -= 1
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
+                nonlocal depth
+                depth -= 1
 
-        handles += [
-            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-    try:
+            keeping.pre_hook(undo.afterwards, module, enter, prepend=True, with_kwargs=True)
+            keeping.hook(undo.afterwards, module, leave, always_call=True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _form(path: str, args: Any, kwargs: Any) -> Any:

@@ -28,10 +28,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
+from sigswap.conversion import keeping
 from sigswap.conversion.places import UNSEEN_FILES, Spot
 from sigswap.conversion.threads import seen_in_threads
 from sigswap.functional.torch_functions import FAMILIES, NUMBER_BY_TENSOR, SWAPS
 from sigswap.passes.products import PARAMETER
+from sigswap.transaction import Transaction
 
 Stack = tuple[tuple[str, int], ...]  # module path and number of the module call (a shared module is called twice)
 Nodes = MutableMapping[Tensor, tuple[torch.fx.Node, int]]
@@ -108,24 +110,19 @@ class Watch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        handles = [
-            handle
-            for path, module in self.model.named_modules()
-            if id(module) in self.modules
-            for handle in (
-                module.register_forward_pre_hook(self._enter(path), prepend=True),
-                module.register_forward_hook(self._leave(path), always_call=True),
-            )
-        ]
-        try:
+        with Transaction() as undo, undo:
+            undo.afterwards("the values of parameters", self._close)
+            for path, module in self.model.named_modules():
+                if id(module) in self.modules:
+                    keeping.pre_hook(undo.afterwards, module, self._enter(path), prepend=True)
+                    keeping.hook(undo.afterwards, module, self._leave(path), always_call=True)
             with seen_in_threads(self._note_elsewhere), enable_python_dispatcher(), _Ops(self), self:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            with torch.no_grad():
-                self.undo.close()
-            self.older.clear()
+
+    def _close(self) -> None:
+        with torch.no_grad():
+            self.undo.close()
+        self.older.clear()
 
     # Modules and calls.
 

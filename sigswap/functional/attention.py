@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels.op import dense, flops, varlen
+from sigswap.kernels import settings
+from sigswap.kernels.op import dense, varlen
+from sigswap.kernels.op.checks import check_lengths
 from sigswap.kernels.op.first_token import first_token_bias
 
-flops.register()
+_NUMBERS = (int, float, Tensor, torch.SymInt, torch.SymFloat)  # a tensor of one element is one, as for PyTorch
 
 
 class FirstToken(NamedTuple):
@@ -82,6 +84,9 @@ def sigmoid_attention(
     Raises:
         ArgumentError: An argument is not as above. The message names it.
     """
+    _check_types({"query": query, "key": key, "value": value}, scale, dropout_p, softcap, row_cap)
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
     visible_bias, const_bias, row_bias = _bias_terms(bias)
     return attend(
         query,
@@ -153,7 +158,11 @@ def sigmoid_attention_varlen(
     Raises:
         ArgumentError: An argument is not as above. The message names it. On a GPU the values in cu_seqlens_q and
             cu_seqlens_k are not checked, for that would wait for the GPU: wrong ones read and write wrong memory.
+            ``sigswap.kernels.settings.check_lengths = True``, or the environment variable SIGSWAP_CHECK_LENGTHS=1, has
+            them checked.
     """
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    _check_types({"query": query, "key": key, "value": value, **lengths}, scale, dropout_p, softcap, row_cap)
     visible_bias, const_bias, row_bias = _bias_terms(bias)
     if row_bias is not None and row_bias.dim() < 2:
         row_bias = row_bias.reshape(1, -1)  # [], [1] or [H]; the op's is [1 | total_q, 1 | H]
@@ -162,6 +171,9 @@ def sigmoid_attention_varlen(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; enable_gqa=True lets key and value have fewer."
         )
     window_left, window_right = _window(window)
+    if settings.check_lengths and not torch.compiler.is_compiling():
+        check_lengths("q", cu_seqlens_q, max_seqlen_q, query.shape[0])
+        check_lengths("k", cu_seqlens_k, max_seqlen_k, key.shape[0])
     return varlen.sigmoid_attention_varlen(
         query,
         key,
@@ -300,6 +312,18 @@ def probabilities(
     return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap), share, rest)
 
 
+def _check_types(tensors: dict[str, Any], scale: Any, dropout_p: Any, softcap: Any, row_cap: Any) -> None:
+    """Raises ArgumentError for what is no tensor, or no number."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name} must be a tensor, not a {type(tensor).__name__}.")
+    for name, number in (("scale", scale), ("dropout_p", dropout_p), ("softcap", softcap), ("row_cap", row_cap)):
+        if number is not None and not isinstance(number, _NUMBERS):
+            raise ArgumentError(f"{name} must be a number, not {number!r}.")
+    if dropout_p is None:
+        raise ArgumentError("dropout_p must be a number, not None.")
+
+
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:
     """The op's visible_bias, const_bias and bias."""
     if bias is None:
@@ -345,6 +369,8 @@ def _row_cap(row_cap: float | None) -> float:
 
 def _dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
     if dropout_p > 0.0:
+        if hasattr(query, "device_mesh"):
+            raise ArgumentError(f"dropout_p must be 0 where query is a DTensor, not {dropout_p}.")
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     return None
 

@@ -21,24 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
 from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
-from sigswap.saving import marks, sources, transformers_hook
-from sigswap.saving.factories import find_factory, is_added
-from sigswap.saving.rebuilt import Difference, add_buffer, from_json, to_json
-from sigswap.saving.replacing import replace_files
+from sigswap.saving import marks, schema, sources, transformers_hook, weights
+from sigswap.saving.factories import (
+    built_on_meta,
+    check_buffers,
+    check_plan_sizes,
+    find_factory,
+    finish,
+    unmoved_random_state,
+)
+from sigswap.saving.rebuilt import Difference, from_json, to_json
+from sigswap.saving.replacing import leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
 WEIGHTS = "model.safetensors"
+_RUN_CODE = Hint("Pass {allow_code} if you trust the directory.", {"allow_code": "True"})
 # The files of a transformers directory that go with the model and that save_pretrained does not write.
 COMPANIONS = (
     *("tokenizer*", "vocab.*", "vocab-*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -114,31 +120,66 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    allow_code: bool = False,
 ) -> nn.Module:
     """The converted model that :func:`save` (or a converted model's ``save_pretrained``) wrote, in eval mode.
 
-    It equals the saved model bit for bit, in the dtype that was saved, unless ``dtype`` asks for another. If it
-    was saved with a factory, this **imports and calls that factory**: load only directories that you trust.
+    It equals the saved model bit for bit, in the dtype that was saved, unless ``dtype`` asks for another. All that the
+    directory says is checked before anything is built or read. The global random state stays what it is.
+
+    Args:
+        directory: where it was saved.
+        device: where the model is to be.
+        dtype: what the model is to be in.
+        allow_code: run code that the directory names: **a factory, ``module:function``, is imported and called**, and
+            a transformers directory's own Python files are run. Only for directories that you trust. timm's
+            architectures and transformers' own models need none.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the model; the message names
-            the file or the tensor.
+            the file and the field or the tensor. Or ``allow_code`` is needed.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory.")
-    if (directory / CONFIG).is_file():
-        model = _load_factory(directory)
-    elif marks.read_marks(directory) is not None:
-        model = _load_transformers(directory)
-    else:
-        raise CheckpointError(
-            f"{directory} holds no model saved by sigswap: there is no {CONFIG}, and no config.json with "
-            'quantization_config.quant_method "sigswap".'
-        )
+    try:
+        warn_of_leftovers(directory)
+        model = _load(directory, allow_code)
+    except OSError as error:
+        raise CheckpointError(f"{directory} could not be read: {error}") from error
     if dtype is not None:
         model = model.to(dtype)
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _load(directory: Path, allow_code: bool) -> nn.Module:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory.", hint=_recovery(directory))
+    before = _stamps(directory)
+    with unmoved_random_state():
+        if (directory / CONFIG).is_file():
+            model = _load_factory(directory, allow_code)
+        elif marks.read_marks(directory) is not None:
+            model = _load_transformers(directory, allow_code)
+        else:
+            raise CheckpointError(
+                f"{directory} holds no model saved by sigswap: there is no {CONFIG}, and no config.json with "
+                'quantization_config.quant_method "sigswap".',
+                hint=_recovery(directory),
+            )
+    if _stamps(directory) != before:
+        raise CheckpointError(f"{directory} was saved to while it was being loaded.", hint=Hint("Load it again."))
+    return model
+
+
+def saved_conversion(directory: str | os.PathLike[str]) -> Conversion | None:
+    """The conversion of the model in ``directory``, without building it: no code runs. None if there is none.
+
+    Raises CheckpointError if it is damaged.
+    """
+    path = Path(directory)
+    if (path / CONFIG).is_file():
+        return _read_config(path)[1]
+    entry = marks.read_marks(path)
+    return None if entry is None else marks.check_marks(entry, f"{path / 'config.json'}: quantization_config")
 
 
 def _savable(model: nn.Module) -> nn.Module:
@@ -188,6 +229,7 @@ def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, s
         if part is not None:
             part.save_pretrained(staging)
     model.save_pretrained(staging, max_shard_size=max_shard_size)
+    marks.note_files(staging)
 
 
 def _fetches_offloaded(model: nn.Module) -> bool:
@@ -213,22 +255,28 @@ def source_directory(name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _load_transformers(directory: Path) -> nn.Module:
+def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
     transformers = require("transformers", "hf")
     config_path = directory / "config.json"
+    headers = marks.check_directory(directory)
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=allow_code)
         model_class = sources.transformers_class(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{config_path}: {error}") from error
+    except Exception as error:  # of a config that is damaged, whatever transformers raises
+        needs = _RUN_CODE if not allow_code and "auto_map" in marks.read_config(directory) else None
+        raise CheckpointError(f"{config_path}: {_told(error)}", hint=needs) from error
     try:
         model: nn.Module
-        model, info = model_class.from_pretrained(directory, dtype="auto", output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        if isinstance(error, SigswapError):
-            raise
-        raise CheckpointError(f"{directory}: the weights could not be loaded: {error}") from error
-    _check_keys(directory, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+        with weights.all_of_the_model():
+            model, info = model_class.from_pretrained(
+                directory, dtype="auto", output_loading_info=True, use_safetensors=True
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{directory}: the model could not be loaded: {_told(error)}") from error
+    weights.check_keys(directory, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    marks.check_weights(directory, headers)
     return model
 
 
@@ -242,13 +290,13 @@ def _write_factory(
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
-    kept, aliases = _untied(state)
+    kept, aliases = weights.untied(state)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     made = {name: buffers[name].detach().clone().contiguous() for name in difference.buffers}
     kept |= made
     save_file(kept, staging / WEIGHTS, metadata={"format": "pt"})
     config = {
-        "format": marks.FORMAT,
+        "format": schema.FORMAT,
         "sigswap_version": __version__,
         "factory": factory,
         "factory_kwargs": to_json(kwargs),
@@ -261,101 +309,84 @@ def _write_factory(
         config["made_buffers"] = {
             name: {"shape": list(buffer.shape), "dtype": _dtype_name(buffer)} for name, buffer in made.items()
         }
+    config = json.loads(json.dumps(config))
+    schema.conversion_from(config["conversion"], "the model's conversion")  # what is saved can be loaded
+    config["tensors"] = weights.digest(weights.read_header(staging / WEIGHTS))
+    config["checksums"] = schema.checksums(_summed(config))
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_factory(directory: Path) -> nn.Module:
+def _read_config(directory: Path) -> tuple[dict[str, Any], Conversion]:
+    """The fields of a sigswap.json, and the conversion among them. Raises CheckpointError."""
     path = directory / CONFIG
+    config = schema.read_json(path)
+    schema.check_format(config, str(path))
+    schema.CONFIG_FILE(config, str(path))
+    conversion = schema.conversion_from(config["conversion"], f"{path}: conversion")
+    schema.check_checksums(_summed(config), config.get("checksums"), str(path))
+    return config, conversion
+
+
+def _load_factory(directory: Path, allow_code: bool) -> nn.Module:
+    path, file = directory / CONFIG, directory / WEIGHTS
+    config, conversion = _read_config(directory)
+    factory, kwargs, aliases = config["factory"], from_json(config["factory_kwargs"]), config["aliases"]
+    made = config.get("made_buffers", {})
+    if not factory.startswith("timm:") and not allow_code:
+        raise CheckpointError(
+            f"{directory} is loaded by importing and calling {factory!r}, which can be any code.", hint=_RUN_CODE
+        )
+    header = weights.read_header(file)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
-    marks.check_format(config, str(path))
-    fields = ("factory", "factory_kwargs", "attributes", "aliases", "unsaved_buffers", "conversion")
-    missing = [name for name in fields if name not in config]
-    if missing:
-        raise CheckpointError(f"{path} lacks {missing}.")
-    try:
-        model = sources.build(config["factory"], from_json(config["factory_kwargs"]))
-        for module_path, values in config["attributes"].items():
-            if is_added(module_path):
-                continue  # written by an earlier version, and of no use
-            for name, value in values.items():
-                setattr(model.get_submodule(module_path), name, value)
-        apply_conversion(model, Conversion.from_dict(config["conversion"]))
-        made = {name: add_buffer(model, name, **form) for name, form in config.get("made_buffers", {}).items()}
-    except (SigswapError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    _read_weights(model, directory / WEIGHTS, config["aliases"], made)
+        check_plan_sizes(conversion, header, aliases, file)
+        check_buffers(made, header, file)
+        without_data = built_on_meta(factory, kwargs)
+        if without_data is not None:  # so that nothing of a wrong size is allocated
+            targets = finish(without_data, config["attributes"], conversion, made)
+            weights.check_header(targets, header, aliases, file)
+        model = sources.build(factory, kwargs)
+        targets = finish(model, config["attributes"], conversion, made)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a factory raises on arguments that are not its own
+        raise CheckpointError(f"{path}: {_told(error)}") from error
+    weights.read_weights(model, targets, file, header, aliases, config.get("tensors"))
     buffers = dict(model.named_buffers())
     for name, dtype in config["unsaved_buffers"].items():
         if name in buffers:
-            buffers[name].data = buffers[name].data.to(getattr(torch, dtype))
+            wanted = getattr(torch, dtype, None)
+            if not isinstance(wanted, torch.dtype):
+                raise CheckpointError(f"{path}: unsaved_buffers[{name!r}]: {dtype!r} is no dtype.")
+            weights.check_dtype(name, wanted, buffers[name].dtype, path)
+            buffers[name].data = buffers[name].data.to(wanted)
     return model
 
 
-def _read_weights(model: nn.Module, path: Path, aliases: Mapping[str, str], made: Mapping[str, Tensor]) -> None:
-    """Gives the model's tensors, and the buffers ``made``, the values and dtypes in the file, in place, so that ties
-    between them stay."""
-    targets = {**model.state_dict(keep_vars=True), **made}
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = set(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in stored}
-            _check_keys(
-                path,
-                set(targets) - stored - set(aliases),
-                stored - set(targets),
-                [(name, shapes[name], tuple(targets[name].shape)) for name in stored & set(targets)
-                 if shapes[name] != tuple(targets[name].shape)],
-            )  # fmt: skip
-            for name in sorted(stored):
-                # The clone is aligned in memory; in the last bit, results on a CPU can depend on that.
-                targets[name].data = file.get_tensor(name).clone().to(targets[name].device)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be read: {error}") from error
-    for name, source in aliases.items():
-        if name not in targets or source not in targets:
-            raise CheckpointError(f"{path}: the model has no tied tensors {name} and {source}.")
-        owner_path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        tensors = owner._parameters if attribute in owner._parameters else owner._buffers
-        tensors[attribute] = targets[source]
+def _summed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a sigswap.json that have checksums: those that say what the model is."""
+    others = ("format", "sigswap_version", "tensors", "checksums")
+    return {name: value for name, value in config.items() if name not in others}
 
 
-def _check_keys(where: Path, missing: Any, unexpected: Any, mismatched: Any) -> None:
-    problems = [
-        f"{what} {sorted(map(str, names))[:5]}{' and more' if len(names) > 5 else ''}"
-        for what, names in (
-            ("lacks the model's tensors", missing),
-            ("has tensors that the model does not have:", unexpected),
-            ("has tensors of another shape than the model's:", mismatched),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{where} {', and '.join(problems)}")
+def _told(error: Exception) -> str:
+    """An error of sigswap's in its words; another one with its type."""
+    return str(error) if isinstance(error, SigswapError) else f"{type(error).__name__}: {error}"
 
 
-def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that a safetensors file can hold, and for each name of a tied one the name it is stored under."""
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in state.items():
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and same in first:
-            aliases[name] = first[same]
-            continue
-        first[same] = name
-        storage = tensor.untyped_storage().data_ptr()
-        # Views of one storage (weights fused into one tensor) are stored each for itself.
-        kept[name] = tensor.detach().clone() if storage in storages else tensor.detach().contiguous()
-        storages.add(storage)
-    return kept, aliases
+def _recovery(directory: Path) -> Hint | None:
+    """What to do if a save to ``directory`` was killed."""
+    return recover_hint(directory) if leftovers(directory) else None
+
+
+def _stamps(directory: Path) -> list[tuple[str, int, int]]:
+    """By which is seen whether a model's files were replaced."""
+    names = [*directory.glob("*.safetensors*"), *(directory / name for name in ("config.json", CONFIG))]
+    found = []
+    for path in sorted(names):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            found.append((path.name, stat.st_ino, stat.st_mtime_ns))
+    return found
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import random
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
-from sigswap.conversion.record import conversion_of
+from sigswap.conversion.record import Conversion, conversion_of
+from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, CheckpointError, Hint, SigswapError
 from sigswap.saving import sources
-from sigswap.saving.rebuilt import Difference, is_same_function, to_json, unsaved_buffers
+from sigswap.saving.rebuilt import Difference, add_buffer, is_same_function, to_json, unsaved_buffers
+from sigswap.saving.weights import Stored, check_keys
+from sigswap.transaction import Transaction
 
 # Attributes that do not change what a model computes, and those that torch keeps for itself.
 _NOT_COMPARED = ("training", "grad_checkpointing", *accelerate_hooks.MOVES)
@@ -177,18 +185,105 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _build_without_data(factory: Callable[[], nn.Module], name: str) -> nn.Module:
     """What ``factory`` builds, on the meta device; on the CPU, if it needs values to be built."""
-    state = torch.get_rng_state()
+    with unmoved_random_state():
+        try:
+            with torch.device("meta"):
+                return factory()
+        except SigswapError:
+            raise
+        except Exception:
+            try:
+                return factory()
+            except Exception as error:
+                raise CheckpointError(
+                    f"{{argument}}={name!r} failed: {type(error).__name__}: {error}", argument="factory"
+                ) from error
+
+
+# Loading
+
+
+@contextmanager
+def unmoved_random_state() -> Iterator[None]:
+    """Within it random numbers are drawn without that those after it change: torch's, Python's and numpy's."""
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"].random
+        states.append((numpy.set_state, numpy.get_state()))
+    with Transaction() as undo, undo:
+        for put_back, state in states:
+            undo.afterwards("the random state", functools.partial(put_back, state))
+        yield
+
+
+def check_buffers(made: Mapping[str, Mapping[str, Any]], header: Mapping[str, Stored], path: Path) -> None:
+    """Raises CheckpointError if the file does not hold the buffers ``made``, in their shapes and dtypes."""
+    for name, form in made.items():
+        stored, dtype = header.get(name), getattr(torch, form["dtype"], None)
+        if stored is None:
+            check_keys(path, [name], (), ())
+        elif stored.shape != tuple(form["shape"]) or stored.dtype != dtype:
+            raise CheckpointError(f"made_buffers[{name!r}] is {form}, and {path} has {stored.dtype} {stored.shape}.")
+
+
+def built_on_meta(factory: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
+    """What ``factory`` builds, without data; None if it needs values to be built."""
     try:
         with torch.device("meta"):
-            return factory()
+            return sources.build(factory, kwargs)
     except SigswapError:
         raise
     except Exception:
+        return None
+
+
+def finish(
+    model: nn.Module,
+    attributes: Mapping[str, Mapping[str, Any]],
+    conversion: Conversion,
+    made: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """Sets ``attributes``, by module path, converts ``model``, and gives it the buffers ``made``, whose values a file
+    has. Returns the tensors that the file is to have. Raises CheckpointError or ConversionError.
+    """
+    for path, values in attributes.items():
+        if is_added(path):
+            continue  # written by an earlier version, and of no use
         try:
-            return factory()
-        except Exception as error:
-            raise CheckpointError(
-                f"{{argument}}={name!r} failed: {type(error).__name__}: {error}", argument="factory"
-            ) from error
-    finally:
-        torch.set_rng_state(state)  # a save must not change the numbers that training draws next
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise CheckpointError(f"attributes: the model has no module {path!r}.") from error
+        for name, value in values.items():
+            before, inherited = vars(module).get(name), getattr(type(module), name, None)
+            registered = any(name in each for each in (module._parameters, module._buffers, module._modules))
+            is_code = callable(inherited) or isinstance(inherited, property)
+            if name.startswith("_") or name in _NOT_COMPARED or registered or is_code:
+                raise CheckpointError(f"attributes[{path!r}]: {name!r} cannot be set to {value!r}.")
+            if before is not None and value is not None and isinstance(before, str) != isinstance(value, str):
+                raise CheckpointError(
+                    f"attributes[{path!r}][{name!r}] must be of the kind of {before!r}, not {value!r}."
+                )
+            setattr(module, name, value)
+    apply_conversion(model, conversion)
+    buffers = {name: add_buffer(model, name, **form) for name, form in made.items()}
+    return {**model.state_dict(keep_vars=True), **buffers}
+
+
+def check_plan_sizes(
+    conversion: Conversion, header: Mapping[str, Stored], aliases: Mapping[str, str], path: Path
+) -> None:
+    """Raises CheckpointError if the file lacks parameters of the ``conversion``, or has them in other shapes."""
+    for plan in conversion.owners:
+        state = OwnerState(plan, conversion.config.for_path(plan.path), torch.float32, torch.device("meta"))
+        for name, tensor in state.state_dict().items():
+            full = f"{plan.path}.sigswap.{name}".removeprefix(".")
+            stored = header.get(aliases.get(full, full))
+            if stored is None:
+                check_keys(path, [full], (), ())
+            elif stored.shape != tuple(tensor.shape):
+                check_keys(path, (), (), [(full, stored.shape, tuple(tensor.shape))])

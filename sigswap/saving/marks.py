@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,38 @@ from torch import nn
 from sigswap import files
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import CheckpointError, Hint
+from sigswap.saving import schema, weights
+from sigswap.saving.weights import Stored
+from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
 METHOD = "sigswap"
-FORMAT = 1
+_SUMMED = ("attn_implementation", "conversion")
+_WEIGHTS = "model.safetensors"
+# What transformers and others change in a config.json without that the model is another one, and the marks themselves.
+_NOT_SUMMED = (
+    *("quantization_config", "attn_implementation", "transformers_weights"),
+    *("_name_or_path", "transformers_version"),
+)
 # Not a file: the name is what a loader without sigswap prints when it cannot find it.
 NO_SUCH_WEIGHTS = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-before-loading.safetensors"
 # By these attributes transformers remembers, on the model and on its config, that a model is quantized.
 QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "_is_quantized")
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is in ``directory/config.json``, also NaN and infinities; nothing if it is not there or no object.
+
+    Raises CheckpointError if the file is there and is not JSON.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
 
 
 def read_marks(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -33,24 +58,63 @@ def read_marks(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises CheckpointError if the file is there and is not JSON.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    entry = read_config(directory).get("quantization_config")
     return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
 
 
-def check_format(entry: dict[str, Any], where: str) -> None:
-    """Raises CheckpointError if ``entry`` was not written in a format that this version reads."""
-    if entry.get("format") != FORMAT:
+def check_marks(entry: Mapping[str, Any], where: str) -> Conversion:
+    """The conversion in an entry. Raises CheckpointError if the entry, at ``where``, is damaged."""
+    schema.check_format(entry, where)
+    schema.MARKS(entry, where)
+    conversion = schema.conversion_from(entry["conversion"], f"{where}.conversion")
+    schema.check_checksums({name: entry[name] for name in _SUMMED}, entry.get("checksums"), where)
+    return conversion
+
+
+def check_directory(directory: Path) -> dict[str, dict[str, Stored]]:
+    """What the weights in ``directory`` hold, by file, of those that are to be read.
+
+    Raises CheckpointError if its config.json is not as it was saved, or it names files or models outside of itself.
+    """
+    path, config = directory / "config.json", read_config(directory)
+    entry = config["quantization_config"]
+    check_marks(entry, f"{path}: quantization_config")
+    if entry.get("config_checksums") is not None:
+        schema.check_checksums(_summed(config), entry["config_checksums"], str(path), "config_checksums")
+    if (directory / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{where}: sigswap's format {entry.get('format')!r} is not the one that this version reads ({FORMAT}); "
-            f"it was written by sigswap {entry.get('sigswap_version', 'of an unknown version')}."
+            f"{directory / 'adapter_config.json'} names another model, which transformers would load instead.",
+            hint=Hint("Load the model from a directory without adapters, and then these."),
         )
+    names, index = {_WEIGHTS}, directory / f"{_WEIGHTS}.index.json"
+    if not (directory / _WEIGHTS).is_file() and index.is_file():
+        schema.record({"weight_map": schema.mapping(schema.text)}, open=True)(schema.read_json(index), str(index))
+        names = set(schema.read_json(index)["weight_map"].values())
+    outside = sorted(name for name in names if name != os.path.basename(name) or not name.endswith(".safetensors"))
+    if outside:
+        raise CheckpointError(f"{index} names {outside[:3]}, which are no safetensors files of {directory}.")
+    headers = {name: weights.read_header(directory / name) for name in sorted(names)}
+    known = entry.get("weights")
+    if known is not None and known.keys() != names:
+        raise CheckpointError(f"{directory} was saved with the weights {sorted(known)}, and has {sorted(names)}.")
+    return headers
+
+
+def check_weights(directory: Path, headers: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Raises CheckpointError if the weights in ``directory`` are not laid out as they were saved."""
+    known = read_config(directory)["quantization_config"].get("weights")
+    if known is not None:
+        for name, header in headers.items():
+            weights.check_digest(header, known[name], directory / name, '"weights" from config.json')
+
+
+def note_files(directory: Path) -> None:
+    """Writes into the marks in ``directory`` what the weights beside them are, for :func:`check_directory`."""
+    path, config = directory / "config.json", read_config(directory)
+    config["quantization_config"]["weights"] = {
+        file.name: weights.digest(weights.read_header(file)) for file in sorted(directory.glob("*.safetensors"))
+    }
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def marks_of(model: nn.Module) -> dict[str, Any] | None:
@@ -66,12 +130,18 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
             "A model that is both quantized and converted cannot be saved.",
             hint=Hint("Save it in its original precision."),
         )
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "sigswap_version": __version__,
+    fields = {
         "attn_implementation": {path: part._attn_implementation for path, part in config_parts(config)},
         "conversion": conversion_of(model).to_dict(),
+    }
+    fields = json.loads(json.dumps(fields))
+    schema.conversion_from(fields["conversion"], "the model's conversion")  # what is saved can be loaded
+    return {
+        "quant_method": METHOD,
+        "format": schema.FORMAT,
+        "sigswap_version": __version__,
+        **fields,
+        "checksums": schema.checksums(fields),
     }
 
 
@@ -88,12 +158,13 @@ def _is_unpacked_gguf(model: Any) -> bool:
 def without_gguf_marks(model: Any) -> Iterator[None]:
     """While it is open, a model with unpacked GGUF weights is not marked as quantized: it is saved as what it is."""
     owners = [vars(model), vars(model.config)] if _is_unpacked_gguf(model) else []
-    kept = [{name: owner.pop(name) for name in QUANTIZATION_MARKS if name in owner} for owner in owners]
-    try:
-        yield
-    finally:
+    kept = [{name: owner[name] for name in QUANTIZATION_MARKS if name in owner} for owner in owners]
+    with Transaction() as undo, undo:
         for owner, marks in zip(owners, kept, strict=True):
-            owner.update(marks)
+            undo.afterwards("the marks of a GGUF file", functools.partial(owner.update, marks))
+            for name in marks:
+                del owner[name]
+        yield
 
 
 def config_parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -159,7 +230,7 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
             config.to_json_file(new, *args, **kwargs)
             data = json.loads(new.read_text(encoding="utf-8"))
             data |= {
-                "quantization_config": entry,
+                "quantization_config": {**entry, "config_checksums": schema.checksums(_summed(data))},
                 "attn_implementation": METHOD,
                 "transformers_weights": NO_SUCH_WEIGHTS,
             }
@@ -167,9 +238,13 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
 
         files.write_whole(path, write)
 
-    # An attribute of the instance goes before the method of its class.
-    config.__dict__["to_json_file"] = to_json_file
-    try:
+    with Transaction() as undo, undo:
+        undo.afterwards("the method of the config", lambda: config.__dict__.pop("to_json_file", None))
+        # An attribute of the instance goes before the method of its class.
+        config.__dict__["to_json_file"] = to_json_file
         yield
-    finally:
-        config.__dict__.pop("to_json_file", None)
+
+
+def _summed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that have checksums: those that say what the model is."""
+    return {name: value for name, value in config.items() if name not in _NOT_SUMMED}

@@ -77,7 +77,7 @@ def replace_files(target: Path, write: Callable[[Path], object], stale: Stale) -
             raise CheckpointError(
                 f"{target} could not be written, and is not as it was before: {error}. What was in it, and the new "
                 f"model, are kept in {work.path}.",
-                hint=_recover_hint(target),
+                hint=recover_hint(target),
             ) from error
         if work is not None and work.holds_new:
             raise CheckpointError(f"{target} holds the new model, but saving it did not end well: {error}") from error
@@ -269,12 +269,12 @@ def leftovers(target: Path) -> list[Work]:
     """The work folders that saves to ``target`` have left when they were killed, the oldest first."""
     target = target.resolve()
     prefix = _prefix(target)
-    folders = [folder for folder in (target.parent, target) if folder.is_dir()]
     found: list[tuple[float, Path]] = []
-    for path in (path for folder in folders for path in folder.iterdir() if path.name.startswith(prefix)):
-        with suppress(FileNotFoundError):  # another save has just removed it
-            if path.is_dir():
-                found.append((path.stat().st_mtime, path))
+    for folder in (target.parent, target):
+        with suppress(OSError):  # it is not there, or not to be read, or another save has just removed its own
+            for path in folder.iterdir():
+                if path.name.startswith(prefix) and path.is_dir():
+                    found.append((path.stat().st_mtime, path))
     works = [Work(path, target) for _, path in sorted(found)]
     return [work for work in works if not work.in_use()]
 
@@ -283,7 +283,7 @@ def warn_of_leftovers(target: Path) -> None:
     """Names in a warning what saves to ``target`` have left when they were killed."""
     left = [str(work.path) for work in leftovers(target) if not work.is_new()]
     if left:
-        _log.warning(f"A save to {target} was interrupted and left {', '.join(left)}. {_recover_hint(target)}")
+        _log.warning(f"A save to {target} was interrupted and left {', '.join(left)}. {recover_hint(target)}")
 
 
 def settle(target: Path, but: Work) -> None:
@@ -348,5 +348,6 @@ def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _recover_hint(target: Path) -> Hint:
+def recover_hint(target: Path) -> Hint:
+    """What to do about what a save to ``target`` has left."""
     return Hint(f"Run `sigswap recover {target}`, or call sigswap.recover({str(target)!r}).")

@@ -20,6 +20,9 @@ from torch import nn
 from sigswap.errors import ArgumentError
 from sigswap.optional import require
 
+# Arguments of timm.create_model by which it reads weights from elsewhere, some of them pickled.
+_TIMM_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_name"}
+
 
 def is_factory(spec: str) -> bool:
     """Whether ``spec`` is ``timm:NAME`` or ``module:function``, and not a directory or a hub id."""
@@ -61,6 +64,9 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
         name = spec.removeprefix("timm:")
         if not timm.is_model(name):
             raise ArgumentError(f"{spec!r}: timm {timm.__version__} has no architecture {name!r}.")
+        others = sorted(set(kwargs) & _TIMM_FILES)
+        if others:
+            raise ArgumentError(f"{spec!r}: {others} name other files, which sigswap reads no weights from.")
         made: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
         return made
     function = resolve(spec)

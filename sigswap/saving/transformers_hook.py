@@ -37,12 +37,13 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
+from sigswap.distributed.heads import with_heads
 from sigswap.errors import CheckpointError, Hint
 from sigswap.saving import peft_hook
 from sigswap.saving.marks import (
     METHOD,
     QUANTIZATION_MARKS,
-    check_format,
+    check_marks,
     config_parts,
     marked_config,
     marks_of,
@@ -50,6 +51,7 @@ from sigswap.saving.marks import (
     rebased,
     without_gguf_marks,
 )
+from sigswap.saving.weights import check_files
 
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
@@ -61,14 +63,15 @@ def install() -> None:
 
     If another thread imports it just now, this waits for that thread.
     """
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
     module = sys.modules.get(_TARGET)
-    if module is not None:
-        if _is_being_imported(module):
-            with contextlib.suppress(Exception):  # an import that fails is its importer's to report
-                importlib.import_module(_TARGET)
-        _set_up_if_imported()
+    if module is not None and _is_being_imported(module):
+        with contextlib.suppress(Exception):  # an import that fails is its importer's to report
+            importlib.import_module(_TARGET)
+        module = sys.modules.get(_TARGET)
+    if module is not None and not _is_being_imported(module):
+        _set_up(module)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 def is_transformers_model(model: object) -> bool:
@@ -138,8 +141,9 @@ def _set_up(modeling_utils: ModuleType) -> None:
             stacklevel=2,
         )
     finally:
-        # Another list: imports that are under way, in this or other threads, are going through this one.
-        sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            # Another list: imports that are under way, in this or other threads, are going through this one.
+            sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         _setting_up.release()
 
 
@@ -165,7 +169,7 @@ def _register() -> None:
         conversion: dict[str, Any]
 
         def __init__(self, **entry: Any) -> None:
-            check_format(entry, "config.json")
+            check_marks(entry, "config.json: quantization_config")
             self.__dict__.update(entry, quant_method=METHOD)
 
     @register_quantizer(METHOD)
@@ -204,6 +208,9 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             conversion = Conversion.from_dict(self.quantization_config.conversion)
             apply_conversion(model, rebased(conversion, model))
+            check_files(model, kwargs.get("checkpoint_files"))
+            if getattr(model, "_tp_plan", None):  # which transformers applies next, if it is asked to
+                model._tp_plan = with_heads(model._tp_plan, model)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from transformers import PreTrainedModel

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import as_call
+from sigswap.conversion.keeping import hook
 from sigswap.conversion.recording import Inputs
 from sigswap.errors import ArgumentError, CalibrationError, Hint
+from sigswap.transaction import Transaction
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def as_calls(batches: Any) -> Iterable[Inputs]:
@@ -42,7 +45,19 @@ class _Calls:
 
     def __len__(self) -> int:
         """Raises TypeError where the batches cannot be counted before they have been gone through."""
-        return len(self.batches)  # type: ignore[arg-type]
+        try:
+            return len(self.batches)  # type: ignore[arg-type]
+        except Exception as error:  # streams say it in many ways
+            raise TypeError("no length is known") from error
+
+
+def gone() -> ArgumentError:
+    """About batches that have been gone through once, and cannot be again."""
+    return ArgumentError(
+        "{argument} gave batches once, and then none: they are gone through several times.",
+        argument="batches",
+        hint=Hint("Pass them as a list."),
+    )
 
 
 def on_device(call: Inputs, device: torch.device) -> Inputs:
@@ -102,9 +117,15 @@ def main_output(output: Any) -> Tensor | None:
     return None
 
 
-def progress_bar(show: bool) -> Progress:
-    """On standard error, gone at the end."""
-    return Progress(console=Console(stderr=True), transient=True, disable=not show)
+def progress_bar(undo: Transaction, show: bool) -> Progress:
+    """On standard error, until the transaction is left."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not show)
+    undo.afterwards("the progress bar", bar.stop)
+    bar.start()
+    return bar
 
 
 @contextmanager
@@ -121,22 +142,7 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[tuple[st
 
         return note
 
-    hooks = [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
-    try:
+    with Transaction() as undo, undo:
+        for path in paths:
+            hook(undo.afterwards, model.get_submodule(path), noting(path))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled code; back to what it was at the end."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, value in training.items():
-            module.training = value

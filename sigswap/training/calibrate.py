@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -18,20 +17,23 @@ from torch import Tensor, nn
 from sigswap.config import check_row_cap
 from sigswap.conversion.example_inputs import accepts
 from sigswap.conversion.install import open_terms
-from sigswap.conversion.record import conversion_of, note_calibration, owners_of, set_row_cap
+from sigswap.conversion.keeping import quiet, thread_state, values_of
+from sigswap.conversion.record import RECORD, conversion_of, note_calibration, owners_of, set_row_cap
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.conversion.wrappers import check_undistributed, runnable, unwrapped
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.batches import as_calls, call_model, main_output, progress_bar, quiet
+from sigswap.training.batches import as_calls, call_model, gone, main_output, progress_bar
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
-from sigswap.training.fit import SiteFit, fit_channels, fit_norms, set_value
+from sigswap.training.fit import SiteFit, fit_channels, fit_norms
 from sigswap.training.language import check_length
 from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Beside, check_max_length, mixer_for
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import check_seed, own_batches
+from sigswap.training.ranks import Ranks
+from sigswap.transaction import Transaction, entries
 
 ROW_CAP = 1e-2
 """Of a calibrated decoder: docs/experiments.md has what it is chosen by."""
@@ -47,6 +49,7 @@ def calibrate(
     tokens: Any = None,
     max_length: int | None = None,
     seed: int = 0,
+    group: Any = None,
     progress: bool = True,
 ) -> CalibrationReport:
     """Fits the sigmoid parameters of a converted ``model`` so that it computes what it computed as softmax.
@@ -67,6 +70,10 @@ def calibrate(
     (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and d_h now, and row caps with them. Encoders,
     encoder-decoders and vision models get none of this.
 
+    Where several processes train one model, each calls this with batches of its own. What they have gathered is added
+    up after each pass, so that all get the parameters that one process gets from all the batches, to rounding (beside
+    the first key a regression sees at most 2,048 rows of a head, and with more it is other ones).
+
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
             used. ``query_bias=True`` in its config lets it be fitted much better. (A decoder gets that by itself.)
@@ -86,6 +93,8 @@ def calibrate(
         max_length: of language models: their tokens are also put together to at most four sequences of this length, so
             that the bias is fitted for all positions up to it. The report has the error by position.
         seed: of the inputs that are made without ``batches``.
+        group: the torch.distributed process group whose ranks calibrate their copies of the model together. ``None``:
+            all ranks, where torch.distributed is initialised.
         progress: shows a progress bar on standard error, if that is a terminal.
 
     Returns:
@@ -106,20 +115,24 @@ def calibrate(
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
     check_seed(seed)
+    ranks = Ranks(group)
+    ranks.check_same(states, refine=refine, row_cap=row_cap, lookups=lookups, max_length=max_length, seed=seed)
     notes: list[str] = []
     calls: Iterable[Inputs]
-    if batches is None:
-        calls, source = own_batches(part, seed=seed)
-        notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
-    else:
-        calls = as_calls(batches)
+    with ranks.all_or_none():
+        if batches is None:
+            calls, source = own_batches(part, seed=seed)
+            notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
+        else:
+            calls = as_calls(batches)
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
-    with ExitStack() as stack:
-        stack.enter_context(_unchanged_if_it_fails(states))
-        stack.enter_context(quiet(model))
-        bar = stack.enter_context(progress_bar(progress))
-        seen = _beside(model, calls, lookups, tokens, max_length)
-        if seen.mixer.inputs is not None and (given := stack.enter_context(open_terms(part))):
+    with Transaction() as undo, undo:
+        _unchanged_if_it_fails(undo, part, states)
+        quiet(undo, model)
+        bar = progress_bar(undo, progress and ranks.rank == 0)
+        with ranks.all_or_none():
+            seen = _beside(model, calls, lookups, tokens, max_length)
+        if seen.mixer.inputs is not None and (given := open_terms(undo.on_failure, part)):
             notes.append(
                 f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
                 "left open, for the query and the first key (query_bias, first_token)."
@@ -137,8 +150,10 @@ def calibrate(
 
         def run(phase: Phase) -> Observer:
             observer = Observer(phase)
-            for count in passes.run(observer):
-                bar.update(task, advance=1, total=None if count is None else count * total)
+            with ranks.all_or_none():
+                for count in passes.run(observer):
+                    bar.update(task, advance=1, total=None if count is None else count * total)
+            ranks.add_up(observer, list(states.values()))
             return observer
 
         if normed:
@@ -192,7 +207,10 @@ def rank_sites(model: nn.Module, batches: Any, *, progress: bool = True) -> Site
     model = runnable(model)
     states = owners_of(model)
     calls = list(as_calls(batches))
-    with quiet(model), progress_bar(progress) as bar:
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        quiet(undo, model)
+        bar = progress_bar(undo, progress)
         task = bar.add_task("Ranking sites", total=2 * len(states) + 1)
         with softmax(model):
             truth = [_output(model, call, index) for index, call in enumerate(calls)]
@@ -225,6 +243,7 @@ class _Passes:
         states = list(self.states.values())
         twice = needs_recording(states, observer.phase)
         count = operator.length_hint(self.calls, -1)
+        index = -1
         with observed(states, observer):
             for index, call in enumerate(self.calls):
                 check_length(self.model, call, index)
@@ -232,6 +251,8 @@ class _Passes:
                 for observer.recording in (True, False) if twice else (False,):
                     call_model(self.model, call, index)
                 yield count if count >= 0 else None
+        if index < 0:
+            raise gone()
 
 
 def _beside(
@@ -304,18 +325,15 @@ def _path_of(states: Mapping[str, OwnerState], site: SiteState) -> str:
     return next(path or "the model" for path, state in states.items() if site in state.sites())
 
 
-@contextmanager
-def _unchanged_if_it_fails(states: Mapping[str, OwnerState]) -> Iterator[None]:
-    before = {p: p.detach().clone() for state in states.values() for p in state.parameters()}
-    caps = {site: site.row_cap for state in states.values() for site in state.sites()}
-    try:
-        yield
-    except BaseException:
-        for site, cap in caps.items():
-            site.row_cap = cap
-        for parameter, value in before.items():
-            set_value(parameter, value)
-        raise
+def _unchanged_if_it_fails(undo: Transaction, model: nn.Module, states: Mapping[str, OwnerState]) -> None:
+    """Notes all that a calibration changes for good."""
+    thread_state(undo.on_failure)
+    undo.on_failure("the record of the conversion", entries(vars(model), RECORD))
+    for state in states.values():
+        for site in state.sites():
+            undo.on_failure("the row cap", entries(vars(site), "row_cap", "fitted_length"))
+    parameters = [parameter for state in states.values() for parameter in state.parameters()]
+    undo.on_failure("sigswap's parameters", values_of(parameters))
 
 
 def _output(model: nn.Module, call: Inputs, index: int) -> Tensor:

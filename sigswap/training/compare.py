@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigswap.conversion.keeping import quiet, thread_state
 from sigswap.conversion.record import owners_of, part_to_pass
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import lookups
-from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar, quiet
+from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar
 from sigswap.training.comparison_report import (
     Comparison,
     DistanceMeasure,
@@ -44,6 +45,7 @@ from sigswap.training.observe import observed
 from sigswap.training.own_batches import check_seed, own_batches
 from sigswap.training.row_sums import RowSumObserver, RowSums
 from sigswap.training.teaching import Original
+from sigswap.transaction import Transaction
 
 NEIGHBOURS = 5
 CHUNK = 1024
@@ -97,7 +99,11 @@ def compare_models(
         calls = as_calls(batches)
     pair = _Pair(model, Original(source, with_adapters=original is not None), list(states))
     iterator = iter(enumerate(calls))
-    with quiet(model), quiet(source), progress_bar(progress) as bar:
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        quiet(undo, model, source)
+        pair.before.keep(undo)
+        bar = progress_bar(undo, progress)
         first = next(iterator, None)
         if first is None:
             raise ArgumentError("{argument} is empty.", argument="batches", hint=Hint("Pass at least one batch."))

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sigswap.conversion.keeping import hook
 from sigswap.conversion.recording import Inputs
 from sigswap.training.batches import call_model, main_output
+from sigswap.transaction import Transaction
 
 SIGMOID_BACKEND, SOFTMAX_BACKEND = "sigswap", "inductor"
 """By which the student and its teacher are compiled. "sigswap" would swap an unconverted teacher."""
@@ -19,10 +21,10 @@ SIGMOID_BACKEND, SOFTMAX_BACKEND = "sigswap", "inductor"
 class Watched:
     """A model and its modules ``paths``, whose outputs are kept while it is called here, and at no other time.
 
-    The hooks are there until :meth:`close`: code that is compiled with them would be compiled anew without them.
+    The hooks are there until the transaction is left: code that is compiled with them would be compiled anew without.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], backend: str | None = None) -> None:
+    def __init__(self, undo: Transaction, model: nn.Module, paths: Sequence[str], backend: str | None = None) -> None:
         """``backend``: the Dynamo backend that compiles the model; None: none does."""
         self.model = model
         self.found: list[tuple[str, Tensor]] = []
@@ -41,7 +43,8 @@ class Watched:
             return model(*args, **kwargs)
 
         self.run = None if backend is None else compiled(run, backend=backend)
-        self.hooks = [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
+        for path in paths:
+            hook(undo.afterwards, model.get_submodule(path), noting(path))
 
     def __call__(self, call: Inputs, index: int) -> tuple[Any, list[tuple[str, Tensor]]]:
         """The model's output for a batch, and what main_output finds in those of the modules, in the order of their
@@ -54,10 +57,6 @@ class Watched:
         finally:
             self.watching = False
             self.found = []
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

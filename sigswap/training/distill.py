@@ -10,29 +10,30 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from sigswap.conversion.keeping import gradients_enabled, in_eval_mode, thread_state, values_of
 from sigswap.conversion.record import owners_of, part_to_pass, report
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
 from sigswap.conversion.wrappers import check_undistributed, runnable, wrappers_of
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
-from sigswap.training.batches import as_calls, progress_bar
+from sigswap.training.batches import as_calls, gone, progress_bar
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
 from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import mixer_for
-from sigswap.training.recompute import checkpointed_layers
+from sigswap.training.recompute import checkpoint_layers
 from sigswap.training.resuming import Kept
 from sigswap.training.steps import Run
 from sigswap.training.teaching import Original, adapter_parameters
+from sigswap.transaction import Transaction
 
 SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
@@ -225,15 +226,16 @@ def distill(
     if own and train == "all":
         _check_own_teacher(teacher, base, adapter_parameters(model))
     calls = _endless(as_calls(batches))
-    with ExitStack() as stack:
-        stack.enter_context(_training(model, source, frozen))
+    with Transaction() as undo, undo:
+        _for_training(undo, model, source, frozen)
         first = next(calls)
         check_length(model, first[1], 0)
         original = Original(source, with_adapters=not own or train == "sigmoid")
+        original.keep(undo)
         with original.running():
             mixer = mixer_for(lookups, tokens, source, first[1], lengths)
         if checkpointing:
-            stack.enter_context(checkpointed_layers(model, list(states)))
+            checkpoint_layers(undo, model, list(states))
         groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
         settings = {
             "steps": steps,
@@ -246,11 +248,10 @@ def distill(
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = {names[p]: p for group in groups for p in group["params"]}
         kept = None if resume is None else Kept(Path(resume), settings, trained)
-        lift = stack.enter_context(lifted_caps(model, lift_row_cap, COMPILED_CAPS if compile else None))
-        lesson = Lesson(model, original, list(states), autocast, _backends(model) if compile else None)
-        stack.callback(lesson.close)
+        lift = lifted_caps(undo, model, lift_row_cap, COMPILED_CAPS if compile else None)
+        lesson = Lesson(undo, model, original, list(states), autocast, _backends(model) if compile else None)
         run = Run(lesson, groups, mixer, accumulate, kept, callback, lift)
-        bar = stack.enter_context(progress_bar(progress))
+        bar = progress_bar(undo, progress)
         run.go(itertools.chain([first], calls), (layerwise_steps, steps), bar)
     return DistillationReport(*run.losses, lookups=str(mixer), row_cap=_caps_of(states))
 
@@ -325,11 +326,13 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _endless(calls: Iterable[Inputs]) -> Iterator[tuple[int, Inputs]]:
-    for _ in itertools.count():
+    for turn in itertools.count():
         empty = True
         for index, call in enumerate(calls):
             empty = False
             yield index, call
+        if empty and turn:
+            raise gone()
         if empty:
             raise ArgumentError("{argument} is empty.", argument="batches", hint=Hint("Pass at least one batch."))
 
@@ -361,31 +364,28 @@ def _check_own_teacher(
     )
 
 
-@contextmanager
-def _training(model: nn.Module, teacher: nn.Module, frozen: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Eval mode, ``frozen`` without gradients; modes back at the end, and the parameters too if it fails."""
-    training: Mapping[nn.Module, bool] = {m: m.training for root in (model, teacher) for m in root.modules()}
+def _for_training(undo: Transaction, model: nn.Module, teacher: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
+    """Eval mode, and ``frozen`` without gradients, until the transaction is left; the parameters that are trained are
+    as they were if it fails."""
+    thread_state(undo.on_failure)
     kept = {id(p) for p in frozen.values()}
-    before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in kept}
-    gradients = {p: p.grad for p in before}
-    for module in (model, teacher):
-        module.eval()
-    for parameter in frozen.values():
-        parameter.requires_grad_(False)
-    for parameter in before:
-        parameter.grad = None
-    try:
-        with torch.enable_grad():
-            yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
-        raise
-    finally:
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    gradients = [(p, p.grad) for p in trained]
+
+    def thaw() -> None:
         for name in frozen:
             model.get_parameter(name).requires_grad_(True)  # another object, where accelerate offloads it
-        for parameter, gradient in gradients.items():
+
+    def put_back_gradients() -> None:
+        for parameter, gradient in gradients:
             parameter.grad = gradient
-        for module, mode in training.items():
-            module.training = mode
+
+    undo.on_failure("the parameters", values_of(trained))
+    in_eval_mode(undo.afterwards, model, teacher)
+    undo.afterwards("requires_grad", thaw)
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    undo.afterwards("gradients", put_back_gradients)
+    for parameter in trained:
+        parameter.grad = None
+    gradients_enabled(undo.afterwards, True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sigswap.conversion.copies import device_of
+from sigswap.conversion.keeping import hook
 from sigswap.conversion.recording import Inputs
 from sigswap.errors import CalibrationError
 from sigswap.training import compiled
@@ -22,6 +23,7 @@ from sigswap.training.compiled import Watched
 from sigswap.training.language import check_same_outputs
 from sigswap.training.losses import end_to_end_loss, relative_error
 from sigswap.training.teaching import Original
+from sigswap.transaction import Transaction
 
 
 class Lesson:
@@ -33,6 +35,7 @@ class Lesson:
 
     def __init__(
         self,
+        undo: Transaction,
         model: nn.Module,
         original: Original,
         paths: Sequence[str],
@@ -42,13 +45,9 @@ class Lesson:
         """``backends``: what compiles the model and the teacher end to end, and with inductor the losses."""
         self.model, self.original, self.paths, self.autocast = model, original, paths, autocast
         of_model, of_teacher = (None, None) if backends is None else backends
-        self.student, self.teacher = Watched(model, paths, of_model), Watched(original.source, paths, of_teacher)
+        self.student = Watched(undo, model, paths, of_model)
+        self.teacher = Watched(undo, original.source, paths, of_teacher)
         self.loss_of = end_to_end_loss if backends is None else compiled.compiled(end_to_end_loss, fullgraph=True)
-
-    def close(self) -> None:
-        """Takes the hooks off again."""
-        self.student.close()
-        self.teacher.close()
 
     def layerwise(self, call: Inputs, index: int, weight: float = 1.0) -> Tensor:
         """One backward pass per module call, each through that module alone; not compiled."""
@@ -63,15 +62,11 @@ class Lesson:
             return record
 
         source = self.original.source
-        hooks = [
-            source.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True) for path in self.paths
-        ]
-        try:
+        with Transaction() as undo, undo:
+            for path in self.paths:
+                hook(undo.afterwards, source.get_submodule(path), recorder(path), with_kwargs=True)
             with self._teaching():
                 call_model(source, call, index)
-        finally:
-            for hook in hooks:
-                hook.remove()
         if not calls:
             raise CalibrationError(f"batch {index} reaches none of the converted modules.", argument="batches")
         total = torch.zeros((), device=device_of(self.model))

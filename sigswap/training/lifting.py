@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import nn
 
 from sigswap.conversion.record import RECORD, converted_part, owners_of, set_row_cap
 from sigswap.errors import ArgumentError, Hint
+from sigswap.transaction import Transaction, entries
 
 RISING = 0.8
 """The share of the steps in which the caps rise; in the others the model learns with the last ones."""
@@ -17,9 +17,11 @@ HIGHEST = 64.0
 """The cap after which there is none, on the way to no cap: rows that sum to more are rare."""
 
 
-@contextmanager
-def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None) -> Iterator[Callable[[float], None]]:
-    """Yields what sets each module's cap for a share of the steps done, 0 to 1; if it fails, they are as they were.
+def lifted_caps(
+    undo: Transaction, model: nn.Module, target: float | None, rises: int | None = None
+) -> Callable[[float], None]:
+    """What sets each module's cap for a share of the steps done, 0 to 1. If the transaction fails, they are as they
+    were.
 
     A cap rises from what it is to ``target`` by the same factor in each step of the first 80%, and stays there; with
     ``math.inf`` it rises to 64 and is then taken away. Modules without a cap have none throughout. None sets nothing.
@@ -28,12 +30,10 @@ def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None
     Raises ArgumentError if no module has a cap, or one has a higher one than ``target``.
     """
     model = converted_part(model)
-    conversion = model.__dict__.get(RECORD)
     caps = {path: state.site(0).row_cap for path, state in owners_of(model).items()}
     start = {path: cap for path, cap in caps.items() if cap is not None}
     if target is None:
-        yield lambda share: None
-        return
+        return lambda share: None
     if not start:
         raise ArgumentError(
             "no attention of the model has a row cap to lift.",
@@ -58,9 +58,8 @@ def lifted_caps(model: nn.Module, target: float | None, rises: int | None = None
             new[path] = None if without else cap * (last / cap) ** risen
         set_row_cap(model, new)
 
-    try:
-        yield at
-    except BaseException:
-        set_row_cap(model, caps)
-        model.__dict__[RECORD] = conversion
-        raise
+    undo.on_failure("the record of the conversion", entries(vars(model), RECORD))
+    for state in owners_of(model).values():
+        for site in state.sites():
+            undo.on_failure("the row cap", entries(vars(site), "row_cap"))
+    return at

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sigswap.errors import ArgumentError
+from sigswap.transaction import Transaction, entries
 
 
-@contextmanager
-def checkpointed_layers(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """While it is open, each layer that holds one of the modules ``paths`` is recomputed in backward.
+def checkpoint_layers(undo: Transaction, model: nn.Module, paths: Sequence[str]) -> None:
+    """Until the transaction is left, each layer that holds one of the modules ``paths`` is recomputed in backward.
 
     A layer is an item of the outermost ``nn.ModuleList`` or ``nn.Sequential`` on the way to the module. transformers'
     own checkpointing runs in train mode alone, and there is dropout there. Raises ArgumentError if there is no layer.
@@ -25,16 +24,9 @@ def checkpointed_layers(model: nn.Module, paths: Sequence[str]) -> Iterator[None
             f"{type(model).__name__} has no nn.ModuleList or nn.Sequential of layers that hold attention.",
             argument="checkpointing",
         )
-    before = {layer: vars(layer).get("forward") for layer in layers}
     for layer in layers:
+        undo.afterwards("a layer's forward", entries(vars(layer), "forward"))
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer, forward in before.items():
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def _layer(model: nn.Module, path: str) -> nn.Module | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ class _SummingMode(SwapMode):
         self.sums = sums
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
-        of_product = self.product_of, self.query_bias
-        with _uncapped(site):
-            probabilities = super()._softmax(site, args, kwargs)
+        of_product, uncapped = (self.product_of, self.query_bias), _uncapped(site)
+        self.product_of = uncapped if self.product_of is site else self.product_of
+        probabilities = super()._softmax(uncapped, args, kwargs)
         _, dim = scores_of(args, kwargs)
         self.sums.add(probabilities.sum(dim))
         if site.row_cap is None:
@@ -72,25 +72,20 @@ class _SummingMode(SwapMode):
         return super()._softmax(site, args, kwargs)
 
     def _sdpa(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with _uncapped(site):
-            self.sums.add(super()._sdpa(site, query, key, torch.ones_like(value), *args, **kwargs)[..., 0])
+        self.sums.add(super()._sdpa(_uncapped(site), query, key, torch.ones_like(value), *args, **kwargs)[..., 0])
         return super()._sdpa(site, query, key, value, *args, **kwargs)
 
     def _whole(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Any:
         def attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor | None]:
             asked = {**arguments, "need_weights": False}
-            with _uncapped(site):
-                self.sums.add(site.attention(query, key, torch.ones_like(value), **asked)[0][..., 0])
+            self.sums.add(_uncapped(site).attention(query, key, torch.ones_like(value), **asked)[0][..., 0])
             return site.attention(query, key, value, **arguments)
 
         return SWAPS[func].stand_in(attention, *args, **kwargs)
 
 
-@contextmanager
-def _uncapped(site: SiteState) -> Iterator[None]:
-    cap = site.row_cap
-    site.row_cap = None
-    try:
-        yield
-    finally:
-        site.row_cap = cap
+def _uncapped(site: SiteState) -> SiteState:
+    """``site`` without its row cap, around the same parameters; the site itself may run in other threads."""
+    uncapped = copy.copy(site)
+    uncapped.row_cap = None
+    return uncapped

@@ -167,13 +167,31 @@ class Sample:
         kept = rows[:, -self.seen % self.stride :: self.stride]
         self.seen += rows.shape[1]
         self.parts.append(kept.contiguous())
+        self._thin_out()
+
+    def _thin_out(self) -> None:
         while sum(part.shape[1] for part in self.parts) > SAMPLED_ROWS:
-            self.parts = [torch.cat(self.parts, 1)[:, ::2].contiguous()]
+            self.parts = [self.rows()[:, ::2].contiguous()]
             self.stride *= 2
+
+    @classmethod
+    def of(cls, parts: list[Tensor]) -> Sample:
+        """One of the rows of several, each [H, R, F + 2]."""
+        sample = cls()
+        sample.parts = parts
+        sample._thin_out()
+        return sample
+
+    def rows(self) -> Tensor:
+        """[H, R, F + 2]."""
+        return torch.cat(self.parts, 1)
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.rows().shape)
 
     def get(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features [H, R, F], the first key's score and the logsumexp [H, R], in float64."""
-        rows = torch.cat(self.parts, 1).double()
+        rows = self.rows().double()
         return rows[..., :-2], rows[..., -2], rows[..., -1]
 
 

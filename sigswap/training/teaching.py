@@ -3,6 +3,7 @@ learns from."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from sigswap.conversion.record import is_converted, owners_of
-from sigswap.conversion.softmax import run_as_softmax
+from sigswap.conversion.switches import run_as_softmax
+from sigswap.transaction import Transaction
 
 
 class Original:
@@ -25,15 +27,27 @@ class Original:
         self.layers = [] if with_adapters else adapter_layers(source)
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
 
+    def keep(self, undo: Transaction) -> None:
+        """Notes what :meth:`running` changes of the adapters, for an interruption between two of its lines."""
+        trained = [(parameter, parameter.requires_grad) for parameter in self.parameters]
+
+        def put_back() -> None:
+            for parameter, flag in trained:
+                parameter.requires_grad_(flag)
+
+        undo.on_failure("requires_grad", put_back)
+        for layer in self.layers:
+            undo.on_failure("the adapters", functools.partial(layer.enable_adapters, not layer.disable_adapters))
+
     @contextmanager
     def running(self) -> Iterator[nn.Module]:
         """While it is open, ``source`` computes what the original does."""
         layers = [layer for layer in self.layers if not layer.disable_adapters]
         trained = [(parameter, parameter.requires_grad) for parameter in self.parameters]
         with run_as_softmax(self.states):
-            for layer in layers:
-                layer.enable_adapters(False)
             try:
+                for layer in layers:
+                    layer.enable_adapters(False)
                 yield self.source
             finally:
                 for layer in layers:

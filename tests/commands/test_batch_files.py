@@ -99,6 +99,7 @@ def test_mistakes(language_model: Path, tmp_path: Path, content: bytes | None, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertModel", "GPT2LMHeadModel", "T5Model"])
 def test_a_directory_without_a_tokenizer(name: str, tmp_path: Path) -> None:
     """transformers makes up an empty tokenizer, or fails: either is a clear error."""

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import sigswap
 from sigswap.commands.cli import app
+from sigswap.saving import sources
 
 HERE = "sigswap_cli_factories"
 LLAMA = {
@@ -260,7 +261,7 @@ def test_compare_mistakes(
 def test_compare_of_other_models(tmp_path: Path) -> None:
     example = ("--example", f"{HERE}:inputs")
     assert run("convert", f"{HERE}:build_seeded", *example, "--out", tmp_path / "out").exit_code == 0
-    result = run("compare", tmp_path / "out", f"{HERE}:build_seeded", *example)
+    result = run("compare", tmp_path / "out", f"{HERE}:build_seeded", *example, "--allow-code")
     assert result.exit_code == 0 and "cosine similarity" in result.stdout, result.output
 
 
@@ -301,8 +302,34 @@ def test_own_function(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "--example" in result.stderr
     example = ("--example", f"{HERE}:inputs")
     assert "swappable" in run("inspect", f"{HERE}:build", *example).stdout
-    assert run("convert", f"{HERE}:build", "--out", tmp_path, *example).exit_code == 0
-    assert sigswap.is_converted(sigswap.load(tmp_path))
+    done = run("convert", f"{HERE}:build", "--out", tmp_path, *example)
+    assert done.exit_code == 0 and "allow_code=True" in done.stdout and "--allow-code" in done.stdout
+    assert sigswap.is_converted(sigswap.load(tmp_path, allow_code=True))
+
+
+def test_the_code_that_a_directory_names_runs_only_if_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = ("--example", f"{HERE}:inputs")
+    assert run("convert", f"{HERE}:build", "--out", tmp_path / "out", *example).exit_code == 0
+    calls: list[str] = []
+    monkeypatch.setattr(sources, "resolve", lambda spec: calls.append(spec))
+    assert "1 swapped" in run("inspect", tmp_path / "out").stdout
+    for command in (("inspect", tmp_path / "out", "--compile"), ("compare", tmp_path / "out", tmp_path / "out")):
+        result = run(*command)
+        assert result.exit_code == 1 and "--allow-code" in result.stderr, result.output
+    result = run("convert", tmp_path / "out", "--out", tmp_path / "again")
+    assert result.exit_code == 1 and "converted already" in result.stderr
+    assert calls == []
+
+
+def test_recover(tmp_path: Path) -> None:
+    assert "nothing to recover" in run("recover", tmp_path / "m").stdout
+    work = tmp_path / ".m.saving-00000000"
+    (work / "new").mkdir(parents=True)
+    (work / "lock").write_text("")
+    result = run("recover", tmp_path / "m")
+    assert result.exit_code == 0 and "is removed" in result.stdout and not work.exists()
 
 
 def test_own_function_that_returns_a_transformers_model(tmp_path: Path) -> None:

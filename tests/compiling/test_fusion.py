@@ -36,6 +36,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_epilogue(name: str, tmp_path: Path) -> None:
     epilogue = EPILOGUES[name]

@@ -103,6 +103,7 @@ def test_hook_for_one_model(model: Blocks, x: Tensor, lowered: list[Any]) -> Non
     assert inductor_config.pre_grad_custom_pass is None
 
 
+@pytest.mark.slow
 def test_hook_for_all_models(model: Blocks, x: Tensor, lowered: list[Any]) -> None:
     expected = oracle(model, x)
     sigswap.convert(model, example_inputs=(x,))
@@ -412,6 +413,7 @@ def test_no_copies_around_the_op(x: Tensor, tmp_path: Path, monkeypatch: pytest.
     assert kernels[1] <= kernels[0]
 
 
+@pytest.mark.slow
 def test_export_and_package(model: Blocks, x: Tensor, tmp_path: Path) -> None:
     expected = oracle(model, x)
     sigswap.convert(model, example_inputs=(x,))
@@ -422,6 +424,7 @@ def test_export_and_package(model: Blocks, x: Tensor, tmp_path: Path) -> None:
         close(torch._inductor.aoti_load_package(path)(x), expected)
 
 
+@pytest.mark.slow
 def test_package_of_a_model_with_sdpa(tmp_path: Path) -> None:
     """The op is in the package: sigswap must be imported where that is loaded."""
     entry = BY_NAME["vit"]

@@ -130,6 +130,7 @@ def test_hooks_run_around_the_new_forward(place: Callable[[nn.Module], nn.Module
     assert counting.calls == 1
 
 
+@pytest.mark.slow
 @every_hook
 def test_calibration_and_distillation(place: Callable[[nn.Module], nn.Module]) -> None:
     bare = sigswap.convert(language_model(), QUERY_BIAS)

@@ -166,6 +166,7 @@ each_tuner = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @each_tuner
 def test_a_tuner(tuner: str, tmp_path: Path) -> None:
     """Put on after the conversion and before it, saved and loaded, merged, and taken off."""

@@ -112,6 +112,7 @@ def randomized(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 class TestConfig:
+    @pytest.mark.slow
     def test_learned_bias(self, spelling: str) -> None:
         module, x, y = made(spelling)
         original = copy.deepcopy(module)
@@ -136,6 +137,7 @@ class TestConfig:
         sigswap.convert(module, SigmoidConfig(bias=-1.5), example_inputs=(x, y))
         close(module(x, y), oracle(original, x, y, b0=-1.5))
 
+    @pytest.mark.slow
     def test_query_bias(self, spelling: str) -> None:
         module, x, y = made(spelling)
         original = copy.deepcopy(module)
@@ -571,6 +573,7 @@ def test_revert_refuses_a_class_that_was_changed() -> None:
         sigswap.revert(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bhmn", "hbmn", "windows"])
 @pytest.mark.parametrize("sdpa", [False, True])
 def test_heads_are_where_the_channels_were_split(layout: str, sdpa: bool) -> None:

@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_models_know_their_inputs(name: str) -> None:
     build, sites = MODELS[name]

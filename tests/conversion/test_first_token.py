@@ -85,6 +85,7 @@ def expected(model: Model, x: Tensor, visible: Tensor) -> Tensor:
     return model.attention.mha.out_proj((p @ v).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("mask", ["causal", "window", "packed", "holes"])
 def test_equals_the_definition(kind: str, mask: str) -> None:

@@ -104,6 +104,7 @@ def assert_same(
         assert got[0][row] == tokens
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @ATTENTION
 @CACHE
@@ -117,6 +118,7 @@ def test_decoder(name: str, attention: str, cache: str, first_token: bool) -> No
     assert_same(generate(model, padded(left=True), **options), expected)
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @ATTENTION
 @CACHE
@@ -127,6 +129,7 @@ def test_t5(attention: str, cache: str, first_token: bool) -> None:
     assert_same(generate(model, padded(left=False), **options), expected)
 
 
+@pytest.mark.slow
 @ATTENTION
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 def test_equals_the_oracle(name: str, attention: str) -> None:
@@ -187,6 +190,7 @@ def test_prefill_in_chunks(attention: str, cache: str, first_token: bool) -> Non
     assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 def test_compiled_decoding(first_token: bool) -> None:
     """A static cache with a compiled forward, which is how generation is made fast."""

@@ -78,6 +78,7 @@ def test_a_registered_function_is_what_is_swapped(far: Far) -> None:
         assert torch.allclose(model(IDS).logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn"])
 @pytest.mark.parametrize(("name", "becomes"), [("Llama", "sdpa"), ("Gemma2", "eager")])
 def test_an_opaque_one_becomes_what_is_equal(name: str, implementation: str, becomes: str) -> None:

@@ -117,6 +117,7 @@ def test_classes_and_names_stay(entry: Entry) -> None:
     assert trainable and all(p.requires_grad and (p == 0).all() for p in trainable)
 
 
+@pytest.mark.slow
 @some_models
 def test_new_parameters_get_a_gradient(name: str) -> None:
     model, inputs = convert(name)
@@ -126,6 +127,7 @@ def test_new_parameters_get_a_gradient(name: str) -> None:
         assert gradient.abs().max() > 0, parameter
 
 
+@pytest.mark.slow
 @some_models
 def test_the_example_run_leaves_no_trace(name: str) -> None:
     """Buffers, random state, training mode, caches (LeViT keeps one) and gradients are as before."""
@@ -228,6 +230,7 @@ def test_moves_between_dtypes() -> None:
 # ------------------------------------------------------------------------------------------ ways to run it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BertModel", "LlamaModel", "GPT2Model", "T5Model"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> None:
@@ -435,6 +438,7 @@ def test_need_weights_toggled_after_conversion() -> None:
 # -------------------------------------------------------------------------------------------------- revert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_revert(entry: Entry) -> None:
     model, inputs = entry.build(), entry.make_inputs()
@@ -570,6 +574,7 @@ def test_no_example_inputs() -> None:
     before.assert_same(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inputs", [(torch.randn(2, 3, 5, 5),), {"nonsense": 1}, (), ("text",)], ids=["shape", "name", "none", "type"]
 )

@@ -49,6 +49,7 @@ def test_oracle_is_not_softmax(case: Case) -> None:
 # ------------------------------------------------------------------------------------------------- eager
 
 
+@pytest.mark.slow
 @all_cases
 def test_eager(case: Case) -> None:
     entry, variant = case
@@ -151,6 +152,7 @@ def test_report(case: Case) -> None:
         assert site.status == "swapped" or site.reason, site
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_inspect_changes_nothing(entry: Entry) -> None:
     model, inputs = entry.build(), entry.make_inputs()
@@ -236,6 +238,7 @@ def test_compiled_aot_eager(case: Case) -> None:
     assert_equals_oracle(compiled, model, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in FIRST if case[0].inductor], ids=case_id)
 def test_compiled_inductor(case: Case) -> None:
     entry, _ = case

@@ -235,6 +235,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.slow
 @each_owner
 def test_each_call_is_told_from_the_others(owner: type[Owner]) -> None:
     model = converted(owner)
@@ -311,6 +312,7 @@ def test_below_graph_breaks() -> None:
                 close(compiled(example(length)), oracle(model, example(length)))
 
 
+@pytest.mark.slow
 @each_owner
 def test_what_is_saved_finds_the_calls_again(owner: type[Owner]) -> None:
     """As JSON, as a pickle and as a deepcopy."""

@@ -56,6 +56,7 @@ FORMS: dict[str, tuple[Form, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_einsum(name: str) -> None:
     form, heads = FORMS[name]

@@ -111,6 +111,7 @@ def test_padding_of_torch_encoder() -> None:
 # --------------------------------------------------------------------------------------------- causality
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("name", ["LlamaModel", "GPT2Model", "T5Model"])
@@ -155,6 +156,7 @@ def _no_nan_gradients(model: nn.Module) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("train", [False, True])
@@ -174,6 +176,7 @@ def test_padded_queries_of_a_decoder_attend_to_nothing(attention: str, train: bo
     _no_nan_gradients(model)
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 def test_encoder_row_without_any_key(attention: str, first_token: bool) -> None:
@@ -192,6 +195,7 @@ def test_encoder_row_without_any_key(attention: str, first_token: bool) -> None:
     _no_nan_gradients(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", ["boolean", "float"])
@@ -231,6 +235,7 @@ def test_handwritten_row_without_any_key() -> None:
 # ------------------------------------------------------------------------------------------ permutations
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 @torch.no_grad()
@@ -277,6 +282,7 @@ def test_permuted_memory_of_cross_attention() -> None:
 # ------------------------------------------------------------------------------------------------- batch
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @SDPA_EAGER
 @pytest.mark.parametrize("name", ["LlamaModel", "BertModel", "GPT2Model", "T5Model"])

@@ -511,3 +511,17 @@ def test_hidden_states_that_were_asked_for_before() -> None:
     assert Recording(model).run(Example(((ids,), {}))).way == "fake"
     sigswap.convert(model, example_inputs=ids)
     assert sigswap.report(model).count("swapped") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_mixture_of_experts_is_run_on_fake_tensors(dtype: torch.dtype) -> None:
+    """In its own dtype: neither copies of its weights nor a run on them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval().to(dtype)
+    sigswap.convert(model, example_inputs={"input_ids": torch.arange(8)[None]})
+    assert not any("fake tensors" in note for note in sigswap.report(model).notes)

@@ -59,6 +59,7 @@ def unshifted(name: str) -> Shift:
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIFTS)
 def test_a_row_shift_is_taken_out(name: str) -> None:
     model = Attention(SHIFTS[name])

@@ -64,6 +64,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_grid_of_scores(name: str) -> None:
     build, sites, owners = MODELS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,12 @@ SPELLINGS: dict[str, tuple[Callable[[Attention, Tensor], Tensor], Probabilities]
         lambda s: sigmoid_of_scores(s + WEIGHTS.to(s.dtype).log()),
     ),
     "in float64": (lambda a, s: divided(s.double().exp()).to(s.dtype), sigmoid_of_scores),
+    "logsumexp": (lambda a, s: (s - s.logsumexp(-1, keepdim=True)).exp(), sigmoid_of_scores),
+    "logsumexp in place": (lambda a, s: (s - torch.logsumexp(s, -1)[..., None]).exp_(), sigmoid_of_scores),
+    "masked logsumexp": (
+        lambda a, s: torch.exp((t := s.masked_fill(FUTURE, -torch.inf)) - torch.logsumexp(t, -1, keepdim=True)),
+        causal,
+    ),
     "log_softmax": (lambda a, s: F.log_softmax(s, dim=-1).exp(), sigmoid_of_scores),
     "log_softmax masked": (lambda a, s: torch.exp(s.masked_fill(FUTURE, -torch.inf).log_softmax(-1)), causal),
     "log_softmax in float32": (lambda a, s: torch.log_softmax(s, -1, torch.float32).exp(), sigmoid_of_scores),
@@ -115,6 +122,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert error <= tolerance, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_is_swapped(name: str) -> None:
     model = Attention(SPELLINGS[name][0])
@@ -145,6 +153,7 @@ def test_is_swapped(name: str) -> None:
         "sink first",
         "reciprocal",
         "weighted reciprocal",
+        "logsumexp",
     ],
 )
 def test_compiled(name: str) -> None:
@@ -173,6 +182,7 @@ def test_calibrated(name: str, options: dict[str, Any]) -> None:
         assert torch.allclose(fitted[0][parameter], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sink", "sink first", "gpt-oss", "softmax1"])
 @pytest.mark.parametrize("options", [{}, {"query_bias": True}], ids=str)
 def test_sinks_are_in_what_is_calibrated(name: str, options: dict[str, Any]) -> None:
@@ -206,6 +216,14 @@ def test_what_is_not_whole_is_an_error() -> None:
 
 REFUSED: dict[str, tuple[Callable[[Attention, Tensor], Tensor], str]] = {
     "sink that is kept": (lambda a, s: with_sink(s, a.sinks).softmax(-1)[..., 1:], "not dropped"),
+    "logsumexp that is used": (lambda a, s: (s - (n := s.logsumexp(-1, keepdim=True))).exp() * n.sigmoid(), "by hand"),
+    "logsumexp of others": (lambda a, s: (s - (2 * s).logsumexp(-1, keepdim=True)).exp(), "by hand"),
+    "power": (lambda a, s: divided(math.e**s), "by hand"),
+    "no sum": (lambda a, s: (s - 3).exp(), "by hand"),
+    "norm": (lambda a, s: F.normalize(s.exp(), p=1, dim=-1), "by hand"),
+    "running sum": (lambda a, s: (e := s.exp()) / e.cumsum(-1)[..., -1:], "by hand"),
+    "sum by einsum": (lambda a, s: (e := s.exp()) / torch.einsum("bhij->bhi", e)[..., None], "by hand"),
+    "masked and normalised again": (lambda a, s: divided(s.softmax(-1) * ~FUTURE), "normalised again"),
     "exp2": (lambda a, s: divided(torch.exp2(s)), "by hand"),
     "another division": (lambda a, s: (e := s.exp()) / (e / 2).sum(-1, keepdim=True), "by hand"),
     "first score": (lambda a, s: (s - s[..., :1]).softmax(-1), "shifted"),

@@ -61,6 +61,7 @@ class Projected(Attention):
         return self.attended(*(t.unflatten(-1, (2, 8)).transpose(1, 2) for t in qkv.chunk(3, -1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Submitted, Started, Inner])
 def test_is_refused(kind: type[nn.Module]) -> None:
     model = nn.Sequential(kind(), Attention()).eval()

@@ -24,7 +24,7 @@ def shown(pattern: re.Pattern[str]) -> list[tuple[str, list[str]]]:
 
 def test_commands_have_these_options() -> None:
     commands = shown(COMMAND)
-    assert {command for command, _ in commands} == {"inspect", "convert", "compare", "bench", "demo"}
+    assert {command for command, _ in commands} == {"inspect", "convert", "compare", "recover", "bench", "demo"}
     for command, options in commands:
         done = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         assert done.exit_code == 0, done.output

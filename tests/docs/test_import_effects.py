@@ -88,3 +88,16 @@ def test_import_after_peft() -> None:
         f"{tuner}.inject_adapter",
     ]
     assert found["finders"] == []
+
+
+HEAVY = ("matplotlib", "rich", "sympy", "timm", "torch._dynamo", "torch._inductor", "transformers", "triton")
+"""What takes tenths of seconds to import, and is not needed before something is called."""
+
+
+def test_nothing_heavy_is_imported() -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import sigswap\n"
+        f"print([name for name in {HEAVY} if name in sys.modules and name not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

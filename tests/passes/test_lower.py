@@ -22,6 +22,7 @@ import sigswap.compiling.backend
 B, M, D = 2, 12, 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row_cap", [None, 0.6])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_handwritten_attention_is_lowered(kind: type[Handwritten], row_cap: float | None) -> None:
@@ -31,6 +32,7 @@ def test_handwritten_attention_is_lowered(kind: type[Handwritten], row_cap: floa
     assert {node.kwargs["row_cap"] for node in graphs.calls} == {row_cap or 0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.dynamic], ids=lambda kind: kind.__name__)
 def test_one_graph_for_every_length(kind: type[Handwritten]) -> None:
     model, graphs = kind().eval(), Graphs()
@@ -269,6 +271,7 @@ def test_modules_of_torch_nn_run_the_op() -> None:
 # --------------------------------------------------------------------- what a review found, once each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [

@@ -157,6 +157,7 @@ BIASES: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], Tensor]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", BIASES)
 def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
@@ -294,6 +295,7 @@ PADDED_FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Callable[..., Tensor]], 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("band", ["none", "causal", "window"])
 @pytest.mark.parametrize("name", PADDED_FORMS)
 def test_a_bias_under_padding_in_other_forms(name: str, band: str) -> None:

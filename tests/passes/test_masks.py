@@ -83,6 +83,7 @@ MASKS: dict[str, tuple[Callable[[int], Tensor], tuple[bool, int, int, bool]]] = 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", MASKS)

@@ -63,6 +63,7 @@ def heads() -> list[Tensor]:
     return [torch.randn(2, 10, 4, 8).transpose(1, 2) for _ in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_handwritten(kind: type[Handwritten]) -> None:
     result = swapped(kind().eval(), torch.randn(2, 12, handwritten.DIM))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import sigswap
 from sigswap import SigmoidConfig
 from sigswap.errors import ArgumentError, CheckpointError, NotConvertedError
-from sigswap.saving import checkpoint
+from sigswap.saving import checkpoint, sources
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,7 +140,7 @@ def saved_own(directory: Path) -> nn.Module:
 def test_own_factory_round_trip(tmp_path: Path, config: SigmoidConfig) -> None:
     model = converted_own(config, dim=24, heads=2)
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build", factory_kwargs={"dim": 24, "heads": 2})
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert_same_state(model, loaded)
     assert torch.equal(loaded(WORDS), model(WORDS))
     assert not loaded.training and sigswap.is_converted(loaded)
@@ -150,7 +152,7 @@ def test_own_factory_round_trip(tmp_path: Path, config: SigmoidConfig) -> None:
 
 def test_reverted_after_loading(tmp_path: Path) -> None:
     saved_own(tmp_path / "m")
-    loaded = sigswap.revert(sigswap.load(tmp_path / "m"))
+    loaded = sigswap.revert(sigswap.load(tmp_path / "m", allow_code=True))
     assert "sigswap" not in " ".join(loaded.state_dict())
 
 
@@ -158,11 +160,11 @@ def test_dtype_survives_and_can_be_changed(tmp_path: Path) -> None:
     model = converted_own().to(torch.bfloat16)
     model.head.float()  # of a mixed model each tensor keeps its own; the tied embedding with it
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert_same_state(model, loaded)
     assert loaded.qkv.weight.dtype == loaded.table.dtype == torch.bfloat16
     assert loaded.head.weight.dtype == torch.float32
-    halves = sigswap.load(tmp_path / "m", dtype=torch.float16, device="cpu")
+    halves = sigswap.load(tmp_path / "m", allow_code=True, dtype=torch.float16, device="cpu")
     assert {p.dtype for p in halves.parameters()} == {torch.float16}
 
 
@@ -171,7 +173,7 @@ def test_tie_that_the_factory_does_not_make(tmp_path: Path) -> None:
     model.head.weight = model.embed.weight
     randomized(sigswap.convert(model, example_inputs=WORDS))
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build", factory_kwargs={"tied": False})
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert loaded.head.weight is loaded.embed.weight
     assert torch.equal(loaded(WORDS), model(WORDS))
 
@@ -180,7 +182,7 @@ def test_plain_attributes_changed_after_building(tmp_path: Path) -> None:
     model = converted_own()
     model.norm.eps = 0.25
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert loaded.norm.eps == 0.25
     assert torch.equal(loaded(WORDS), model(WORDS))
 
@@ -190,13 +192,13 @@ def test_factory_that_needs_values_and_random_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_from_values")
     assert torch.equal(before, torch.get_rng_state())
-    assert_same_state(model, sigswap.load(tmp_path / "m"))
+    assert_same_state(model, sigswap.load(tmp_path / "m", allow_code=True))
 
 
 def test_compiled_model_is_saved_as_itself(tmp_path: Path) -> None:
     model = converted_own()
     sigswap.save(torch.compile(model, backend="eager"), tmp_path / "m", factory=f"{HERE}:build")
-    assert_same_state(model, sigswap.load(tmp_path / "m"))
+    assert_same_state(model, sigswap.load(tmp_path / "m", allow_code=True))
 
 
 def test_what_ran_as_softmax_for_a_while_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -209,10 +211,11 @@ def test_what_ran_as_softmax_for_a_while_is_saved_and_loaded(tmp_path: Path) -> 
     written = json.loads(config.read_text())
     assert written["attributes"] == {}
     expected = model(WORDS)
-    assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), expected)
+    assert torch.equal(sigswap.load(tmp_path / "m", allow_code=True)(WORDS), expected)
     owner = next(name for name, module in model.named_modules() if name.endswith("sigswap"))
+    del written["checksums"]
     config.write_text(json.dumps(written | {"attributes": {owner: {"softmax": False}}}))  # as once was written
-    assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), expected)
+    assert torch.equal(sigswap.load(tmp_path / "m", allow_code=True)(WORDS), expected)
 
 
 def test_buffers_that_a_run_has_made_come_back(tmp_path: Path) -> None:
@@ -221,11 +224,11 @@ def test_buffers_that_a_run_has_made_come_back(tmp_path: Path) -> None:
     model.register_buffer("cache", torch.rand(3), persistent=False)
     model.table = torch.rand(4, 16)
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert_same_state(model, loaded)
     assert torch.equal(loaded(WORDS), model(WORDS)) and "table" not in loaded.state_dict()
     sigswap.save(loaded, tmp_path / "again", factory=f"{HERE}:build")
-    assert_same_state(model, sigswap.load(tmp_path / "again"))
+    assert_same_state(model, sigswap.load(tmp_path / "again", allow_code=True))
     model.register_buffer("cache", torch.rand(3))  # one that the state_dict has is a part of the model
     with pytest.raises(CheckpointError, match="cache is of shape"):
         sigswap.save(model, tmp_path / "other", factory=f"{HERE}:build")
@@ -244,12 +247,13 @@ def test_arguments_that_are_tuples_and_functions_that_are_made_anew(tmp_path: Pa
     kwargs = {"shape": (16, 2), "rates": [(0.5, None), (1, "a")]}
     model = randomized(sigswap.convert(build_scaled(**kwargs), example_inputs=WORDS))
     sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_scaled", factory_kwargs=kwargs)
-    assert torch.equal(sigswap.load(tmp_path / "m")(WORDS), model(WORDS))
+    assert torch.equal(sigswap.load(tmp_path / "m", allow_code=True)(WORDS), model(WORDS))
     model.scale = lambda x, by=2: x + by
     with pytest.raises(CheckpointError, match="scale is another function"):
         sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_scaled", factory_kwargs=kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -292,6 +296,7 @@ def test_plain_state_dict_does_not_fit_an_unconverted_model(tmp_path: Path) -> N
 def _edit_json(directory: Path, **changes: Any) -> None:
     path = directory / "sigswap.json"
     data = json.loads(path.read_text())
+    data.pop("checksums", None)  # which would say that it was edited, and no more
     for name, value in changes.items():
         if value is None:
             del data[name]
@@ -312,6 +317,7 @@ def _edit_weights(directory: Path, **changes: Tensor | None) -> None:
     save_file(tensors, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -335,7 +341,7 @@ def test_damage_is_reported_with_its_place(tmp_path: Path, damage: Any, message:
     saved_own(tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(CheckpointError, match=message):
-        sigswap.load(tmp_path / "m")
+        sigswap.load(tmp_path / "m", allow_code=True)
 
 
 def test_load_of_what_is_no_directory(tmp_path: Path) -> None:
@@ -357,7 +363,7 @@ def test_other_files_survive_and_stale_weights_go(tmp_path: Path) -> None:
     model = saved_own(target)
     assert sorted(os.listdir(target)) == ["model.safetensors", "notes.txt", "runs", "sigswap.json"]
     assert (target / "runs" / "log").read_text() == "mine too"
-    assert_same_state(model, sigswap.load(target))
+    assert_same_state(model, sigswap.load(target, allow_code=True))
     bert = converted_bert()
     sigswap.save(bert, target, max_shard_size="10KB")
     assert not (target / "sigswap.json").exists() and not (target / "model.safetensors").exists()
@@ -438,7 +444,7 @@ def test_timm_round_trip(tmp_path: Path, name: str, kwargs: dict[str, Any]) -> N
         sigswap.save(model, tmp_path / "m", factory=f"timm:{name}", factory_kwargs=kwargs)
     else:
         sigswap.save(model, tmp_path / "m")
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert_same_state(model, loaded)
     size = kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
     images = torch.randn(2, kwargs.get("in_chans", 3), size, size)
@@ -457,7 +463,7 @@ def test_timm_fused_attn_switched_off(tmp_path: Path) -> None:
         block.attn.fused_attn = not block.attn.fused_attn
     sigswap.convert(model).eval()
     sigswap.save(model, tmp_path / "m")
-    loaded = sigswap.load(tmp_path / "m")
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
     assert loaded.blocks[0].attn.fused_attn == model.blocks[0].attn.fused_attn
     images = torch.randn(1, *model.pretrained_cfg["input_size"])
     assert torch.equal(loaded(images), model(images))
@@ -493,6 +499,7 @@ def _first(output: Any) -> Tensor:
     return next(value for value in output.values() if isinstance(value, Tensor) and value.dim())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -771,3 +778,163 @@ def test_sentence_transformers_directory(tmp_path: Path) -> None:
     encoder = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     assert sigswap.is_converted(encoder)
     shutil.rmtree(tmp_path)
+
+
+# What is read, and what is run
+
+
+def test_a_factory_is_called_only_if_code_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_own(tmp_path)
+    calls: list[str] = []
+    monkeypatch.setattr(sources, "resolve", lambda spec: calls.append(spec))
+    with pytest.raises(CheckpointError, match=r"can be any code\. Pass allow_code=True if you trust"):
+        sigswap.load(tmp_path)
+    report = checkpoint.saved_conversion(tmp_path).report
+    assert report.count("swapped") == 1 and calls == []
+
+
+def test_code_of_a_transformers_directory_runs_only_if_it_is_allowed(tmp_path: Path) -> None:
+    sigswap.save(converted_bert("BertModel"), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["config_checksums"]
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    path.write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CheckpointError, match="Pass allow_code=True"):
+        sigswap.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg"])
+def test_timm_reads_no_other_file(tmp_path: Path, name: str) -> None:
+    timm = pytest.importorskip("timm")
+    sigswap.save(sigswap.convert(timm.create_model("test_vit")), tmp_path)
+    data = json.loads((tmp_path / "sigswap.json").read_text())
+    _edit_json(tmp_path, factory_kwargs={**data["factory_kwargs"], name: "/etc/passwd"})
+    with pytest.raises(CheckpointError, match="name other files"):
+        sigswap.load(tmp_path)
+
+
+def test_a_transformers_directory_names_its_own_files_only(tmp_path: Path) -> None:
+    model = converted_bert("BertModel")
+    sigswap.save(model, tmp_path / "m", max_shard_size="10KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    written = json.loads(index.read_text())
+    first = next(iter(written["weight_map"]))
+    written["weight_map"][first] = "../other.safetensors"
+    index.write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match="which are no safetensors files of"):
+        sigswap.load(tmp_path / "m", allow_code=True)
+    sigswap.save(model, tmp_path / "n")
+    (tmp_path / "n" / "adapter_config.json").write_text('{"base_model_name_or_path": "other"}')
+    with pytest.raises(CheckpointError, match="names another model"):
+        sigswap.load(tmp_path / "n")
+
+
+def test_a_field_of_a_transformers_config_that_was_changed_is_named(tmp_path: Path) -> None:
+    sigswap.save(converted_bert("BertModel"), tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"num_attention_heads": 4', '"num_attention_heads": 2'))
+    with pytest.raises(CheckpointError, match=r"config\.json: num_attention_heads: not what was saved"):
+        sigswap.load(tmp_path)
+    path.write_text(text.replace('"hidden_size": 32', '"hidden_size": 320000000'))
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        sigswap.load(tmp_path)
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["config_checksums"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="another shape"):  # and no memory is asked for
+        sigswap.load(tmp_path)
+
+
+def test_sizes_are_compared_before_they_are_allocated(tmp_path: Path) -> None:
+    saved_own(tmp_path)
+    _edit_json(tmp_path, factory_kwargs={"dim": 2**20})
+    with pytest.raises(CheckpointError, match=r"another shape .*embed\.weight"):
+        sigswap.load(tmp_path, allow_code=True)
+
+
+def test_tensors_that_another_program_has_laid_out_otherwise(tmp_path: Path) -> None:
+    saved_own(tmp_path)
+    _edit_weights(tmp_path, qkv__weight=torch.zeros(48, 16, dtype=torch.int32))
+    with pytest.raises(CheckpointError, match=r"qkv\.weight is of torch\.int32"):
+        sigswap.load(tmp_path, allow_code=True)
+    _edit_weights(tmp_path, qkv__weight=torch.zeros(48, 16, dtype=torch.float16))
+    with pytest.raises(CheckpointError, match='remove "tensors" from'):
+        sigswap.load(tmp_path, allow_code=True)
+    _edit_json(tmp_path, tensors=None)
+    assert sigswap.load(tmp_path, allow_code=True).qkv.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"norm": {"forward": 1}}, "'forward' cannot be set"),
+        ({"norm": {"weight": None}}, "'weight' cannot be set"),
+        ({"": {"norm": 1}}, "'norm' cannot be set"),
+        ({"norm": {"_buffers": None}}, "cannot be set"),
+        ({"norm": {"eps": "small"}}, "must be of the kind of 1e-05"),
+        ({"norm": {"eps": [1]}}, "must be a finite number"),
+        ({"gone": {"eps": 1}}, "no module 'gone'"),
+    ],
+)
+def test_attributes_that_are_none(tmp_path: Path, attributes: Any, message: str) -> None:
+    saved_own(tmp_path)
+    _edit_json(tmp_path, attributes=attributes)
+    with pytest.raises(CheckpointError, match=message):
+        sigswap.load(tmp_path, allow_code=True)
+
+
+def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    saved_own(tmp_path / "own")
+    sigswap.save(converted_bert(), tmp_path / "bert")
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    for name in ("own", "bert"):
+        sigswap.load(tmp_path / name, allow_code=True)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]
+
+
+def test_a_load_says_what_a_killed_save_has_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved_own(tmp_path / "m")
+    work = tmp_path / ".m.saving-00000000"
+    (work / "new").mkdir(parents=True)
+    (work / "lock").write_text("")
+    sigswap.load(tmp_path / "m", allow_code=True)
+    assert str(work) in caplog.text and "sigswap recover" in caplog.text
+    (tmp_path / "m" / "sigswap.json").unlink()
+    with pytest.raises(CheckpointError, match="sigswap recover"):
+        sigswap.load(tmp_path / "m", allow_code=True)
+
+
+def test_a_directory_that_is_saved_to_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved_own(tmp_path / "m")
+    read = checkpoint.weights.read_header
+
+    def saving(path: Path) -> Any:
+        monkeypatch.undo()
+        monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+        sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint.weights, "read_header", saving)
+    with pytest.raises(CheckpointError, match="saved to while it was being loaded"):
+        sigswap.load(tmp_path / "m", allow_code=True)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser reads all folders")
+def test_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
+    saved_own(tmp_path / "m")
+    (tmp_path / "m").chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match="could not be read"):
+            sigswap.load(tmp_path / "m")
+    finally:
+        (tmp_path / "m").chmod(0o755)
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="too long"):
+        sigswap.load(tmp_path / ("x" * 300))

@@ -249,6 +249,7 @@ def test_batches_of_any_size_give_the_same() -> None:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_everything_on_keeps_the_function(explicit: bool, kind: Any) -> None:
@@ -358,6 +359,7 @@ def test_a_failed_calibration_changes_nothing(bad: str) -> None:
     assert model(*data[0]).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [math.nan, 1e200])
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("query_bias", [False, True])

@@ -445,6 +445,7 @@ def test_compiled_models_are_compared_as_they_are() -> None:
     assert sigswap.compare(*compiled, texts(1), max_length=16, progress=False) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["a", 1.0, True, None])
 def test_a_seed_that_is_no_number(seed: Any) -> None:
     original = randomise(hf("LlamaForCausalLM")).eval()

@@ -99,6 +99,7 @@ def test_everything_from_a_teacher(copied: bool) -> None:
     assert not teacher.training and all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "bert", "t5", "albert", "fairseq_moe"])
 def test_layerwise_loss_against_an_oracle(name: str) -> None:
     """The first layer-wise loss is the relative error of the modules' outputs on the original's own inputs."""
@@ -387,6 +388,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_an_interrupted_run_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
     """In either stage, or between them: the weights and losses are those of a run in one go, bit for bit."""

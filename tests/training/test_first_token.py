@@ -118,6 +118,7 @@ def test_regression_is_at_a_minimum(explicit: bool, cap: float | None) -> None:
     assert (slope(*parameters) < 1e-3 * slope(*start))[moved].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explicit", [False, True, "tiled"])
 @pytest.mark.parametrize("cap", [None, 0.01])
 def test_report_against_an_oracle(explicit: bool | str, cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def test_the_divergence_of_half_precision_logits_holds_float32_for_a_chunk_alone
     assert 0 < sizes.largest <= 8 * 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [eager, compiled])
 @pytest.mark.parametrize("counted", [None, torch.tensor([[True] * 5, [True, True, False, False, True]])])
 @pytest.mark.parametrize("is_logits", [False, True])

@@ -178,6 +178,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", [1, 2])
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()

@@ -76,6 +76,7 @@ def test_a_decoder_gets_what_its_config_leaves_open(given: dict[str, Any], tmp_p
     assert not any("modules have the terms" in note for note in sigswap.report(again).notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

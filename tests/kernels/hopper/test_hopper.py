@@ -86,6 +86,7 @@ def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: 
     assert int(stores) <= spilled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, pytest.param(96, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize(
     ("dtype", "band", "form", "grouped", "bias"),

@@ -137,6 +137,7 @@ def targets(graph: torch.fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_graph(name: str, h100: None) -> None:
     graph = traced(CASES[name])

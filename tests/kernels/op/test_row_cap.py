@@ -250,6 +250,7 @@ def test_the_rows_sums_have_no_derivative() -> None:
     assert out.requires_grad and not sums.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(dynamic: bool, backend: str) -> None:

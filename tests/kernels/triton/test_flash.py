@@ -435,6 +435,7 @@ def assert_packed_no_worse(problem: PackedProblem) -> None:
     assert_near(results, joined(whole.query.dtype), joined(torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
 @pytest.mark.parametrize("shard", range(4))
 def test_in_the_interpreter(shard: int) -> None:

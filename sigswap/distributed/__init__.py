@@ -1,0 +1,1 @@
+"""Converted models on many processes, by torch.distributed."""

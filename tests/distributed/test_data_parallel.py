@@ -1,0 +1,87 @@
+"""Data parallelism: a converted model that is trained by several ranks equals one that one process trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+
+import sigswap
+
+transformers = pytest.importorskip("transformers")
+
+BATCH, STEPS = 4, 3
+
+
+def converted() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    fields = {"learn_bias": True, "query_bias": True, "layer_scale": 0.5}
+    return sigswap.convert(model, sigswap.SigmoidConfig(**fields))
+
+
+def trained(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The parameters after some steps of a rule that has no state."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    whole = {
+        name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in model.named_parameters()
+    }
+    return {name.removeprefix("module."): each.detach() for name, each in whole.items()}
+
+
+def replicated(model: Any) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: Any) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded_in_checkpoints(model: Any) -> nn.Module:
+    model.gradient_checkpointing_enable()
+    return sharded(model)
+
+
+WAYS: list[Callable[[Any], nn.Module]] = [replicated, sharded, sharded_in_checkpoints]
+
+
+def check_training() -> None:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ids = torch.randint(1, 31, (BATCH, 9), generator=torch.Generator().manual_seed(1))
+    model = converted()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    expected = trained(copy.deepcopy(model), ids)
+    for way in WAYS:
+        found = trained(way(copy.deepcopy(model)), ids[rank * BATCH // size : (rank + 1) * BATCH // size])
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=f"{way.__name__}: {name}")
+            assert not torch.equal(found[name], before[name]), f"{way.__name__}: {name} did not move"
+
+
+def test_training() -> None:
+    on_ranks(2, check_training)

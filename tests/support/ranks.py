@@ -1,0 +1,87 @@
+"""Functions run in several processes that talk by gloo, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+LIMIT = 240
+"""Seconds after which ranks that do not answer are given up."""
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` returns in each of ``size`` processes, which are one process group. It is a
+    function at the top of a module. An error in one of them is a failure here, with its traceback.
+    """
+    if not torch.distributed.is_available():
+        pytest.skip("this build of torch has no torch.distributed")
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ends = [context.Pipe(duplex=False) for _ in range(size)]
+        port = _free_port()
+        processes = [
+            context.Process(
+                target=_run,
+                args=(rank, size, port, sender, f"{folder}/store", function, arguments),
+                daemon=True,
+            )
+            for rank, (_, sender) in enumerate(ends)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for _, sender in ends:
+                sender.close()
+            answers = [_answer(receiver, rank) for rank, (receiver, _) in enumerate(ends)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    failed = [f"rank {rank}:\n{what}" for rank, (done, what) in enumerate(answers) if not done]
+    assert not failed, "\n".join(failed)
+    return [what for _, what in answers]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _answer(receiver: Connection, rank: int) -> tuple[bool, Any]:
+    try:
+        return receiver.recv() if receiver.poll(LIMIT) else (False, f"no answer within {LIMIT} s")
+    except EOFError:
+        return False, "it ended without an answer"
+
+
+def _run(
+    rank: int, size: int, port: int, sender: Connection, store: str, function: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        sender.send((True, function(*arguments)))
+        torch.distributed.barrier()
+    except BaseException:
+        sender.send((False, traceback.format_exc()))

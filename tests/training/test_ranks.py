@@ -1,0 +1,111 @@
+"""Calibration by several processes equals one process on all the batches, and fails in all of them together."""
+
+from __future__ import annotations
+
+import copy
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+
+import sigswap
+from sigswap.errors import CalibrationError
+
+transformers = pytest.importorskip("transformers")
+
+
+def llama(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    return sigswap.convert(model, sigswap.SigmoidConfig(**fields))
+
+
+def batches(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 31, (2, 9 + 3 * index), generator=generator) for index in range(count)]
+
+
+def added(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for name, each in model.named_parameters() if ".sigswap." in name}
+
+
+def alone() -> Any:
+    """A group of this rank."""
+    groups = [torch.distributed.new_group([rank]) for rank in range(torch.distributed.get_world_size())]
+    return groups[torch.distributed.get_rank()]
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "query_bias": {"learn_bias": True, "query_bias": True},
+    "first_token": {"learn_bias": True, "query_bias": True, "first_token": True},
+    "everything": {"learn_bias": True, "query_bias": True, "qk_norm": "rms", "layer_scale": 1.0, "hybrid_norm": True},
+}
+
+
+def check_equal() -> dict[str, dict[str, Any]]:
+    group, results = alone(), {}
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for kind, fields in CONFIGS.items():
+        model = llama(**fields)
+        expected = copy.deepcopy(model)
+        whole = sigswap.calibrate(expected, batches(5), lookups=False, progress=False, group=group)
+        report = sigswap.calibrate(model, batches(5)[rank::size], lookups=False, progress=False)  # 3 and 2 of them
+        for name, value in added(expected).items():
+            torch.testing.assert_close(model.get_parameter(name), value, atol=2e-4, rtol=2e-3, msg=f"{kind} {name}")
+        ours, theirs = ([(each.path, each.head, each.after) for each in made.heads] for made in (report, whole))
+        assert [each[:2] for each in ours] == [each[:2] for each in theirs]
+        for mine, one in zip(ours, theirs, strict=True):
+            assert mine[2] == pytest.approx(one[2], rel=1e-2)
+        assert [each.rows for each in report.lengths] == [each.rows for each in whole.lengths]
+        results[kind] = {name: value.tolist() for name, value in added(model).items()}
+    return results
+
+
+def test_equals_one_process() -> None:
+    first, second = on_ranks(2, check_equal)
+    assert first == second  # to the bit, on all ranks
+
+
+def check_errors() -> None:
+    rank = torch.distributed.get_rank()
+    model = llama(learn_bias=True)
+    before = added(model)
+
+    def refused(message: str, given: Any, **arguments: Any) -> None:
+        with pytest.raises(CalibrationError, match=message):
+            sigswap.calibrate(model, given, lookups=False, progress=False, **arguments)
+        for name, value in before.items():
+            assert torch.equal(model.get_parameter(name), value)
+
+    refused("another refine than", batches(1), refine=rank)
+    bad = copy.deepcopy(batches(1))
+    bad[0][0, 0] = 99  # not in the vocabulary
+    refused("rank 1 \\(" if rank == 0 else "batch", bad if rank == 1 else batches(1))
+    other = torch.distributed.new_group([0, 1])
+    with torch.no_grad():
+        model.get_parameter(next(iter(before))).add_(rank)
+    before = added(model)
+    refused("another parameters than", batches(1), group=other)
+    with torch.no_grad():
+        model.get_parameter(next(iter(before))).sub_(rank)
+    before = added(model)
+    if rank == 0:  # the other one does not come
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sigswap.training.ranks.ARRIVAL", timedelta(seconds=2))
+            refused("not all 2 ranks", batches(1), group=other)
+
+
+def test_errors_are_of_all_ranks() -> None:
+    on_ranks(2, check_errors)
