@@ -234,7 +234,8 @@ class SwapMode(TorchFunctionMode):
     def _divided(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         weights = args[0] if args else kwargs["input"]
         if func is NUMBER_BY_TENSOR or func in INVERSES or not isinstance(weights, Tensor):
-            self.inverse = inverse = func(*args, **kwargs)
+            inverse: Tensor = func(*args, **kwargs)
+            self.inverse = inverse
             return inverse
         return self._finished(func, weights, args[1] if len(args) > 1 else kwargs["other"])
 

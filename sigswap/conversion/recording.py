@@ -224,7 +224,7 @@ class Recording:
         )
 
 
-class _GroupedProducts(TorchDispatchMode):
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within a fake mode: grouped matrix products of any dtype that they run in. Their rule for fake tensors takes
     bfloat16 alone (seen in 2.11 to 2.14), so that no mixture of experts in another dtype would run."""
 

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -107,11 +107,13 @@ def _wrap(peft_model: ModuleType) -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     model_class = peft_model.PeftModel
-    save_model, save_config = model_class.save_pretrained, PeftConfigMixin.save_pretrained
+    config_class: Any = PeftConfigMixin
+    tuner_class: Any = BaseTuner
+    save_model, save_config = model_class.save_pretrained, config_class.save_pretrained
     if hasattr(save_model, _MADE_FOR):
         return
-    from_peft_type = PeftConfigMixin.from_peft_type.__func__
-    init, add_adapter, inject = model_class.__init__, model_class.add_adapter, BaseTuner.inject_adapter
+    from_peft_type: Callable[..., Any] = config_class.from_peft_type.__func__
+    init, add_adapter, inject = model_class.__init__, model_class.add_adapter, tuner_class.inject_adapter
 
     @functools.wraps(save_model)
     def marking_save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,9 +160,9 @@ def _wrap(peft_model: ModuleType) -> None:
     model_class.save_pretrained = marking_save_pretrained
     model_class.__init__ = checking_init
     model_class.add_adapter = checking_add_adapter
-    PeftConfigMixin.save_pretrained = marked_save_pretrained
-    PeftConfigMixin.from_peft_type = classmethod(reading_from_peft_type)
-    BaseTuner.inject_adapter = checking_inject_adapter
+    config_class.save_pretrained = marked_save_pretrained
+    config_class.from_peft_type = classmethod(reading_from_peft_type)  # type: ignore[arg-type]
+    tuner_class.inject_adapter = checking_inject_adapter
 
 
 def _check(model: Any, config: Any) -> None:

@@ -288,7 +288,7 @@ def _wrap_from_config(model_class: Any) -> None:
 
     @functools.wraps(from_config)
     def converting_from_config(*args: Any, **kwargs: Any) -> Any:
-        config = args[1] if len(args) > 1 else kwargs.get("config")
+        config: Any = args[1] if len(args) > 1 else kwargs.get("config")
         entry = getattr(config, "quantization_config", None)
         entry = entry if isinstance(entry, dict) or entry is None else vars(entry)
         if not entry or entry.get("quant_method") != METHOD:
