@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib.abc
-import importlib.machinery
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -24,65 +21,16 @@ from torch import nn
 
 from sigswap.conversion.record import is_converted
 from sigswap.errors import CheckpointError, Hint
+from sigswap.saving.when_imported import WhenImported
 from sigswap.version import __version__
 
 MARK = "sigswap"  # of adapter_config.json
-_TARGET = "peft.peft_model"
 _MADE_FOR = "_sigswap_made_for"  # of a config that was read: its mark
 _saving: contextvars.ContextVar[bool] = contextvars.ContextVar("sigswap_saving_adapters", default=False)
 
 
-def install() -> None:
-    """At once if peft is imported, else when it will be."""
-    module = sys.modules.get(_TARGET)
-    if module is not None and not _is_being_imported(module):
-        _set_up(module)
-    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PeftFinder())
-
-
-class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Sets peft up at the end of the import of peft.peft_model, and then goes. It finds nothing itself.
-
-    Where that import was under way before, the next import of any module does it.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        module = sys.modules.get(_TARGET)
-        if fullname != _TARGET:
-            if module is not None and not _is_being_imported(module):
-                _set_up(module)
-            return None
-        for finder in [other for other in sys.meta_path if not isinstance(other, _PeftFinder)]:
-            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
-            if spec is not None:
-                if spec.loader is not None:
-                    _set_up_behind(spec.loader)
-                return spec
-        return None
-
-
-def _set_up_behind(loader: Any) -> None:
-    """Sets peft up when ``loader`` has executed its module."""
-    load = loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
-        load(module)
-        _set_up(module)
-
-    loader.exec_module = exec_module
-
-
-def _is_being_imported(module: ModuleType) -> bool:
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-
-
 def _set_up(module: ModuleType) -> None:
     """Wraps peft's methods, once. A version in which that is not possible is left as it is."""
-    # Another list: imports that are under way, in this or other threads, are going through this one.
-    sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
     try:
         _wrap(module)
     except (ImportError, AttributeError) as error:
@@ -90,6 +38,14 @@ def _set_up(module: ModuleType) -> None:
             f"adapters of this version of peft do not tell sigmoid attention from softmax attention ({error}).",
             stacklevel=2,
         )
+
+
+def install() -> None:
+    """At once if peft is imported, else when it will be."""
+    _waiting.install()
+
+
+_waiting = WhenImported("peft.peft_model", _set_up)
 
 
 @contextlib.contextmanager

@@ -17,17 +17,11 @@ by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import sys
-import threading
 import warnings
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -52,26 +46,11 @@ from sigswap.saving.marks import (
     without_gguf_marks,
 )
 from sigswap.saving.weights import check_files
+from sigswap.saving.when_imported import WhenImported
 
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
-
-
-def install() -> None:
-    """Makes transformers load and save converted models: at once if it is imported, else when it will be.
-
-    If another thread imports it just now, this waits for that thread.
-    """
-    module = sys.modules.get(_TARGET)
-    if module is not None and _is_being_imported(module):
-        with contextlib.suppress(Exception):  # an import that fails is its importer's to report
-            importlib.import_module(_TARGET)
-        module = sys.modules.get(_TARGET)
-    if module is not None and not _is_being_imported(module):
-        _set_up(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
 
 
 def is_transformers_model(model: object) -> bool:
@@ -80,57 +59,8 @@ def is_transformers_model(model: object) -> bool:
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Sets transformers up at the end of the import of transformers.modeling_utils, and then goes.
-
-    It finds nothing itself. Where this import was under way before, in the thread that imports sigswap, the next
-    import of any module does it.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TARGET:
-            if _TARGET in sys.modules:
-                _set_up_if_imported()
-            return None
-        for finder in [other for other in sys.meta_path if not isinstance(other, _Finder)]:
-            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
-            if spec is not None:
-                if spec.loader is not None:
-                    _set_up_behind(spec.loader)
-                return spec
-        return None
-
-
-def _set_up_behind(loader: Any) -> None:
-    """Sets transformers up when ``loader`` has executed its module."""
-    load = loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
-        load(module)
-        _set_up(module)
-
-    loader.exec_module = exec_module
-
-
-def _is_being_imported(module: ModuleType) -> bool:
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-
-
-def _set_up_if_imported() -> None:
-    module = sys.modules.get(_TARGET)
-    if module is not None and not _is_being_imported(module):
-        _set_up(module)
-
-
-_setting_up = threading.Lock()
-
-
 def _set_up(modeling_utils: ModuleType) -> None:
     """Registers sigswap with transformers, once. A version in which that is not possible is left as it is."""
-    if not _setting_up.acquire(blocking=False):
-        return  # by another thread, or for an import that this has made; to wait here could be for oneself
     try:
         _register()
         _wrap(modeling_utils.PreTrainedModel)
@@ -140,11 +70,14 @@ def _set_up(modeling_utils: ModuleType) -> None:
             "5.17 or newer.",
             stacklevel=2,
         )
-    finally:
-        if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            # Another list: imports that are under way, in this or other threads, are going through this one.
-            sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-        _setting_up.release()
+
+
+def install() -> None:
+    """Makes transformers load and save converted models: at once if it is imported, else when it will be."""
+    _waiting.install()
+
+
+_waiting = WhenImported(_TARGET, _set_up)
 
 
 def _register() -> None:

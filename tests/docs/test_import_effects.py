@@ -34,7 +34,7 @@ changed = sorted(name for name, value in everything().items() if name in before 
 print(json.dumps({{
     "changed": changed,
     "packages": sorted({{name.partition(".")[0] for name in set(sys.modules) - modules}}),
-    "finders": [type(finder).__name__ for finder in sys.meta_path if finder not in finders],
+    "finders": [finder.target for finder in sys.meta_path if finder not in finders],
     "ops": sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sigswap::")),
 }}))
 """
@@ -58,7 +58,7 @@ def snapshot(before: str) -> dict[str, list[str]]:
 def test_import_alone() -> None:
     found = snapshot("import rich.console, rich.table, safetensors.torch, html")
     assert found["changed"] == []
-    assert found["finders"] == ["_Finder", "_PeftFinder"]
+    assert found["finders"] == ["transformers.modeling_utils", "peft.peft_model"]
     assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs", "sigswap::first_token_bias"])
     assert "transformers" not in found["packages"]
 
@@ -68,7 +68,7 @@ def test_import_after_transformers() -> None:
     found = snapshot("import rich.console, rich.table, transformers.modeling_utils, transformers.quantizers.auto")
     model = "transformers.modeling_utils.PreTrainedModel"
     assert found["changed"] == [f"{model}._from_config", f"{model}.from_pretrained", f"{model}.save_pretrained"]
-    assert found["finders"] == ["_PeftFinder"]
+    assert found["finders"] == ["peft.peft_model"]
 
 
 def test_import_after_peft() -> None:

@@ -181,7 +181,7 @@ thread.join()
 assert not errors, errors
 from transformers import PreTrainedModel
 assert hasattr(PreTrainedModel, "_sigswap_wrapped")
-assert not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path)
+assert not any(getattr(finder, "target", "") == "transformers.modeling_utils" for finder in sys.meta_path)
 """
 UNTIL_IT_IS_UNDER_WAY = "while 'transformers.modeling_utils' not in sys.modules: pass"
 LOOKED_FOR = """
