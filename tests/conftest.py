@@ -21,7 +21,7 @@ import torch
 torch.set_num_threads(1)
 
 
-SAMPLE = 4
+SAMPLE = 6
 """Of the cases of each test that is marked slow, one in so many is run, the same ones each time, and at least one. Of
 tests without cases likewise, of all that one file has."""
 

@@ -232,6 +232,7 @@ def test_compare(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "has no tokenizer" in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

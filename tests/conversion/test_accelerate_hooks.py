@@ -215,9 +215,15 @@ def test_from_pretrained_of_a_converted_model_with_a_device_map(tmp_path: Path) 
 
 
 def test_calibration_of_parameters_that_are_offloaded() -> None:
-    model = offloaded(sigswap.convert(language_model()))
-    with pytest.raises(errors.CalibrationError, match="convert the model afterwards"):
-        sigswap.calibrate(model, texts(), progress=False)
+    model, bare = (
+        offloaded(sigswap.convert(language_model(), QUERY_BIAS)),
+        sigswap.convert(language_model(), QUERY_BIAS),
+    )
+    before = run(model, texts()[0])
+    for each in (model, bare):
+        sigswap.calibrate(each, texts(), progress=False)
+    assert_equal(run(model, texts()[0]), run(bare, texts()[0]))
+    assert (run(model, texts()[0])[0] - before[0]).abs().max() > 0.01
 
 
 def test_save_of_offloaded_weights_that_only_the_hooks_know(tmp_path: Path) -> None:

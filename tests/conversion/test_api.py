@@ -127,6 +127,7 @@ class TestConfig:
         (expected,) = torch.autograd.grad(oracle(original, x, y, c=c).square().sum(), c)
         close(grad, expected)
 
+    @pytest.mark.slow
     def test_constant_biases(self, spelling: str) -> None:
         module, x, y = made(spelling)
         original = copy.deepcopy(module)
@@ -149,6 +150,7 @@ class TestConfig:
         close(module(x, y), expected)
         close(torch.compile(module, backend="aot_eager", fullgraph=True)(x, y), expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["rms", "layer"])
     def test_qk_norm(self, spelling: str, kind: str) -> None:
         module, x, y = made(spelling)

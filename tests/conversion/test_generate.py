@@ -163,6 +163,7 @@ def test_beam_search(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @ATTENTION
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -62,6 +62,7 @@ def test_the_tokens_tell() -> None:
     assert without_cache(converted(6), PROMPT) != without_cache(converted(), PROMPT)
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @pytest.mark.parametrize("cache", ["dynamic", "static", "sliding_window", "hybrid"])
 def test_sliding_windows(cache: str, first_token: bool) -> None:
@@ -87,6 +88,7 @@ ASSISTED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @pytest.mark.parametrize("by", ASSISTED)
 def test_assisted_decoding(by: str, first_token: bool) -> None:
@@ -125,6 +127,7 @@ def test_quantized_cache(first_token: bool) -> None:
     assert generated(model, past_key_values=cache) == without_cache(model, PROMPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "first_token"),
     [("sdpa", False), pytest.param("sdpa", True, marks=pytest.mark.slow), ("eager", False), ("eager", True)],

@@ -40,6 +40,7 @@ def half_of(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 3, 8])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attention, key_heads", [("sdpa", HEADS), ("sdpa", 2), ("eager", HEADS)])

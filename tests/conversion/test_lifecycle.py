@@ -94,6 +94,7 @@ class Snapshot:
 # ------------------------------------------------------------------------------- what the model still is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_classes_and_names_stay(entry: Entry) -> None:
     model = entry.build()

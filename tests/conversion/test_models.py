@@ -137,6 +137,7 @@ def test_first_token(case: Case) -> None:
         assert unused or (gradient != 0).all(), name
 
 
+@pytest.mark.slow
 @all_cases
 def test_report(case: Case) -> None:
     entry, _ = case

@@ -445,6 +445,7 @@ ADAPTERS = [wrap, parametrized, hooked, forward_replaced, methods_wrapped, same_
 each_adapter = pytest.mark.parametrize("adapt", ADAPTERS, ids=lambda adapt: adapt.__name__)
 
 
+@pytest.mark.slow
 @each_owner
 @each_adapter
 def test_adapters(owner: type[Owner], adapt: Callable[[Owner], None]) -> None:

@@ -114,6 +114,7 @@ READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_whatever_reads_a_value(name: str) -> None:
     assert_converts(Attention(READS[name]))
@@ -280,6 +281,7 @@ def fakes() -> list[Any]:
     return [thing for thing in gc.get_objects() if type(thing) is FakeTensor]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.__name__)
 def test_caches_of_the_models_code(cache: Callable[[int], Tensor], values: bool) -> None:

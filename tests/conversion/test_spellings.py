@@ -165,6 +165,7 @@ def test_compiled(name: str) -> None:
     close(plain(X), expected(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maximum", "multiplied", "log_softmax"])
 @pytest.mark.parametrize("options", [{}, {"query_bias": True}, {"row_cap": 0.1}, {"first_token": True}], ids=str)
 def test_calibrated(name: str, options: dict[str, Any]) -> None:

@@ -228,6 +228,7 @@ GENERATING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", GENERATING)
 def test_generate(mode: str) -> None:
     """generate: greedy, beams, sampling, static cache, prompt lookup"""

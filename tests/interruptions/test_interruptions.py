@@ -20,6 +20,7 @@ SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 """Lines of each call; those that look at a model take longer."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_sample_of_lines(name: str) -> None:
     checked = Checked(name)

@@ -184,6 +184,7 @@ def test_a_bias_under_a_mask(name: str, dynamic: bool) -> None:
     assert (mask, is_causal) == ((batch, HEADS, 9, 9), causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BIASES)
 def test_a_bias_under_a_mask_and_a_row_cap(name: str) -> None:
     """Padding stays in the mask: a hidden key would be in the sum of its row."""

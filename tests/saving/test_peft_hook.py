@@ -43,6 +43,7 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_an_adapter_of_a_converted_model(kind: str, tmp_path: Path) -> None:
     model = peft.get_peft_model(sigswap.convert(llama()), CONFIGS[kind]).eval()

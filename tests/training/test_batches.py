@@ -62,6 +62,7 @@ CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_batches_without_a_length_are_as_a_list_of_them(call: str) -> None:
     models = [converted() for _ in range(3)]

@@ -314,9 +314,7 @@ def test_a_student_with_adapters_needs_no_second_model() -> None:
 def test_a_trained_weight_that_is_no_adapters_needs_a_teacher() -> None:
     student, _ = adapted()
     student.base_model.model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(
-        ArgumentError, match=r"would change \(base_model\.model\.(lm_head|model\.embed_tokens)\.weight is no"
-    ):
+    with pytest.raises(ArgumentError, match=r"would change \((lm_head|model\.embed_tokens)\.weight is no"):
         sigswap.distill(student, None, texts(), steps=1)
     biased, _ = adapted(target_modules=["q_proj"], bias="all")
     assert sigswap.distill(biased, None, texts(), steps=1, progress=False)  # Llama has no biases

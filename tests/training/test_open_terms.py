@@ -46,6 +46,7 @@ def divergence(model: Any, original: Any) -> float:
     return float(sum((t.softmax(-1) * (t.log_softmax(-1) - y.log_softmax(-1))).sum(-1).mean() for t, y in pairs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"query_bias": True}, {"qk_norm": "rms"}])
 def test_a_decoder_gets_what_its_config_leaves_open(given: dict[str, Any], tmp_path: Path) -> None:
     original = llama()

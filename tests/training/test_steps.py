@@ -19,6 +19,7 @@ from sigswap.training import compiled as compiling
 from sigswap.training import steps as stepping
 from sigswap.training.lesson import Lesson
 from sigswap.training.teaching import Original
+from sigswap.transaction import Transaction
 
 pytest.importorskip("transformers")
 VOCABULARY = 61
@@ -178,12 +179,13 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("stage", ["layerwise", "end_to_end"])
 def test_a_lesson_reads_nothing(stage: str) -> None:
     model, original = pair()
-    lesson = Lesson(model, Original(original), ["model.layers.0.self_attn"])
     ids = texts(1)[0]["input_ids"]
-    with Reads() as reads:
-        original(input_ids=ids, use_cache=False)
-        theirs = reads.count  # what transformers reads itself
-        getattr(lesson, stage)(((), {"input_ids": ids, "use_cache": False}), 0)
+    with Transaction() as undo:
+        lesson = Lesson(undo, model, Original(original), ["model.layers.0.self_attn"])
+        with Reads() as reads:
+            original(input_ids=ids, use_cache=False)
+            theirs = reads.count  # what transformers reads itself
+            getattr(lesson, stage)(((), {"input_ids": ids, "use_cache": False}), 0)
     assert reads.count <= (3 if stage == "end_to_end" else 2) * theirs
 
 
