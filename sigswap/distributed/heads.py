@@ -14,8 +14,9 @@ from sigswap.errors import ConversionError, Hint
 
 
 class _PerHead(NamedTuple):
-    """A parameter whose first axis is the heads."""
+    """A parameter whose first axis is the heads; ``path``: of its module below the owner's ``sigswap``."""
 
+    path: str
     module: nn.Module
     name: str
     parameter: nn.Parameter
@@ -43,14 +44,15 @@ def shard_heads(model: nn.Module) -> nn.Module:
         ConversionError: the heads of an attention cannot be divided evenly among the ranks, or its projections are
             sharded over several axes of a mesh. The model is as it was before the call.
     """
-    owners = owners_of(converted_part(model))
-    if not any(parameter for owner in owners.values() for parameter in _per_head(owner)):
+    part = converted_part(model)
+    owners = owners_of(part)
+    if not any(True for owner in owners.values() for _ in _per_head(owner)):
         return model
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     sharded = []
     for path, owner in owners.items():
-        meshes = list(_meshes(converted_part(model).get_submodule(path), owner))
+        meshes = list(_meshes(part.get_submodule(path), owner))
         if not meshes:
             continue
         mesh = meshes[0]
@@ -85,9 +87,8 @@ def with_heads(plan: Mapping[str, str], model: nn.Module) -> dict[str, str]:
     for path, owner in owners_of(model).items():
         wildcards = _wildcards(path)
         if any(style == "colwise" and name.startswith(f"{wildcards}.") for name, style in plan.items()):
-            names = {id(parameter): name for name, parameter in owner.named_parameters()}
             for each in _per_head(owner):
-                added[_wildcards(f"{path}.sigswap.{names[id(each.parameter)]}")] = "colwise"
+                added[_wildcards(f"{path}.sigswap.{each.path}.{each.name}")] = "colwise"
     return {**plan, **added}
 
 
@@ -97,10 +98,10 @@ def _wildcards(name: str) -> str:
 
 
 def _per_head(owner: OwnerState) -> Iterator[_PerHead]:
-    for module in owner.modules():
+    for path, module in owner.named_modules():
         if isinstance(module, SiteState | HeadNorm):
             for name, parameter in module.named_parameters(recurse=False):
-                yield _PerHead(module, name, parameter)
+                yield _PerHead(path, module, name, parameter)
 
 
 def _meshes(module: nn.Module, added: OwnerState) -> Iterator[Any]:

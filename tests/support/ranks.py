@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -28,11 +27,10 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(size)]
-        port = _free_port()
         processes = [
             context.Process(
                 target=_run,
-                args=(rank, size, port, sender, f"{folder}/store", function, arguments),
+                args=(rank, size, sender, f"{folder}/store", function, arguments),
                 daemon=True,
             )
             for rank, (_, sender) in enumerate(ends)
@@ -52,13 +50,6 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     return [what for _, what in answers]
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def _answer(receiver: Connection, rank: int) -> tuple[bool, Any]:
     try:
         return receiver.recv() if receiver.poll(LIMIT) else (False, f"no answer within {LIMIT} s")
@@ -66,15 +57,11 @@ def _answer(receiver: Connection, rank: int) -> tuple[bool, Any]:
         return False, "it ended without an answer"
 
 
-def _run(
-    rank: int, size: int, port: int, sender: Connection, store: str, function: Callable[..., Any], arguments: Any
-) -> None:
+def _run(rank: int, size: int, sender: Connection, store: str, function: Callable[..., Any], arguments: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
     try:
