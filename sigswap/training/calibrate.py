@@ -23,6 +23,7 @@ from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.conversion.wrappers import check_undistributed, runnable, unwrapped
+from sigswap.distributed.ranks import CALIBRATION, Ranks
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.batches import as_calls, call_model, gone, main_output, progress_bar
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
@@ -32,7 +33,7 @@ from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Beside, check_max_length, mixer_for
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import check_seed, own_batches
-from sigswap.training.ranks import Ranks
+from sigswap.training.ranks import add_up, conversions_of
 from sigswap.transaction import Transaction, entries
 
 ROW_CAP = 1e-2
@@ -115,8 +116,9 @@ def calibrate(
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
     check_seed(seed)
-    ranks = Ranks(group)
-    ranks.check_same(states, refine=refine, row_cap=row_cap, lookups=lookups, max_length=max_length, seed=seed)
+    ranks = Ranks(CALIBRATION, group)
+    given = {"refine": refine, "row_cap": row_cap, "lookups": lookups, "max_length": max_length, "seed": seed}
+    ranks.check_same(**conversions_of(states), **given)
     notes: list[str] = []
     calls: Iterable[Inputs]
     with ranks.all_or_none():
@@ -132,9 +134,9 @@ def calibrate(
         bar = progress_bar(undo, progress and ranks.rank == 0)
         with ranks.all_or_none():
             seen = _beside(model, calls, lookups, tokens, max_length)
-        if seen.mixer.inputs is not None and (given := open_terms(undo.on_failure, part)):
+        if seen.mixer.inputs is not None and (opened := open_terms(undo.on_failure, part)):
             notes.append(
-                f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
+                f"The model is a decoder: {len(opened)} of {len(states)} modules have the terms now that their config "
                 "left open, for the query and the first key (query_bias, first_token)."
             )
         caps = _caps_to_try(states, row_cap)
@@ -153,7 +155,7 @@ def calibrate(
             with ranks.all_or_none():
                 for count in passes.run(observer):
                     bar.update(task, advance=1, total=None if count is None else count * total)
-            ranks.add_up(observer, list(states.values()))
+            add_up(ranks, observer, list(states.values()))
             return observer
 
         if normed:

@@ -103,7 +103,7 @@ def check_errors() -> None:
     before = added(model)
     if rank == 0:  # the other one does not come
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sigswap.training.ranks.ARRIVAL", timedelta(seconds=2))
+            patch.setattr("sigswap.distributed.ranks.ARRIVAL", timedelta(seconds=2))
             refused("not all 2 ranks", batches(1), group=other)
 
 
