@@ -23,18 +23,19 @@ class Work(NamedTuple):
     function: str
     noun: str
     error: type[SigswapError]
+    or_else: str = ", or give those that do so a group of their own"
 
 
 CALIBRATION = Work("calibrate", "calibration", CalibrationError)
 DISTILLATION = Work("distill", "distillation", CalibrationError)
-SAVE = Work("save", "save", CheckpointError)
+SAVE = Work("save", "save", CheckpointError, "")
 
 
 class Ranks:
     """The ranks of a process group; or one process."""
 
     def __init__(self, work: Work, group: Any = None, *, alone: bool = False) -> None:
-        """``group`` None: all ranks, if torch.distributed is initialised. ``alone``: this process, whatever there is."""
+        """``group`` None: all ranks, if torch.distributed is initialised. ``alone``: this process alone."""
         is_there = torch.distributed.is_available() and torch.distributed.is_initialized() and not alone
         self.work = work
         self.group = group
@@ -54,19 +55,25 @@ class Ranks:
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
-    def check_same(self, **mine: Any) -> None:
-        """Raises the work's error unless all ranks have come, with equal things by these names."""
-        if self.size == 1:
+    def arrive(self) -> None:
+        """Waits for the others. Raises the work's error if not all come, where the backend can tell."""
+        if self.size == 1 or torch.distributed.get_backend(self.group) != "gloo":
             return
         function = self.work.function
-        if torch.distributed.get_backend(self.group) == "gloo":
-            try:
-                torch.distributed.monitored_barrier(self.group, ARRIVAL, wait_all_ranks=True)
-            except RuntimeError as error:
-                raise self.work.error(
-                    f"not all {self.size} ranks of the process group {function}: {error}",
-                    hint=Hint(f"Call {function} on every rank, or give those that do so a group of their own."),
-                ) from error
+        try:
+            torch.distributed.monitored_barrier(self.group, ARRIVAL, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise self.work.error(
+                f"not all {self.size} ranks of the process group {function}: {error}",
+                hint=Hint(f"Call {function} on every rank{self.work.or_else}."),
+            ) from error
+
+    def check_same(self, **mine: Any) -> None:
+        """Raises the work's error unless all ranks come, with equal things by these names."""
+        if self.size == 1:
+            return
+        self.arrive()
+        function = self.work.function
         texts = {name: repr(value) for name, value in mine.items()}
         for rank, theirs in enumerate(self.gathered(texts)):
             differing = [name for name in texts if theirs.get(name) != texts[name]]
