@@ -96,18 +96,21 @@ def _acts_outside(adapted: Any) -> bool:
     return not isinstance(tuner, known) or type(tuner).__name__ == "XLoraModel"
 
 
-def check_undistributed(model: nn.Module, to_do: str) -> None:
+def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False) -> None:
     """Raises ConversionError if the parameters of ``model`` are spread over processes, or kept equal in them by what
-    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say.
+    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say. ``by_ranks``: it
+    is for what has parts, or is the same on all ranks.
     """
     for wrapper in wrappers_of(model):
+        if by_ranks and wrapper.name == "DistributedDataParallel":
+            continue
         if wrapper.kind in ("parallel", "sharded"):
             raise ConversionError(
                 f"a model inside {wrapper.name} cannot {to_do}.",
                 argument="model",
                 hint=Hint(f"Do so with what was given to {wrapper.name}, in each process, and wrap it afterwards."),
             )
-    spread = spread_parameter(model)
+    spread = None if by_ranks else spread_parameter(model)
     if spread is not None:
         raise ConversionError(
             f"a model whose parameters are spread over devices ({spread}) cannot {to_do}.",

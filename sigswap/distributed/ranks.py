@@ -120,14 +120,29 @@ class Ranks:
         torch.distributed.all_gather_object(theirs, mine, group=self.group)
         return theirs
 
+    def sent(self, tensor: Tensor | None, like: Tensor) -> Tensor:
+        """The tensor of rank 0, in the shape, dtype and on the device of ``like``. Others need have none."""
+        if self.size == 1:
+            assert tensor is not None
+            return tensor
+        place = self.place(like.device)
+        found = (
+            torch.empty(like.shape, dtype=like.dtype, device=place) if tensor is None else tensor.to(place, like.dtype)
+        )
+        torch.distributed.broadcast(found.contiguous(), self.members()[0], group=self.group)
+        return found.to(like.device)
+
     def numbers(self, *mine: int, device: torch.device) -> list[list[int]]:
         """Some numbers of each rank; as many of each."""
         if self.size == 1:
             return [list(mine)]
         sent = torch.tensor(mine, dtype=torch.int64, device=self.place(device))
         parts = [torch.empty_like(sent) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, sent, group=self.group)
-        found: list[list[int]] = torch.stack(parts).tolist()
+        try:
+            torch.distributed.all_gather(parts, sent, group=self.group)
+            found: list[list[int]] = torch.stack(parts).tolist()
+        except RuntimeError as error:
+            raise self.lost(error) from error
         return found
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -136,5 +151,8 @@ class Ranks:
             return tensor
         place = self.place(tensor.device)
         total = tensor.detach().clone() if place == tensor.device else tensor.detach().to(place)
-        torch.distributed.all_reduce(total, group=self.group)
+        try:
+            torch.distributed.all_reduce(total, group=self.group)
+        except RuntimeError as error:
+            raise self.lost(error) from error
         return total.to(tensor.device)

@@ -59,7 +59,7 @@ def fully_sharded(model: nn.Module) -> Iterator[Fully]:
             groups = getattr(state, "_fsdp_param_groups", None)
             for group in [state._fsdp_param_group] if groups is None else groups:
                 for each in () if group is None else group.fsdp_params:
-                    yield Fully(each.sharded_param, getattr(each, "_unsharded_param", None), group.mesh_info)
+                    yield Fully(each.sharded_param, getattr(each, "_unsharded_param", None), group.mesh_info.mesh)
 
 
 def reshard(model: nn.Module) -> None:
