@@ -49,9 +49,9 @@ def batches(count: int = 10, *, padded: bool = True) -> list[dict[str, Tensor]]:
     return found
 
 
-def own(whole: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """This rank's rows."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def own(whole: list[dict[str, Tensor]], shared_by: int = 1) -> list[dict[str, Tensor]]:
+    """This rank's rows; so many ranks have the same ones."""
+    rank, size = (each() // shared_by for each in (torch.distributed.get_rank, torch.distributed.get_world_size))
     rows = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
     return [{name: value[rows] for name, value in batch.items()} for batch in whole]
 
@@ -95,6 +95,12 @@ def by_heads(model: Any, over: Any = None) -> Any:
     return sigswap.shard_heads(model) if sigswap.is_converted(model) else model
 
 
+def by_two_axes(model: Any) -> Any:
+    """Some heads on each of two ranks, and half of each parameter of these on each of the other two pairs."""
+    both = mesh(2, 2, names=("data", "heads"))
+    return fully(by_heads(model, both["heads"]), both["data"])
+
+
 def values(model: nn.Module) -> dict[str, Tensor]:
     found = {name.removeprefix("module."): each for name, each in model.named_parameters()}
     return {
@@ -116,11 +122,11 @@ def distilled(model: Any, teacher: Any, given: Any, **arguments: Any) -> Any:
     return sigswap.distill(model, teacher, given, **{**STEPS, "progress": False, **arguments})
 
 
-def check_distillation(ways: dict[str, tuple[Any, bool, dict[str, Any]]]) -> list[list[Any]]:
-    """``ways``: what spreads a model, whether ranks have batches of their own, and arguments."""
+def check_distillation(ways: dict[str, tuple[Any, int, dict[str, Any]]]) -> list[list[Any]]:
+    """``ways``: what spreads a model, how many ranks share their batches (0: all), and arguments."""
     group, results, expected = alone(), [], {}
     place = device()
-    for what, (way, divided, arguments) in ways.items():
+    for what, (way, shared_by, arguments) in ways.items():
         key = repr(arguments)
         start = converted().to(place)
         if key not in expected:
@@ -129,7 +135,7 @@ def check_distillation(ways: dict[str, tuple[Any, bool, dict[str, Any]]]) -> lis
             expected[key] = values(model), report
         model = way(copy.deepcopy(start))
         teacher = None if arguments else (llama().to(place) if way is wrapped else way(llama().to(place)))
-        report = distilled(model, teacher, own(batches()) if divided else batches(), **arguments)
+        report = distilled(model, teacher, own(batches(), shared_by) if shared_by else batches(), **arguments)
         found, (wanted, other) = values(model), expected[key]
         if place.type == "cpu":
             assert_near(found, wanted, what)
@@ -150,11 +156,11 @@ def check_distillation(ways: dict[str, tuple[Any, bool, dict[str, Any]]]) -> lis
 
 
 SIGMOID = {"train": "sigmoid"}
-WAYS = {
-    "plain": (plain, True, {}),
-    "wrapped": (wrapped, True, {}),
-    "fully": (fully, True, {}),
-    "fully, own teacher": (fully, True, SIGMOID),
-    "by heads": (by_heads, False, {}),
-    "by heads, own teacher": (by_heads, False, SIGMOID),
+WAYS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "plain": (plain, 1, {}),
+    "wrapped": (wrapped, 1, {}),
+    "fully": (fully, 1, {}),
+    "fully, own teacher": (fully, 1, SIGMOID),
+    "by heads": (by_heads, 0, {}),
+    "by heads, own teacher": (by_heads, 0, SIGMOID),
 }
