@@ -475,7 +475,8 @@ def test_biases_rise_with_the_row_cap_up_to_one() -> None:
     original = language_model()
     for cap, target, rise in ((0.01, 0.25, 0.5 * math.log(25.0)), (0.01, math.inf, math.log(10.0)), (2.0, 4.0, 0.0)):
         model = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(row_cap=cap))
-        biases = {name: p.detach().clone() for name, p in model.named_parameters() if ".sigswap." in name and name.endswith("bias")}
+        found = [name for name, _ in model.named_parameters() if ".sigswap." in name and name.endswith("bias")]
+        biases = {name: model.get_parameter(name).detach().clone() for name in found}
         assert biases
         sigswap.distill(model, original, texts(), steps=12, lr=1e-12, lift_row_cap=target, progress=False)
         for name, before in biases.items():
