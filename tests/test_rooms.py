@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "distributed": ("conversion", "sequence", *LEAVES),
     "saving": ("distributed", "conversion", *LEAVES),
     "api": ("training", "saving", "conversion", *LEAVES),
-    "bench": ("api", "saving", "compiling", "conversion", "functional", *LEAVES),
+    "bench": ("api", "distributed", "saving", "compiling", "conversion", "functional", "sequence", *LEAVES),
     "former_names": (),
     "the package": (
         "former_names",
