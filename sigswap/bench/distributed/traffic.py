@@ -37,7 +37,7 @@ class Traffic(TorchDispatchMode):
             found = _SENT.get(name)
             if found is not None:
                 self.sent += found(args, _group(args).size())
-            if self._silent and namespace == "_c10d_functional":
+            if self._silent and namespace == "_c10d_functional" and name in _SILENT:
                 return _SILENT[name](*args)
         return func(*args, **kwargs)
 
