@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "passes": ("errors", "masked"),
     "sequence": ("kernels", *LEAVES),
     "functional": ("sequence", "kernels", *LEAVES),
-    "conversion": ("functional", "passes", *LEAVES),
+    "conversion": ("functional", "sequence", "passes", *LEAVES),
     "compiling": ("conversion", "functional", "passes", "kernels", *LEAVES),
     "training": ("conversion", "functional", "kernels", *LEAVES),
     "distributed": ("conversion", "sequence", *LEAVES),

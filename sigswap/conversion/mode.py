@@ -53,6 +53,7 @@ from sigswap.functional.torch_functions import (
     PRODUCTS,
     SWAPS,
 )
+from sigswap.sequence.torch_context import on_parts
 
 
 class SwapMode(TorchFunctionMode):
@@ -286,6 +287,9 @@ class SwapMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        spread = on_parts(query, self._sdpa, site, query, key, value, *args, **kwargs)
+        if spread is not None:
+            return spread
         mask = args[0] if args else kwargs.get("attn_mask")
         site.check_heads(query, mask, args[2] if len(args) > 2 else kwargs.get("is_causal", False))
         query, key = site.normalized(query, key)

@@ -22,6 +22,7 @@ from sigswap.kernels.op.checks import check_lengths
 from sigswap.kernels.op.first_token import first_token_bias
 from sigswap.sequence.active import active, refuse_parts
 from sigswap.sequence.inputs import Inputs
+from sigswap.sequence.torch_context import on_parts
 
 _NUMBERS = (int, float, Tensor, torch.SymInt, torch.SymFloat)  # a tensor of one element is one, as for PyTorch
 
@@ -91,22 +92,21 @@ def sigmoid_attention(
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
     visible_bias, const_bias, row_bias = _bias_terms(bias)
-    return attend(
-        query,
-        key,
-        value,
-        bias=row_bias,
-        visible_bias=visible_bias,
-        const_bias=const_bias,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        softcap=softcap,
-        window=window,
-        enable_gqa=enable_gqa,
-        row_cap=row_cap,
-    )
+    options: dict[str, Any] = {
+        "bias": row_bias,
+        "visible_bias": visible_bias,
+        "const_bias": const_bias,
+        "attn_mask": attn_mask,
+        "is_causal": is_causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "softcap": softcap,
+        "window": window,
+        "enable_gqa": enable_gqa,
+        "row_cap": row_cap,
+    }
+    among_ranks = on_parts(query, attend, query, key, value, **options)
+    return attend(query, key, value, **options) if among_ranks is None else among_ranks
 
 
 def sigmoid_attention_varlen(

@@ -3,6 +3,7 @@ runs: as a ring (:mod:`sigswap.sequence.ring`) or with the heads travelling (:mo
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ class SequenceAttention:
             ``SHORT``, else as a ring.
         causal: Each attention is causal, and the masks that it gets are left out; None: as the calls say.
         documents: The segments of the sequence, by row of the batch; None: it is one. ``total``: its length then.
+        agreed: It is known that all ranks come to the same attentions.
     """
 
     def __init__(
@@ -58,12 +60,12 @@ class SequenceAttention:
         causal: bool | None = None,
         documents: Segments | None = None,
         total: int | None = None,
+        agreed: bool = False,
     ) -> None:
         self.ranks, self.balanced, self.form, self.causal = ranks, balanced, form, causal
         self.documents, self.total = documents, total
-        self._rounds: dict[tuple[Layout, Band], Rounds] = {}
         self._places: dict[tuple[Layout, Band, bool, torch.device], _Places] = {}
-        self._agreed = False
+        self._agreed = agreed
 
     @torch.compiler.disable
     def __call__(self, inputs: Inputs, options: Options) -> Tensor:
@@ -84,8 +86,9 @@ class SequenceAttention:
             raise ContextParallelError(
                 "an attention has a mask tensor, which under context parallelism has columns for some keys only.",
                 hint=Hint(
-                    "Pass {causal} to context_parallel if all attentions are causal, and {documents} for padding and "
-                    "packed documents.",
+                    "A model of transformers makes none if its attention_mask is all ones. Pass {causal} to "
+                    "sigswap.context_parallel if all attentions are causal, and {documents} for padding and packed "
+                    "documents.",
                     {"causal": "True", "documents": ""},
                 ),
             )
@@ -167,9 +170,7 @@ class SequenceAttention:
     def _ring(self, inputs: Inputs, options: Options, layout: Layout) -> Tensor:
         band, segments = _band(options), self._segments(layout)
         bias, const_bias = self._row_bias(inputs, options, layout, whole=False)
-        rounds = self._rounds.get((layout, band))
-        if rounds is None:
-            rounds = self._rounds[layout, band] = _rounds(layout, self.ranks.rank, band, segments)
+        rounds = _rounds(layout, self.ranks.rank, band, segments)
         plain = _plain(options, const_bias)
         problem = Problem(self.ranks, rounds, plain, options.row_cap)
         return ring_attention(inputs.query, inputs.key, inputs.value, bias, problem)
@@ -293,6 +294,7 @@ def _plain(options: Options, const_bias: float) -> Options:
     return Options(scale=options.scale, const_bias=const_bias, visible_bias=False, softcap=options.softcap)
 
 
+@functools.lru_cache(64)
 def _rounds(layout: Layout, rank: int, band: Band, segments: Segments) -> Rounds:
     ranks, own = layout.ranks, layout.chunks(rank)
     computed = [calls_of(own, layout.chunks((rank - number) % ranks), band, segments) for number in range(ranks)]

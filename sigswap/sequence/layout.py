@@ -57,7 +57,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-Segments = Sequence[Sequence[Segment]]
+Segments = tuple[tuple[Segment, ...], ...]
 """By row of the batch; one entry: of all rows of the batch."""
 
 

@@ -18,6 +18,7 @@ from sigswap.config import SigmoidConfig
 from sigswap.errors import ArgumentError, ContextParallelError
 from sigswap.functional.attention import FirstToken, attend, sigmoid_attention_varlen
 from sigswap.functional.stand_ins import softmax
+from sigswap.sequence.active import active
 
 BATCH, HEADS, TOKENS, DIM, WIDTH = 2, 4, 24, 8, 6
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8 + [7] * 11, [-1] * 3 + [4] * 8 + [5] * 10 + [-1] * 3])
@@ -291,3 +292,42 @@ def check_llamas() -> None:
 
 def test_a_converted_decoder() -> None:
     on_ranks(2, check_llamas)
+
+
+def check_torchs_own() -> None:
+    """``context_parallel`` patches scaled_dot_product_attention; the plan for a module hands it DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tokens = torch.randint(1, 31, (2, TOKENS + 1), generator=torch.Generator().manual_seed(1))
+    ids, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    model = converted(**LLAMAS[1]).train()
+    expected_loss = loss_of(model, ids, labels)
+    expected = gradients_of(model, expected_loss)
+    positions = torch.arange(TOKENS)[None]
+    case = Case(key_heads=2, bias=(1, HEADS, 1, 1), cap=0.5)
+    single = tensors(case)[:4]
+    whole = oracle(case._replace(visible=False), *single, []).detach().clone()  # type: ignore[arg-type]
+    query, key, value = (each.detach().clone() for each in single[:3] if each is not None)
+    with context_parallel(
+        mesh, buffers=[ids, labels, positions, query, key, value, whole], buffer_seq_dims=[1, 1, 1, 2, 2, 2, 2]
+    ):
+        loss = loss_of(model, ids, labels, position_ids=positions, attention_mask=torch.ones_like(ids))
+        found = gradients_of(model, loss)
+        parts = [DTensor.from_local(each, mesh, [Shard(2)]) for each in (query, key, value)]
+        out = sigswap.sigmoid_attention(*parts, bias=single[3], is_causal=True, enable_gqa=True, row_cap=case.cap)
+        torch.testing.assert_close(out.to_local(), whole)  # type: ignore[attr-defined]
+    mean = loss.detach() / dist.get_world_size()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean, expected_loss.detach())
+    for name, gradient in expected.items():
+        dist.all_reduce(found[name])
+        found[name] /= dist.get_world_size()
+        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-4)
+    assert active.attention is None
+
+
+def test_pytorchs_own_context_parallel() -> None:
+    on_ranks(2, check_torchs_own)

@@ -26,7 +26,7 @@ CASES: list[dict[str, Any]] = [
     {"bias": True},
     {"window": (300, 0)},
 ]
-TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 def oracle(tensors: list[Tensor], case: dict[str, Any]) -> Tensor:
