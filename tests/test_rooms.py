@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "conversion": ("functional", "sequence", "passes", *LEAVES),
     "compiling": ("conversion", "functional", "passes", "kernels", *LEAVES),
     "training": ("conversion", "functional", "kernels", *LEAVES),
-    "distributed": ("conversion", "sequence", *LEAVES),
+    "distributed": ("conversion", "functional", "sequence", *LEAVES),
     "saving": ("distributed", "conversion", *LEAVES),
     "api": ("training", "saving", "conversion", *LEAVES),
     "bench": ("api", "distributed", "saving", "compiling", "conversion", "functional", "sequence", *LEAVES),

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sigswap.errors import ArgumentError, Hint
-from sigswap.sequence.active import activated
+from sigswap.functional.torch_functions import SWAPS
+from sigswap.sequence.active import activated, refuse_parts
 from sigswap.sequence.attention import FORMS, Form, SequenceAttention
 from sigswap.sequence.exchange import Ranks
 from sigswap.sequence.layout import Layout, Segment
+
+_WHOLE = frozenset(function for function, swap in SWAPS.items() if swap.family not in ("softmax", "log_softmax"))
+"""Functions that are attention, whatever they are called for."""
 
 
 class ContextParallel:
@@ -114,8 +119,17 @@ def context_parallel(
     segments = None if documents is None else _segments(documents)
     total = None if documents is None else documents.shape[-1]
     attention = SequenceAttention(ranks, form=form, causal=causal, documents=segments, total=total)
-    with activated(attention):
+    with activated(attention), _Softmax():
         yield ContextParallel(ranks)
+
+
+class _Softmax(TorchFunctionMode):
+    """Refuses attention that is not converted, which would take a part of the keys for all of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WHOLE:
+            refuse_parts(f"softmax attention ({func.__name__} of what is not converted)")
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _group(mesh: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sigswap
 from sigswap.config import SigmoidConfig
-from sigswap.errors import ArgumentError, ContextParallelError
+from sigswap.errors import ArgumentError, ContextParallelError, SigswapError
 from sigswap.functional.attention import FirstToken, attend, sigmoid_attention_varlen
 from sigswap.functional.stand_ins import softmax
 from sigswap.sequence.active import active
@@ -175,6 +175,10 @@ def refused(error: type[Exception], match: str, arguments: dict[str, Any], *inpu
         sigswap.sigmoid_attention(*inputs, **options)
 
 
+def softmax_attention(query: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+
 def check_refusals() -> None:
     rank = dist.get_rank()
     refused(ArgumentError, "dropout_p", {}, *qkv(), dropout_p=0.5)
@@ -190,7 +194,20 @@ def check_refusals() -> None:
     refused(ArgumentError, "mesh must be a DeviceMesh", {"mesh": 2}, *qkv())
     refused(ContextParallelError, "comes to another first attention", {}, *qkv(4 + 2 * rank))
     refused(ContextParallelError, "causal (True|False), here", {"causal": rank == 0}, *qkv())
+    compiled = torch.compile(softmax_attention, backend="eager")
+    model = converted(learn_bias=True).eval()
+    ids, ones = torch.ones(1, 8, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+    assert compiled(qkv()[0]).shape == (1, HEADS, 4, DIM)
     with sigswap.context_parallel() as context:
+        for attention in (softmax_attention, compiled):
+            with pytest.raises(Exception, match="scaled_dot_product_attention of what is not converted"):
+                attention(qkv()[0])
+        with pytest.raises(ContextParallelError, match="is not converted"), sigswap.softmax(model), torch.no_grad():
+            model(ids)
+        with pytest.raises(SigswapError, match="under context parallelism"):
+            sigswap.calibrate(model, [ids], progress=False)
+        with torch.no_grad():
+            assert model(context.shard(ids), ones).logits.shape == (1, 4, 31)
         with pytest.raises(ContextParallelError, match="inside another"), sigswap.context_parallel():
             pass
         with pytest.raises(ContextParallelError, match="computes its scores itself"):
