@@ -17,6 +17,7 @@ from sigswap.conversion.install import revert
 from sigswap.conversion.record import is_converted, report, set_row_cap
 from sigswap.conversion.softmax import softmax
 from sigswap.conversion.user_runs import watch
+from sigswap.distributed.context import ContextParallel, context_parallel
 from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.report import Report, SiteRecord
@@ -39,6 +40,7 @@ __all__ = [
     "Comparison",
     "CompileReport",
     "CompiledSite",
+    "ContextParallel",
     "DistanceMeasure",
     "DistillationReport",
     "HeadRecord",
@@ -55,6 +57,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compile_attention",
+    "context_parallel",
     "convert",
     "distill",
     "enable_inductor_lowering",
