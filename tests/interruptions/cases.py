@@ -88,12 +88,12 @@ def _distilled(made: nn.Module, **arguments: Any) -> Any:
 
 
 def _softmax(made: nn.Module) -> None:
-    with sigswap.softmax(made), sigswap.softmax(made[0]), torch.no_grad():
+    with sigswap.softmax(made), sigswap.softmax(made[0]):
         made(X)
 
 
 def _watched(made: nn.Module) -> None:
-    with sigswap.watch(made), torch.no_grad():
+    with sigswap.watch(made):
         made(X)
 
 
@@ -148,7 +148,7 @@ def state_of(made: nn.Module) -> Any:
     known = None
     if record is not None:
         known = {**record.to_dict(), "report": record.report.sites, "fitted": record.fitted_length}
-    return modules, known, getattr(made[0], "seen", None)
+    return modules, known, getattr(next(made.children()), "seen", None)
 
 
 def _values(x: Tensor | None) -> Any:
