@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
 from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
@@ -40,6 +41,7 @@ from sigswap.saving.factories import (
 )
 from sigswap.saving.rebuilt import Difference, from_json, to_json
 from sigswap.saving.replacing import leftovers, recover_hint, replace_files, warn_of_leftovers
+from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
@@ -89,30 +91,10 @@ def save(
             argument="factory",
         )
 
-    model = _savable(model)
-    if not is_converted(model):
-        raise NotConvertedError(
-            "The model is not converted.",
-            argument="model",
-            hint=Hint("Call sigswap.convert(model) before sigswap.save."),
-        )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta and not _fetches_offloaded(model):
-            raise CheckpointError(
-                f"{name} is on the meta device: there is no data to save.",
-                hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
-            )
-    if transformers_hook.is_transformers_model(model):
-        if factory is not None or factory_kwargs is not None:
-            raise ArgumentError(
-                "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
-            )
-        write = functools.partial(_write_transformers, model, processor, max_shard_size)
-    else:
-        if processor is not None:
-            raise ArgumentError("{argument} is for transformers models only.", argument="processor")
-        write = functools.partial(_write_factory, model, *find_factory(model, factory, factory_kwargs))
-    replace_files(Path(directory), write, _stale)
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        write = _writer(_savable(model), factory, factory_kwargs, processor, max_shard_size)
+        replace_files(Path(directory), write, _stale)
 
 
 def load(
@@ -140,14 +122,16 @@ def load(
             the file and the field or the tensor. Or ``allow_code`` is needed.
     """
     directory = Path(directory)
-    try:
-        warn_of_leftovers(directory)
-        model = _load(directory, allow_code)
-    except OSError as error:
-        raise CheckpointError(f"{directory} could not be read: {error}") from error
-    if dtype is not None:
-        model = model.to(dtype)
-    return model.to(device).eval() if device is not None else model.eval()
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        try:
+            warn_of_leftovers(directory)
+            model = _load(directory, allow_code)
+        except OSError as error:
+            raise CheckpointError(f"{directory} could not be read: {error}") from error
+        if dtype is not None:
+            model = model.to(dtype)
+        return model.to(device).eval() if device is not None else model.eval()
 
 
 def _load(directory: Path, allow_code: bool) -> nn.Module:
@@ -180,6 +164,37 @@ def saved_conversion(directory: str | os.PathLike[str]) -> Conversion | None:
         return _read_config(path)[1]
     entry = marks.read_marks(path)
     return None if entry is None else marks.check_marks(entry, f"{path / 'config.json'}: quantization_config")
+
+
+def _writer(
+    model: nn.Module,
+    factory: str | None,
+    factory_kwargs: Mapping[str, Any] | None,
+    processor: Any,
+    shard_size: int | str,
+) -> Callable[[Path], object]:
+    """What writes the files of ``model`` into a folder. Arguments and errors are those of :func:`save`."""
+    if not is_converted(model):
+        raise NotConvertedError(
+            "The model is not converted.",
+            argument="model",
+            hint=Hint("Call sigswap.convert(model) before sigswap.save."),
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and not _fetches_offloaded(model):
+            raise CheckpointError(
+                f"{name} is on the meta device: there is no data to save.",
+                hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
+            )
+    if transformers_hook.is_transformers_model(model):
+        if factory is not None or factory_kwargs is not None:
+            raise ArgumentError(
+                "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
+            )
+        return functools.partial(_write_transformers, model, processor, shard_size)
+    if processor is not None:
+        raise ArgumentError("{argument} is for transformers models only.", argument="processor")
+    return functools.partial(_write_factory, model, *find_factory(model, factory, factory_kwargs))
 
 
 def _savable(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
+from torch.utils import _device
 
 import sigswap
 from sigswap.conversion.record import RECORD
@@ -165,6 +166,8 @@ def process() -> Any:
     """What of the process and this thread has to be as before in any case, but for random numbers."""
     return (
         torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        _device.CURRENT_DEVICE,
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         eval_frame._stance,
