@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.fuzz import loading, op, saving
+from tests.fuzz import conversion, loading, op, saving
 
 
 class Outcome(NamedTuple):
@@ -72,8 +72,18 @@ def _op(given: argparse.Namespace, folder: Path) -> Attempt:
     return attempt
 
 
+def _conversion(given: argparse.Namespace, folder: Path) -> Attempt:
+    def attempt(seed: int) -> list[Outcome]:
+        fault = conversion.attempt(seed, folder)
+        kinds = " and ".join(sorted({block["kind"] for block in conversion.drawn(seed)["blocks"]}))
+        return [Outcome(kinds, fault or "right", fault is not None)]
+
+    return attempt
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Attempt]] = {
     "op": _op,
+    "conversion": _conversion,
     "loading": _loading,
     "saving": _saving,
 }
