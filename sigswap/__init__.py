@@ -19,10 +19,13 @@ from sigswap.conversion.softmax import softmax
 from sigswap.conversion.user_runs import watch
 from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
+from sigswap.kernels.op import flops
+from sigswap.kernels.op.decompositions import decompositions
 from sigswap.report import Report, SiteRecord
 from sigswap.saving import peft_hook, transformers_hook
 from sigswap.saving.checkpoint import load, save
 from sigswap.saving.replacing import recover
+from sigswap.saving.when_imported import WhenImported
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
@@ -31,6 +34,7 @@ from sigswap.training.lookups import Lookups
 from sigswap.version import __version__ as __version__
 
 former_names.keep()
+WhenImported("torch.utils.flop_counter", flops.register).install()  # PyTorch's FLOP counter counts the ops
 peft_hook.install()  # as does putting an adapter onto the wrong model
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
@@ -56,6 +60,7 @@ __all__ = [
     "compare",
     "compile_attention",
     "convert",
+    "decompositions",
     "distill",
     "enable_inductor_lowering",
     "errors",

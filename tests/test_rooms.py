@@ -43,6 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "compiling",
         "conversion",
         "functional",
+        "kernels",
         *LEAVES,
     ),
     "commands": ("the package", "bench", "api", "saving", "training", "compiling", "conversion", *LEAVES),
