@@ -41,7 +41,15 @@ class _Call(NamedTuple):
 
 
 def decompositions() -> Decompositions:
-    """By op of sigswap's, forward and backward, a function of the same arguments that calls ATen's ops only."""
+    """By op of sigswap's, forward and backward, a function of the same arguments that calls ATen's ops only.
+
+    For what knows no other ops::
+
+        program = torch.export.export(model, inputs).run_decompositions(sigswap.decompositions())
+        torch.onnx.export(program, dynamo=True).save("model.onnx")
+
+    A new table at each call, which may be merged with others. The scores are held in memory.
+    """
     ops = torch.ops.sigswap
     found: Decompositions = {
         ops.sigmoid_probs.default: composed_probs,

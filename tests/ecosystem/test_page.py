@@ -22,7 +22,7 @@ def test_the_page_is_that_of_the_tests() -> None:
 
 def test_each_row_names_a_test_and_an_outcome() -> None:
     page = maker()
-    rows = [*page.workflows(), *page.adapters(), *page.wrappers()]
+    rows = [*page.workflows(), *page.workflows(page.DEPLOYMENT), *page.adapters(), *page.wrappers()]
     assert len(rows) > 200
     names = {
         f"{file}::{test.name}"
