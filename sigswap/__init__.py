@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sigswap import errors, former_names
 from sigswap.api import compare, convert, inspect
+from sigswap.compiling import accelerate_backend
 from sigswap.compiling.explain import CompiledSite, CompileReport, explain
 from sigswap.compiling.regional import compile_attention
 from sigswap.config import SigmoidConfig
@@ -25,16 +26,21 @@ from sigswap.report import Report, SiteRecord
 from sigswap.saving import peft_hook, transformers_hook
 from sigswap.saving.checkpoint import load, save
 from sigswap.saving.replacing import recover
-from sigswap.saving.when_imported import WhenImported
+from sigswap.training import trainer_hook
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
 from sigswap.training.distill import DistillationReport, distill, param_groups
 from sigswap.training.lookups import Lookups
+from sigswap.training.trainer_hook import calibration_callback
+from sigswap.training.weight_decay import exempt_from_decay
 from sigswap.version import __version__ as __version__
+from sigswap.when_imported import WhenImported
 
 former_names.keep()
 WhenImported("torch.utils.flop_counter", flops.register).install()  # PyTorch's FLOP counter counts the ops
+accelerate_backend.install()  # torch_compile_backend="sigswap" of Trainer's arguments
+trainer_hook.install()  # Trainer's weight decay leaves sigswap's parameters alone
 peft_hook.install()  # as does putting an adapter onto the wrong model
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
@@ -57,6 +63,7 @@ __all__ = [
     "SiteRanking",
     "SiteRecord",
     "calibrate",
+    "calibration_callback",
     "compare",
     "compile_attention",
     "convert",
@@ -64,6 +71,7 @@ __all__ = [
     "distill",
     "enable_inductor_lowering",
     "errors",
+    "exempt_from_decay",
     "explain",
     "inspect",
     "is_converted",
