@@ -2,9 +2,9 @@
 
 :func:`attention_calls` runs the softmax model once and follows marks from op to op, by the memory that tensors lie in:
 the product of two tensors, neither of them a bare weight, is scores; a softmax of scores that another such product
-takes up over the softmax's axis is attention, and so is the exponential of scores less their logsumexp. Inside :func:`sigmoid` these calls, and every
-``scaled_dot_product_attention``, are the sigmoid; logits that no product made and that were put beside the scores
-(attention sinks) are no keys.
+takes up over the softmax's axis is attention, and so is the exponential of scores less their logsumexp. Inside
+:func:`sigmoid` these calls, and every ``scaled_dot_product_attention``, are the sigmoid; logits that no product made
+and that were put beside the scores (attention sinks) are no keys.
 A call is known by the module that makes it and by its number among that module's calls.
 """
 
