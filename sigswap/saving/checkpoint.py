@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
+from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
 from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
@@ -42,6 +43,7 @@ from sigswap.saving.factories import (
 from sigswap.saving.gathered import Gathered
 from sigswap.saving.rebuilt import Difference, from_json, to_json
 from sigswap.saving.replacing import leftovers, recover_hint, replace_files, warn_of_leftovers
+from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
 CONFIG = "sigswap.json"
@@ -96,21 +98,23 @@ def save(
             argument="factory",
         )
 
-    model = _savable(model)
-    ranks = Ranks(SAVE, alone=spread_parameter(model) is None)
-    ranks.arrive()
-    with ranks.all_or_none():
-        gathered, write = _writing(ranks, model, factory, factory_kwargs, processor, max_shard_size)
-    ranks.check_same(
-        tensors=[(name, tuple(tensor.shape), tensor.dtype) for name, tensor in gathered.state.items()],
-        conversion=conversion_of(model).to_dict(),
-    )
-    with ranks.all_or_none():
-        try:
-            if ranks.rank == 0:
-                replace_files(Path(directory), write, _stale)
-        finally:
-            gathered.drain()
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        model = _savable(model)
+        ranks = Ranks(SAVE, alone=spread_parameter(model) is None)
+        ranks.arrive()
+        with ranks.all_or_none():
+            gathered, write = _writing(ranks, model, factory, factory_kwargs, processor, max_shard_size)
+        ranks.check_same(
+            tensors=[(name, tuple(tensor.shape), tensor.dtype) for name, tensor in gathered.state.items()],
+            conversion=conversion_of(model).to_dict(),
+        )
+        with ranks.all_or_none():
+            try:
+                if ranks.rank == 0:
+                    replace_files(Path(directory), write, _stale)
+            finally:
+                gathered.drain()
 
 
 def _writing(
@@ -184,14 +188,16 @@ def load(
             the file and the field or the tensor. Or ``allow_code`` is needed.
     """
     directory = Path(directory)
-    try:
-        warn_of_leftovers(directory)
-        model = _load(directory, allow_code)
-    except OSError as error:
-        raise CheckpointError(f"{directory} could not be read: {error}") from error
-    if dtype is not None:
-        model = model.to(dtype)
-    return model.to(device).eval() if device is not None else model.eval()
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        try:
+            warn_of_leftovers(directory)
+            model = _load(directory, allow_code)
+        except OSError as error:
+            raise CheckpointError(f"{directory} could not be read: {error}") from error
+        if dtype is not None:
+            model = model.to(dtype)
+        return model.to(device).eval() if device is not None else model.eval()
 
 
 def _load(directory: Path, allow_code: bool) -> nn.Module:

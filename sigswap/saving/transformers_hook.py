@@ -48,8 +48,8 @@ from sigswap.saving.marks import (
     without_gguf_marks,
 )
 from sigswap.saving.weights import check_files
-from sigswap.saving.when_imported import WhenImported
 from sigswap.transaction import Transaction, entries
+from sigswap.when_imported import WhenImported
 
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
