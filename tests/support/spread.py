@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sigswap
 
 ROWS, TOKENS = 4, 12
+CONFIG = sigswap.SigmoidConfig(learn_bias=True, query_bias=True, layer_scale=0.9)
 STEPS = {"steps": 7, "layerwise_steps": 3}
 
 
@@ -33,7 +34,7 @@ def llama() -> Any:
 
 
 def converted() -> Any:
-    return sigswap.convert(llama(), sigswap.SigmoidConfig(learn_bias=True, query_bias=True, layer_scale=0.9))
+    return sigswap.convert(llama(), CONFIG)
 
 
 def batches(count: int = 10, *, padded: bool = True) -> list[dict[str, Tensor]]:
