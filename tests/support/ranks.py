@@ -82,6 +82,7 @@ def _run(
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
     }
     torch.set_num_threads(1)
     try:
