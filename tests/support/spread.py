@@ -143,7 +143,7 @@ def check_distillation(ways: dict[str, tuple[Any, int, dict[str, Any]]]) -> list
         else:  # where products are rounded by tile
             for name, value in start.named_parameters():
                 way_to_go = (wanted[name] - value).norm()
-                assert (found[name] - wanted[name]).norm() <= 0.05 * way_to_go, f"{what}: {name}"
+                assert (found[name] - wanted[name]).norm() <= 0.1 * way_to_go, f"{what}: {name}"
         for name in ("layerwise", "end_to_end"):
             ours, theirs = getattr(report, name), getattr(other, name)
             near = pytest.approx(theirs, rel=1e-4 if place.type == "cpu" else 1e-2)

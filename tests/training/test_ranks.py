@@ -147,5 +147,8 @@ def check_on_gpus() -> list[Any]:
 @TWO_GPUS[0]
 @TWO_GPUS[1]
 def test_on_gpus() -> None:
-    first, second = on_ranks(2, check_on_gpus, backend="nccl")
+    (first, ways), (second, others) = on_ranks(2, check_on_gpus, backend="nccl")
     assert first == second
+    # What tensor parallelism has whole on each rank gets the gradients that each has added up by itself.
+    ours, theirs = ([way for way in each if "heads" not in way[0]] for each in (ways, others))
+    assert ours == theirs and len(ours) == 4
