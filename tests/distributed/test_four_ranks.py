@@ -9,9 +9,27 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from spread import batches, by_heads, by_two_axes, check_distillation, converted, fully, own, plain, values, wrapped
+from spread import (
+    alone,
+    assert_near,
+    batches,
+    by_heads,
+    by_two_axes,
+    check_distillation,
+    converted,
+    distilled,
+    fully,
+    in_copies,
+    llama,
+    mesh,
+    own,
+    plain,
+    values,
+    wrapped,
+)
 
 import sigswap
+from sigswap.errors import ArgumentError
 
 pytest.importorskip("transformers")
 
@@ -21,6 +39,7 @@ WAYS: dict[str, tuple[Any, int]] = {
     "fully": (fully, 1),
     "by heads": (by_heads, 0),
     "by two axes": (by_two_axes, 2),
+    "in copies": (in_copies, 1),
 }
 
 
@@ -67,12 +86,26 @@ def check_saving(folder: str) -> list[str]:
     return list(WAYS)
 
 
+def check_beside_tensor_parallelism() -> list[Any]:
+    """Two copies of a model of which each has some heads on two ranks."""
+    both = mesh(2, 2, names=("data", "heads"))
+    expected, model = converted(), by_heads(converted(), both["heads"])
+    one, group = alone(), both.get_group("data")
+    with pytest.raises(ArgumentError, match="group is needed: of 4 ranks, 2 hold"):
+        distilled(model, llama(), own(batches(), 2))
+    distilled(expected, llama(), batches(), group=one)
+    distilled(model, by_heads(llama(), both["heads"]), own(batches(), 2), group=group)
+    assert_near(values(model), values(expected), "two copies")
+    return [{name: value.tolist() for name, value in values(model).items()}]
+
+
 def check_distilling(what: str) -> list[Any]:
     way, shared_by = WAYS[what]
     return check_distillation({what: (way, shared_by, {}), "own teacher": (way, shared_by, {"train": "sigmoid"})})
 
 
 CASES: dict[str, tuple[Any, ...]] = {"training": (check_training,), "saving": (check_saving,)}
+CASES |= {"tensor parallelism and copies": (check_beside_tensor_parallelism,)}
 CASES |= {f"distillation, {what}": (check_distilling, what) for what in WAYS}
 
 

@@ -104,11 +104,6 @@ def check_hand_written() -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("size", [2])
-def test_a_hand_written_plan(size: int) -> None:
-    assert len(on_ranks(size, check_hand_written)[0]) == 9
-
-
 def check_refusals() -> None:
     model = converted("query_bias")
     before = results(copy.deepcopy(model))
@@ -126,8 +121,13 @@ def check_refusals() -> None:
         sigswap.shard_heads(nn.Linear(2, 2))
 
 
-def test_what_cannot_be_sharded_is_an_error() -> None:
-    on_ranks(2, check_refusals)
+def check() -> list[str]:
+    check_refusals()
+    return check_hand_written()
+
+
+def test_a_hand_written_plan_and_what_cannot_be_sharded() -> None:
+    assert len(on_ranks(2, check)[0]) == 9
 
 
 def check_plan_of_transformers(directory: str, kind: str) -> None:

@@ -102,6 +102,11 @@ def by_two_axes(model: Any) -> Any:
     return fully(by_heads(model, both["heads"]), both["data"])
 
 
+def in_copies(model: Any) -> Any:
+    """Half of each parameter on each of two ranks, and the same on the other two (HSDP)."""
+    return fully(model, mesh(2, 2, names=("copies", "parts")))
+
+
 def values(model: nn.Module) -> dict[str, Tensor]:
     found = {name.removeprefix("module."): each for name, each in model.named_parameters()}
     return {

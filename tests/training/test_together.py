@@ -58,7 +58,9 @@ def lost_at(step: int) -> Any:
 def check_lost(way: str, file: str) -> None:
     stepping.EVERY = 2
     with pytest.raises(CalibrationError, match="lost a rank"):
-        distilled(WAYS[way][0](converted()), llama(), own(batches()), resume=file, callback=lost_at(7))
+        spread, shared_by, _ = WAYS[way]
+        given = own(batches()) if shared_by else batches()
+        distilled(spread(converted()), spread(llama()), given, resume=file, callback=lost_at(7))
 
 
 def check_resumed(files: list[str]) -> list[dict[str, Any]]:
@@ -73,7 +75,8 @@ def check_resumed(files: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("way", ["fully", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fully", "plain", "by heads"])
 def test_a_run_that_lost_a_rank_goes_on_with_any_number(way: str, tmp_path: Path) -> None:
     file = tmp_path / "state.pt"
     on_ranks(2, check_lost, way, str(file), lost=1)
