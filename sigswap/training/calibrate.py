@@ -65,10 +65,10 @@ def calibrate(
     holds none.
 
     A decoder is seen on lookups, too (:class:`sigswap.Lookups`), beside the batches: random tokens of its vocabulary
-    that repeat, a quarter of all sequences, as long as the user's. Text does not need looking back, and a bias that is
-    fitted to text alone does not allow it. Where its config leaves ``query_bias`` or ``first_token`` open
-    (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and d_h now, and row caps with them. Encoders,
-    encoder-decoders and vision models get none of this.
+    that repeat, a quarter of all sequences, as long as the user's (of more than 512 tokens as many again in sequences
+    of 512). Text does not need looking back, and a bias that is fitted to text alone does not allow it. Where its
+    config leaves ``query_bias`` or ``first_token`` open (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and
+    d_h now, and row caps with them. Encoders, encoder-decoders and vision models get none of this.
 
     Where several processes train one model, each calls this with batches of its own. What they have gathered is added
     up after each pass, so that all get the parameters that one process gets from all the batches, to rounding (beside

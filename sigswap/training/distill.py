@@ -179,9 +179,10 @@ def distill(
             compiled.
         checkpointing: recomputes the model's repeated layers in backward instead of keeping what is inside them.
         lift_row_cap: the row cap that each capped attention has after the end-to-end stage. It rises from what it is,
-            by the same factor in each of the first 80% of the steps, with ``compile`` in four rises, for each compiles
-            anew. ``math.inf``: at last there is none, which is the paper's sigmoid. For another schedule call
-            :func:`sigswap.set_row_cap` in ``callback``.
+            by the same factor in each of the first tenth of the steps, with ``compile`` in four rises, for each
+            compiles anew; up to a cap of 1 the biases rise by half of its logarithm, as calibration sets them.
+            ``math.inf``: after a cap of 1 there is none, which is the paper's sigmoid; a pretrained decoder loses much
+            by it (docs/results.md). For another schedule call :func:`sigswap.set_row_cap` in ``callback``.
         resume: a file to which the state is written, each hundredth step and when the run is interrupted. If it is
             there, the run goes on from it, to the same result if ``batches`` come in the same order; after the last
             step it gives that result at once.

@@ -21,6 +21,8 @@ from sigswap.training.lookups import SHORTEST, Lookups
 
 LONG = 4
 """Sequences of the greatest length that a calibration makes of the user's, at most."""
+SHORT_LOOKUP = 512
+"""Tokens of the lookups that a calibration is seen on beside longer ones."""
 
 
 class Mixer:
@@ -123,15 +125,18 @@ class Beside:
     """The ``calls`` of a calibration, and beside them what a language model is to be seen on, too.
 
     After each call come so many lookups, in sequences as long as its own, that they are the share of all sequences that
-    ``mixer`` asks for, rounded up. With ``max_length`` there are at last up to four sequences of that length, which the
-    user's tokens make in their order, without padding (one that is shorter, if they are fewer), and lookups of it.
-    Each pass gives the same. Calls are without labels, and ask for one token's logits, where the model can do that: a
-    long sequence's would be the largest tensor by far.
+    ``mixer`` asks for, rounded up. Of more than 512 tokens there are as many again in rows of 512: a few long sequences
+    have few periods, and a bias that is fitted to these alone looks back worse (docs/experiments.md). With
+    ``max_length`` there are at last up to four sequences of that length, which the user's tokens make in their order,
+    without padding (one that is shorter, if they are fewer), and lookups of it. Each pass gives the same. Calls are
+    without labels, and ask for one token's logits, where the model can do that: a long sequence's would be the largest
+    tensor by far.
     """
 
     def __init__(self, calls: Iterable[Inputs], mixer: Mixer, max_length: int | None, *, one_logit: bool) -> None:
         self.calls, self.mixer, self.max_length, self.one_logit = calls, mixer, max_length, one_logit
-        self.given = self.made = 0  # in the last pass: calls of the user's, and lookups
+        self.given = self.made = 0  # in the last pass: calls of the user's, and lookups of their length
+        self.short = 0  # lookups of 512 tokens beside longer ones
         self.long: list[int] = []  # the lengths of the long sequences
         self.passed: int | None = None  # calls in a whole pass
 
@@ -152,7 +157,7 @@ class Beside:
         return given if self.mixer.lookups is None else 2 * given
 
     def _each(self) -> Iterator[Inputs]:
-        self.given = self.made = 0
+        self.given = self.made = self.short = 0
         self.long = []
         inputs, sequences = self.mixer.inputs, 0
         held: list[Tensor] = []
@@ -180,7 +185,8 @@ class Beside:
             found.append(f"Also seen: {len(self.long)} sequences of {self.long[0]:,} tokens, made of those given.")
         if self.made and self.mixer.lookups is not None:
             kinds = " and ".join(self.mixer.lookups.kinds)
-            found.append(f"Also seen: {self.made} lookups ({kinds} of random tokens).")
+            short = f", and {self.short} of {SHORT_LOOKUP} tokens" if self.short else ""
+            found.append(f"Also seen: {self.made} lookups ({kinds} of random tokens){short}.")
         return found
 
     def _owed(self, sequences: int) -> int:
@@ -193,8 +199,13 @@ class Beside:
         if count <= 0 or mixer.lookups is None or mixer.inputs is None or mixer.tokens is None or length < SHORTEST:
             return
         ids = mixer.lookups.sequences(count, length, mixer.tokens, self.made)
-        self.made += count
         yield self._lean(mixer.inputs.call(ids))
+        self.made += count
+        if length > SHORT_LOOKUP:
+            rows = count * (length // SHORT_LOOKUP)
+            ids = mixer.lookups.sequences(rows, SHORT_LOOKUP, mixer.tokens, -self.made)  # other ones than the long
+            yield self._lean(mixer.inputs.call(ids))
+            self.short += rows
 
     def _lean(self, call: Inputs) -> Inputs:
         args, kwargs = call

@@ -86,7 +86,7 @@ class Run:
             self._gradients(calls)
             if at_once or step + 1 == steps or len(self.unread) == UNREAD:
                 self._read()
-            self._update(optimizer)
+            self._update(optimizer, (step + 1) / max(1, steps - 1))
             show(advance=1, **({"description": f"Distilling, loss {losses[-1]:.4g}"} if losses else {}))
             if self.done % EVERY == 0 or self.done == whole:
                 self._write()
@@ -108,11 +108,14 @@ class Run:
             losses.append(loss_of(call, index, 1 / self.accumulate))
         self.unread.append(sum(losses[1:], losses[0]) / self.accumulate)
 
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, share: float) -> None:
+        """``share``: of the stage, at the next step."""
         torch.nn.utils.clip_grad_norm_([p for group in self.groups for p in group["params"]], 1.0)
         self.taken = None
         optimizer.step()
         optimizer.zero_grad()
+        if self.stage == 1:
+            self.lift(min(1.0, share))  # here, for it moves parameters: what is written is never between two steps
         first, second = (len(losses) for losses in self.losses)
         more = len(self.unread)
         first, second = (first + more, second) if self.stage == 0 else (first, second + more)

@@ -114,8 +114,8 @@ def test_compiled_with_row_caps_that_rise(quick: None) -> None:
     def note(done: int, loss: float) -> None:
         seen.append(model.model.layers[0].self_attn.sigswap.site(0).row_cap)
 
-    distilled(model, original, steps=11, compile=True, lift_row_cap=8.0, callback=note)
-    assert sorted(set(seen)) == pytest.approx([0.5, 1.0, 2.0, 4.0, 8.0]) and seen == sorted(seen)
+    distilled(model, original, steps=41, compile=True, lift_row_cap=8.0, callback=note)
+    assert sorted(set(seen)) == pytest.approx([1.0, 2.0, 4.0, 8.0]) and seen == sorted(seen)
 
 
 @pytest.mark.slow
@@ -309,6 +309,8 @@ def test_steps_do_not_wait_for_the_gpu(compile: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stepping.Run, "_update", watched)
         patch.setattr(stepping.Run, "_read", allowed)
+        # transformers waits itself, to see whether sequences are packed.
+        patch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
         try:
             distilled(model, original, batches=batches, steps=18, compile=compile)
         finally:
