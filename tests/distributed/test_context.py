@@ -157,15 +157,6 @@ def test_results_and_gradients() -> None:
     assert on_ranks(2, check_all_on_two)[0] == 2 * len(CASES)
 
 
-def check_all_on_four() -> int:
-    return check_attention(["ring", "all_to_all", "auto"])
-
-
-@pytest.mark.slow
-def test_results_and_gradients_on_four_ranks() -> None:
-    assert on_ranks(4, check_all_on_four)[0] > 2 * len(CASES)
-
-
 def qkv(length: int = 4, heads: int = HEADS) -> list[Tensor]:
     return [torch.ones(1, heads, length, DIM) for _ in range(3)]
 
@@ -265,7 +256,7 @@ def loss_of(model: Any, ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
+def gradients_of(model: Any, loss: Tensor) -> dict[str, Any]:
     model.zero_grad()
     loss.backward()
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
@@ -348,3 +339,38 @@ def check_torchs_own() -> None:
 
 def test_pytorchs_own_context_parallel() -> None:
     on_ranks(2, check_torchs_own)
+
+
+def check_with_data_parallelism() -> None:
+    """Two groups of two ranks: each has its own rows of the batch, and a part of their tokens; FSDP2 over all four."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    with pytest.raises(ArgumentError, match="must have one dimension, not 2"), sigswap.context_parallel(mesh):
+        pass
+    tokens = torch.randint(1, 31, (4, 17), generator=torch.Generator().manual_seed(1))
+    model = converted(**LLAMAS[0]).train()
+    expected = gradients_of(model, loss_of(model, tokens[:, :-1], tokens[:, 1:]))
+    everyone = init_device_mesh("cpu", (4,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=everyone)
+    fully_shard(model, mesh=everyone)
+    own = tokens[2 * mesh.get_local_rank("data") :][:2]
+    with sigswap.context_parallel(mesh["context"]) as context:
+        part, labels = context.shard(own[:, :-1]), context.shard(own[:, 1:])
+        inputs = {"position_ids": context.positions(16), "attention_mask": torch.ones_like(part)}
+        found = gradients_of(model, loss_of(model, part, labels, **inputs))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].full_tensor(), gradient, atol=2e-6, rtol=1e-4)
+
+
+def check_on_four() -> int:
+    check_with_data_parallelism()
+    return check_attention(["ring", "all_to_all", "auto"])
+
+
+@pytest.mark.slow
+def test_four_ranks() -> None:
+    assert on_ranks(4, check_on_four)[0] > 2 * len(CASES)
