@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sigswap.bench.distributed.cost import Attention, Machine, predict, predictions, table
@@ -35,4 +37,5 @@ def test_a_long_sequence_hides_what_is_sent() -> None:
 def test_the_table() -> None:
     lines = table(predictions()).splitlines()
     assert len(lines) == 2 + 9
+    assert table(predictions()) in (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
     assert lines[2].startswith("| 8,192 | 8 | ring |") and lines[-1].startswith("| 1,048,576 | 1,024 |")
