@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sigswap": "sigswap", "sigswap.passes": "passes", "sigswap.kernels": "kernels"}
 
-LEAVES = ("errors", "masked", "version", "optional", "config", "report", "transaction", "files")
+LEAVES = ("errors", "masked", "version", "optional", "config", "report", "transaction", "files", "when_imported")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "masked": (),
@@ -23,14 +23,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "report": ("errors",),
     "transaction": ("errors",),
     "files": (),
+    "when_imported": (),
     "kernels": ("errors", "masked"),
     "passes": ("errors", "masked"),
     "sequence": ("kernels", *LEAVES),
     "functional": ("sequence", "kernels", *LEAVES),
     "conversion": ("functional", "sequence", "passes", *LEAVES),
     "compiling": ("conversion", "functional", "passes", "kernels", *LEAVES),
-    "training": ("conversion", "functional", "kernels", *LEAVES),
     "distributed": ("conversion", "functional", "sequence", *LEAVES),
+    "training": ("distributed", "conversion", "functional", "kernels", *LEAVES),
     "saving": ("distributed", "conversion", *LEAVES),
     "api": ("training", "saving", "conversion", *LEAVES),
     "bench": ("api", "distributed", "saving", "compiling", "conversion", "functional", "sequence", *LEAVES),
@@ -44,6 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "compiling",
         "conversion",
         "functional",
+        "kernels",
         *LEAVES,
     ),
     "commands": ("the package", "bench", "api", "saving", "training", "compiling", "conversion", *LEAVES),

@@ -92,7 +92,7 @@ def bias_of_first(
     return -torch.logaddexp(first, others.expand_as(first))
 
 
-def _bias(
+def composed_bias(
     query: Tensor,
     key: Tensor,
     share: Tensor,
@@ -114,7 +114,7 @@ def _bias(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
-    if keys == 0:
+    if keys == 0 or heads == 0:
         return torch.zeros(batch, heads, rows, 1, dtype=wide, device=query.device)
     with torch._C.DisableTorchFunction():
         first, count = _first_visible(
@@ -218,4 +218,4 @@ library.define(
     "bool bottom_right=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("first_token_bias", _bias, "CompositeImplicitAutograd")
+library.impl("first_token_bias", composed_bias, "CompositeImplicitAutograd")

@@ -353,9 +353,11 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
     return (bound[first], bound[second]), rebuild
 
 
-@torch.compiler.disable
-def _uncompiled(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _as_written(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
     return forward(module, *args, **kwargs)
+
+
+_uncompiled: Callable[..., Any] = torch.compiler.disable(_as_written)  # type: ignore[no-untyped-call]
 
 
 _SWAPPED: dict[type, type] = {}

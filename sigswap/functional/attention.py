@@ -257,7 +257,7 @@ def attend(
             dropout_p=dropout_p,
             row_cap=_row_cap(row_cap),
         )
-        out = active.attention(inputs, options)
+        out: Tensor = active.attention(inputs, options)
         return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
     if share is not None:
         first_bias = first_token_bias(

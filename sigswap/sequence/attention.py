@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,11 +31,14 @@ SHORT = 4096
 
 
 class _Places(NamedTuple):
-    """Of each position of a part: ``count`` [B|1, 1, M, 1], the keys that it sees; ``segment`` [B|1, M], the number of
+    """Of each position of a part: ``counts`` [B|1, 1, M, 1], the keys that it sees; ``segment`` [B|1, M], the number of
     its segment among those of its row of the batch."""
 
-    count: Tensor
+    counts: Tensor
     segment: Tensor
+
+
+_as_written: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compiler.disable
 
 
 class SequenceAttention:
@@ -67,7 +70,7 @@ class SequenceAttention:
         self._places: dict[tuple[Layout, Band, bool, torch.device], _Places] = {}
         self._agreed = agreed
 
-    @torch.compiler.disable
+    @_as_written
     def __call__(self, inputs: Inputs, options: Options) -> Tensor:
         """[B, H, M, Dv]. Raises ArgumentError or ContextParallelError before anything is sent."""
         with torch._C.DisableTorchFunction():
@@ -180,14 +183,14 @@ class SequenceAttention:
         ranks = self.ranks
         query, key, value = (to_heads(each, ranks, layout) for each in inputs[:3])
         inputs = inputs._replace(query=query, key=key, value=value)
-        own = {name: self._of_own_heads(getattr(inputs, name), layout) for name in ("bias", "share", "rest")}
-        inputs = inputs._replace(**own)
-        bias, const_bias = self._row_bias(inputs, options, layout, whole=True)
+        bias, share, rest = (self._of_own_heads(term, layout) for term in (inputs.bias, inputs.share, inputs.rest))
+        inputs = inputs._replace(bias=bias, share=share, rest=rest)
+        row_bias, const_bias = self._row_bias(inputs, options, layout, whole=True)
         whole = Chunk(0, layout.total, 0)
         calls = calls_of([whole], [whole], _band(options), self._segments(layout))
         rounds = Rounds([calls], [slice(0, 0)])
         problem = Problem(Alone(), rounds, _plain(options, const_bias), options.row_cap)
-        return to_sequence(ring_attention(query, key, value, bias, problem), ranks, layout)
+        return to_sequence(ring_attention(query, key, value, row_bias, problem), ranks, layout)
 
     def _of_own_heads(self, term: Tensor | None, layout: Layout) -> Tensor | None:
         """A term of the row bias [B|1, H|1, M|1, 1] for the heads and the positions that this rank computes."""
@@ -213,7 +216,7 @@ class SequenceAttention:
             places = self._known_places(layout, band, whole, inputs.query.device)
             first = self._first_scores(inputs, options, layout, places, whole)
             bias = bias_of_first(
-                first, places.count, inputs.share, inputs.rest, options.const_bias, options.visible_bias
+                first, places.counts, inputs.share, inputs.rest, options.const_bias, options.visible_bias
             )
             return bias if inputs.bias is None else bias + inputs.bias, 0.0
         if not options.visible_bias:
@@ -221,7 +224,7 @@ class SequenceAttention:
         if band == Band(None, None) and self.documents is None:
             return inputs.bias, options.const_bias - math.log(layout.total)
         places = self._known_places(layout, band, whole, inputs.query.device)
-        counted = -places.count.to(wide).log()
+        counted = -places.counts.to(wide).log()
         return counted if inputs.bias is None else counted + inputs.bias, options.const_bias
 
     def _known_places(self, layout: Layout, band: Band, whole: bool, device: torch.device) -> _Places:
@@ -253,7 +256,7 @@ class SequenceAttention:
         wide = torch.promote_types(query.dtype, torch.float32)
         at = places.segment[:, None, :, None].expand(batch, key_heads, -1, key.shape[3])
         picked = firsts.gather(2, at) if firsts.shape[2] > 1 else firsts
-        grouped = query.unflatten(1, (key_heads, -1)).to(wide)
+        grouped = query.reshape(batch, key_heads, -1, *query.shape[2:]).to(wide)
         score = (grouped * picked.unsqueeze(2).to(wide)).sum(-1, keepdim=True).flatten(1, 2) * options.scale
         return options.softcap * torch.tanh(score / options.softcap) if options.softcap > 0.0 else score
 

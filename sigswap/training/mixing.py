@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,15 @@ LONG = 4
 """Sequences of the greatest length that a calibration makes of the user's, at most."""
 SHORT_LOOKUP = 512
 """Tokens of the lookups that a calibration is seen on beside longer ones."""
+
+
+class Place(NamedTuple):
+    """Where a batch is in the one that all ranks' batches are together: so many sequences are ``before`` it, of
+    ``total``. ``shortest``: the length of the shortest ones."""
+
+    before: int
+    total: int
+    shortest: int
 
 
 class Mixer:
@@ -44,25 +53,29 @@ class Mixer:
         self.lookups, self.inputs, self.tokens, self.reason, self.lengths = lookups, inputs, tokens, reason, lengths
         self.sequences = self.mixed = 0
 
-    def __call__(self, call: Inputs, step: int) -> Inputs:
+    def __call__(self, call: Inputs, step: int, place: Place | None = None) -> Inputs:
         """``call`` with lookups for so many of its rows that their share of all sequences so far is as asked for.
 
         They are as long as the batch, without padding; labels are the ids. Sequences below 8 tokens get none.
+        ``place``: of a batch that is a part of a larger one, which gets what it would get as one; None: it is none.
         """
-        if self.lengths and self.inputs is not None:
-            call = self._cut(self.inputs, call, step)
         if self.lookups is None or self.inputs is None or self.tokens is None:
             return call
         ids = self.inputs.ids(call)
-        self.sequences += len(ids)
+        before, total, shortest = (0, *ids.shape) if place is None else place
+        self.sequences += total
         owed = int(self.lookups.share * self.sequences) - self.mixed
-        count = min(owed, len(ids)) if ids.shape[-1] >= SHORTEST else 0
+        count = min(owed, total) if shortest >= SHORTEST else 0
         if count <= 0:
             return call
         self.mixed += count
         made = self.lookups.sequences(count, ids.shape[-1], self.tokens, step)
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.lookups.seed + step))
-        rows = order[:count].to(ids.device)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.lookups.seed + step))
+        rows = order[:count] - before
+        own = (rows >= 0) & (rows < len(ids))
+        if not bool(own.any()):
+            return call
+        made, rows = made[own], rows[own].to(ids.device)
         ids = ids.clone()
         ids[rows] = made.to(ids)
         args, kwargs = call
@@ -77,8 +90,18 @@ class Mixer:
             return (ids, *args[1:]), new
         return args, {**new, self.inputs.keyword: ids}
 
-    def _cut(self, inputs: TextInputs, call: Inputs, step: int) -> Inputs:
-        """The tokens of ``call``, one row behind the other, in sequences of one of the lengths."""
+    def size(self, call: Inputs) -> tuple[int, int]:
+        """The sequences of a batch and their length, where it may get lookups; else zeros."""
+        if self.lookups is None or self.inputs is None:
+            return 0, 0
+        rows, length = self.inputs.ids(call).shape
+        return rows, length
+
+    def cut(self, call: Inputs, step: int) -> Inputs:
+        """The tokens of ``call``, one row behind the other, in sequences of one of the lengths, if some were given."""
+        if not self.lengths or self.inputs is None:
+            return call
+        inputs = self.inputs
         chosen = int(torch.randint(len(self.lengths), (1,), generator=torch.Generator().manual_seed(step)))
         tokens = _tokens(inputs, call)
         if not len(tokens):

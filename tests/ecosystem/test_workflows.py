@@ -339,15 +339,37 @@ def test_accelerate() -> None:
         equal(accelerator.unwrap_model(prepared)(X), plain(X))
 
 
-def test_trainer(tmp_path: Path) -> None:
-    """transformers' Trainer, whose checkpoint loads as sigmoid attention"""
+def trained(model: Any, folder: Path, **arguments: Any) -> Any:
+    """The Trainer, after a step."""
     pytest.importorskip("accelerate")
-    model = llama()
-    args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], disable_tqdm=True, use_cpu=True
-    )
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True}
+    args = transformers.TrainingArguments(str(folder), use_cpu=True, **options, **arguments)
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]
     trainer = transformers.Trainer(model, args, train_dataset=data)
     trainer.train()
+    return trainer
+
+
+@pytest.mark.slow
+def test_trainer_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' Trainer with `torch_compile_backend="sigswap"`"""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # Trainer's arguments write to it
+    plain, model = llama(), llama()
+    trained(plain, tmp_path, learning_rate=0.1)
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    try:
+        state._reset_state(reset_partial_state=True)
+        compiled = trained(model, tmp_path, learning_rate=0.1, torch_compile_backend="sigswap")
+        assert compiled.accelerator.state.dynamo_plugin.backend.value == "SIGSWAP"
+    finally:
+        state._reset_state(reset_partial_state=True)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """transformers' Trainer, whose checkpoint loads as sigmoid attention"""
+    model = llama()
+    trainer = trained(model, tmp_path)
     trainer.save_model(str(tmp_path / "end"))
     equal(out(sigswap.load(tmp_path / "end")), out(model.eval()))

@@ -19,6 +19,7 @@ from sigswap.training import compiled as compiling
 from sigswap.training import steps as stepping
 from sigswap.training.lesson import Lesson
 from sigswap.training.teaching import Original
+from sigswap.training.together import together
 from sigswap.transaction import Transaction
 
 pytest.importorskip("transformers")
@@ -181,7 +182,8 @@ def test_a_lesson_reads_nothing(stage: str) -> None:
     model, original = pair()
     ids = texts(1)[0]["input_ids"]
     with Transaction() as undo:
-        lesson = Lesson(undo, model, Original(original), ["model.layers.0.self_attn"])
+        among = together(model, None)
+        lesson = Lesson(undo, model, Original(original), ["model.layers.0.self_attn"], among)
         with Reads() as reads:
             original(input_ids=ids, use_cache=False)
             theirs = reads.count  # what transformers reads itself
