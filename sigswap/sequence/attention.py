@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sigswap.errors import ArgumentError, ContextParallelError, Hint
+from sigswap.errors import ArgumentError, ContextParallelError, Hint, SigswapError
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.checks import check_attention
 from sigswap.kernels.op.first_token import bias_of_first
@@ -74,15 +74,26 @@ class SequenceAttention:
     def __call__(self, inputs: Inputs, options: Options) -> Tensor:
         """[B, H, M, Dv]. Raises ArgumentError or ContextParallelError before anything is sent."""
         with torch._C.DisableTorchFunction():
-            inputs, options = self._checked(inputs, options)
-            layout = self._layout(inputs)
-            self._agree(inputs, options)
+            problem, layout = None, Layout(0, 1, False)
+            try:
+                inputs, options = self._checked(inputs, options)
+                layout = self._layout(inputs)
+            except SigswapError as error:
+                problem = error
+            self._agree(inputs, options, problem)
+            if problem is not None:
+                raise problem
             if self._form(inputs, layout) == "all_to_all":
                 return self._all_to_all(inputs, options, layout)
             return self._ring(inputs, options, layout)
 
     def _checked(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         if self.causal:
+            if inputs.attn_mask is not None and inputs.attn_mask.is_floating_point():
+                raise ContextParallelError(
+                    "an attention has a mask tensor that is added to its scores; causal=True leaves out only masks that "
+                    "say what is seen."
+                )
             inputs = inputs._replace(attn_mask=None)
             options = options._replace(is_causal=True)
         if inputs.attn_mask is not None:
@@ -134,27 +145,33 @@ class SequenceAttention:
                 raise ArgumentError(f"documents has {len(self.documents)} rows, query {inputs.query.shape[0]}.")
         return layout
 
-    def _agree(self, inputs: Inputs, options: Options) -> None:
-        """Raises ContextParallelError unless all ranks have come to the same first attention. Waits for them, once."""
+    def _agree(self, inputs: Inputs, options: Options, problem: SigswapError | None) -> None:
+        """Raises ContextParallelError unless all ranks have come to the same first attention, and with the same
+        ``problem``, if there is one. Waits for them, once."""
         if self._agreed:
             return
         mine = {
-            name: repr(None if tensor is None else (list(tensor.shape), tensor.dtype))
+            name: repr(None if tensor is None else (list(tensor.shape), tensor.dtype, tensor.requires_grad))
             for name, tensor in inputs._asdict().items()
         }
         mine |= {name: repr(value) for name, value in options._asdict().items()}
         mine |= {name: repr(getattr(self, name)) for name in ("balanced", "form", "causal", "documents")}
+        mine["error"] = "" if problem is None else str(problem)
         number = torch.tensor([zlib.crc32(repr(mine).encode())], device=inputs.query.device)
         numbers = [torch.empty_like(number) for _ in range(self.ranks.size)]
         dist.all_gather(numbers, number, group=self.ranks.group)
         if len(set(torch.cat(numbers).tolist())) > 1:
             plans: list[Any] = [None] * self.ranks.size
             dist.all_gather_object(plans, mine, group=self.ranks.group)
-            self._refuse(plans)
-        self._agreed = True
+            if problem is None:
+                self._refuse(plans)
+        self._agreed = problem is None
 
     def _refuse(self, plans: Sequence[dict[str, str]]) -> None:
         own = plans[self.ranks.rank]
+        rank = next((rank for rank, other in enumerate(plans) if other["error"]), None)
+        if rank is not None:
+            raise ContextParallelError(f"rank {rank} of the group refuses its first attention: {plans[rank]['error']}")
         rank = next(rank for rank, other in enumerate(plans) if other != own)
         differing = [f"{name} {value}, here {own[name]}" for name, value in plans[rank].items() if value != own[name]]
         raise ContextParallelError(

@@ -174,6 +174,7 @@ def check_refusals() -> None:
     rank = dist.get_rank()
     refused(ArgumentError, "dropout_p", {}, *qkv(), dropout_p=0.5)
     refused(ContextParallelError, "mask tensor.*causal=True", {}, *qkv(), attn_mask=torch.ones(4, 4, dtype=torch.bool))
+    refused(ContextParallelError, "added to its scores", {"causal": True}, *qkv(), attn_mask=torch.zeros(4, 4))
     refused(ArgumentError, "without a cache", {}, qkv(4)[0], *qkv(8)[1:])
     refused(ArgumentError, "must be even", {}, *qkv(3))
     refused(ContextParallelError, "3 key heads.*among 2 ranks", {"form": "all_to_all"}, *qkv(heads=3))
@@ -185,6 +186,12 @@ def check_refusals() -> None:
     refused(ArgumentError, "mesh must be a DeviceMesh", {"mesh": 2}, *qkv())
     refused(ContextParallelError, "comes to another first attention", {}, *qkv(4 + 2 * rank))
     refused(ContextParallelError, "causal (True|False), here", {"causal": rank == 0}, *qkv())
+    mask = torch.ones(4, 4, dtype=torch.bool) if rank == 1 else None
+    refused(ContextParallelError, "has a mask tensor" if rank else "rank 1 .* has a mask", {}, *qkv(), attn_mask=mask)
+    alone = [dist.new_group([each]) for each in range(dist.get_world_size())][rank]
+    with sigswap.context_parallel(alone):
+        out = sigswap.sigmoid_attention(*qkv(), is_causal=True)
+    torch.testing.assert_close(out, sigswap.sigmoid_attention(*qkv(), is_causal=True))
     compiled = torch.compile(softmax_attention, backend="eager")
     model = converted(learn_bias=True).eval()
     ids, ones = torch.ones(1, 8, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
