@@ -91,8 +91,7 @@ class SequenceAttention:
         if self.causal:
             if inputs.attn_mask is not None and inputs.attn_mask.is_floating_point():
                 raise ContextParallelError(
-                    "an attention has a mask tensor that is added to its scores; causal=True leaves out only masks that "
-                    "say what is seen."
+                    "an attention has a mask tensor that is added to its scores; causal=True leaves out bool ones only."
                 )
             inputs = inputs._replace(attn_mask=None)
             options = options._replace(is_causal=True)
