@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from sigswap import files
 from sigswap.bench.cells import DISTRIBUTED, SUITES
@@ -104,10 +106,10 @@ def inspect(
 
         saved = None if compile else saved_conversion(model)
         if saved is None:
-            with _errors.status(f"Building {model}"):
+            with _working(f"Building {model}"):
                 built = _build(model, weights=False, pretrained=False, allow_code=allow_code)
         if compile:
-            with _errors.status(f"Compiling {model}"):
+            with _working(f"Compiling {model}"):
                 compiled = sigswap.explain(built, _example(example))
             if as_json:
                 _print_json({"model": model, **compiled.to_dict()})
@@ -119,7 +121,7 @@ def inspect(
         elif sigswap.is_converted(built):
             report = sigswap.report(built)
         else:
-            with _errors.status(f"Looking for attention in {model}"):
+            with _working(f"Looking for attention in {model}"):
                 report = sigswap.inspect(built, example_inputs=_example(example), include=include, exclude=exclude)
         if as_json:
             _print_json({"model": model, **report.to_dict()})
@@ -218,14 +220,14 @@ def convert(
             check_picture(picture)
         found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
         config = sigswap.SigmoidConfig(**settings)
-        with _errors.status(f"Loading {model}"):
+        with _working(f"Loading {model}"):
             is_saved = saved_conversion(model) is not None
             built = None if is_saved else _build(model, weights=True, pretrained=pretrained, allow_code=False)
         if built is None or sigswap.is_converted(built):
             raise AlreadyConvertedError(
                 f"{model} is converted already.", hint=Hint("To have it in another way, convert the original.")
             )
-        with _errors.status(f"Converting {model}"):
+        with _working(f"Converting {model}"):
             sigswap.convert(
                 built,
                 config,
@@ -240,7 +242,7 @@ def convert(
             calibration = sigswap.calibrate(built, batches)
             if picture is not None:
                 calibration.save(picture)
-        with _errors.status(f"Saving to {out}"):
+        with _working(f"Saving to {out}"):
             sigswap.save(built, out, factory=_factory(built, model))
         report = sigswap.report(built)
         if as_json:
@@ -253,7 +255,7 @@ def convert(
                 console.print(calibration)
             code = _factory(built, model) is not None and not model.startswith("timm:")
             call = f"{_loader(built)}({str(out)!r}{', allow_code=True' if code else ''})"
-            console.print(f"Saved to {out}. Load it with {call}.", highlight=False)
+            console.print(f"Saved to {out}. Load it with {call}.", highlight=False, markup=False)
             command = f"sigswap compare {out} {model}{_held_out(built, model)}{' --allow-code' if code else ''}"
             console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
 
@@ -309,7 +311,7 @@ def compare(
         if not is_saved(model):
             raise ArgumentError(f"{model} holds no model that sigswap saved.")
         found = None if text is None else find_samples(text, samples, "--text")
-        with _errors.status(f"Loading {model} and {original}"):
+        with _working(f"Loading {model} and {original}"):
             converted = sigswap.load(model, allow_code=allow_code)
             timm = original.startswith("timm:")
             before = _build(original, weights=True, pretrained=timm, allow_code=allow_code)
@@ -453,6 +455,11 @@ def demo(
             Console().print(result)
 
 
+def _working(what: str) -> Status:
+    """Shows what is being done, in which a name may hold anything."""
+    return _errors.status(Text(what))
+
+
 def _parse_bias(text: str) -> str | int | float:
     for kind in (int, float):
         try:
@@ -579,6 +586,8 @@ def _failures(as_json: bool, debug: bool) -> Iterator[None]:
             if error.hint is not None:
                 report["hint"] = error.hint.spelled(_in_hint)
             text = " ".join([report["message"], report.get("hint", "")]).rstrip()
+        elif isinstance(error, OSError) and error.filename is not None:
+            text = report["message"] = f"{error.filename}: {error.strerror}."
         else:
             text = f"{report['type']}: {report['message']}\nSIGSWAP_DEBUG=1 shows the traceback."
         _errors.print("[bold red]Error:[/] ", end="")
