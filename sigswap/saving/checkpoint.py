@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
@@ -112,6 +112,25 @@ def save(
         if processor is not None:
             raise ArgumentError("{argument} is for transformers models only.", argument="processor")
         write = functools.partial(_write_factory, model, *find_factory(model, factory, factory_kwargs))
+    replace_files(Path(directory), write, _stale)
+
+
+def save_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Saves a model that is not converted, as :func:`save` saves one that is: whole or not at all.
+
+    A transformers model by its own ``save_pretrained``, with the tokenizer's files; of any other model the state_dict
+    in ``model.safetensors``, for ``safetensors.torch.load_model``. A ``sigswap.json`` in the directory is removed.
+
+    Raises CheckpointError if the directory cannot be written.
+    """
+
+    def write(staging: Path) -> None:
+        if transformers_hook.is_transformers_model(model):
+            _copy_companions(model, staging)
+            model.save_pretrained(staging)  # type: ignore[operator]
+        else:
+            save_model(model, str(staging / WEIGHTS), metadata={"format": "pt"})
+
     replace_files(Path(directory), write, _stale)
 
 
@@ -219,17 +238,22 @@ def is_saved(directory: str | os.PathLike[str]) -> bool:
 
 
 def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, staging: Path) -> None:
-    source = source_directory(model.config._name_or_path)
-    if processor is None and source is not None:
-        for path in source.iterdir():
-            if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, staging / path.name)
+    if processor is None:
+        _copy_companions(model, staging)
     for part in processor if isinstance(processor, list | tuple) else (processor,):
         if part is not None:
             part.save_pretrained(staging)
     model.save_pretrained(staging, max_shard_size=max_shard_size)
     marks.note_files(staging)
+
+
+def _copy_companions(model: Any, staging: Path) -> None:
+    """The tokenizer's files and others beside what a transformers model was loaded from."""
+    source = source_directory(model.config._name_or_path)
+    for path in [] if source is None else source.iterdir():
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, staging / path.name)
 
 
 def _fetches_offloaded(model: nn.Module) -> bool:
