@@ -30,7 +30,12 @@ Data = Annotated[
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a block of text, for language models.")]
 
 
-def report(directory: Saved, as_json: AsJson = False, debug: Debug = False) -> None:
+def report(
+    directory: Saved,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as an .html page, too.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Show what was converted in DIR, and its calibration. Builds nothing, and runs none of the model's code."""
     with failures(as_json, debug):
         from sigswap.saving.checkpoint import saved_conversion
@@ -38,6 +43,8 @@ def report(directory: Saved, as_json: AsJson = False, debug: Debug = False) -> N
         check_saved(directory)
         conversion = saved_conversion(directory)
         assert conversion is not None
+        if page is not None:
+            conversion.report.save(page)
         if as_json:
             print_json({"model": str(directory), **conversion.report.to_dict()})
         else:

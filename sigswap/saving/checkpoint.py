@@ -29,7 +29,7 @@ from sigswap.conversion.record import Conversion, conversion_of, is_converted, p
 from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
-from sigswap.saving import marks, schema, sources, transformers_hook, weights
+from sigswap.saving import marks, model_card, schema, sources, transformers_hook, weights
 from sigswap.saving.factories import (
     built_on_meta,
     check_buffers,
@@ -64,8 +64,9 @@ def save(
 ) -> None:
     """Saves a converted ``model`` to ``directory``, for :func:`load` and, if transformers', ``from_pretrained``.
 
-    Tied weights are stored once. In a directory that exists already, the files of the model saved there before
-    are replaced and all others kept; if the save fails, it is left as it was.
+    Tied weights are stored once. A transformers model gets a model card (README.md), unless there is one that is not
+    sigswap's: what was swapped, what its calibration said, how to load it. In a directory that exists already, the
+    files of the model saved there before are replaced and all others kept; if the save fails, it is left as it was.
 
     Args:
         factory: what builds the unconverted model when it is loaded: ``"module:function"``, an importable
@@ -107,7 +108,7 @@ def save(
             raise ArgumentError(
                 "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
             )
-        write = functools.partial(_write_transformers, model, processor, max_shard_size)
+        write = functools.partial(_write_transformers, model, processor, max_shard_size, Path(directory))
     else:
         if processor is not None:
             raise ArgumentError("{argument} is for transformers models only.", argument="processor")
@@ -237,7 +238,7 @@ def is_saved(directory: str | os.PathLike[str]) -> bool:
 # transformers
 
 
-def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, staging: Path) -> None:
+def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, target: Path, staging: Path) -> None:
     if processor is None:
         _copy_companions(model, staging)
     for part in processor if isinstance(processor, list | tuple) else (processor,):
@@ -245,6 +246,8 @@ def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, s
             part.save_pretrained(staging)
     model.save_pretrained(staging, max_shard_size=max_shard_size)
     marks.note_files(staging)
+    if model_card.may_write(target):
+        (staging / model_card.FILE).write_text(model_card.model_card(model), encoding="utf-8")
 
 
 def _copy_companions(model: Any, staging: Path) -> None:

@@ -59,7 +59,8 @@ def test_report(saved: Path) -> None:
     assert result.exit_code == 0, result.output
     assert [site["status"] for site in json.loads(result.stdout)["sites"]] == ["swapped"]
     assert run("report", saved.parent).exit_code == 1
-    assert "self_attn" in run("report", saved).stdout
+    assert "self_attn" in run("report", saved, "--html", saved.parent / "page.html").stdout
+    assert "model.layers.0.self_attn" in (saved.parent / "page.html").read_text()
 
 
 def test_calibrate(saved: Path) -> None:
