@@ -18,6 +18,7 @@ from sigswap.conversion.install import revert
 from sigswap.conversion.record import is_converted, report, set_row_cap
 from sigswap.conversion.softmax import softmax
 from sigswap.conversion.user_runs import watch
+from sigswap.distributed.context import ContextParallel, context_parallel
 from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.kernels.op import flops
@@ -49,6 +50,7 @@ __all__ = [
     "Comparison",
     "CompileReport",
     "CompiledSite",
+    "ContextParallel",
     "DistanceMeasure",
     "DistillationReport",
     "HeadRecord",
@@ -66,6 +68,7 @@ __all__ = [
     "calibration_callback",
     "compare",
     "compile_attention",
+    "context_parallel",
     "convert",
     "decompositions",
     "distill",

@@ -114,7 +114,7 @@ def composed_bias(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
-    if keys == 0:
+    if keys == 0 or heads == 0:
         return torch.zeros(batch, heads, rows, 1, dtype=wide, device=query.device)
     with torch._C.DisableTorchFunction():
         first, count = _first_visible(

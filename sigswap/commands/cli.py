@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from sigswap import files
-from sigswap.bench.cells import SUITES
+from sigswap.bench.cells import DISTRIBUTED, SUITES
 from sigswap.bench.peers import described
 from sigswap.commands import saved
 from sigswap.commands.shared import (
@@ -349,7 +349,11 @@ def recover(
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", metavar="|".join(SUITES), help="Default: all but features, models. Can be repeated."),
+        typer.Option(
+            "--suite",
+            metavar="|".join((*SUITES, DISTRIBUTED)),
+            help="Default: all but features, models, distributed. Can be repeated.",
+        ),
     ] = None,
     cell: Annotated[
         list[str] | None,
@@ -392,8 +396,18 @@ def bench(
     models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
     beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it
     runs only if it is named; a model whose package (timm, transformers) is not installed is left out.
+
+    distributed: in the processes that torchrun starts (torchrun --nproc-per-node 2 --no-python sigswap bench --suite
+    distributed): a step of training under data (FSDP2), tensor and context parallelism, beside softmax attention under
+    the same: time, bytes sent, exposed communication, memory. --quick has sizes for CPUs.
     """
     with failures(False, debug):
+        if suite is not None and DISTRIBUTED in suite:
+            from sigswap.bench.distributed.run import report
+
+            refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
+            report(refused, json_file, dtype=dtype, quick=quick, labels=cell, console=errors)
+            return
         from sigswap.bench import run as benchmark
         from sigswap.bench.results import check_plot
 

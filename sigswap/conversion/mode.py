@@ -53,6 +53,8 @@ from sigswap.functional.torch_functions import (
     PRODUCTS,
     SWAPS,
 )
+from sigswap.sequence.active import active, refuse_parts
+from sigswap.sequence.torch_context import on_parts
 
 
 class SwapMode(TorchFunctionMode):
@@ -286,6 +288,9 @@ class SwapMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        spread = on_parts(query, self._sdpa, site, query, key, value, *args, **kwargs)
+        if spread is not None:
+            return spread
         mask = args[0] if args else kwargs.get("attn_mask")
         site.check_heads(query, mask, args[2] if len(args) > 2 else kwargs.get("is_causal", False))
         query, key = site.normalized(query, key)
@@ -348,6 +353,11 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
     return (bound[first], bound[second]), rebuild
 
 
+@torch.compiler.disable
+def _uncompiled(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return forward(module, *args, **kwargs)
+
+
 _SWAPPED: dict[type, type] = {}
 
 
@@ -358,6 +368,8 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
+            if active.attention is not None and torch.compiler.is_compiling():
+                return _uncompiled(sigswap_forward, self, args, kwargs)  # it waits for other ranks
             if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
                 switched, observed = SWITCHED.get(), OBSERVED.get()
             else:
@@ -365,6 +377,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if switched is not None and state.switch.is_in(switched):
                 return base.forward(self, *args, **kwargs)
             if observed is not None and state in observed:
+                refuse_parts("an attention that is observed (by calibrate, say)")
                 return observed[state].run(self, base.forward, args, kwargs)
             if not torch.compiler.is_compiling():
                 accelerate_hooks.bring_parameters(state)

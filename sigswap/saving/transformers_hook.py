@@ -22,6 +22,8 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -47,10 +49,12 @@ from sigswap.saving.marks import (
 )
 from sigswap.saving.model_card import TAGS
 from sigswap.saving.weights import check_files
+from sigswap.transaction import Transaction, entries
 from sigswap.when_imported import WhenImported
 
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
+_SPREAD = ("distributed_config", "_tp_size", "_device_mesh")
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
@@ -58,6 +62,20 @@ def is_transformers_model(model: object) -> bool:
     """Whether ``model`` is a transformers model, without importing transformers."""
     module = sys.modules.get(_TARGET)
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+@contextmanager
+def as_one_process(model: Any) -> Iterator[None]:
+    """While it is open, save_pretrained brings no parts of ``model`` together: the state that it is given is whole."""
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+    marks = [vars(thing) for module in owners for thing in (module, module.config) if hasattr(thing, "__dict__")]
+    with Transaction() as undo, undo:
+        for fields in marks:
+            undo.afterwards("how the model is spread", entries(fields, *_SPREAD))
+            for name in _SPREAD:
+                if name in fields:
+                    fields[name] = None
+        yield
 
 
 def _set_up(modeling_utils: ModuleType) -> None:

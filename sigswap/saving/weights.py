@@ -10,10 +10,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sigswap.errors import CheckpointError, Hint
@@ -36,6 +35,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 _MISSING = 1 << 20
 """So many values may be missing without that they are compared before they are allocated."""
@@ -157,17 +157,31 @@ def read_weights(
     check_header(targets, header, aliases, path)
     check_digest(header, written, path, '"tensors" from sigswap.json')
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(header):
-                # The clone is aligned in memory; in the last bit, results on a CPU can depend on that.
-                targets[name].data = file.get_tensor(name).clone().to(targets[name].device)
-    except (OSError, SafetensorError) as error:
+        with path.open("rb", buffering=0) as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            for name, stored in sorted(header.items(), key=lambda each: each[1].begin):
+                file.seek(start + stored.begin)
+                targets[name].data = _read(file, stored).to(targets[name].device)
+    except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error}") from error
     for name, source in aliases.items():
         owner_path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_path)
         tensors: Any = owner._parameters if attribute in owner._parameters else owner._buffers
         tensors[attribute] = targets[source]
+
+
+def _read(file: BinaryIO, stored: Stored) -> Tensor:
+    """Not by safetensors, in which a Ctrl-C can become another error. What is allocated here is aligned in memory, too:
+    in the last bit, results on a CPU can depend on that."""
+    values = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+    left = memoryview(values.numpy())
+    while left:
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError("it was cut off meanwhile")
+        left = left[count:]
+    return values.view(stored.dtype).reshape(stored.shape)
 
 
 # transformers
@@ -208,22 +222,3 @@ def check_files(model: nn.Module, paths: Iterable[str | os.PathLike[str]] | None
     others = sum(math.prod(each.shape) for name, each in header.items() if name not in state)
     if header and _complete.get() and sum(missing.values()) > others + _MISSING:
         check_keys(next(iter(places.values())), missing, (), ())
-
-
-def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that a safetensors file can hold, and for each name of a tied one the name it is stored under."""
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in state.items():
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and same in first:
-            aliases[name] = first[same]
-            continue
-        first[same] = name
-        storage = tensor.untyped_storage().data_ptr()
-        # Views of one storage (weights fused into one tensor) are stored each for itself.
-        kept[name] = tensor.detach().clone() if storage in storages else tensor.detach().contiguous()
-        storages.add(storage)
-    return kept, aliases

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
+from torch.utils import _device
 
 import sigswap
 from sigswap.conversion.record import RECORD
@@ -88,12 +89,12 @@ def _distilled(made: nn.Module, **arguments: Any) -> Any:
 
 
 def _softmax(made: nn.Module) -> None:
-    with sigswap.softmax(made), sigswap.softmax(made[0]), torch.no_grad():
+    with sigswap.softmax(made), sigswap.softmax(made[0]):
         made(X)
 
 
 def _watched(made: nn.Module) -> None:
-    with sigswap.watch(made), torch.no_grad():
+    with sigswap.watch(made):
         made(X)
 
 
@@ -148,7 +149,7 @@ def state_of(made: nn.Module) -> Any:
     known = None
     if record is not None:
         known = {**record.to_dict(), "report": record.report.sites, "fitted": record.fitted_length}
-    return modules, known, getattr(made[0], "seen", None)
+    return modules, known, getattr(next(made.children()), "seen", None)
 
 
 def _values(x: Tensor | None) -> Any:
@@ -165,6 +166,8 @@ def process() -> Any:
     """What of the process and this thread has to be as before in any case, but for random numbers."""
     return (
         torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        _device.CURRENT_DEVICE,
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         eval_frame._stance,

@@ -1,8 +1,13 @@
-"""Calls a case with an exception at one of its lines, and says what is wrong afterwards."""
+"""Calls a case with an interruption, and says what is wrong afterwards."""
 
 from __future__ import annotations
 
-from typing import Any
+import random
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from interruptions import Line, interrupted, lines_of
 
@@ -11,41 +16,120 @@ from tests.interruptions.cases import CASES, copied, is_decided, process, random
 
 ERRORS = (KeyboardInterrupt, RuntimeError)
 
+Call = Callable[[], Any]
 
-class Checked:
-    """One case, with what its model is before and after the call."""
 
-    def __init__(self, name: str, turns: int = 1) -> None:
-        self.name, self.call = name, CASES[name].call
-        self.made = CASES[name].build()
-        self.before = state_of(copied(self.made)), is_decided(self.made)
+class Attempt(NamedTuple):
+    """An error at a line, or a signal after so many seconds."""
+
+    at: Line | float
+    kind: type[BaseException] = KeyboardInterrupt
+
+    def __str__(self) -> str:
+        if not isinstance(self.at, Line):
+            return f"a signal after {1000 * self.at:.2f} ms"
+        return f"{self.kind.__name__} at {self.at.file.rpartition('/')[2]}:{self.at.number} (turn {self.at.turn})"
+
+
+class Checked(ABC):
+    """One call, with what it changes before and after it.
+
+    ``turns``: of each line so many runs, and the last.
+    """
+
+    name: str
+    before: Any
+    after: Any
+
+    def __init__(self, turns: int = 1) -> None:
+        self.before = self.fresh()[1]()
         self.lines = sorted(lines_of(self._called, turns))
+        start = time.perf_counter()
+        self._called()
+        self.seconds = time.perf_counter() - start
+
+    @abstractmethod
+    def fresh(self) -> tuple[Call, Call]:
+        """The call, on something of its own, and what gives the state of that."""
+
+    def difference(self, now: Any) -> str:
+        return f"{self.before!r:.150} -> {now!r:.150}"
+
+    def attempts(self, share: int = 0, shares: int = 1, *, signals: int = 0) -> Iterator[Attempt]:
+        """All lines with each error, in a random order that is always the same, and of a hundred so many are signals.
+        A share is a part of them."""
+        rng = random.Random(self.name)
+        injected = [Attempt(at, kind) for at in self.lines for kind in ERRORS]
+        rng.shuffle(injected)
+        times = random.Random(f"{self.name} {share}/{shares}")
+        for attempt in injected[share::shares]:
+            yield attempt
+            while times.random() < signals / 100:
+                yield Attempt(times.uniform(0, 1.1 * self.seconds))
+
+    def problem(self, attempt: Attempt) -> str | None:
+        """What is wrong after it; None: nothing, or it came to no interruption."""
+        call, state = self.fresh()
+        error = attempt.kind("injected")
+        around, numbers = process(), random_numbers()
+        if isinstance(attempt.at, Line):
+            came, raised = interrupted(call, attempt.at, error)
+        else:
+            came, raised = signalled(call, attempt.at)
+        if not came:
+            return None
+        allowed: Any = SigswapError if isinstance(attempt.at, Line) else (SigswapError, KeyboardInterrupt)
+        if raised is not None and raised is not error and not isinstance(raised, allowed):
+            return f"{self.name}, {attempt}: raw {type(raised).__name__}: {raised}"
+        if (ours := process()) != around:
+            return f"{self.name}, {attempt}: the process is not as it was: {_difference(ours, around)}"
+        moved, now = random_numbers() != numbers, state()
+        if now == self.after:
+            return None
+        if raised is None or now != self.before:
+            return f"{self.name}, {attempt}: half-changed ({type(raised).__name__}): {self.difference(now)}"
+        return f"{self.name}, {attempt}: the random state has moved" if moved else None
 
     def _called(self) -> None:
+        call, state = self.fresh()
+        call()
+        self.after = state()
+
+
+class CheckedModel(Checked):
+    """A case that changes a model."""
+
+    def __init__(self, name: str, turns: int = 1) -> None:
+        self.name, self.call, self.made = name, CASES[name].call, CASES[name].build()
+        super().__init__(turns)
+
+    def fresh(self) -> tuple[Call, Call]:
         other = copied(self.made)
-        self.call(other)
-        self.after = state_of(other), is_decided(other)
+        return lambda: self.call(other), lambda: (state_of(other), is_decided(other))
 
-    def problem(self, at: Line, kind: type[BaseException]) -> str | None:
-        """What is wrong after an interruption at the line; None: nothing."""
-        other, error = copied(self.made), kind("injected")
-        around, numbers = process(), random_numbers()
-        came, raised = interrupted(lambda: self.call(other), at, error)
-        problem = self._wrong(other, raised, error, around)
-        if problem is None and raised is not None and random_numbers() != numbers:
-            problem = "the random state has moved"
-        where = f"{at.file.rpartition('/')[2]}:{at.number} (turn {at.turn})"
-        return None if problem is None or not came else f"{self.name}, {kind.__name__} at {where}: {problem}"
+    def difference(self, now: Any) -> str:
+        return _difference(now, self.before)
 
-    def _wrong(self, other: Any, raised: BaseException | None, error: BaseException, around: Any) -> str | None:
-        if raised is not None and raised is not error and not isinstance(raised, SigswapError):
-            return f"raw {type(raised).__name__}: {raised}"
-        if process() != around:
-            return "the process is not as it was"
-        now = state_of(other), is_decided(other)
-        if now == self.after or (raised is not None and now == self.before):
-            return None
-        return f"half-changed ({type(raised).__name__}): {_difference(now[0], self.before[0])}"
+
+def signalled(call: Call, seconds: float) -> tuple[bool, BaseException | None]:
+    """Runs ``call``, and so many seconds after it has begun the process gets a signal that is handled as Ctrl-C is.
+    Whether it came before the end, and what the call raised."""
+    ended = False
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    raised: BaseException | None = None
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+            call()
+            ended = True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException as error:
+        error.__traceback__ = None
+        raised = error
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return not ended or raised is not None, None if ended else raised
 
 
 def _difference(now: Any, before: Any) -> str:

@@ -5,55 +5,45 @@ A sample; ``python -m tests.interruptions`` takes every line.
 
 from __future__ import annotations
 
+import itertools
 import random
-import signal
-import threading
+import time
 
 import pytest
 import torch
 
 import sigswap
-from tests.interruptions.cases import CASES, Attention, X, copied, is_decided, process, state_of
-from tests.interruptions.check import ERRORS, Checked
+from tests.interruptions.cases import Attention, X
+from tests.interruptions.check import Attempt, signalled
+from tests.interruptions.share import NAMES, checked
 
 SAMPLED, SAMPLED_OF_CONVERT = 12, 4
-"""Lines of each call; those that look at a model take longer."""
+"""Interruptions of each call; those that look at a model take longer."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_a_sample_of_lines(name: str) -> None:
-    checked = Checked(name)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample(name: str) -> None:
+    case = checked(name, turns=1)
     number = SAMPLED_OF_CONVERT if name.startswith(("convert", "inspect")) else SAMPLED
-    chosen = random.Random(name).sample(checked.lines, number)
-    problems = [checked.problem(at, ERRORS[index % 2]) for index, at in enumerate(chosen)]
+    problems = [case.problem(attempt) for attempt in itertools.islice(case.attempts(), number)]
     assert [problem for problem in problems if problem is not None] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["convert", "calibrate", "distill", "revert"])
+@pytest.mark.parametrize("name", ["convert", "calibrate", "distill", "revert", "save over another model", "load"])
 def test_ctrl_c(name: str) -> None:
     """Real signals, after random times."""
-    case, made = CASES[name], CASES[name].build()
-    before = state_of(copied(made)), is_decided(made)
-    done = copied(made)
-    case.call(done)
-    after = state_of(done), is_decided(done)
-    around, times = process(), random.Random(0)
-    for _ in range(20):
-        other = copied(made)
-        timer = threading.Timer(
-            times.uniform(0, 0.05 if name == "revert" else 0.3), signal.raise_signal, [signal.SIGINT]
-        )
-        raised = False
-        try:
-            timer.start()
-            case.call(other)
-            timer.join()
-        except KeyboardInterrupt:
-            raised = True
-        assert process() == around
-        assert (state_of(other), is_decided(other)) in ([before, after] if raised else [after])
+    case, times = checked(name, turns=1), random.Random(0)
+    number = 5 if name == "convert" else 20
+    problems = [case.problem(Attempt(times.uniform(0, case.seconds))) for _ in range(number)]
+    assert [problem for problem in problems if problem is not None] == []
+
+
+def test_a_signal_is_seen() -> None:
+    came, raised = signalled(lambda: time.sleep(5), 0.01)
+    assert came and isinstance(raised, KeyboardInterrupt)
+    assert signalled(lambda: None, 5) == (False, None)
 
 
 class Odd(torch.nn.Sequential):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -58,8 +60,20 @@ def lines_of(call: Callable[[], Any], turns: int = 1) -> list[Line]:
     return [
         Line(file, number, turn)
         for (file, number), count in trace.counts.items()
+        if number not in _inlined(file)
         for turn in sorted({*range(min(turns, count)), count - 1})
     ]
+
+
+@functools.cache
+def _inlined(file: str) -> frozenset[int]:
+    """The lines of comprehensions that Python 3.12 and later run inside of their function: an exception that a trace
+    raises there passes by the ``with`` and ``finally`` around them, which no other exception does."""
+    if sys.version_info < (3, 12):
+        return frozenset()
+    nodes = ast.walk(ast.parse(Path(file).read_text()))
+    found = [node for node in nodes if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp)]
+    return frozenset(line for node in found for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
 
 
 def interrupted(call: Callable[[], Any], at: Line, error: BaseException) -> tuple[bool, BaseException | None]:

@@ -17,10 +17,14 @@ import torch.multiprocessing
 LIMIT = 240
 """Seconds after which ranks that do not answer are given up."""
 
+ENDED = "it ended without an answer"
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, lost: int | None = None) -> list[Any]:
     """What ``function(*arguments)`` returns in each of ``size`` processes, which are one process group. It is a
     function at the top of a module. An error in one of them is a failure here, with its traceback.
+
+    ``lost``: the rank that is to end on its way, by os._exit say; None stands for what it returns.
     """
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
@@ -45,6 +49,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
             for process in processes:
                 process.kill()
                 process.join()
+    if lost is not None:
+        assert answers[lost] == (False, ENDED), "the rank did not end"
+        answers[lost] = (True, None)
     failed = [f"rank {rank}:\n{what}" for rank, (done, what) in enumerate(answers) if not done]
     assert not failed, "\n".join(failed)
     return [what for _, what in answers]
@@ -54,7 +61,7 @@ def _answer(receiver: Connection, rank: int) -> tuple[bool, Any]:
     try:
         return receiver.recv() if receiver.poll(LIMIT) else (False, f"no answer within {LIMIT} s")
     except EOFError:
-        return False, "it ended without an answer"
+        return False, ENDED
 
 
 def _run(rank: int, size: int, sender: Connection, store: str, function: Callable[..., Any], arguments: Any) -> None:

@@ -201,3 +201,9 @@ def test_errors() -> None:
     q, k, *_ = tensors()
     with pytest.raises(ArgumentError, match="share"):
         first_token_bias(q, k, torch.ones(4, 1, 1, dtype=torch.long), scale=1.0)
+
+
+def test_no_heads() -> None:
+    query, share = torch.randn(2, 0, 3, 8, requires_grad=True), torch.ones(1, 1, 1, 1)
+    key = torch.randn(2, 0, 5, 8)
+    assert first_token_bias(query, key, share, scale=1.0).shape == (2, 0, 3, 1)
