@@ -353,13 +353,6 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
     return (bound[first], bound[second]), rebuild
 
 
-def _as_written(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return forward(module, *args, **kwargs)
-
-
-_uncompiled: Callable[..., Any] = torch.compiler.disable(_as_written)  # type: ignore[no-untyped-call]
-
-
 _SWAPPED: dict[type, type] = {}
 
 
@@ -371,7 +364,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
             if active.attention is not None and torch.compiler.is_compiling():
-                return _uncompiled(sigswap_forward, self, args, kwargs)  # it waits for other ranks
+                return active.attention.as_written(functools.partial(sigswap_forward, self, *args, **kwargs))
             if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
                 switched, observed = SWITCHED.get(), OBSERVED.get()
             else:

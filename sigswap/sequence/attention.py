@@ -38,9 +38,6 @@ class _Places(NamedTuple):
     segment: Tensor
 
 
-_as_written: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compiler.disable
-
-
 class SequenceAttention:
     """Attention among ``ranks``, each with its part of the sequence.
 
@@ -69,10 +66,14 @@ class SequenceAttention:
         self.documents, self.total = documents, total
         self._places: dict[tuple[Layout, Band, bool, torch.device], _Places] = {}
         self._agreed = agreed
+        self.as_written = _outside_compiled_code()  # for it waits for other ranks
 
-    @_as_written
     def __call__(self, inputs: Inputs, options: Options) -> Tensor:
         """[B, H, M, Dv]. Raises ArgumentError or ContextParallelError before anything is sent."""
+        out: Tensor = self.as_written(self._run, inputs, options)
+        return out
+
+    def _run(self, inputs: Inputs, options: Options) -> Tensor:
         with torch._C.DisableTorchFunction():
             problem, layout = None, Layout(0, 1, False)
             try:
@@ -275,6 +276,17 @@ class SequenceAttention:
         grouped = query.reshape(batch, key_heads, -1, *query.shape[2:]).to(wide)
         score = (grouped * picked.unsqueeze(2).to(wide)).sum(-1, keepdim=True).flatten(1, 2) * options.scale
         return options.softcap * torch.tanh(score / options.softcap) if options.softcap > 0.0 else score
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+@functools.cache
+def _outside_compiled_code() -> Callable[..., Any]:
+    """Calls a function as it is written. Made on use, for it imports Dynamo."""
+    made: Callable[..., Any] = torch.compiler.disable(_called)  # type: ignore[no-untyped-call]
+    return made
 
 
 class Alone(Ranks):
