@@ -77,6 +77,8 @@ def run(
             if dist.get_rank() == 0:
                 tell(f"Measuring: {cell.parallel} {cell.label}")
             rows.append(measure(cell, mesh, DTYPES[dtype]))
+            if dist.get_rank() == 0:
+                tell(rows[-1].summary)
             if mesh.device_type == "cuda":
                 free()
         return DistributedBenchmark(_machine(mesh), mesh.size(), dtype, rows, dist.get_rank() == 0)
