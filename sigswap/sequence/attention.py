@@ -17,7 +17,7 @@ from sigswap.errors import ArgumentError, ContextParallelError, Hint, SigswapErr
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.checks import check_attention
 from sigswap.kernels.op.first_token import bias_of_first
-from sigswap.sequence.all_to_all import to_heads, to_sequence
+from sigswap.sequence.all_to_all import differentiated_once, to_heads, to_sequence
 from sigswap.sequence.exchange import Ranks
 from sigswap.sequence.inputs import Inputs
 from sigswap.sequence.layout import Band, Chunk, Layout, Segment, Segments, calls_of, range_of
@@ -309,9 +309,9 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
         ranks: Ranks = ctx.ranks  # type: ignore[attr-defined]
-        whole = grad.contiguous().clone()
+        whole = grad.detach().contiguous().clone()
         ranks.sum(whole)
-        return whole, None
+        return differentiated_once(whole, grad), None
 
 
 def _band(options: Options) -> Band:
