@@ -30,6 +30,7 @@ from sigswap.conversion.places import (
     traced_name,
     traced_suffix,
 )
+from sigswap.conversion.recomputing import runs_as_softmax
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
 from sigswap.conversion.switches import CONTEXTS_ARE_GUARDED, OBSERVED, SWITCHED, anywhere
 from sigswap.errors import Hint, UnknownCallError
@@ -369,7 +370,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
                 switched, observed = SWITCHED.get(), OBSERVED.get()
             else:
                 switched, observed = anywhere.names, None
-            if switched is not None and state.switch.is_in(switched):
+            if runs_as_softmax(state.switch, switched):
                 return base.forward(self, *args, **kwargs)
             if observed is not None and state in observed:
                 refuse_parts("an attention that is observed (by calibrate, say)")

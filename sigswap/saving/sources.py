@@ -56,7 +56,8 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
     ``pretrained`` is for timm alone: load the published weights.
 
     Raises:
-        ArgumentError: no such architecture or function, or it does not return a module.
+        ArgumentError: no such architecture or function, or it does not return a module, or the published weights
+            cannot be had.
         SigswapError: timm is not installed.
     """
     if spec.startswith("timm:"):
@@ -67,7 +68,14 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
         others = sorted(set(kwargs) & _TIMM_FILES)
         if others:
             raise ArgumentError(f"{spec!r}: {others} name other files, which sigswap reads no weights from.")
-        made: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        try:
+            made: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        except Exception as error:  # of the hub, of the network and of the disk
+            if not pretrained:
+                raise
+            raise ArgumentError(
+                f"{spec!r}: the published weights could not be read: {type(error).__name__}: {error}"
+            ) from error
         return made
     function = resolve(spec)
     if not callable(function):

@@ -47,6 +47,7 @@ from sigswap.saving.marks import (
     rebased,
     without_gguf_marks,
 )
+from sigswap.saving.model_card import TAGS
 from sigswap.saving.weights import check_files
 from sigswap.transaction import Transaction, entries
 from sigswap.when_imported import WhenImported
@@ -228,9 +229,26 @@ def _wrap(model_class: Any) -> None:
         return loaded
 
     _wrap_from_config(model_class)
+    _wrap_push(model_class)
     setattr(model_class, _WRAPPED, (save_pretrained, from_pretrained))
     model_class.save_pretrained = marking_save_pretrained
     model_class.from_pretrained = classmethod(checking_from_pretrained)
+
+
+def _wrap_push(model_class: Any) -> None:
+    """The model card that transformers makes when a converted model is pushed has sigswap's tags."""
+    push_to_hub = model_class.push_to_hub
+
+    @functools.wraps(push_to_hub)
+    def tagging_push_to_hub(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else None
+        if isinstance(model, nn.Module) and is_converted(model):
+            given = kwargs.get("tags") or []
+            given = [given] if isinstance(given, str) else list(given)
+            kwargs["tags"] = [*given, *(tag for tag in TAGS if tag not in given)]
+        return push_to_hub(*args, **kwargs)
+
+    model_class.push_to_hub = tagging_push_to_hub
 
 
 def _wrap_from_config(model_class: Any) -> None:

@@ -27,7 +27,9 @@ def example() -> Any:
 
 
 def run(parallel: str, out: str) -> list[float]:
-    losses: list[float] = example().main(["--parallel", parallel, "--steps", str(STEPS), "--out", out])
+    losses: list[float] = example().main(
+        ["--parallel", parallel, "--distill", "2", "--steps", str(STEPS), "--out", out]
+    )
     return losses
 
 
