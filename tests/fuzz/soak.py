@@ -108,8 +108,8 @@ def soak(minutes: float, say: Callable[[str], None] = print) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         temporary, tempfile.tempdir = tempfile.tempdir, name  # that others' files are not counted
         try:
-            models, before, told = kinds(), None, start
-            while (now := time.monotonic()) < start + 60 * minutes or before is None:
+            models, before, told, warm = kinds(), None, start, 0
+            while (now := time.monotonic()) < start + 60 * minutes or before is None or rounds < warm + 2:
                 for number, kind in enumerate(models):
                     try:
                         once(kind, Path(name, f"model {number}"))
@@ -117,7 +117,7 @@ def soak(minutes: float, say: Callable[[str], None] = print) -> list[str]:
                         faults.append(f"round {rounds}, model {number}: {type(error).__name__}: {error}")
                 rounds += 1
                 if before is None and now > start + 60 * minutes * WARM_UP and rounds >= 2:
-                    before = measured()
+                    before, warm = measured(), rounds
                     say(f"after {rounds} rounds: {before}")
                 if now > told + 60:
                     say(f"{rounds} rounds: {measured()}")
