@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -128,6 +129,12 @@ class SwapMode(TorchFunctionMode):
             state.check_turns(self.turns)
         missing = not self.swapped or (self.left and len(self.swapped) < len(state.plan.sites))
         if missing and not state.plan.may_skip:
+            if is_fx_symbolic_tracing():
+                raise UnknownCallError(
+                    f"{state.plan.path or 'the model'} cannot be traced symbolically (by torch.fx): the calls of its "
+                    "attention are not seen, for what stands for a tensor there runs nothing.",
+                    hint=Hint("Use torch.export, or make its class a leaf of the trace (leaf_modules of its tracer)."),
+                )
             some = "any" if not self.swapped else "some"
             raise UnknownCallError(
                 f"{state.plan.path or 'the model'} ran without {some} of the attention calls that were swapped when "

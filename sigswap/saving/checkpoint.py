@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
@@ -145,6 +146,12 @@ def _writing(
             raise CheckpointError(
                 f"{name} is on the meta device: there is no data to save.",
                 hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
+            )
+        if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh"):
+            raise CheckpointError(
+                f"{name} is quantized (a {type(tensor).__name__}): a model that is converted and quantized cannot be "
+                "saved.",
+                hint=Hint("Save it before it is quantized, and quantize it again after it is loaded."),
             )
     if transformers_hook.is_transformers_model(model):
         if factory is not None or factory_kwargs is not None:
