@@ -109,7 +109,8 @@ def _along_sequence(inputs: Sequence[Any], options: Options, sums: bool) -> list
 
     if options.is_causal or options.window_left >= 0 or options.window_right >= 0 or options.dropout_p > 0.0:
         return []
-    query, key, _, bias, mask, seed = (*inputs, *[None] * (6 - len(inputs)))
+    filled: list[Any] = [*inputs, *[None] * (6 - len(inputs))]
+    query, key, _, bias, mask, seed = filled
 
     def placed(tensor: Any, axis: int, whole: int) -> Any:
         """Of the row bias or the mask, with the axis that has ``whole`` elements where it is not the same for all."""

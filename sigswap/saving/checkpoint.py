@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
@@ -145,6 +146,12 @@ def _writing(
             raise CheckpointError(
                 f"{name} is on the meta device: there is no data to save.",
                 hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
+            )
+        if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh"):
+            raise CheckpointError(
+                f"{name} is quantized (a {type(tensor).__name__}): a model that is converted and quantized cannot be "
+                "saved.",
+                hint=Hint("Save it before it is quantized, and quantize it again after it is loaded."),
             )
     if transformers_hook.is_transformers_model(model):
         if factory is not None or factory_kwargs is not None:
@@ -350,7 +357,8 @@ def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
     headers = marks.check_directory(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=allow_code)
-        model_class = sources.transformers_class(config)
+        own = sources.custom_class(config, directory) if allow_code else None
+        model_class = own or sources.transformers_class(config)
     except Exception as error:  # of a config that is damaged, whatever transformers raises
         needs = _RUN_CODE if not allow_code and "auto_map" in marks.read_config(directory) else None
         raise CheckpointError(f"{config_path}: {_told(error)}", hint=needs) from error

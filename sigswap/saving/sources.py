@@ -100,6 +100,19 @@ def transformers_class(config: Any) -> type[Any]:
     return base
 
 
+def custom_class(config: Any, directory: Path) -> type[Any] | None:
+    """The class that ``auto_map`` names in Python files of ``directory`` (or of a repository that it names), whose code
+    runs. None: ``config`` has no such class for its architecture."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    named = [name for auto, name in (getattr(config, "auto_map", None) or {}).items() if auto.startswith("AutoModel")]
+    for name in named:
+        if isinstance(name, str) and name.rpartition(".")[2] in (config.architectures or ()):
+            found: type[Any] = get_class_from_dynamic_module(name, directory)
+            return found
+    return None
+
+
 def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.Module:
     """The model in a transformers directory or of a hub id, in eval mode and in the dtype it was saved in.
 

@@ -17,7 +17,7 @@ from sigswap.errors import ArgumentError, ContextParallelError, Hint, SigswapErr
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.checks import check_attention
 from sigswap.kernels.op.first_token import bias_of_first
-from sigswap.sequence.all_to_all import to_heads, to_sequence
+from sigswap.sequence.all_to_all import differentiated_once, to_heads, to_sequence
 from sigswap.sequence.exchange import Ranks
 from sigswap.sequence.inputs import Inputs
 from sigswap.sequence.layout import Band, Chunk, Layout, Segment, Segments, calls_of, range_of
@@ -36,9 +36,6 @@ class _Places(NamedTuple):
 
     counts: Tensor
     segment: Tensor
-
-
-_as_written: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compiler.disable
 
 
 class SequenceAttention:
@@ -69,10 +66,14 @@ class SequenceAttention:
         self.documents, self.total = documents, total
         self._places: dict[tuple[Layout, Band, bool, torch.device], _Places] = {}
         self._agreed = agreed
+        self.as_written = _outside_compiled_code()  # for it waits for other ranks
 
-    @_as_written
     def __call__(self, inputs: Inputs, options: Options) -> Tensor:
         """[B, H, M, Dv]. Raises ArgumentError or ContextParallelError before anything is sent."""
+        out: Tensor = self.as_written(self._run, inputs, options)
+        return out
+
+    def _run(self, inputs: Inputs, options: Options) -> Tensor:
         with torch._C.DisableTorchFunction():
             problem, layout = None, Layout(0, 1, False)
             try:
@@ -277,6 +278,17 @@ class SequenceAttention:
         return options.softcap * torch.tanh(score / options.softcap) if options.softcap > 0.0 else score
 
 
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+@functools.cache
+def _outside_compiled_code() -> Callable[..., Any]:
+    """Calls a function as it is written. Made on use, for it imports Dynamo."""
+    made: Callable[..., Any] = torch.compiler.disable(_called)  # type: ignore[no-untyped-call]
+    return made
+
+
 class Alone(Ranks):
     """This rank by itself, with nobody to send to."""
 
@@ -297,9 +309,9 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
         ranks: Ranks = ctx.ranks  # type: ignore[attr-defined]
-        whole = grad.contiguous().clone()
+        whole = grad.detach().contiguous().clone()
         ranks.sum(whole)
-        return whole, None
+        return differentiated_once(whole, grad), None
 
 
 def _band(options: Options) -> Band:

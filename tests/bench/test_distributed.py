@@ -37,7 +37,8 @@ def measured() -> tuple[dict[str, Any], list[str], str]:
 def test_two_ranks() -> None:
     pytest.importorskip("transformers")
     (first, told, text), (second, other_told, _) = on_ranks(2, measured)
-    assert len(told) == 3 and other_told == []
+    assert len(told) == 6 and other_told == []
+    assert "softmax ring" in told[-1] and told[-1].count(" ms") == 3
     assert json.loads(json.dumps(first)) == first and first["ranks"] == 2
     names = [set(row["results"]) for row in first["rows"]]
     assert names == [{"sigswap", "sdpa"}, {"sigswap", "sdpa"}, {"sigswap ring", "sigswap all_to_all", "softmax ring"}]

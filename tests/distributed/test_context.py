@@ -218,6 +218,14 @@ def check_refusals() -> None:
         with pytest.raises(ContextParallelError, match="first_token"):
             attend(*qkv(), window=(2, 0), first_token=FirstToken(torch.ones(()), None))
         assert sigswap.sigmoid_attention(*qkv()).shape == (1, HEADS, 4, DIM)  # none of these has left anything behind
+    for form in ("ring", "all_to_all"):
+        with sigswap.context_parallel(form=form) as context:  # type: ignore[arg-type]
+            query, key, value = (each.requires_grad_() for each in qkv())
+            first = torch.autograd.grad(
+                sigswap.sigmoid_attention(query, key, value).square().sum(), query, create_graph=True
+            )
+            with pytest.raises(SigswapError, match="no second derivative"):
+                torch.autograd.grad(first[0].sum() + query.sum(), query)
     assert sigswap.sigmoid_attention(*qkv(3)).shape == (1, HEADS, 3, DIM)  # it is off again
 
 
