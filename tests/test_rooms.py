@@ -13,16 +13,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sigswap": "sigswap", "sigswap.passes": "passes", "sigswap.kernels": "kernels"}
 
-LEAVES = ("errors", "masked", "version", "optional", "config", "report", "transaction", "files", "when_imported")
+LEAVES = (
+    *("errors", "masked", "version", "optional", "config", "report", "page", "transaction", "files"),
+    "when_imported",
+)
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "masked": (),
     "version": (),
     "optional": ("errors",),
     "config": ("errors",),
-    "report": ("errors",),
-    "transaction": ("errors",),
     "files": (),
+    "page": (),
+    "report": ("errors", "files", "page"),
+    "transaction": ("errors",),
     "when_imported": (),
     "kernels": ("errors", "masked"),
     "passes": ("errors", "masked"),

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
@@ -31,7 +33,7 @@ from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
-from sigswap.saving import marks, schema, sources, transformers_hook, weights
+from sigswap.saving import marks, model_card, schema, sources, transformers_hook, weights
 from sigswap.saving.factories import (
     built_on_meta,
     check_buffers,
@@ -68,8 +70,9 @@ def save(
 ) -> None:
     """Saves a converted ``model`` to ``directory``, for :func:`load` and, if transformers', ``from_pretrained``.
 
-    Tied weights are stored once. In a directory that exists already, the files of the model saved there before
-    are replaced and all others kept; if the save fails, it is left as it was.
+    Tied weights are stored once. A transformers model gets a model card (README.md), unless there is one that is not
+    sigswap's: what was swapped, what its calibration said, how to load it. In a directory that exists already, the
+    files of the model saved there before are replaced and all others kept; if the save fails, it is left as it was.
 
     A model whose parameters are spread over processes (fully_shard, tensor parallelism) is saved by all of them: each
     has to call this. Rank 0 writes, tensor by tensor; the others wait for it, and what fails there is an error in all
@@ -112,9 +115,15 @@ def save(
         with ranks.all_or_none():
             try:
                 if ranks.rank == 0:
-                    replace_files(Path(directory), write, _stale)
+                    replace_files(Path(directory), functools.partial(_write, model, write, Path(directory)), _stale)
             finally:
                 gathered.drain()
+
+
+def _write(model: nn.Module, write: Callable[[Path], object], target: Path, staging: Path) -> None:
+    write(staging)
+    if transformers_hook.is_transformers_model(model) and model_card.may_write(target):
+        (staging / model_card.FILE).write_text(model_card.model_card(model), encoding="utf-8")
 
 
 def _writing(
@@ -137,6 +146,12 @@ def _writing(
             raise CheckpointError(
                 f"{name} is on the meta device: there is no data to save.",
                 hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
+            )
+        if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh"):
+            raise CheckpointError(
+                f"{name} is quantized (a {type(tensor).__name__}): a model that is converted and quantized cannot be "
+                "saved.",
+                hint=Hint("Save it before it is quantized, and quantize it again after it is loaded."),
             )
     if transformers_hook.is_transformers_model(model):
         if factory is not None or factory_kwargs is not None:
@@ -161,6 +176,25 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
     return state
+
+
+def save_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Saves a model that is not converted, as :func:`save` saves one that is: whole or not at all.
+
+    A transformers model by its own ``save_pretrained``, with the tokenizer's files; of any other model the state_dict
+    in ``model.safetensors``, for ``safetensors.torch.load_model``. A ``sigswap.json`` in the directory is removed.
+
+    Raises CheckpointError if the directory cannot be written.
+    """
+
+    def write(staging: Path) -> None:
+        if transformers_hook.is_transformers_model(model):
+            _copy_companions(model, staging)
+            model.save_pretrained(staging)  # type: ignore[operator]
+        else:
+            save_model(model, str(staging / WEIGHTS), metadata={"format": "pt"})
+
+    replace_files(Path(directory), write, _stale)
 
 
 def load(
@@ -271,12 +305,8 @@ def is_saved(directory: str | os.PathLike[str]) -> bool:
 def _write_transformers(
     model: Any, processor: Any, max_shard_size: int | str, gathered: Gathered, staging: Path
 ) -> None:
-    source = source_directory(model.config._name_or_path)
-    if processor is None and source is not None:
-        for path in source.iterdir():
-            if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, staging / path.name)
+    if processor is None:
+        _copy_companions(model, staging)
     for part in processor if isinstance(processor, list | tuple) else (processor,):
         if part is not None:
             part.save_pretrained(staging)
@@ -287,6 +317,15 @@ def _write_transformers(
             state = gathered.write_folder(Path(folder))
             model.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=state)
     marks.note_files(staging)
+
+
+def _copy_companions(model: Any, staging: Path) -> None:
+    """The tokenizer's files and others beside what a transformers model was loaded from."""
+    source = source_directory(model.config._name_or_path)
+    for path in [] if source is None else source.iterdir():
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, staging / path.name)
 
 
 def _fetches_offloaded(model: nn.Module) -> bool:
@@ -318,7 +357,8 @@ def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
     headers = marks.check_directory(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=allow_code)
-        model_class = sources.transformers_class(config)
+        own = sources.custom_class(config, directory) if allow_code else None
+        model_class = own or sources.transformers_class(config)
     except Exception as error:  # of a config that is damaged, whatever transformers raises
         needs = _RUN_CODE if not allow_code and "auto_map" in marks.read_config(directory) else None
         raise CheckpointError(f"{config_path}: {_told(error)}", hint=needs) from error

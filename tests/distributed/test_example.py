@@ -34,7 +34,7 @@ def run(parallel: str, out: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["data", "sharded", "tensor"])
+@pytest.mark.parametrize("parallel", ["data", "sharded", "tensor", "context"])
 def test_it_learns_and_saves(parallel: str, tmp_path: Path) -> None:
     first, second = on_ranks(2, run, parallel, str(tmp_path / "out"))
     assert first == second and len(first) == STEPS

@@ -28,7 +28,7 @@ CONFIGS = {
 def llama(key_heads: int = HEADS, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=31,
+        vocab_size=32,
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -50,7 +50,7 @@ def converted(kind: str, *shape: Any) -> Any:
 
 
 def ids(tokens: int = TOKENS) -> Tensor:
-    return torch.randint(1, 31, (2, tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, 32, (2, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def parallelized(model: Any) -> Any:
