@@ -46,6 +46,8 @@ class Ranks:
         """The global ranks, in the order of the group's."""
         if self.size == 1:
             return [torch.distributed.get_rank() if torch.distributed.is_initialized() else 0]
+        if self.group is None:
+            return list(range(self.size))
         found: list[int] = torch.distributed.get_process_group_ranks(self.group)
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.record import conversion_of, report
+from sigswap.distributed.shards import original_name
 from sigswap.report import folded
 from sigswap.version import __version__
 
@@ -41,7 +42,7 @@ def model_card(model: Any) -> str:
         f" {_cell(site.reason)} |"
         for path, site in folded(found.sites)
     ]
-    class_name = type(model).__name__
+    class_name = original_name(model)
     changed = {
         field.name: getattr(conversion.config, field.name)
         for field in dataclasses.fields(SigmoidConfig)

@@ -290,11 +290,11 @@ class _Passes:
 
 def _check_spread(model: nn.Module) -> None:
     """Raises ConversionError unless the parameters of ``model`` are whole in its forward, on each rank."""
-    managed = {id(each.shard) for each in fully_sharded(model)}
-    if not managed:
+    meshes = {id(each.shard): each.mesh for each in fully_sharded(model)}
+    if not meshes:
         check_undistributed(model, "be calibrated")
     for name, parameter in model.named_parameters():
-        if is_shard(parameter) and id(parameter) not in managed:
+        if is_shard(parameter) and parameter.device_mesh != meshes.get(id(parameter)):  # type: ignore[attr-defined]
             raise ConversionError(
                 f"a model whose parameters are spread by tensor parallelism ({name}) cannot be calibrated.",
                 argument="model",

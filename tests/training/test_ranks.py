@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import TWO_GPUS, device, on_ranks
-from spread import WAYS, alone, check_distillation, mesh, values
+from spread import WAYS, alone, by_heads, check_distillation, mesh, values
 from torch import Tensor, nn
 
 import sigswap
-from sigswap.errors import CalibrationError, SigswapError
+from sigswap.errors import CalibrationError, ConversionError, SigswapError
 
 transformers = pytest.importorskip("transformers")
 
@@ -117,6 +117,8 @@ def check_errors() -> None:
     bad = copy.deepcopy(batches(1))
     bad[0][0, 0] = 99  # not in the vocabulary
     refused("rank 1 \\(" if rank == 0 else "batch", bad if rank == 1 else batches(1))
+    with pytest.raises(ConversionError, match=r"self_attn\.q_proj\.weight\) cannot be calibrated"):
+        sigswap.calibrate(by_heads(llama()), batches(1), progress=False)
     with pytest.raises(CalibrationError, match="first_token and query_bias open"):
         sigswap.calibrate(as_one(llama()), batches(1), progress=False)
     with pytest.raises(SigswapError, match="rank 1 \\(" if rank == 0 else "tensor, a tuple"):
