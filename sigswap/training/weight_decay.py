@@ -59,7 +59,7 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
             group[name] = [each for keep, each in pairs if keep]
             if target is None and name == "params":
                 label = {"name": f"{group['name']}, no decay"} if "name" in group else {}
-                names = {"param_names": []} if "param_names" in group else {}
+                names: dict[str, Any] = {"param_names": []} if "param_names" in group else {}
                 target = {**group, **label, **names, "params": moved, "weight_decay": 0.0}
                 groups.append(target)
             elif target is not None:
