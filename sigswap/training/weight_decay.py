@@ -43,7 +43,8 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
         raise ArgumentError("{argument} trains no parameter of the model.", argument="optimizer")
     decayed = [group for group in groups if group.get("weight_decay") and any(id(p) in ours for p in group["params"])]
     free = [next((other for other in groups if _is_free(other, group)), None) for group in decayed]
-    if None in free and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    inner = getattr(optimizer, "optimizer", optimizer)  # of what accelerate prepared
+    if None in free and hasattr(inner.step, "_wrapped_by_lr_sched"):
         raise ArgumentError(
             "{argument} has a learning rate scheduler, which would not know a new group.",
             argument="optimizer",
