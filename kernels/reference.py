@@ -253,13 +253,14 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def _compute_copy(tensor: Tensor) -> Tensor:
     """[b, h, n, d] as [b * h, n, d] in the compute dtype; a view where possible."""
-    return tensor.to(_compute_dtype(tensor)).reshape(-1, *tensor.shape[2:])
+    return tensor.to(_compute_dtype(tensor)).flatten(0, 1)
 
 
 def _rows(tensor: Tensor, tile: _Tile, k: Tensor) -> Tensor:
     """The tile's rows of a [B, H, M, d] tensor, with the query heads of one key head below one another."""
     part = _cut(tensor, *tile[:3])
-    return part.to(k.dtype).reshape(k.shape[0], -1, tensor.shape[3])
+    # Not -1: head_dim may be 0.
+    return part.to(k.dtype).reshape(k.shape[0], math.prod(part.shape[:3]) // k.shape[0], tensor.shape[3])
 
 
 def _keys(tensor: Tensor, tile: _Tile) -> Tensor:

@@ -270,6 +270,8 @@ class Signature:
             return f"they compute in float32, which is not enough for {self.query.dtype}"
         if max(self.query.shape[3], self.value.shape[3]) > MAX_HEAD_DIM:
             return f"they hold head_dim up to {MAX_HEAD_DIM}"
+        if self.query.shape[3] == 0:
+            return "they multiply queries of at least one channel"
         return None
 
     def cu_layouts(self) -> tuple[Layout | None, Layout | None]:

@@ -36,7 +36,7 @@ def check_attention(
         raise ArgumentError(f"key {_shape(key)} must have the batch size and the head_dim of query {_shape(query)}.")
     if value_batch != batch or value_heads != kv_heads or value_len != kv_len:
         raise ArgumentError(f"value {_shape(value)} must have the batch size, heads and length of key {_shape(key)}.")
-    _check_heads(query, heads, kv_heads, head_dim)
+    _check_heads(heads, kv_heads)
     if bias is not None:
         _check_bias(bias, (batch, heads, q_len, 1), query)
     if attn_mask is not None:
@@ -74,7 +74,7 @@ def check_varlen(
         raise ArgumentError(f"key {_shape(key)} must have the head_dim of query {_shape(query)}.")
     if value.shape[0] != total_k or value.shape[1] != kv_heads:
         raise ArgumentError(f"value {_shape(value)} must have the length and the heads of key {_shape(key)}.")
-    _check_heads(query, heads, kv_heads, head_dim)
+    _check_heads(heads, kv_heads)
     if bias is not None:
         _check_bias(bias, (total_q, heads), query)
     _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
@@ -131,9 +131,7 @@ def _check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None
         raise ArgumentError(f"value must be on query's device {device}, not {value.device}.")
 
 
-def _check_heads(query: Tensor, heads: int, kv_heads: int, head_dim: int) -> None:
-    if head_dim == 0:
-        raise ArgumentError(f"query {_shape(query)} has head_dim 0.")
+def _check_heads(heads: int, kv_heads: int) -> None:
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
         raise ArgumentError(
             f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key and value."

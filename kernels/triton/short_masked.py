@@ -69,6 +69,7 @@ def supports(problem: Problem) -> bool:
         and problem.options.softcap == 0.0
         and (bias is None or bias.shape[0] == 1)
         and not signature.is_empty
+        and signature.too_much() is None
     )
 
 

@@ -133,9 +133,7 @@ def _tokenizer(source: str, option: str) -> Any:
 
 
 def _images(model: Any, source: str, files: list[Path], option: str) -> Any:
-    from PIL import Image
-
-    pictures = [Image.open(file).convert("RGB") for file in files]
+    pictures = [_picture(file, option) for file in files]
     if source.startswith("timm:"):
         import torch
 
@@ -145,3 +143,13 @@ def _images(model: Any, source: str, files: list[Path], option: str) -> Any:
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ArgumentError(f"{option}: images are for timm models and transformers models that take pixel_values.")
     return dict(require("transformers", "hf").AutoImageProcessor.from_pretrained(source)(pictures, return_tensors="pt"))
+
+
+def _picture(file: Path, option: str) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except Exception as error:  # of a damaged one whatever its format's reader raises
+        raise ArgumentError(f"{option}: {file} is no image that can be read: {error}") from error

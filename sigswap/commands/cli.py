@@ -29,6 +29,7 @@ from sigswap.commands.shared import (
     example_inputs,
     failures,
     print_json,
+    working,
 )
 from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint
 
@@ -94,10 +95,10 @@ def inspect(
 
         conversion = None if compile else saved_conversion(model)
         if conversion is None:
-            with errors.status(f"Building {model}"):
+            with working(f"Building {model}"):
                 built = build(model, weights=False, pretrained=False, allow_code=allow_code)
         if compile:
-            with errors.status(f"Compiling {model}"):
+            with working(f"Compiling {model}"):
                 compiled = sigswap.explain(built, example_inputs(example))
             if as_json:
                 print_json({"model": model, **compiled.to_dict()})
@@ -109,7 +110,7 @@ def inspect(
         elif sigswap.is_converted(built):
             report = sigswap.report(built)
         else:
-            with errors.status(f"Looking for attention in {model}"):
+            with working(f"Looking for attention in {model}"):
                 report = sigswap.inspect(
                     built, example_inputs=example_inputs(example), include=include, exclude=exclude
                 )
@@ -209,14 +210,14 @@ def convert(
             check_picture(picture)
         found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
         config = sigswap.SigmoidConfig(**settings)
-        with errors.status(f"Loading {model}"):
+        with working(f"Loading {model}"):
             is_saved = saved_conversion(model) is not None
             built = None if is_saved else build(model, weights=True, pretrained=pretrained, allow_code=False)
         if built is None or sigswap.is_converted(built):
             raise AlreadyConvertedError(
                 f"{model} is converted already.", hint=Hint("To have it in another way, convert the original.")
             )
-        with errors.status(f"Converting {model}"):
+        with working(f"Converting {model}"):
             sigswap.convert(
                 built,
                 config,
@@ -231,7 +232,7 @@ def convert(
             calibration = sigswap.calibrate(built, batches)
             if picture is not None:
                 calibration.save(picture)
-        with errors.status(f"Saving to {out}"):
+        with working(f"Saving to {out}"):
             sigswap.save(built, out, factory=_factory(built, model))
         report = sigswap.report(built)
         if as_json:
@@ -244,7 +245,7 @@ def convert(
                 console.print(calibration)
             code = _factory(built, model) is not None and not model.startswith("timm:")
             call = f"{_loader(built)}({str(out)!r}{', allow_code=True' if code else ''})"
-            console.print(f"Saved to {out}. Load it with {call}.", highlight=False)
+            console.print(f"Saved to {out}. Load it with {call}.", highlight=False, markup=False)
             command = f"sigswap compare {out} {model}{_held_out(built, model)}{' --allow-code' if code else ''}"
             console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
 
@@ -302,7 +303,7 @@ def compare(
             check_picture(picture)
         saved.check_saved(model)
         found = None if text is None else find_samples(text, samples, "--text")
-        with errors.status(f"Loading {model} and {original}"):
+        with working(f"Loading {model} and {original}"):
             converted = sigswap.load(model, allow_code=allow_code)
             timm = original.startswith("timm:")
             before = build(original, weights=True, pretrained=timm, allow_code=allow_code)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sigswap.commands.shared import AllowCode, AsJson, Debug, build, errors, failures, print_json
+from sigswap.commands.shared import AllowCode, AsJson, Debug, build, failures, print_json, working
 from sigswap.errors import ArgumentError, Hint
 
 Saved = Annotated[Path, typer.Argument(metavar="DIR", help="A converted model that sigswap saved.")]
@@ -85,11 +85,11 @@ def calibrate(
         if picture is not None:
             check_picture(picture)
         found = None if data == "none" else find_samples(Path(data), samples, "--data")
-        with errors.status(f"Loading {directory}"):
+        with working(f"Loading {directory}"):
             model = sigswap.load(directory, allow_code=allow_code)
         batches = None if found is None else make_batches(model, original or _beside(directory), found, "--data")
         measured = sigswap.calibrate(model, batches, max_length=max_length)
-        with errors.status(f"Saving to {out}"):
+        with working(f"Saving to {out}"):
             save(model, out)
         if picture is not None:
             measured.save(picture)
@@ -97,7 +97,7 @@ def calibrate(
             print_json({"model": str(directory), "out": str(out), "calibration": measured.to_dict()})
         else:
             Console().print(measured)
-            Console().print(f"Saved to {out}.", highlight=False)
+            Console().print(f"Saved to {out}.", highlight=False, markup=False)
 
 
 def distill(
@@ -137,7 +137,7 @@ def distill(
         from sigswap.saving.transformers_hook import is_transformers_model
 
         found = find_samples(data, samples, "--data")
-        with errors.status(f"Loading {directory} and {original}"):
+        with working(f"Loading {directory} and {original}"):
             model: Any = sigswap.load(directory, allow_code=allow_code)
             pretrained = original.startswith("timm:")
             teacher = build(original, weights=True, pretrained=pretrained, allow_code=allow_code)
@@ -152,14 +152,14 @@ def distill(
             model, teacher, batches, steps=steps, layerwise_steps=layerwise_steps, train=train, lr=lr,  # type: ignore[arg-type]
             tokens=tokenizer, accumulate=accumulate, resume=resume,
         )  # fmt: skip
-        with errors.status(f"Saving to {out}"):
+        with working(f"Saving to {out}"):
             save(model, out)
         if as_json:
             losses = {"layerwise": measured.layerwise, "end_to_end": measured.end_to_end}
             print_json({"model": str(directory), "out": str(out), **losses})
         else:
             Console().print(str(measured), highlight=False)
-            Console().print(f"Saved to {out}.", highlight=False)
+            Console().print(f"Saved to {out}.", highlight=False, markup=False)
 
 
 def revert(
@@ -181,10 +181,10 @@ def revert(
         from sigswap.saving.checkpoint import WEIGHTS, save_plain
         from sigswap.saving.transformers_hook import is_transformers_model
 
-        with errors.status(f"Loading {directory}"):
+        with working(f"Loading {directory}"):
             model = sigswap.load(directory, allow_code=allow_code)
         sigswap.revert(model)
-        with errors.status(f"Saving to {out}"):
+        with working(f"Saving to {out}"):
             save_plain(model, out)
         if as_json:
             print_json({"model": str(directory), "out": str(out)})
@@ -194,7 +194,7 @@ def revert(
                 if is_transformers_model(model)
                 else f"safetensors.torch.load_model(model, {str(out / WEIGHTS)!r})"
             )
-            Console().print(f"Saved to {out}. Load it with {how}.", highlight=False, soft_wrap=True)
+            Console().print(f"Saved to {out}. Load it with {how}.", highlight=False, markup=False, soft_wrap=True)
 
 
 def writes(model: Any) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from sigswap.errors import ArgumentError, SigswapError
 
@@ -113,6 +115,11 @@ def _in_hint(argument: str, value: str) -> str:
     return _IN_HINT.get(argument, _option(f"no_{argument}" if value == "False" else argument))
 
 
+def working(what: str) -> Status:
+    """Shows what is being done, in which a name may hold anything."""
+    return errors.status(Text(what))
+
+
 @contextmanager
 def failures(as_json: bool, debug: bool) -> Iterator[None]:
     """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1; Ctrl-C into one and
@@ -139,6 +146,8 @@ def failures(as_json: bool, debug: bool) -> Iterator[None]:
             if error.hint is not None:
                 report["hint"] = error.hint.spelled(_in_hint)
             text = " ".join([report["message"], report.get("hint", "")]).rstrip()
+        elif isinstance(error, OSError) and error.filename is not None:
+            text = report["message"] = f"{error.filename}: {error.strerror}."
         else:
             text = f"{report['type']}: {report['message']}\nSIGSWAP_DEBUG=1 shows the traceback."
         errors.print("[bold red]Error:[/] ", end="")

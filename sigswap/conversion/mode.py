@@ -31,6 +31,7 @@ from sigswap.conversion.places import (
     traced_name,
     traced_suffix,
 )
+from sigswap.conversion.recomputing import runs_as_softmax
 from sigswap.conversion.state import NOT_ATTENTION, OwnerState, SiteState
 from sigswap.conversion.switches import CONTEXTS_ARE_GUARDED, OBSERVED, SWITCHED, anywhere
 from sigswap.errors import Hint, UnknownCallError
@@ -360,11 +361,6 @@ def factors_of(func: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, Tensor]
     return (bound[first], bound[second]), rebuild
 
 
-@torch.compiler.disable
-def _uncompiled(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return forward(module, *args, **kwargs)
-
-
 _SWAPPED: dict[type, type] = {}
 
 
@@ -376,12 +372,12 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
             if active.attention is not None and torch.compiler.is_compiling():
-                return _uncompiled(sigswap_forward, self, args, kwargs)  # it waits for other ranks
+                return active.attention.as_written(functools.partial(sigswap_forward, self, *args, **kwargs))
             if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
                 switched, observed = SWITCHED.get(), OBSERVED.get()
             else:
                 switched, observed = anywhere.names, None
-            if switched is not None and state.switch.is_in(switched):
+            if runs_as_softmax(state.switch, switched):
                 return base.forward(self, *args, **kwargs)
             if observed is not None and state in observed:
                 refuse_parts("an attention that is observed (by calibrate, say)")

@@ -19,7 +19,8 @@ def softmax(model: nn.Module) -> Iterator[nn.Module]:
     ...     before = model(x)
 
     It holds for this thread, or this asyncio task, alone: others run ``model`` as they did, and so do threads that are
-    started inside. Uses may be nested, and may overlap.
+    started inside. Uses may be nested, and may overlap. What ``torch.utils.checkpoint`` computes again in backward runs
+    as it did in forward, wherever that is; compiled code does so only in the same context.
 
     LayerScale and hybrid-norm are off, too: it is the model that :func:`revert` would give. Code that was compiled
     before follows (torch.compile compiles once more); an exported program does not. Raises NotConvertedError.

@@ -97,8 +97,8 @@ def context_parallel(
 
     Args:
         mesh: A one-dimensional DeviceMesh or a process group; None: all ranks.
-        causal: True: every attention is causal, and masks that a model makes of its part are left out. None: masks
-            are as the calls say, and mask tensors are an error.
+        causal: True: every attention is causal, and bool masks that a model makes of its part are left out. None:
+            masks are as the calls say, and mask tensors are an error.
         documents: Integers [B, N] (or [N], for all rows), of the whole sequence and the same on all ranks: positions
             that follow one another with the same number see one another only. Negative: padding, that is not seen.
         form: "ring": keys and values go round, and the next ones are under way while those here are used.

@@ -58,7 +58,8 @@ def sigmoid_attention(
     ``F.scaled_dot_product_attention`` (arXiv 2409.04431, equation 3 and section 4).
 
     The scores are not held in memory; it is linear in M and N, forward and backward. A row that sees no key
-    is 0, and so are its gradients. There is no second derivative. Under autocast query, key and value are
+    is 0, and so are its gradients. A key that a row does not see may be NaN or infinite; a value may not.
+    There is no second derivative. Under autocast query, key and value are
     cast as those of ``F.scaled_dot_product_attention`` are.
 
     Args:
@@ -257,7 +258,7 @@ def attend(
             dropout_p=dropout_p,
             row_cap=_row_cap(row_cap),
         )
-        out = active.attention(inputs, options)
+        out: Tensor = active.attention(inputs, options)
         return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
     if share is not None:
         first_bias = first_token_bias(

@@ -357,7 +357,8 @@ def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
     headers = marks.check_directory(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=allow_code)
-        model_class = sources.transformers_class(config)
+        own = sources.custom_class(config, directory) if allow_code else None
+        model_class = own or sources.transformers_class(config)
     except Exception as error:  # of a config that is damaged, whatever transformers raises
         needs = _RUN_CODE if not allow_code and "auto_map" in marks.read_config(directory) else None
         raise CheckpointError(f"{config_path}: {_told(error)}", hint=needs) from error

@@ -92,7 +92,7 @@ class Gathered:
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     if tensor.numel():
-        file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -56,7 +56,8 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
     ``pretrained`` is for timm alone: load the published weights.
 
     Raises:
-        ArgumentError: no such architecture or function, or it does not return a module.
+        ArgumentError: no such architecture or function, or it does not return a module, or the published weights
+            cannot be had.
         SigswapError: timm is not installed.
     """
     if spec.startswith("timm:"):
@@ -67,7 +68,14 @@ def build(spec: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> 
         others = sorted(set(kwargs) & _TIMM_FILES)
         if others:
             raise ArgumentError(f"{spec!r}: {others} name other files, which sigswap reads no weights from.")
-        made: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        try:
+            made: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        except Exception as error:  # of the hub, of the network and of the disk
+            if not pretrained:
+                raise
+            raise ArgumentError(
+                f"{spec!r}: the published weights could not be read: {type(error).__name__}: {error}"
+            ) from error
         return made
     function = resolve(spec)
     if not callable(function):
@@ -90,6 +98,19 @@ def transformers_class(config: Any) -> type[Any]:
             return found
     base: type[Any] = transformers.MODEL_MAPPING[type(config)]
     return base
+
+
+def custom_class(config: Any, directory: Path) -> type[Any] | None:
+    """The class that ``auto_map`` names in Python files of ``directory`` (or of a repository that it names), whose code
+    runs. None: ``config`` has no such class for its architecture."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    named = [name for auto, name in (getattr(config, "auto_map", None) or {}).items() if auto.startswith("AutoModel")]
+    for name in named:
+        if isinstance(name, str) and name.rpartition(".")[2] in (config.architectures or ()):
+            found: type[Any] = get_class_from_dynamic_module(name, directory)
+            return found
+    return None
 
 
 def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.Module:

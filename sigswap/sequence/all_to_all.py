@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sigswap.errors import SigswapError
 from sigswap.sequence.exchange import Ranks
 from sigswap.sequence.layout import Layout
 
@@ -55,6 +56,26 @@ def _heads_back(tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     return merged.transpose(1, 2)
 
 
+def differentiated_once(gradient: Tensor, of: Tensor) -> Tensor:
+    """``gradient``, which was computed from ``of`` beside autograd, and whose own derivative is an error."""
+    if not torch.is_grad_enabled() or not of.requires_grad:
+        return gradient
+    marked: Tensor = _Once.apply(gradient, of)
+    return marked
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise SigswapError(
+            "Attention has no second derivative under context parallelism. Compute its first without create_graph."
+        )
+
+
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
@@ -63,7 +84,7 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _heads_back(grad, ctx.ranks, ctx.layout), None, None
+        return differentiated_once(_heads_back(grad.detach(), ctx.ranks, ctx.layout), grad), None, None
 
 
 class _ToSequence(torch.autograd.Function):
@@ -74,4 +95,4 @@ class _ToSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _heads_out(grad, ctx.ranks, ctx.layout), None, None
+        return differentiated_once(_heads_out(grad.detach(), ctx.ranks, ctx.layout), grad), None, None

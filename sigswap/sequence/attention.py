@@ -6,18 +6,18 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sigswap.errors import ArgumentError, ContextParallelError, Hint
+from sigswap.errors import ArgumentError, ContextParallelError, Hint, SigswapError
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.checks import check_attention
 from sigswap.kernels.op.first_token import bias_of_first
-from sigswap.sequence.all_to_all import to_heads, to_sequence
+from sigswap.sequence.all_to_all import differentiated_once, to_heads, to_sequence
 from sigswap.sequence.exchange import Ranks
 from sigswap.sequence.inputs import Inputs
 from sigswap.sequence.layout import Band, Chunk, Layout, Segment, Segments, calls_of, range_of
@@ -31,10 +31,10 @@ SHORT = 4096
 
 
 class _Places(NamedTuple):
-    """Of each position of a part: ``count`` [B|1, 1, M, 1], the keys that it sees; ``segment`` [B|1, M], the number of
+    """Of each position of a part: ``counts`` [B|1, 1, M, 1], the keys that it sees; ``segment`` [B|1, M], the number of
     its segment among those of its row of the batch."""
 
-    count: Tensor
+    counts: Tensor
     segment: Tensor
 
 
@@ -66,20 +66,34 @@ class SequenceAttention:
         self.documents, self.total = documents, total
         self._places: dict[tuple[Layout, Band, bool, torch.device], _Places] = {}
         self._agreed = agreed
+        self.as_written = _outside_compiled_code()  # for it waits for other ranks
 
-    @torch.compiler.disable
     def __call__(self, inputs: Inputs, options: Options) -> Tensor:
         """[B, H, M, Dv]. Raises ArgumentError or ContextParallelError before anything is sent."""
+        out: Tensor = self.as_written(self._run, inputs, options)
+        return out
+
+    def _run(self, inputs: Inputs, options: Options) -> Tensor:
         with torch._C.DisableTorchFunction():
-            inputs, options = self._checked(inputs, options)
-            layout = self._layout(inputs)
-            self._agree(inputs, options)
+            problem, layout = None, Layout(0, 1, False)
+            try:
+                inputs, options = self._checked(inputs, options)
+                layout = self._layout(inputs)
+            except SigswapError as error:
+                problem = error
+            self._agree(inputs, options, problem)
+            if problem is not None:
+                raise problem
             if self._form(inputs, layout) == "all_to_all":
                 return self._all_to_all(inputs, options, layout)
             return self._ring(inputs, options, layout)
 
     def _checked(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         if self.causal:
+            if inputs.attn_mask is not None and inputs.attn_mask.is_floating_point():
+                raise ContextParallelError(
+                    "an attention has a mask tensor that is added to its scores; causal=True leaves out bool ones only."
+                )
             inputs = inputs._replace(attn_mask=None)
             options = options._replace(is_causal=True)
         if inputs.attn_mask is not None:
@@ -131,27 +145,33 @@ class SequenceAttention:
                 raise ArgumentError(f"documents has {len(self.documents)} rows, query {inputs.query.shape[0]}.")
         return layout
 
-    def _agree(self, inputs: Inputs, options: Options) -> None:
-        """Raises ContextParallelError unless all ranks have come to the same first attention. Waits for them, once."""
+    def _agree(self, inputs: Inputs, options: Options, problem: SigswapError | None) -> None:
+        """Raises ContextParallelError unless all ranks have come to the same first attention, and with the same
+        ``problem``, if there is one. Waits for them, once."""
         if self._agreed:
             return
         mine = {
-            name: repr(None if tensor is None else (list(tensor.shape), tensor.dtype))
+            name: repr(None if tensor is None else (list(tensor.shape), tensor.dtype, tensor.requires_grad))
             for name, tensor in inputs._asdict().items()
         }
         mine |= {name: repr(value) for name, value in options._asdict().items()}
         mine |= {name: repr(getattr(self, name)) for name in ("balanced", "form", "causal", "documents")}
+        mine["error"] = "" if problem is None else str(problem)
         number = torch.tensor([zlib.crc32(repr(mine).encode())], device=inputs.query.device)
         numbers = [torch.empty_like(number) for _ in range(self.ranks.size)]
         dist.all_gather(numbers, number, group=self.ranks.group)
         if len(set(torch.cat(numbers).tolist())) > 1:
             plans: list[Any] = [None] * self.ranks.size
             dist.all_gather_object(plans, mine, group=self.ranks.group)
-            self._refuse(plans)
-        self._agreed = True
+            if problem is None:
+                self._refuse(plans)
+        self._agreed = problem is None
 
     def _refuse(self, plans: Sequence[dict[str, str]]) -> None:
         own = plans[self.ranks.rank]
+        rank = next((rank for rank, other in enumerate(plans) if other["error"]), None)
+        if rank is not None:
+            raise ContextParallelError(f"rank {rank} of the group refuses its first attention: {plans[rank]['error']}")
         rank = next(rank for rank, other in enumerate(plans) if other != own)
         differing = [f"{name} {value}, here {own[name]}" for name, value in plans[rank].items() if value != own[name]]
         raise ContextParallelError(
@@ -180,14 +200,14 @@ class SequenceAttention:
         ranks = self.ranks
         query, key, value = (to_heads(each, ranks, layout) for each in inputs[:3])
         inputs = inputs._replace(query=query, key=key, value=value)
-        own = {name: self._of_own_heads(getattr(inputs, name), layout) for name in ("bias", "share", "rest")}
-        inputs = inputs._replace(**own)
-        bias, const_bias = self._row_bias(inputs, options, layout, whole=True)
+        bias, share, rest = (self._of_own_heads(term, layout) for term in (inputs.bias, inputs.share, inputs.rest))
+        inputs = inputs._replace(bias=bias, share=share, rest=rest)
+        row_bias, const_bias = self._row_bias(inputs, options, layout, whole=True)
         whole = Chunk(0, layout.total, 0)
         calls = calls_of([whole], [whole], _band(options), self._segments(layout))
         rounds = Rounds([calls], [slice(0, 0)])
         problem = Problem(Alone(), rounds, _plain(options, const_bias), options.row_cap)
-        return to_sequence(ring_attention(query, key, value, bias, problem), ranks, layout)
+        return to_sequence(ring_attention(query, key, value, row_bias, problem), ranks, layout)
 
     def _of_own_heads(self, term: Tensor | None, layout: Layout) -> Tensor | None:
         """A term of the row bias [B|1, H|1, M|1, 1] for the heads and the positions that this rank computes."""
@@ -213,7 +233,7 @@ class SequenceAttention:
             places = self._known_places(layout, band, whole, inputs.query.device)
             first = self._first_scores(inputs, options, layout, places, whole)
             bias = bias_of_first(
-                first, places.count, inputs.share, inputs.rest, options.const_bias, options.visible_bias
+                first, places.counts, inputs.share, inputs.rest, options.const_bias, options.visible_bias
             )
             return bias if inputs.bias is None else bias + inputs.bias, 0.0
         if not options.visible_bias:
@@ -221,7 +241,7 @@ class SequenceAttention:
         if band == Band(None, None) and self.documents is None:
             return inputs.bias, options.const_bias - math.log(layout.total)
         places = self._known_places(layout, band, whole, inputs.query.device)
-        counted = -places.count.to(wide).log()
+        counted = -places.counts.to(wide).log()
         return counted if inputs.bias is None else counted + inputs.bias, options.const_bias
 
     def _known_places(self, layout: Layout, band: Band, whole: bool, device: torch.device) -> _Places:
@@ -253,9 +273,20 @@ class SequenceAttention:
         wide = torch.promote_types(query.dtype, torch.float32)
         at = places.segment[:, None, :, None].expand(batch, key_heads, -1, key.shape[3])
         picked = firsts.gather(2, at) if firsts.shape[2] > 1 else firsts
-        grouped = query.unflatten(1, (key_heads, -1)).to(wide)
+        grouped = query.reshape(batch, key_heads, -1, *query.shape[2:]).to(wide)
         score = (grouped * picked.unsqueeze(2).to(wide)).sum(-1, keepdim=True).flatten(1, 2) * options.scale
         return options.softcap * torch.tanh(score / options.softcap) if options.softcap > 0.0 else score
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+@functools.cache
+def _outside_compiled_code() -> Callable[..., Any]:
+    """Calls a function as it is written. Made on use, for it imports Dynamo."""
+    made: Callable[..., Any] = torch.compiler.disable(_called)  # type: ignore[no-untyped-call]
+    return made
 
 
 class Alone(Ranks):
@@ -278,9 +309,9 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
         ranks: Ranks = ctx.ranks  # type: ignore[attr-defined]
-        whole = grad.contiguous().clone()
+        whole = grad.detach().contiguous().clone()
         ranks.sum(whole)
-        return whole, None
+        return differentiated_once(whole, grad), None
 
 
 def _band(options: Options) -> Band:

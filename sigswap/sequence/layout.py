@@ -85,8 +85,7 @@ def calls_of(rows: Sequence[Chunk], keys: Sequence[Chunk], band: Band, segments:
     for number, of_row in enumerate(segments):
         batch = None if len(segments) == 1 else number
         for segment in of_row:
-            inside = [[cut for chunk in side if _length(cut := chunk.cut(*segment)) > 0] for side in (rows, keys)]
-            found += _calls_of_segment(batch, *inside, band)
+            found += _calls_of_segment(batch, _inside(rows, segment), _inside(keys, segment), band)
     return found
 
 
@@ -95,6 +94,10 @@ def range_of(calls: Sequence[Call]) -> slice:
     if not calls:
         return slice(0, 0)
     return slice(min(call.keys.start for call in calls), max(call.keys.stop for call in calls))
+
+
+def _inside(chunks: Sequence[Chunk], segment: Segment) -> list[Chunk]:
+    return [cut for chunk in chunks if _length(cut := chunk.cut(*segment)) > 0]
 
 
 def _calls_of_segment(batch: int | None, rows: list[Chunk], keys: list[Chunk], band: Band) -> list[Call]:

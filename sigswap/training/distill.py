@@ -242,7 +242,7 @@ def distill(
     own = source is model
     if own and train == "all":
         _check_own_teacher(teacher, base, adapter_parameters(model))
-    settings = {
+    settings: dict[str, Any] = {
         "steps": steps,
         "layerwise_steps": layerwise_steps,
         "accumulate": accumulate,

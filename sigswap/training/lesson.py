@@ -74,8 +74,8 @@ class Lesson:
             with self._cast():
                 ours = main_output(self.inside(path, args, kwargs))
             assert ours is not None, "the teacher's module returns such a tensor"
-            error = F.mse_loss(whole_of(ours).float(), truth.float(), reduction="sum")
-            loss = error / energy.to(error.device)
+            missing = F.mse_loss(whole_of(ours).float(), truth.float(), reduction="sum")
+            loss = missing / energy.to(missing.device)
             torch.autograd.backward(weight * self.among.weight * loss / len(calls))
             total += loss.detach().to(total.device) / len(calls)
         return self.among.data.sum(total)

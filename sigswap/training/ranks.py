@@ -82,11 +82,11 @@ class _Part:
                 shapes[name] = shape
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
-        for name, piece in zip(shapes, flat.split(sizes), strict=True):
+        for name, piece in zip(shapes, torch.split(flat, sizes), strict=True):
             value = getattr(self.sums, name)
             if isinstance(value, Tensor):
                 piece.copy_(value.flatten())
-        for (name, shape), total in zip(shapes.items(), ranks.sum(flat).split(sizes), strict=True):
+        for (name, shape), total in zip(shapes.items(), torch.split(ranks.sum(flat), sizes), strict=True):
             setattr(self.sums, name, total.view(shape))
         if isinstance(self.sums, SiteSums):
             self.sums.longest = max(form.longest for form in found)

@@ -129,7 +129,7 @@ class Together:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         flat = self.data.sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(self.data.size)
-        for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        for gradient, mean in zip(gradients, torch.split(flat, [each.numel() for each in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:

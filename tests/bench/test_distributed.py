@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sigswap.bench.distributed import run as bench
 from sigswap.bench.distributed.cells import cells
+from sigswap.bench.distributed.cost import fsdp_bytes, tensor_bytes
 from sigswap.bench.distributed.results import DistributedBenchmark, Figures, Row
 from sigswap.bench.distributed.subjects import _compare
 from sigswap.commands.cli import app
@@ -36,7 +37,8 @@ def measured() -> tuple[dict[str, Any], list[str], str]:
 def test_two_ranks() -> None:
     pytest.importorskip("transformers")
     (first, told, text), (second, other_told, _) = on_ranks(2, measured)
-    assert len(told) == 3 and other_told == []
+    assert len(told) == 6 and other_told == []
+    assert "softmax ring" in told[-1] and told[-1].count(" ms") == 3
     assert json.loads(json.dumps(first)) == first and first["ranks"] == 2
     names = [set(row["results"]) for row in first["rows"]]
     assert names == [{"sigswap", "sdpa"}, {"sigswap", "sdpa"}, {"sigswap ring", "sigswap all_to_all", "softmax ring"}]
@@ -49,6 +51,12 @@ def test_two_ranks() -> None:
     assert data["results"]["sigswap"]["scaling"] > 0 and tensor["results"]["sigswap"]["scaling"] is None
     sent = {name: figures["sent_bytes"] for name, figures in context["results"].items()}
     assert sent["sigswap all_to_all"] < sent["sigswap ring"] < sent["softmax ring"]
+    llama = cells(quick=True)[0]
+    hidden, kv = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
+    layer = 2 * hidden * (hidden + kv) + 3 * hidden * llama.intermediate + 2 * hidden
+    root = (2 * llama.vocabulary + 1) * hidden
+    assert data["results"]["sdpa"]["sent_bytes"] == fsdp_bytes(2 * layer, root, 2, 4).both
+    assert tensor["results"]["sdpa"]["sent_bytes"] == tensor_bytes(64, hidden, 2, 2, 4).both
     for label in ("data: Llama x2", "tensor: Llama x2", "context: attention 64 tokens", "softmax ring"):
         assert label in text
 

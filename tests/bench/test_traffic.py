@@ -10,6 +10,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 import sigswap
+from sigswap.bench.distributed.cost import Attention
 from sigswap.bench.distributed.softmax_ring import causal_attention_on_cpu
 from sigswap.bench.distributed.traffic import Traffic, silenced
 
@@ -76,3 +77,12 @@ def test_the_ring_sends_less_than_softmax() -> None:
         # All keys and values go to the other rank; their gradients go all round, in float32.
         assert theirs == [2 * keys * size, 2 * keys * size + 2 * 2 * keys * 4]
     assert found["all_to_all fp32"] == [4 * keys * 4 / 2, 4 * keys * 4 / 2]
+    # The model of cost knows what was counted.
+    for name, element in (("fp32", 4), ("bf16", 2)):
+        cost = Attention(TOKENS, 2, HEADS, HEADS, DIM, element, BATCH)
+        grouped = Attention(TOKENS, 2, HEADS, 2, DIM, element, BATCH)
+        assert [2 * sent for sent in cost.ring()] == found[f"sigmoid {name}"]
+        assert [2 * sent for sent in grouped.ring()] == found[f"sigmoid {name} grouped"]
+        assert [2 * sent for sent in cost.softmax_ring()] == found[f"softmax {name}"]
+    cost = Attention(TOKENS, 2, HEADS, HEADS, DIM, 4, BATCH)
+    assert [2 * sent for sent in cost.all_to_all()] == found["all_to_all fp32"]

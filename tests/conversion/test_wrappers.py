@@ -109,7 +109,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("rank_sites", "compare", "param_groups"), ArgumentError),
         "save": CheckpointError,
     },
-    "fsdp2": DISTRIBUTED,
+    "fsdp2": dict.fromkeys(("convert", "revert"), ConversionError),
     "ddp of lora": {**DISTRIBUTED, "save": CheckpointError},
     "compiled ddp": {**DISTRIBUTED, "inspect": ConversionError, "distill": ArgumentError},
     "holder": {

@@ -157,15 +157,6 @@ def test_results_and_gradients() -> None:
     assert on_ranks(2, check_all_on_two)[0] == 2 * len(CASES)
 
 
-def check_all_on_four() -> int:
-    return check_attention(["ring", "all_to_all", "auto"])
-
-
-@pytest.mark.slow
-def test_results_and_gradients_on_four_ranks() -> None:
-    assert on_ranks(4, check_all_on_four)[0] > 2 * len(CASES)
-
-
 def qkv(length: int = 4, heads: int = HEADS) -> list[Tensor]:
     return [torch.ones(1, heads, length, DIM) for _ in range(3)]
 
@@ -183,6 +174,7 @@ def check_refusals() -> None:
     rank = dist.get_rank()
     refused(ArgumentError, "dropout_p", {}, *qkv(), dropout_p=0.5)
     refused(ContextParallelError, "mask tensor.*causal=True", {}, *qkv(), attn_mask=torch.ones(4, 4, dtype=torch.bool))
+    refused(ContextParallelError, "added to its scores", {"causal": True}, *qkv(), attn_mask=torch.zeros(4, 4))
     refused(ArgumentError, "without a cache", {}, qkv(4)[0], *qkv(8)[1:])
     refused(ArgumentError, "must be even", {}, *qkv(3))
     refused(ContextParallelError, "3 key heads.*among 2 ranks", {"form": "all_to_all"}, *qkv(heads=3))
@@ -194,6 +186,12 @@ def check_refusals() -> None:
     refused(ArgumentError, "mesh must be a DeviceMesh", {"mesh": 2}, *qkv())
     refused(ContextParallelError, "comes to another first attention", {}, *qkv(4 + 2 * rank))
     refused(ContextParallelError, "causal (True|False), here", {"causal": rank == 0}, *qkv())
+    mask = torch.ones(4, 4, dtype=torch.bool) if rank == 1 else None
+    refused(ContextParallelError, "has a mask tensor" if rank else "rank 1 .* has a mask", {}, *qkv(), attn_mask=mask)
+    alone = [dist.new_group([each]) for each in range(dist.get_world_size())][rank]
+    with sigswap.context_parallel(alone):
+        out = sigswap.sigmoid_attention(*qkv(), is_causal=True)
+    torch.testing.assert_close(out, sigswap.sigmoid_attention(*qkv(), is_causal=True))
     compiled = torch.compile(softmax_attention, backend="eager")
     model = converted(learn_bias=True).eval()
     ids, ones = torch.ones(1, 8, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
@@ -220,6 +218,14 @@ def check_refusals() -> None:
         with pytest.raises(ContextParallelError, match="first_token"):
             attend(*qkv(), window=(2, 0), first_token=FirstToken(torch.ones(()), None))
         assert sigswap.sigmoid_attention(*qkv()).shape == (1, HEADS, 4, DIM)  # none of these has left anything behind
+    for form in ("ring", "all_to_all"):
+        with sigswap.context_parallel(form=form) as context:  # type: ignore[arg-type]
+            query, key, value = (each.requires_grad_() for each in qkv())
+            first = torch.autograd.grad(
+                sigswap.sigmoid_attention(query, key, value).square().sum(), query, create_graph=True
+            )
+            with pytest.raises(SigswapError, match="no second derivative"):
+                torch.autograd.grad(first[0].sum() + query.sum(), query)
     assert sigswap.sigmoid_attention(*qkv(3)).shape == (1, HEADS, 3, DIM)  # it is off again
 
 
@@ -265,7 +271,7 @@ def loss_of(model: Any, ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
+def gradients_of(model: Any, loss: Tensor) -> dict[str, Any]:
     model.zero_grad()
     loss.backward()
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
@@ -348,3 +354,38 @@ def check_torchs_own() -> None:
 
 def test_pytorchs_own_context_parallel() -> None:
     on_ranks(2, check_torchs_own)
+
+
+def check_with_data_parallelism() -> None:
+    """Two groups of two ranks: each has its own rows of the batch, and a part of their tokens; FSDP2 over all four."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    with pytest.raises(ArgumentError, match="must have one dimension, not 2"), sigswap.context_parallel(mesh):
+        pass
+    tokens = torch.randint(1, 31, (4, 17), generator=torch.Generator().manual_seed(1))
+    model = converted(**LLAMAS[0]).train()
+    expected = gradients_of(model, loss_of(model, tokens[:, :-1], tokens[:, 1:]))
+    everyone = init_device_mesh("cpu", (4,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=everyone)
+    fully_shard(model, mesh=everyone)
+    own = tokens[2 * mesh.get_local_rank("data") :][:2]
+    with sigswap.context_parallel(mesh["context"]) as context:
+        part, labels = context.shard(own[:, :-1]), context.shard(own[:, 1:])
+        inputs = {"position_ids": context.positions(16), "attention_mask": torch.ones_like(part)}
+        found = gradients_of(model, loss_of(model, part, labels, **inputs))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].full_tensor(), gradient, atol=2e-6, rtol=1e-4)
+
+
+def check_on_four() -> int:
+    check_with_data_parallelism()
+    return check_attention(["ring", "all_to_all", "auto"])
+
+
+@pytest.mark.slow
+def test_four_ranks() -> None:
+    assert on_ranks(4, check_on_four)[0] > 2 * len(CASES)

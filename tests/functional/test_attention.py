@@ -398,3 +398,65 @@ def test_lengths_are_checked_on_request(
         with pytest.raises(ArgumentError, match=message):
             sigmoid_attention_varlen(x, x, x, cu, right, longest, 4)
         assert not ran
+
+
+EMPTY = {
+    "nothing empty": (2, 2, 3, 4, 8, 8),
+    "batch": (0, 2, 3, 4, 8, 8),
+    "heads": (2, 0, 3, 4, 8, 8),
+    "queries": (2, 2, 0, 4, 8, 8),
+    "keys": (2, 2, 3, 0, 8, 8),
+    "head_dim": (2, 2, 3, 4, 0, 8),
+    "values": (2, 2, 3, 4, 8, 0),
+    "channels": (2, 2, 3, 4, 0, 0),
+}
+
+
+@pytest.mark.parametrize("what", EMPTY)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": "bool"}, {"attn_mask": "float"}])
+def test_empty_as_sdpa(what: str, options: dict[str, Any]) -> None:
+    batch, heads, rows, keys, dim, value_dim = EMPTY[what]
+    inputs = [
+        torch.randn(batch, heads, length, width, requires_grad=True)
+        for length, width in ((rows, dim), (keys, dim), (keys, value_dim))
+    ]
+    if "attn_mask" in options:
+        dtype = torch.bool if options["attn_mask"] == "bool" else torch.float32
+        options = {"attn_mask": torch.ones(rows, keys, dtype=dtype)}
+    out = sigmoid_attention(*inputs, **options)
+    softmax = F.scaled_dot_product_attention(*inputs, **options)
+    assert (out.shape, out.dtype) == (softmax.shape, softmax.dtype)
+    assert bool(out.any()) == bool(softmax.any())
+    results = [torch.autograd.grad(each.sum(), inputs, allow_unused=True) for each in (out, softmax)]
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and bool(ours.any()) == (theirs is not None and bool(theirs.any()))
+
+
+def test_no_channels_are_scores_of_0() -> None:
+    query, key, value = torch.zeros(1, 2, 3, 0), torch.zeros(1, 2, 5, 0), torch.randn(1, 2, 5, 4)
+    expected = value.sum(2, keepdim=True).expand(1, 2, 3, 4) / 6  # sigmoid(-ln 5)
+    torch.testing.assert_close(sigmoid_attention(query, key, value), expected)
+
+
+def test_a_key_that_is_not_finite_reaches_rows_that_see_it_alone() -> None:
+    """The op, and a model's own softmax, as ``torch.softmax`` does where the mask is filled in; added, NaN stays."""
+    query, key, value = (torch.randn(1, 1, n, 8) for n in (4, 6, 6))
+    visible = torch.ones(4, 6, dtype=torch.bool)
+    visible[:3, 2] = False
+    poisoned = key.clone()
+    poisoned[..., 2, :] = torch.nan
+    added = torch.zeros(4, 6).masked_fill(~visible, -torch.inf)
+
+    def by_hand(key: Tensor) -> Tensor:
+        return probabilities((query @ key.mT * 8**-0.5).masked_fill(~visible, -torch.inf)) @ value
+
+    for call in (
+        lambda key: sigmoid_attention(query, key, value, attn_mask=visible),
+        lambda key: sigmoid_attention(query, key, value, attn_mask=added),
+        by_hand,
+    ):
+        out = call(poisoned)
+        torch.testing.assert_close(out[:, :, :3], call(key)[:, :, :3])
+        assert out[:, :, 3].isnan().all()
+    assert probabilities(query @ poisoned.mT + added)[..., 2].isnan().all()
+    assert torch.softmax(query @ poisoned.mT + added, -1).isnan().all()

@@ -1,6 +1,8 @@
 """The long run: ``python -m tests.fuzz --minutes 30 --workers 2``. It prints each fault with the arguments that repeat
 it, and exits 1 if there is one.
 
+``--soak``: instead of the parts, one program that converts, trains, saves and loads all the time, and must not grow.
+
 ``--part NAME``: that one alone, or several; else all of them, each with its share of the time. ``--first SEED``: from
 that number on. ``--count N``: so many numbers of each part. ``--json FILE``: writes the figures.
 
@@ -34,9 +36,22 @@ MOST_SHOWN = 20
 """Faults of one part that are printed; all are counted, and in the JSON."""
 
 
+def soaked(minutes: float) -> int:
+    import transformers
+
+    from tests.fuzz.soak import soak
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    faults = soak(minutes)
+    print("\n".join([*faults, f"{len(faults)} faults"]))
+    return int(bool(faults))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--soak", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--part", action="append", choices=list(PARTS))
     parser.add_argument("--first", type=int, default=0)
@@ -49,6 +64,8 @@ def main() -> int:
     given.part = given.part or list(PARTS)
     if given.minutes is None:
         given.minutes = 30.0 if given.count == sys.maxsize // 2 else float("inf")
+    if given.soak:
+        return soaked(given.minutes)
     start = time.monotonic()
     results: collections.Counter[tuple[str, str, str]] = collections.Counter()
     worst: dict[str, float] = {}

@@ -40,7 +40,7 @@ class Limits(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     rows: tuple[int, ...] = (0, 1, 1, 2, 3, 7, 16, 17, 33)
     keys: tuple[int, ...] = (0, 1, 2, 5, 16, 19, 33, 65)
-    dims: tuple[int, ...] = (1, 3, 8, 16, 17, 33)
+    dims: tuple[int, ...] = (0, 1, 3, 8, 8, 16, 17, 33)
 
 
 CPU = Limits("cpu", (torch.float64, torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16))
@@ -82,7 +82,7 @@ def _drawn(rng: random.Random, limits: Limits, *, packed: bool = False) -> Dense
     if packed and min(batch, heads) == 0:
         batch, kv_heads, heads = 1, 1, group
     dim = rng.choice(limits.dims)
-    value_dim = dim if rng.random() < 0.6 else rng.choice((*limits.dims, *(() if limits.device == "cuda" else (0,))))
+    value_dim = dim if rng.random() < 0.6 else rng.choice(limits.dims)
     peak = rng.choice((1.0, 1.0, 1.0, 3.0, 30.0, 1e3, 1e4))
     loud = rng.choice((1.0, 1.0, 1.0, 1e2)) if dtype != torch.float16 else 1.0
 
@@ -108,7 +108,7 @@ def _drawn(rng: random.Random, limits: Limits, *, packed: bool = False) -> Dense
         tensor(kv_heads, keys, dim, rng.choice((1.0, peak))),
         tensor(kv_heads, keys, value_dim, loud),
         tensor(heads, rows, value_dim, rng.choice((1.0, loud))),
-        scale=rng.choice((dim**-0.5, dim**-0.5, 0.3, -0.5, 0.0)),
+        scale=rng.choice((max(1, dim) ** -0.5, max(1, dim) ** -0.5, 0.3, -0.5, 0.0)),
     )
     problem.softcap = rng.choice((0.0, 0.0, 0.0, 1.5, 30.0))
     problem.row_cap = rng.choice((0.0, 0.0, 0.05, 0.5, 1.0, 3.0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.fuzz import conversion, loading, op, saving
+from tests.fuzz import commands, conversion, loading, op, saving
 
 
 class Outcome(NamedTuple):
@@ -81,11 +80,21 @@ def _conversion(given: argparse.Namespace, folder: Path) -> Attempt:
     return attempt
 
 
+def _commands(given: argparse.Namespace, folder: Path) -> Attempt:
+    world = commands.World(folder)
+
+    def attempt(seed: int) -> list[Outcome]:
+        return [Outcome(*commands.attempt(world, seed))]
+
+    return attempt
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Attempt]] = {
     "op": _op,
     "conversion": _conversion,
     "loading": _loading,
     "saving": _saving,
+    "commands": _commands,
 }
 SECONDS_BETWEEN = 2.0
 """After which what was found is told."""
@@ -95,7 +104,7 @@ def work(share: int, shares: int, given: argparse.Namespace) -> Iterator[Found]:
     """A process's share of the numbers, one part after the other."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # each names what a killed save has left
-    if "transformers" in sys.modules or {"loading"} & set(given.part):
+    if {"loading", "commands"} & set(given.part):
         import transformers
 
         transformers.utils.logging.disable_progress_bar()

@@ -807,6 +807,70 @@ def test_code_of_a_transformers_directory_runs_only_if_it_is_allowed(tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
+CUSTOM = {
+    "configuration_tiny.py": """
+from transformers import PretrainedConfig
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny_custom"
+
+    def __init__(self, hidden_size=16, **others):
+        self.hidden_size = hidden_size
+        super().__init__(**others)
+""",
+    "modeling_tiny.py": """
+from torch import nn
+from transformers import PreTrainedModel
+from .configuration_tiny import TinyConfig
+
+class TinyAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+class TinyModel(PreTrainedModel):
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(50, config.hidden_size)
+        self.attention = TinyAttention(config)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.attention(self.embed(input_ids))
+""",
+}
+
+
+def test_a_class_in_a_transformers_directory_is_loaded_if_its_code_is_allowed(tmp_path: Path) -> None:
+    """As ``trust_remote_code`` has it."""
+    source, out = tmp_path / "custom_source", tmp_path / "custom_out"
+    source.mkdir()
+    for name, text in CUSTOM.items():
+        (source / name).write_text(text)
+    auto = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModel": "modeling_tiny.TinyModel"}
+    config = {"model_type": "tiny_custom", "architectures": ["TinyModel"], "auto_map": auto}
+    (source / "config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
+    transformers.AutoModel.from_config(loaded, trust_remote_code=True).save_pretrained(source)
+    model = transformers.AutoModel.from_pretrained(source, trust_remote_code=True).eval()
+    ids = torch.arange(10)[None]
+    sigswap.convert(model, example_inputs={"input_ids": ids})
+    sigswap.save(model, out)
+    with pytest.raises(CheckpointError, match="custom code"):
+        sigswap.load(out)
+    with torch.no_grad():
+        again = sigswap.load(out, allow_code=True)
+        assert torch.equal(again(ids), model(ids)) and type(again).__name__ == "TinyModel"
+        auto_loaded = transformers.AutoModel.from_pretrained(out, trust_remote_code=True).eval()
+        assert torch.equal(auto_loaded(ids), model(ids))
+
+
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg"])
 def test_timm_reads_no_other_file(tmp_path: Path, name: str) -> None:
     timm = pytest.importorskip("timm")

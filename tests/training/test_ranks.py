@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import TWO_GPUS, device, on_ranks
+from spread import WAYS, alone, check_distillation, mesh, values
 from torch import Tensor, nn
 
 import sigswap
@@ -37,26 +38,23 @@ def batches(count: int) -> list[Tensor]:
     return [torch.randint(1, 31, (2, 9 + 3 * index), generator=generator) for index in range(count)]
 
 
-def added(model: nn.Module) -> dict[str, Tensor]:
-    return {name: each.detach().clone() for name, each in model.named_parameters() if ".sigswap." in name}
-
-
-def fully(model: Any, *, outermost: bool = True) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
+def as_one(model: Any) -> Any:
+    """Whose parameters are whole after a forward."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    if outermost:  # whose parameters are whole after a forward
-        return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh())
+
+
+def by_layers(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh())
     return model
 
 
-def alone() -> Any:
-    """A group of this rank."""
-    groups = [torch.distributed.new_group([rank]) for rank in range(torch.distributed.get_world_size())]
-    return groups[torch.distributed.get_rank()]
+def added(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each for name, each in values(model).items() if ".sigswap." in name}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -77,7 +75,7 @@ def check_equal() -> dict[str, dict[str, Any]]:
     group, results = alone(), {}
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for kind, fields in CONFIGS.items():
-        start = llama(**fields)
+        start = llama(**fields).to(device())
         model = copy.deepcopy(start)
         expected = copy.deepcopy(model)
         whole = sigswap.calibrate(expected, batches(5), lookups=False, progress=False, group=group)
@@ -85,11 +83,11 @@ def check_equal() -> dict[str, dict[str, Any]]:
         for name, value in added(expected).items():
             torch.testing.assert_close(model.get_parameter(name), value, atol=2e-4, rtol=2e-3, msg=f"{kind} {name}")
         if kind != "query_bias":
-            for sharded in (fully(copy.deepcopy(start)), fully(copy.deepcopy(start), outermost=False)):
+            for sharded in (as_one(copy.deepcopy(start)), by_layers(copy.deepcopy(start))):
                 sigswap.calibrate(sharded, batches(5)[rank::size], lookups=False, progress=False)
+                found = added(sharded)
                 for name, value in added(model).items():
-                    found = sharded.get_parameter(name).full_tensor()
-                    torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-4, msg=f"{kind} sharded {name}")
+                    torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=f"{kind} sharded {name}")
         ours, theirs = ([(each.path, each.head, each.after) for each in made.heads] for made in (report, whole))
         assert [each[:2] for each in ours] == [each[:2] for each in theirs]
         for mine, one in zip(ours, theirs, strict=True):
@@ -120,10 +118,10 @@ def check_errors() -> None:
     bad[0][0, 0] = 99  # not in the vocabulary
     refused("rank 1 \\(" if rank == 0 else "batch", bad if rank == 1 else batches(1))
     with pytest.raises(CalibrationError, match="first_token and query_bias open"):
-        sigswap.calibrate(fully(llama()), batches(1), progress=False)
+        sigswap.calibrate(as_one(llama()), batches(1), progress=False)
     with pytest.raises(SigswapError, match="rank 1 \\(" if rank == 0 else "tensor, a tuple"):
         given = batches(2) if rank == 0 else [batches(1)[0], 3]
-        sigswap.calibrate(fully(llama(learn_bias=True, query_bias=True, first_token=False)), given, progress=False)
+        sigswap.calibrate(as_one(llama(learn_bias=True, query_bias=True, first_token=False)), given, progress=False)
     other = torch.distributed.new_group([0, 1])
     with torch.no_grad():
         model.get_parameter(next(iter(before))).add_(rank)
@@ -140,3 +138,17 @@ def check_errors() -> None:
 
 def test_errors_are_of_all_ranks() -> None:
     on_ranks(2, check_errors)
+
+
+def check_on_gpus() -> list[Any]:
+    return [check_equal(), check_distillation(WAYS)]
+
+
+@TWO_GPUS[0]
+@TWO_GPUS[1]
+def test_on_gpus() -> None:
+    (first, ways), (second, others) = on_ranks(2, check_on_gpus, backend="nccl")
+    assert first == second
+    # What tensor parallelism has whole on each rank gets the gradients that each has added up by itself.
+    ours, theirs = ([way for way in each if "heads" not in way[0]] for each in (ways, others))
+    assert ours == theirs and len(ours) == 4

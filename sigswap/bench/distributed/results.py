@@ -45,6 +45,12 @@ class Row:
         others = [name for name in self.figures if not name.startswith("sigswap")]
         return min(others, key=lambda name: self.figures[name].milliseconds, default=None)
 
+    @property
+    def summary(self) -> str:
+        """One line, for a run that may not come to its end."""
+        measured = [f"{name} {found.milliseconds:.2f} ms" for name, found in self.figures.items()]
+        return ", ".join([*measured, *(f"{name}: {reason[:200]}" for name, reason in self.reasons.items())])
+
     def of_softmax(self, name: str) -> float | None:
         """The time as a part of softmax attention's: below 1, it takes less."""
         if self.softmax is None:

@@ -7,6 +7,7 @@ fails on one of them is left out on all. A figure is that of the slowest rank.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -77,6 +78,8 @@ def run(
             if dist.get_rank() == 0:
                 tell(f"Measuring: {cell.parallel} {cell.label}")
             rows.append(measure(cell, mesh, DTYPES[dtype]))
+            if dist.get_rank() == 0:
+                tell(rows[-1].summary)
             if mesh.device_type == "cuda":
                 free()
         return DistributedBenchmark(_machine(mesh), mesh.size(), dtype, rows, dist.get_rank() == 0)
@@ -94,7 +97,7 @@ def report(others: Mapping[str, object], json_file: Path | None, *, console: Con
         raise ArgumentError(f"the suite distributed runs by itself, without {', '.join(given)}.")
     from rich.console import Console
 
-    result = run(**arguments, tell=console.print)
+    result = run(**arguments, tell=functools.partial(console.print, markup=False))
     if result.is_first:
         Console().print(result)
         if json_file is not None:

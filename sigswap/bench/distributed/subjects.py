@@ -99,7 +99,8 @@ def _divided(model: Any, mesh: DeviceMesh, converted: bool) -> Any:
     columns = [*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
     rows = ["self_attn.o_proj", "mlp.down_proj"]
     for layer in model.model.layers:
-        styles = {name: ColwiseParallel() for name in columns} | {name: RowwiseParallel() for name in rows}
+        styles: dict[str, Any] = {name: ColwiseParallel() for name in columns}
+        styles |= {name: RowwiseParallel() for name in rows}
         parallelize_module(layer, mesh, styles)
     return shard_heads(model) if converted else model
 

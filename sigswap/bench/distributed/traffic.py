@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _python_dispatch
 
 from sigswap.sequence.exchange import Pending, Ranks
 
+_Mode: Any = _python_dispatch.TorchDispatchMode
 
-class Traffic(TorchDispatchMode):
+
+class Traffic(_Mode):  # type: ignore[misc]
     """Counts the bytes that this process hands to other ones while it is active, in ``sent``.
 
     A collective counts as its ring algorithm sends: an all-gather n - 1 times the part, a reduce-scatter likewise, an
@@ -45,14 +47,20 @@ class Traffic(TorchDispatchMode):
 @contextmanager
 def silenced() -> Iterator[None]:
     """Nothing is sent inside, where it is sent by functional collectives or by :class:`Ranks`."""
-    kept = Ranks.exchange, Ranks.all_to_all, Ranks.sum
-    Ranks.exchange = lambda *arguments, **keywords: Pending((), ())  # type: ignore[method-assign]
-    Ranks.all_to_all = Ranks.sum = lambda *arguments: None  # type: ignore[method-assign]
+    silent = {
+        "exchange": lambda *arguments, **keywords: Pending((), ()),
+        "all_to_all": lambda *arguments: None,
+        "sum": lambda *arguments: None,
+    }
+    kept = {name: getattr(Ranks, name) for name in silent}
     try:
+        for name, nothing in silent.items():
+            setattr(Ranks, name, nothing)
         with Traffic(silent=True):
             yield
     finally:
-        Ranks.exchange, Ranks.all_to_all, Ranks.sum = kept  # type: ignore[method-assign]
+        for name, method in kept.items():
+            setattr(Ranks, name, method)
 
 
 def _group(args: Any) -> Any:
@@ -60,10 +68,11 @@ def _group(args: Any) -> Any:
     for each in reversed(args):
         if isinstance(each, dist.ProcessGroup):
             return each
-        if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type()):  # type: ignore[attr-defined]
+        if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type()):
             return dist.ProcessGroup.unbox(each)
         if isinstance(each, str):
-            return dist.distributed_c10d._resolve_process_group(each)  # type: ignore[arg-type]
+            by_name: Any = dist.distributed_c10d
+            return by_name._resolve_process_group(each)
     return dist.group.WORLD
 
 
@@ -75,11 +84,11 @@ def _bytes(tensors: Any) -> int:
 
 def _to_others(args: Any, size: int) -> int:
     """Of an all-to-all with the splits ``args[2]``: of the parts for other ranks."""
-    tensor, splits = args[0], args[2]
+    sent, splits = _bytes(args[0]), args[2]
     if not splits:
-        return tensor.nbytes * (size - 1) // size
+        return sent * (size - 1) // size
     mine = splits[_group(args).rank()]
-    return int(tensor.nbytes * (sum(splits) - mine) // max(1, sum(splits)))
+    return int(sent * (sum(splits) - mine) // max(1, sum(splits)))
 
 
 _SENT: dict[str, Callable[[Any, int], int]] = {

@@ -442,7 +442,6 @@ GOOD: dict[str, Any] = {
         ({"value": torch.zeros(2, 2, 5, 6, device="meta")}, "value must be on query's device"),
         ({"key": torch.zeros(2, 2, 5, 7)}, "key .* must have the batch size and the head_dim"),
         ({"value": torch.zeros(2, 2, 4, 6)}, "value .* must have the batch size, heads and length"),
-        ({"query": torch.zeros(2, 4, 3, 0), "key": torch.zeros(2, 2, 5, 0)}, "head_dim 0"),
         ({"query": torch.zeros(2, 3, 3, 8)}, "3 heads, which is not a multiple of the 2"),
         ({"bias": torch.zeros(1, 4, 1, 5)}, r"bias \[1, 4, 1, 5\] must broadcast to \[2, 4, 3, 1\]"),
         ({"bias": torch.zeros(4, 1, 1)}, "bias"),

@@ -475,6 +475,49 @@ def test_interpreted_repeated_mask(index: int) -> None:
     assert_no_worse(ours(problem, tma=index % 2 == 0), problem)
 
 
+def assert_masked_keys_may_hold_anything(index: int) -> None:
+    """Keys that are not finite: rows that do not see them are as they were, and the others NaN."""
+    draw = random.Random(7000 + index)
+    problem = random_problem(index, decoding=index % 3 == 2)
+    (batch, heads, rows, _), keys = problem.query.shape, problem.key.shape[2]
+    chosen = torch.randperm(keys)[: max(1, keys // 5)].to(problem.key.device)
+    shape = draw.choice(((batch, 1, 1, keys), (batch, heads, rows, keys)))
+    mask = torch.rand(shape, device=problem.key.device) > 0.3
+    if index % 2:
+        mask[..., chosen] = False
+        mask[:, :, -1:, chosen[:1]] = True
+    if draw.random() < 0.5:
+        mask = torch.where(mask, 0.0, draw.choice((-torch.inf, -1e4))).to(problem.query.dtype)
+    options = problem.options._replace(dropout_p=0.0, softcap=draw.choice((0.0, 2.0)), row_cap=draw.choice((0.0, 0.5)))
+    query = problem.query.clone()
+    query[query == 0] = 1  # 0 times infinity would be NaN, and a score of the right sign
+    finite = dataclasses.replace(problem, query=query, attn_mask=mask, bias=None, seed=None, options=options)
+    key = problem.key.clone()
+    key[:, :, chosen] = draw.choice((torch.nan, torch.inf, -torch.inf))
+    key[:, :, chosen, 0] = torch.nan  # no score is finite
+    poisoned = dataclasses.replace(finite, key=key)
+    every = Problem(query, key, problem.value.isfinite().to(key.dtype), None, mask, None, options._replace(row_cap=0.0))
+    sees = reference.forward(every).isnan().any(-1)
+    kernels = [kernel for kernel in (decode, short_masked, flash_fwd, reference) if kernel.supports(finite)]
+    for kernel in kernels:
+        before, after = kernel.forward(finite), kernel.forward(poisoned)
+        assert torch.equal(after[~sees], before[~sees]), kernel.__name__
+        assert after[sees].isnan().all(), kernel.__name__
+
+
+@in_interpreter
+@shards(16)
+def test_interpreted_masked_keys_may_hold_anything(index: int) -> None:
+    assert_masked_keys_may_hold_anything(index)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_masked_keys_may_hold_anything(index: int) -> None:
+    assert_masked_keys_may_hold_anything(index)
+
+
 @in_interpreter
 @shards(12)
 def test_interpreted_windows(index: int) -> None:
