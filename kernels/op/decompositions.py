@@ -73,7 +73,7 @@ def _forward(call: Callable[..., _Call], packed: bool, *, sums: bool) -> Callabl
             out = out / totals.clamp(min=options.row_cap)
         out = out.to(query.dtype)
         if packed:
-            out, totals = (None if x is None else x[0].transpose(0, 1).contiguous() for x in (out, totals))
+            out, totals = _packed_again(out), None if totals is None else _packed_again(totals)
         return (out, totals) if sums else out
 
     return forward
@@ -262,13 +262,18 @@ def _summed(grad: Tensor, shape: Sequence[int]) -> Tensor:
         size, whole = shape[dim], grad.shape[dim]
         if size != 1 and size != whole:
             parts = (size, whole // size) if dim == 1 else (whole // size, size)
-            grad = grad.unflatten(dim, parts).sum(2 if dim == 1 else 0)
+            grad = grad.reshape(*grad.shape[:dim], *parts, *grad.shape[dim + 1 :]).sum(2 if dim == 1 else 0)
     return grad.sum_to_size(shape)
 
 
 def _heads_first(tensor: Tensor) -> Tensor:
     """[total, H, D] as [1, H, total, D]."""
     return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _packed_again(tensor: Tensor) -> Tensor:
+    """[1, H, total, D] as [total, H, D]."""
+    return tensor[0].transpose(0, 1).contiguous()
 
 
 def _by_rows(bias: Tensor) -> Tensor:

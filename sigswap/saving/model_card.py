@@ -11,6 +11,7 @@ from typing import Any
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.record import conversion_of, report
 from sigswap.distributed.shards import original_name
+from sigswap.optional import require
 from sigswap.report import folded
 from sigswap.version import __version__
 
@@ -32,7 +33,7 @@ def may_write(target: Path) -> bool:
 def model_card(model: Any) -> str:
     """Markdown, with the metadata that the hub reads, of a converted transformers ``model``."""
     conversion, found = conversion_of(model), report(model)
-    name = model.config._name_or_path
+    name = model.config._name_or_path or ""
     is_hubs = bool(_REPOSITORY.fullmatch(name)) and not os.path.exists(name)
     head = ["library_name: transformers", "tags:", *(f"- {tag}" for tag in TAGS)]
     if is_hubs:
@@ -43,6 +44,9 @@ def model_card(model: Any) -> str:
         for path, site in folded(found.sites)
     ]
     class_name = original_name(model)
+    is_transformers = hasattr(require("transformers", "hf"), class_name)  # else it is code of the user's
+    how = f"{class_name}.from_pretrained" if is_transformers else "sigswap.load"
+    imported = f"\nfrom transformers import {class_name}" if is_transformers else ""
     changed = {
         field.name: getattr(conversion.config, field.name)
         for field in dataclasses.fields(SigmoidConfig)
@@ -65,10 +69,9 @@ place of softmax attention. It was made with sigswap {__version__}; `SigmoidConf
 ## Load it
 
 ```python
-import sigswap  # before from_pretrained: transformers alone does not know sigmoid attention, and refuses to load it
-from transformers import {class_name}
+import sigswap  # first: transformers alone does not know sigmoid attention, and refuses to load it{imported}
 
-model = {class_name}.from_pretrained("THIS REPOSITORY OR DIRECTORY")
+model = {how}("THIS REPOSITORY OR DIRECTORY")
 ```
 
 Weights are named as in the original; what was added is under `<module>.sigswap.*`. `sigswap.revert(model)` takes it

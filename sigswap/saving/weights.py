@@ -175,7 +175,7 @@ def _read(file: BinaryIO, stored: Stored) -> Tensor:
     """Not by safetensors, in which a Ctrl-C can become another error. What is allocated here is aligned in memory, too:
     in the last bit, results on a CPU can depend on that."""
     values = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-    left = memoryview(values.numpy())
+    left = memoryview(values.numpy())  # type: ignore[arg-type]
     while left:
         count = file.readinto(left)  # type: ignore[attr-defined]
         if not count:

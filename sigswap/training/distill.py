@@ -260,6 +260,8 @@ def distill(
         original.keep(undo)
         with original.running():
             mixer = mixer_for(lookups, tokens, source, first[1], lengths)
+        vocabulary = None if mixer.tokens is None else (len(mixer.tokens), int(mixer.tokens.sum()))
+        among.everyone.check_same(**{"kind of batches": mixer.inputs, "tokens": vocabulary})
         reshard(model)
         settings |= {} if lengths is None else {"lengths": list(lengths)}
         if checkpointing:

@@ -43,7 +43,8 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
         raise ArgumentError("{argument} trains no parameter of the model.", argument="optimizer")
     decayed = [group for group in groups if group.get("weight_decay") and any(id(p) in ours for p in group["params"])]
     free = [next((other for other in groups if _is_free(other, group)), None) for group in decayed]
-    if None in free and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    inner = getattr(optimizer, "optimizer", optimizer)  # of what accelerate prepared
+    if None in free and hasattr(inner.step, "_wrapped_by_lr_sched"):
         raise ArgumentError(
             "{argument} has a learning rate scheduler, which would not know a new group.",
             argument="optimizer",
@@ -59,7 +60,7 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
             group[name] = [each for keep, each in pairs if keep]
             if target is None and name == "params":
                 label = {"name": f"{group['name']}, no decay"} if "name" in group else {}
-                names = {"param_names": []} if "param_names" in group else {}
+                names: dict[str, Any] = {"param_names": []} if "param_names" in group else {}
                 target = {**group, **label, **names, "params": moved, "weight_decay": 0.0}
                 groups.append(target)
             elif target is not None:

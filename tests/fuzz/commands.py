@@ -218,7 +218,12 @@ def _problem(world: World, arguments: list[str], result: Any, before: dict[str, 
         return f"a raw error: {text[-300:]}"
     if result.exit_code != 0 and not text.strip():
         return "no word of why it failed"
-    if "--json" in arguments and arguments[0] in ("inspect", "convert") and result.exit_code != 2:
+    if (
+        "--json" in arguments
+        and "--" not in arguments
+        and arguments[0] in ("inspect", "convert")
+        and result.exit_code != 2
+    ):
         try:
             json.loads(result.stdout)
         except ValueError:

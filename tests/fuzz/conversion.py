@@ -374,7 +374,8 @@ def _attempt(seed: int, folder: Path) -> None:
         "row_cap": rng.choice((None, None, 0.3)),
         "bias": rng.choice(("visible", "visible", -1.5)),
     }
-    fields["query_bias"] = rng.random() < 0.3
+    transposed = any(each["kind"] == "by hand" and each["product"] == "keys first" for each in spec["blocks"])
+    fields["query_bias"] = rng.random() < 0.3 and not transposed
     sigswap.convert(model, sigswap.SigmoidConfig(**fields), example_inputs=example)
 
     found = {site.path for site in sigswap.report(model).sites if site.status == "swapped"}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sigswap
+from sigswap.saving.model_card import model_card
 
 transformers = pytest.importorskip("transformers")
 hub = pytest.importorskip("huggingface_hub")
@@ -56,6 +57,17 @@ def test_a_card_of_the_users_own_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     sigswap.save(each, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_class_that_transformers_does_not_have(tmp_path: Path) -> None:
+    class Mine(transformers.BertModel):  # type: ignore[misc, name-defined]
+        pass
+
+    torch.manual_seed(0)
+    each = sigswap.convert(Mine(transformers.BertConfig(**SMALL, num_hidden_layers=1, pad_token_id=0)).eval())
+    each.config._name_or_path = None
+    card = model_card(each)
+    assert "from transformers import" not in card and "sigswap.load(" in card
 
 
 def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

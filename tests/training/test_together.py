@@ -130,6 +130,9 @@ def check_errors() -> None:
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.add_(rank)
     refused("another weights than", other)
+    refused("another tokens than", converted(), tokens=range(1, 30 - rank))
+    images = [torch.randn(2, 3, 4, 4)] if rank == 0 else None
+    refused("another kind of batches", converted(), images)
     refused("find other losses", by_heads(converted()))
     refused("hold other parts", by_heads(converted()), kind=ArgumentError, group=torch.distributed.group.WORLD)
     refused("has 1 ranks", fully(converted()), kind=ArgumentError, group=alone())
