@@ -14,6 +14,7 @@ only on the GPUs that they are written for. The last word of a list takes everyt
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels.host.problem import Gradients, Problem
+from sigswap.kernels.host.results import empty_output
 
 FORWARD = ("triton.decode", "triton.short_masked", "hopper.forward", "triton.forward", "reference")
 BACKWARD = ("triton.short_masked", "hopper.backward", "hopper.backward_wide", "triton.backward", "reference")
@@ -35,6 +37,8 @@ _log = logging.getLogger("sigswap")
 
 def forward(problem: Problem) -> Tensor:
     with _on(problem.query.device):
+        if problem.signature.has_narrow_value:
+            return with_wider_value(problem)
         out: Tensor = chosen(FORWARD, problem).forward(problem)
         return out
 
@@ -44,6 +48,17 @@ def backward(problem: Problem) -> Gradients:
     with _on(problem.query.device):
         grads: Gradients = chosen(BACKWARD, problem).backward(problem)
         return grads
+
+
+def with_wider_value(problem: Problem) -> Tensor:
+    """The forward with columns of zeros in a copy of value, up to whole units of 16 bytes; the output has none."""
+    value = problem.value
+    dim, unit = value.shape[3], 16 // value.element_size()
+    wider = value.new_zeros((*value.shape[:3], -(-dim // unit) * unit))
+    wider[..., :dim].copy_(value)
+    whole = dataclasses.replace(problem, value=wider, out=None)
+    out = empty_output(problem.query, value) if problem.out is None else problem.out
+    return out.copy_(chosen(FORWARD, whole).forward(whole)[..., :dim])
 
 
 def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -> tuple[Tensor, Tensor]:

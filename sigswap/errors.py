@@ -105,6 +105,10 @@ class UnknownCallError(SigswapError, RuntimeError):
     """A converted module made an attention call that was not seen when the model was converted."""
 
 
+class ContextParallelError(SigswapError, RuntimeError):
+    """An attention cannot run among ranks of which each has a part of the sequence. Nothing was sent for it."""
+
+
 class CalibrationError(SigswapError, RuntimeError):
     """A model could not be calibrated or distilled on the batches. A failed calibration leaves it as it was."""
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sigswap import files
+from sigswap.errors import ArgumentError
+from sigswap.page import document, fragment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +46,19 @@ class Report:
         """How many sites have this status."""
         return sum(site.status == status for site in self.sites)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an .html page, in one file, whose table sorts: repeated layers folded, then each by itself.
+
+        Raises ArgumentError for another suffix or a directory that is not there.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".html":
+            raise ArgumentError(f"{path}: the suffix must be .html.", argument="path")
+        if not path.absolute().parent.is_dir():
+            raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.", argument="path")
+        each = self._table("each softmax", [(site.path, site) for site in self.sites])
+        files.write_text(path, document("sigswap: softmax and sigmoid attention", [self, each]))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
         return dataclasses.asdict(self)
@@ -48,19 +67,28 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         return cls([SiteRecord(**site) for site in data["sites"]], list(data["notes"]))
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return fragment(self)
+
     def __rich__(self) -> Table:
         """A table in which repeated layers share a line (``layers.{0..11}.attn``)."""
-        from rich.table import Table
-
         counts = ", ".join(f"{self.count(s)} {s}" for s in ("swapped", "swappable", "left") if self.count(s))
-        table = Table(title=f"softmax sites: {counts or 'none'}", title_justify="left")
-        for column in ("path", "kind", "heads", "head_dim", "mask", "status", "reason"):
-            table.add_column(column, overflow="fold", justify="right" if column.startswith("head") else "left")
-        for path, site in folded(self.sites):
-            numbers = ("" if value is None else str(value) for value in (site.heads, site.head_dim))
-            table.add_row(path or "(the model)", site.kind, *numbers, site.mask, site.status, site.reason)
+        table = self._table(f"softmax sites: {counts or 'none'}", folded(self.sites))
         table.caption = "\n".join(self.notes) or None
         table.caption_justify = "left"
+        return table
+
+    @staticmethod
+    def _table(title: str, rows: Sequence[tuple[str, SiteRecord]]) -> Table:
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for column in ("path", "kind", "heads", "head_dim", "mask", "status", "reason"):
+            table.add_column(column, overflow="fold", justify="right" if column.startswith("head") else "left")
+        for path, site in rows:
+            numbers = ("" if value is None else str(value) for value in (site.heads, site.head_dim))
+            table.add_row(path or "(the model)", site.kind, *numbers, site.mask, site.status, site.reason)
         return table
 
     def __str__(self) -> str:

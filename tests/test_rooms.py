@@ -13,26 +13,32 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sigswap": "sigswap", "sigswap.passes": "passes", "sigswap.kernels": "kernels"}
 
-LEAVES = ("errors", "masked", "version", "optional", "config", "report", "transaction", "files")
+LEAVES = (
+    *("errors", "masked", "version", "optional", "config", "report", "page", "transaction", "files"),
+    "when_imported",
+)
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "masked": (),
     "version": (),
     "optional": ("errors",),
     "config": ("errors",),
-    "report": ("errors",),
-    "transaction": ("errors",),
     "files": (),
+    "page": (),
+    "report": ("errors", "files", "page"),
+    "transaction": ("errors",),
+    "when_imported": (),
     "kernels": ("errors", "masked"),
     "passes": ("errors", "masked"),
-    "functional": ("kernels", *LEAVES),
-    "conversion": ("functional", "passes", *LEAVES),
+    "sequence": ("kernels", *LEAVES),
+    "functional": ("sequence", "kernels", *LEAVES),
+    "conversion": ("functional", "sequence", "passes", *LEAVES),
     "compiling": ("conversion", "functional", "passes", "kernels", *LEAVES),
-    "training": ("conversion", "functional", "kernels", *LEAVES),
-    "distributed": ("conversion", *LEAVES),
+    "distributed": ("conversion", "functional", "sequence", *LEAVES),
+    "training": ("distributed", "conversion", "functional", "kernels", *LEAVES),
     "saving": ("distributed", "conversion", *LEAVES),
     "api": ("training", "saving", "conversion", *LEAVES),
-    "bench": ("api", "saving", "compiling", "conversion", "functional", *LEAVES),
+    "bench": ("api", "distributed", "saving", "compiling", "conversion", "functional", "sequence", *LEAVES),
     "former_names": (),
     "the package": (
         "former_names",
@@ -43,6 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "compiling",
         "conversion",
         "functional",
+        "kernels",
         *LEAVES,
     ),
     "commands": ("the package", "bench", "api", "saving", "training", "compiling", "conversion", *LEAVES),

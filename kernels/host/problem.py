@@ -243,6 +243,18 @@ class Signature:
         )
 
     @functools.cached_property
+    def has_narrow_value(self) -> bool:
+        """Whether value has at most 32 columns, in half precision, in rows that are not whole units of 16 bytes.
+
+        Triton 3.6 multiplies by the wrong numbers then: of heads of 64, all widths from 1 to 20 that are no multiple of
+        8 were wrong on an H200; 33 and 50 columns were right, and so were the gradients.
+        """
+        value, unit = self.value, 16 // self.element_size
+        steps = [stride for size, stride in zip(value.shape[:3], value.strides, strict=False) if size > 1]
+        whole = value.aligned and value.strides[3] == 1 and all(n % unit == 0 for n in (value.shape[3], *steps))
+        return not self.is_empty and self.element_size == 2 and width(value.shape[3]) < 64 and not whole
+
+    @functools.cached_property
     def kernels(self) -> dict[Any, Any]:
         """Those that were chosen for it, by what they were chosen from and for (:mod:`sigswap.kernels.dispatch`)."""
         return {}

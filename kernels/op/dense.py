@@ -173,7 +173,7 @@ vmap.register_folding(_attention)
 sharding.shard_batch_and_heads(_attention)
 
 
-def _probs(
+def composed_probs(
     scores: Tensor,
     bias: Tensor | None = None,
     dim: int = -1,
@@ -263,6 +263,6 @@ library.define(
     "float row_cap=0.0, Tensor? share=None, Tensor? rest=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("sigmoid_probs", _probs, "CompositeImplicitAutograd")
+library.impl("sigmoid_probs", composed_probs, "CompositeImplicitAutograd")
 for _device in AUTOCAST_DEVICES:
     _register_autocast(_device)

@@ -92,7 +92,7 @@ def bias_of_first(
     return -torch.logaddexp(first, others.expand_as(first))
 
 
-def _bias(
+def composed_bias(
     query: Tensor,
     key: Tensor,
     share: Tensor,
@@ -218,4 +218,4 @@ library.define(
     "bool bottom_right=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("first_token_bias", _bias, "CompositeImplicitAutograd")
+library.impl("first_token_bias", composed_bias, "CompositeImplicitAutograd")

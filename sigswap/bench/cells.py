@@ -15,6 +15,9 @@ DEFAULT_SUITES = tuple(suite for suite in SUITES if suite not in ("features", "m
 """Those that run unless others are named: features compiles FlexAttention in each cell, and models compiles each model
 up to ten times, which takes many minutes."""
 
+DISTRIBUTED = "distributed"
+"""The suite of several processes (:mod:`sigswap.bench.distributed.run`), which runs by itself."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Setup = Literal["none", "compile", "tune"]

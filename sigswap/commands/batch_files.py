@@ -51,7 +51,7 @@ def make_batches(model: nn.Module, source: str, samples: list[Any], option: str 
     return [make(model, source, samples[start : start + BATCH], option) for start in range(0, len(samples), BATCH)]
 
 
-def block_batches(model: Any, tokenizer: Any, path: Path, count: int, length: int) -> list[Any]:
+def block_batches(model: Any, tokenizer: Any, path: Path, count: int, length: int, option: str = "--text") -> list[Any]:
     """The text in ``path`` (a file, or those in a directory and below) as at most ``count`` blocks of ``length`` tokens
     without padding, in batches of at most 4,096 tokens: what a language model is compared on.
 
@@ -61,16 +61,16 @@ def block_batches(model: Any, tokenizer: Any, path: Path, count: int, length: in
     if length > positions:
         raise ArgumentError(f"--length {length}: {type(model).__name__} has positions for {positions} tokens.")
     ids: list[int] = []
-    lines = find_samples(path, count * length, "--text")  # a line has at least one token
+    lines = find_samples(path, count * length, option)  # a line has at least one token
     if isinstance(lines[0], Path):
-        raise ArgumentError(f"--text: {path} holds images.")
+        raise ArgumentError(f"{option}: {path} holds images.")
     for line in lines:
         ids += tokenizer(line + "\n", add_special_tokens=False)["input_ids"]
         if len(ids) >= count * length:
             break
     blocks = len(ids) // length
     if not blocks:
-        raise ArgumentError(f"--text: {path} has {len(ids)} tokens, fewer than a block of --length {length}.")
+        raise ArgumentError(f"{option}: {path} has {len(ids)} tokens, fewer than a block of --length {length}.")
     rows = torch.tensor(ids[: min(blocks, count) * length]).view(-1, length)
     return [{"input_ids": part} for part in torch.split(rows, max(1, BLOCK_TOKENS // length))]
 

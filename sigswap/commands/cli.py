@@ -1,25 +1,37 @@
-"""The command line: ``sigswap inspect | convert | compare | recover | bench | demo``. torch is imported on use."""
+"""The command line: ``sigswap inspect | convert | calibrate | distill | compare | ...``."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.status import Status
-from rich.text import Text
 
 from sigswap import files
-from sigswap.bench.cells import SUITES
+from sigswap.bench.cells import DISTRIBUTED, SUITES
 from sigswap.bench.peers import described
-from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint, SigswapError
+from sigswap.commands import saved
+from sigswap.commands.shared import (
+    INTERRUPTED,
+    AllowCode,
+    AsJson,
+    Debug,
+    Example,
+    Exclude,
+    Include,
+    Model,
+    Pretrained,
+    build,
+    errors,
+    example_inputs,
+    failures,
+    print_json,
+    working,
+)
+from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,44 +40,21 @@ app = typer.Typer(
     name="sigswap",
     help="Swap softmax attention for sigmoid attention in PyTorch models that you already have.",
     epilog="MODEL is a transformers directory or hub id, timm:NAME, or module:function (a function that returns "
-    "the model). Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    "the model). Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-_errors = Console(stderr=True, highlight=False)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, timm:NAME or module:function.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option("--include", metavar="GLOB", help="Only module paths that match. Can be repeated."),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", metavar="GLOB", help="Not module paths that match. Can be repeated."),
-]
-Example = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:FUNCTION",
-        help="A function that returns inputs to run the model on, a tuple or a dict. Needed for a model that "
-        "does not know any itself.",
-    ),
-]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="timm: load the published weights.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
-AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code", help="Run code that a directory which sigswap saved names (its factory)."),
-]
-Debug = Annotated[bool, typer.Option("--debug", envvar="SIGSWAP_DEBUG", help="Show the traceback of an error.")]
 
 
 def main() -> None:
     """The ``sigswap`` command."""
     if "" not in sys.path:  # module:function is looked up in the current directory too, as python -m does
         sys.path.insert(0, "")
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # outside of a command
+        errors.print("Interrupted.")
+        sys.exit(INTERRUPTED)
 
 
 def _version(value: bool) -> None:
@@ -100,35 +89,37 @@ def inspect(
 
     Of a directory that sigswap saved it shows what was converted, and builds nothing unless --compile is given.
     """
-    with _failures(as_json, debug):
+    with failures(as_json, debug):
         import sigswap
         from sigswap.saving.checkpoint import saved_conversion
 
-        saved = None if compile else saved_conversion(model)
-        if saved is None:
-            with _working(f"Building {model}"):
-                built = _build(model, weights=False, pretrained=False, allow_code=allow_code)
+        conversion = None if compile else saved_conversion(model)
+        if conversion is None:
+            with working(f"Building {model}"):
+                built = build(model, weights=False, pretrained=False, allow_code=allow_code)
         if compile:
-            with _working(f"Compiling {model}"):
-                compiled = sigswap.explain(built, _example(example))
+            with working(f"Compiling {model}"):
+                compiled = sigswap.explain(built, example_inputs(example))
             if as_json:
-                _print_json({"model": model, **compiled.to_dict()})
+                print_json({"model": model, **compiled.to_dict()})
             else:
                 Console().print(compiled)
             return
-        if saved is not None:
-            report = saved.report
+        if conversion is not None:
+            report = conversion.report
         elif sigswap.is_converted(built):
             report = sigswap.report(built)
         else:
-            with _working(f"Looking for attention in {model}"):
-                report = sigswap.inspect(built, example_inputs=_example(example), include=include, exclude=exclude)
+            with working(f"Looking for attention in {model}"):
+                report = sigswap.inspect(
+                    built, example_inputs=example_inputs(example), include=include, exclude=exclude
+                )
         if as_json:
-            _print_json({"model": model, **report.to_dict()})
+            print_json({"model": model, **report.to_dict()})
         else:
             Console().print(report)
         if not report.count("swappable") and not report.count("swapped"):
-            _errors.print("There is no softmax attention that can be swapped.")
+            errors.print("There is no softmax attention that can be swapped.")
             raise typer.Exit(1)
 
 
@@ -206,9 +197,8 @@ def convert(
         "hybrid_norm": hybrid_norm,
         "row_cap": row_cap,
     }
-    with _failures(as_json, debug):
-        if out.is_dir() and any(out.iterdir()) and not force:
-            raise ArgumentError(f"{out} is not empty.", hint=Hint("Choose another directory, or pass --force."))
+    with failures(as_json, debug):
+        saved.check_empty(out, force)
         if picture is not None and calibrate is None:
             raise ArgumentError("--picture shows a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
@@ -220,18 +210,18 @@ def convert(
             check_picture(picture)
         found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
         config = sigswap.SigmoidConfig(**settings)
-        with _working(f"Loading {model}"):
+        with working(f"Loading {model}"):
             is_saved = saved_conversion(model) is not None
-            built = None if is_saved else _build(model, weights=True, pretrained=pretrained, allow_code=False)
+            built = None if is_saved else build(model, weights=True, pretrained=pretrained, allow_code=False)
         if built is None or sigswap.is_converted(built):
             raise AlreadyConvertedError(
                 f"{model} is converted already.", hint=Hint("To have it in another way, convert the original.")
             )
-        with _working(f"Converting {model}"):
+        with working(f"Converting {model}"):
             sigswap.convert(
                 built,
                 config,
-                example_inputs=_example(example),
+                example_inputs=example_inputs(example),
                 include=include,
                 exclude=exclude,
                 strict=strict,
@@ -242,12 +232,12 @@ def convert(
             calibration = sigswap.calibrate(built, batches)
             if picture is not None:
                 calibration.save(picture)
-        with _working(f"Saving to {out}"):
+        with working(f"Saving to {out}"):
             sigswap.save(built, out, factory=_factory(built, model))
         report = sigswap.report(built)
         if as_json:
             measured = {} if calibration is None else {"calibration": calibration.to_dict()}
-            _print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
+            print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
         else:
             console = Console()
             console.print(report)
@@ -258,6 +248,10 @@ def convert(
             console.print(f"Saved to {out}. Load it with {call}.", highlight=False, markup=False)
             command = f"sigswap compare {out} {model}{_held_out(built, model)}{' --allow-code' if code else ''}"
             console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+for _command in (saved.report, saved.calibrate, saved.distill, saved.revert):
+    app.command()(_command)
 
 
 @app.command()
@@ -296,10 +290,9 @@ def compare(
     Language models: loss, divergence, and what loss does not show: copying and recall. Others: agreement, or
     embeddings. Each figure stands beside the original's.
     """
-    with _failures(False, debug):
+    with failures(False, debug):
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
-        from sigswap.saving.checkpoint import is_saved
         from sigswap.saving.transformers_hook import is_transformers_model
         from sigswap.training.calibration_report import check_picture
 
@@ -308,19 +301,18 @@ def compare(
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if picture is not None:
             check_picture(picture)
-        if not is_saved(model):
-            raise ArgumentError(f"{model} holds no model that sigswap saved.")
+        saved.check_saved(model)
         found = None if text is None else find_samples(text, samples, "--text")
-        with _working(f"Loading {model} and {original}"):
+        with working(f"Loading {model} and {original}"):
             converted = sigswap.load(model, allow_code=allow_code)
             timm = original.startswith("timm:")
-            before = _build(original, weights=True, pretrained=timm, allow_code=allow_code)
+            before = build(original, weights=True, pretrained=timm, allow_code=allow_code)
         tokenizer, beside = None, original
         if is_transformers_model(converted):
             tokenizer, beside = find_tokenizer(str(model), original)
-        batches = None if example is None else [_example(example)]
+        batches = None if example is None else [example_inputs(example)]
         if text is not None and found is not None:
-            if _writes(converted) and tokenizer is not None:
+            if saved.writes(converted) and tokenizer is not None:
                 batches = block_batches(converted, tokenizer, text, samples, length)
             else:
                 batches = make_batches(converted, beside, found, "--text")
@@ -347,7 +339,7 @@ def recover(
     If the new model was complete, DIR holds it then; if not, DIR holds what it held before. What else the save has
     left is removed.
     """
-    with _failures(False, debug):
+    with failures(False, debug):
         from sigswap.saving.replacing import recover as bring_in_order
 
         for done in bring_in_order(directory, undo=undo) or ["There is nothing to recover."]:
@@ -358,7 +350,11 @@ def recover(
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", metavar="|".join(SUITES), help="Default: all but features, models. Can be repeated."),
+        typer.Option(
+            "--suite",
+            metavar="|".join((*SUITES, DISTRIBUTED)),
+            help="Default: all but features, models, distributed. Can be repeated.",
+        ),
     ] = None,
     cell: Annotated[
         list[str] | None,
@@ -401,8 +397,18 @@ def bench(
     models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
     beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it
     runs only if it is named; a model whose package (timm, transformers) is not installed is left out.
+
+    distributed: in the processes that torchrun starts (torchrun --nproc-per-node 2 --no-python sigswap bench --suite
+    distributed): a step of training under data (FSDP2), tensor and context parallelism, beside softmax attention under
+    the same: time, bytes sent, exposed communication, memory. --quick has sizes for CPUs.
     """
-    with _failures(False, debug):
+    with failures(False, debug):
+        if suite is not None and DISTRIBUTED in suite:
+            from sigswap.bench.distributed.run import report
+
+            refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
+            report(refused, json_file, dtype=dtype, quick=quick, labels=cell, console=errors)
+            return
         from sigswap.bench import run as benchmark
         from sigswap.bench.results import check_plot
 
@@ -411,7 +417,7 @@ def bench(
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if plot is not None:
             check_plot(plot)
-        result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=_errors)
+        result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=errors)
         Console().print(result)
         if json_file is not None:
             files.write_text(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
@@ -431,19 +437,14 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Convert the pretrained all-MiniLM-L6-v2, calibrate and distill it on real text, save it, load it, compare."""
-    with _failures(as_json, debug):
+    with failures(as_json, debug):
         from sigswap.commands.demo import run
 
-        result = run(steps=steps, seed=seed, out=out, console=_errors)
+        result = run(steps=steps, seed=seed, out=out, console=errors)
         if as_json:
-            _print_json(result.to_dict())
+            print_json(result.to_dict())
         else:
             Console().print(result)
-
-
-def _working(what: str) -> Status:
-    """Shows what is being done, in which a name may hold anything."""
-    return _errors.status(Text(what))
 
 
 def _parse_bias(text: str) -> str | int | float:
@@ -455,36 +456,6 @@ def _parse_bias(text: str) -> str | int | float:
     if text != "visible":
         raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
     return text
-
-
-def _build(spec: str, *, weights: bool, pretrained: bool, allow_code: bool) -> nn.Module:
-    import torch
-
-    from sigswap.saving import sources
-    from sigswap.saving.checkpoint import COMPANIONS, is_saved, load
-
-    if pretrained and not spec.startswith("timm:"):
-        raise ArgumentError("--pretrained is for timm:NAME.")
-    if is_saved(spec):
-        return load(spec, allow_code=allow_code)
-    if spec.startswith("timm:"):
-        if weights:
-            return sources.build(spec, {}, pretrained=pretrained).eval()
-        with torch.device("meta"):
-            return sources.build(spec, {}).eval()
-    if sources.is_factory(spec):
-        return sources.build(spec, {})
-    model = sources.from_transformers(spec, weights=weights)
-    if weights and not os.path.isdir(spec):
-        from huggingface_hub import snapshot_download
-
-        snapshot_download(spec, allow_patterns=list(COMPANIONS))  # save copies them from the cache
-    return model
-
-
-def _writes(model: Any) -> bool:
-    """Whether a transformers model is a decoder that writes text."""
-    return bool(hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder)
 
 
 def _held_out(built: Any, spec: str) -> str:
@@ -511,73 +482,3 @@ def _loader(built: Any) -> str:
         if built.config.model_type not in set(CONFIG_MAPPING):
             return f"{type(built).__name__}.from_pretrained"
     return "sigswap.load"
-
-
-def _example(spec: str | None) -> Any:
-    if spec is None:
-        return None
-    from sigswap.saving.sources import resolve
-
-    function = resolve(spec)
-    if not callable(function):
-        raise ArgumentError(f"--example: {spec!r} is a {type(function).__name__}, and cannot be called.")
-    inputs = function()
-    if inputs is None:
-        raise ArgumentError(f"--example: {spec!r} returned None, and not inputs.")
-    return inputs
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2))
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-# The arguments of sigswap's functions that are written otherwise than --name: in a message, and in a hint.
-_IN_MESSAGE = {"example_inputs": "What --example returns", "factory": "MODEL"}
-_IN_HINT = {
-    "batches": "a file to --calibrate, or batches to sigswap.calibrate in Python",
-    "example_inputs": "--example MODULE:FUNCTION, a function that returns inputs",
-    "exclude": "--exclude GLOB",
-    "include": "--include GLOB",
-    "overrides": "overrides, in Python",
-}
-
-
-def _in_message(argument: str, value: str) -> str:
-    return _IN_MESSAGE.get(argument, _option(argument))
-
-
-def _in_hint(argument: str, value: str) -> str:
-    return _IN_HINT.get(argument, _option(f"no_{argument}" if value == "False" else argument))
-
-
-@contextmanager
-def _failures(as_json: bool, debug: bool) -> Iterator[None]:
-    """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1."""
-    if not debug:  # PyTorch logs a traceback of what fails on fake tensors, before it is raised
-        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        report = {"type": type(error).__name__, "message": str(error)}
-        if isinstance(error, SigswapError):
-            report["message"] = error.spelled(_in_message)
-            if error.hint is not None:
-                report["hint"] = error.hint.spelled(_in_hint)
-            text = " ".join([report["message"], report.get("hint", "")]).rstrip()
-        elif isinstance(error, OSError) and error.filename is not None:
-            text = report["message"] = f"{error.filename}: {error.strerror}."
-        else:
-            text = f"{report['type']}: {report['message']}\nSIGSWAP_DEBUG=1 shows the traceback."
-        _errors.print("[bold red]Error:[/] ", end="")
-        _errors.print(text, markup=False, soft_wrap=True)
-        if as_json:
-            _print_json({"error": report})
-        raise typer.Exit(1) from None

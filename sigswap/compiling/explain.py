@@ -19,6 +19,7 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_inputs
 from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ExampleInputsError, Hint
+from sigswap.page import fragment
 from sigswap.passes.normalize import modules_of, source_of
 from sigswap.report import folded
 
@@ -54,6 +55,10 @@ class CompileReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return fragment(self)
 
     def __rich__(self) -> Table:
         """A table in which repeated layers share a line."""

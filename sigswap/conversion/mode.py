@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -54,6 +55,8 @@ from sigswap.functional.torch_functions import (
     PRODUCTS,
     SWAPS,
 )
+from sigswap.sequence.active import active, refuse_parts
+from sigswap.sequence.torch_context import on_parts
 
 
 class SwapMode(TorchFunctionMode):
@@ -126,6 +129,12 @@ class SwapMode(TorchFunctionMode):
             state.check_turns(self.turns)
         missing = not self.swapped or (self.left and len(self.swapped) < len(state.plan.sites))
         if missing and not state.plan.may_skip:
+            if is_fx_symbolic_tracing():
+                raise UnknownCallError(
+                    f"{state.plan.path or 'the model'} cannot be traced symbolically (by torch.fx): the calls of its "
+                    "attention are not seen, for what stands for a tensor there runs nothing.",
+                    hint=Hint("Use torch.export, or make its class a leaf of the trace (leaf_modules of its tracer)."),
+                )
             some = "any" if not self.swapped else "some"
             raise UnknownCallError(
                 f"{state.plan.path or 'the model'} ran without {some} of the attention calls that were swapped when "
@@ -287,6 +296,9 @@ class SwapMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        spread = on_parts(query, self._sdpa, site, query, key, value, *args, **kwargs)
+        if spread is not None:
+            return spread
         mask = args[0] if args else kwargs.get("attn_mask")
         site.check_heads(query, mask, args[2] if len(args) > 2 else kwargs.get("is_causal", False))
         query, key = site.normalized(query, key)
@@ -359,6 +371,8 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)
         def sigswap_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             state: OwnerState = self.sigswap
+            if active.attention is not None and torch.compiler.is_compiling():
+                return active.attention.as_written(functools.partial(sigswap_forward, self, *args, **kwargs))
             if CONTEXTS_ARE_GUARDED or not torch.compiler.is_compiling():
                 switched, observed = SWITCHED.get(), OBSERVED.get()
             else:
@@ -366,6 +380,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
             if runs_as_softmax(state.switch, switched):
                 return base.forward(self, *args, **kwargs)
             if observed is not None and state in observed:
+                refuse_parts("an attention that is observed (by calibrate, say)")
                 return observed[state].run(self, base.forward, args, kwargs)
             if not torch.compiler.is_compiling():
                 accelerate_hooks.bring_parameters(state)

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ from sigswap.conversion.copies import Inputs as Inputs
 from sigswap.conversion.copies import alive, copied, device_of, fake, placed, tensors_of
 from sigswap.conversion.keeping import quiet
 from sigswap.conversion.turns import Turn
-from sigswap.conversion.untouched import Untouched, forget
+from sigswap.conversion.untouched import Untouched, collect_later, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
 from sigswap.errors import ConfigError, ConversionError, ExampleInputsError, Hint, UnknownCallError
 from sigswap.passes.find import find
@@ -182,7 +182,7 @@ class Recording:
         nodes: Nodes = WeakTensorKeyDictionary()
         found: Run | Exception | None
         try:
-            with self.untouched.keep():
+            with self.untouched.keep(), collect_later() if mode is not None else nullcontext():
                 found = self._looked_at(example, form or _as_it_is, way, mode, nodes, check)
         except Exception as error:
             found = error

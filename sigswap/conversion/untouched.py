@@ -161,6 +161,17 @@ def _put_back_names(thing: Any, before: dict[str, Any]) -> None:
 # Fake tensors that stayed behind.
 
 
+@contextlib.contextmanager
+def collect_later() -> Iterator[None]:
+    """Without garbage collection inside: all that is made there is young afterwards, and is collected without a look at
+    the whole process, which takes a third of a second where transformers is imported."""
+    with Transaction() as undo, undo:
+        if gc.isenabled():
+            undo.afterwards("the garbage collector", gc.enable)
+            gc.disable()
+        yield
+
+
 def forget(tensors: Callable[[], list[Tensor]]) -> None:
     """Takes the fake tensors that a run has made out of whatever still holds them.
 
@@ -168,12 +179,15 @@ def forget(tensors: Callable[[], list[Tensor]]) -> None:
     """
     if not tensors():
         return
-    gc.collect()
-    if tensors():
-        _clear_functools_caches({id(tensor) for tensor in tensors()})
-    for tensor in tensors():
-        _take_out(tensor)
-    gc.collect()
+    gc.collect(0)  # enough for what was made while nothing collected (collect_later)
+    for _ in range(2):
+        if tensors():
+            _clear_functools_caches({id(tensor) for tensor in tensors()})
+        for tensor in tensors():
+            _take_out(tensor)
+        if not tensors():
+            return
+        gc.collect()
     holder = _holder(tensors())
     if holder is not None:
         raise ConversionError(

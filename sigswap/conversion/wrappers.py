@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sigswap.errors import ArgumentError, ConversionError, Hint
 
@@ -96,18 +96,21 @@ def _acts_outside(adapted: Any) -> bool:
     return not isinstance(tuner, known) or type(tuner).__name__ == "XLoraModel"
 
 
-def check_undistributed(model: nn.Module, to_do: str) -> None:
+def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False) -> None:
     """Raises ConversionError if the parameters of ``model`` are spread over processes, or kept equal in them by what
-    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say.
+    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say. ``by_ranks``: it
+    is for what has parts, or is the same on all ranks.
     """
     for wrapper in wrappers_of(model):
+        if by_ranks and wrapper.name == "DistributedDataParallel":
+            continue
         if wrapper.kind in ("parallel", "sharded"):
             raise ConversionError(
                 f"a model inside {wrapper.name} cannot {to_do}.",
                 argument="model",
                 hint=Hint(f"Do so with what was given to {wrapper.name}, in each process, and wrap it afterwards."),
             )
-    spread = spread_parameter(model)
+    spread = None if by_ranks else spread_parameter(model)
     if spread is not None:
         raise ConversionError(
             f"a model whose parameters are spread over devices ({spread}) cannot {to_do}.",
@@ -116,11 +119,27 @@ def check_undistributed(model: nn.Module, to_do: str) -> None:
         )
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. torch.distributed.tensor is not imported for it."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard (FSDP2) was called on ``module`` itself."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
 def spread_parameter(model: nn.Module) -> str | None:
     """The name of a parameter of which each process holds a part (fully_shard, tensor parallelism); None if none is."""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    names = () if kind is None else (name for name, tensor in model.named_parameters() if isinstance(tensor, kind))
-    return next(iter(names), None)
+    for name, tensor in model.named_parameters():
+        if is_shard(tensor):
+            return name
+    for path, module in model.named_modules():  # after a forward the outermost one's are whole for a while
+        if is_fully_sharded(module):
+            return f"{path}.*".removeprefix(".")
+    return None
 
 
 def check_uncompiled(model: nn.Module) -> None:

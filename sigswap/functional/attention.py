@@ -16,9 +16,13 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import settings
+from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense, varlen
 from sigswap.kernels.op.checks import check_lengths
 from sigswap.kernels.op.first_token import first_token_bias
+from sigswap.sequence.active import active, refuse_parts
+from sigswap.sequence.inputs import Inputs
+from sigswap.sequence.torch_context import on_parts
 
 _NUMBERS = (int, float, Tensor, torch.SymInt, torch.SymFloat)  # a tensor of one element is one, as for PyTorch
 
@@ -89,22 +93,21 @@ def sigmoid_attention(
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
     visible_bias, const_bias, row_bias = _bias_terms(bias)
-    return attend(
-        query,
-        key,
-        value,
-        bias=row_bias,
-        visible_bias=visible_bias,
-        const_bias=const_bias,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        softcap=softcap,
-        window=window,
-        enable_gqa=enable_gqa,
-        row_cap=row_cap,
-    )
+    options: dict[str, Any] = {
+        "bias": row_bias,
+        "visible_bias": visible_bias,
+        "const_bias": const_bias,
+        "attn_mask": attn_mask,
+        "is_causal": is_causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "softcap": softcap,
+        "window": window,
+        "enable_gqa": enable_gqa,
+        "row_cap": row_cap,
+    }
+    among_ranks = on_parts(query, attend, query, key, value, **options)
+    return attend(query, key, value, **options) if among_ranks is None else among_ranks
 
 
 def sigmoid_attention_varlen(
@@ -162,6 +165,7 @@ def sigmoid_attention_varlen(
             ``sigswap.kernels.settings.check_lengths = True``, or the environment variable SIGSWAP_CHECK_LENGTHS=1, has
             them checked.
     """
+    refuse_parts("sigmoid_attention_varlen")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     _check_types({"query": query, "key": key, "value": value, **lengths}, scale, dropout_p, softcap, row_cap)
     visible_bias, const_bias, row_bias = _bias_terms(bias)
@@ -237,9 +241,26 @@ def attend(
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
         attn_mask = _four_dims_broadcast("attn_mask", attn_mask, leading)
+    share = rest = None
     if first_token is not None:
         share, rest = (None if x is None else _four_dims_broadcast("first_token", x, leading) for x in first_token)
-        assert share is not None
+    if active.attention is not None:
+        inputs = Inputs(query, key, value, bias, attn_mask, share, rest)
+        options = Options(
+            scale=scale,
+            const_bias=const_bias,
+            visible_bias=visible_bias,
+            is_causal=is_causal,
+            bottom_right=bottom_right,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            row_cap=_row_cap(row_cap),
+        )
+        out: Tensor = active.attention(inputs, options)
+        return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
+    if share is not None:
         first_bias = first_token_bias(
             query,
             key,
@@ -309,6 +330,7 @@ def probabilities(
     """
     if dtype is not None:
         scores = scores.to(dtype)
+    refuse_parts("attention that computes its scores itself")
     share, rest = (None, None) if first_token is None else first_token
     return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap), share, rest)
 

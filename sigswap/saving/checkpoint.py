@@ -15,22 +15,25 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
 from sigswap.conversion.wrappers import spread_parameter, wrappers_of
+from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
-from sigswap.saving import marks, schema, sources, transformers_hook, weights
+from sigswap.saving import marks, model_card, schema, sources, transformers_hook, weights
 from sigswap.saving.factories import (
     built_on_meta,
     check_buffers,
@@ -39,6 +42,7 @@ from sigswap.saving.factories import (
     finish,
     unmoved_random_state,
 )
+from sigswap.saving.gathered import Gathered
 from sigswap.saving.rebuilt import Difference, from_json, to_json
 from sigswap.saving.replacing import leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.transaction import Transaction
@@ -66,8 +70,13 @@ def save(
 ) -> None:
     """Saves a converted ``model`` to ``directory``, for :func:`load` and, if transformers', ``from_pretrained``.
 
-    Tied weights are stored once. In a directory that exists already, the files of the model saved there before
-    are replaced and all others kept; if the save fails, it is left as it was.
+    Tied weights are stored once. A transformers model gets a model card (README.md), unless there is one that is not
+    sigswap's: what was swapped, what its calibration said, how to load it. In a directory that exists already, the
+    files of the model saved there before are replaced and all others kept; if the save fails, it is left as it was.
+
+    A model whose parameters are spread over processes (fully_shard, tensor parallelism) is saved by all of them: each
+    has to call this. Rank 0 writes, tensor by tensor; the others wait for it, and what fails there is an error in all
+    of them. (Any other model is saved by the process that calls this, inside DistributedDataParallel by rank 0 say.)
 
     Args:
         factory: what builds the unconverted model when it is loaded: ``"module:function"``, an importable
@@ -76,7 +85,8 @@ def save(
         factory_kwargs: the arguments for it, of types that JSON has, or tuples of these.
         processor: transformers only: a tokenizer or processor, or several, saved beside the model. Without it,
             the files of the directory (or of the cached hub repository) that the model was loaded from are kept.
-        max_shard_size: transformers only: weights beyond this size are split into several files.
+        max_shard_size: transformers only: weights beyond this size are split into several files. Rank 0 holds as much
+            in memory if the model is spread.
 
     Raises:
         NotConvertedError: the model is not converted.
@@ -93,8 +103,98 @@ def save(
 
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
-        write = _writer(_savable(model), factory, factory_kwargs, processor, max_shard_size)
-        replace_files(Path(directory), write, _stale)
+        model = _savable(model)
+        ranks = Ranks(SAVE, alone=spread_parameter(model) is None)
+        ranks.arrive()
+        with ranks.all_or_none():
+            gathered, write = _writing(ranks, model, factory, factory_kwargs, processor, max_shard_size)
+        ranks.check_same(
+            tensors=[(name, tuple(tensor.shape), tensor.dtype) for name, tensor in gathered.state.items()],
+            conversion=conversion_of(model).to_dict(),
+        )
+        with ranks.all_or_none():
+            try:
+                if ranks.rank == 0:
+                    replace_files(Path(directory), functools.partial(_write, model, write, Path(directory)), _stale)
+            finally:
+                gathered.drain()
+
+
+def _write(model: nn.Module, write: Callable[[Path], object], target: Path, staging: Path) -> None:
+    write(staging)
+    if transformers_hook.is_transformers_model(model) and model_card.may_write(target):
+        (staging / model_card.FILE).write_text(model_card.model_card(model), encoding="utf-8")
+
+
+def _writing(
+    ranks: Ranks,
+    model: nn.Module,
+    factory: str | None,
+    factory_kwargs: Mapping[str, Any] | None,
+    processor: Any,
+    max_shard_size: int | str,
+) -> tuple[Gathered, Callable[[Path], object]]:
+    """What is to be written, and what writes it, by the arguments of :func:`save`."""
+    if not is_converted(model):
+        raise NotConvertedError(
+            "The model is not converted.",
+            argument="model",
+            hint=Hint("Call sigswap.convert(model) before sigswap.save."),
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and not _fetches_offloaded(model):
+            raise CheckpointError(
+                f"{name} is on the meta device: there is no data to save.",
+                hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
+            )
+        if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh"):
+            raise CheckpointError(
+                f"{name} is quantized (a {type(tensor).__name__}): a model that is converted and quantized cannot be "
+                "saved.",
+                hint=Hint("Save it before it is quantized, and quantize it again after it is loaded."),
+            )
+    if transformers_hook.is_transformers_model(model):
+        if factory is not None or factory_kwargs is not None:
+            raise ArgumentError(
+                "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
+            )
+        gathered = Gathered(ranks, _state(model) if spread_parameter(model) is not None else {}, {})
+        return gathered, functools.partial(_write_transformers, model, processor, max_shard_size, gathered)
+    else:
+        if processor is not None:
+            raise ArgumentError("{argument} is for transformers models only.", argument="processor")
+        found = find_factory(model, factory, factory_kwargs)
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        gathered = Gathered(ranks, _state(model), {name: buffers[name] for name in found[-1].buffers})
+        return gathered, functools.partial(_write_factory, model, *found, gathered)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict, of the parameters themselves."""
+    state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
+    return state
+
+
+def save_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Saves a model that is not converted, as :func:`save` saves one that is: whole or not at all.
+
+    A transformers model by its own ``save_pretrained``, with the tokenizer's files; of any other model the state_dict
+    in ``model.safetensors``, for ``safetensors.torch.load_model``. A ``sigswap.json`` in the directory is removed.
+
+    Raises CheckpointError if the directory cannot be written.
+    """
+
+    def write(staging: Path) -> None:
+        if transformers_hook.is_transformers_model(model):
+            _copy_companions(model, staging)
+            model.save_pretrained(staging)  # type: ignore[operator]
+        else:
+            save_model(model, str(staging / WEIGHTS), metadata={"format": "pt"})
+
+    replace_files(Path(directory), write, _stale)
 
 
 def load(
@@ -166,45 +266,19 @@ def saved_conversion(directory: str | os.PathLike[str]) -> Conversion | None:
     return None if entry is None else marks.check_marks(entry, f"{path / 'config.json'}: quantization_config")
 
 
-def _writer(
-    model: nn.Module,
-    factory: str | None,
-    factory_kwargs: Mapping[str, Any] | None,
-    processor: Any,
-    shard_size: int | str,
-) -> Callable[[Path], object]:
-    """What writes the files of ``model`` into a folder. Arguments and errors are those of :func:`save`."""
-    if not is_converted(model):
-        raise NotConvertedError(
-            "The model is not converted.",
-            argument="model",
-            hint=Hint("Call sigswap.convert(model) before sigswap.save."),
-        )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta and not _fetches_offloaded(model):
-            raise CheckpointError(
-                f"{name} is on the meta device: there is no data to save.",
-                hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
-            )
-    if transformers_hook.is_transformers_model(model):
-        if factory is not None or factory_kwargs is not None:
-            raise ArgumentError(
-                "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
-            )
-        return functools.partial(_write_transformers, model, processor, shard_size)
-    if processor is not None:
-        raise ArgumentError("{argument} is for transformers models only.", argument="processor")
-    return functools.partial(_write_factory, model, *find_factory(model, factory, factory_kwargs))
-
-
 def _savable(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of ``model``, which is what is saved. Raises CheckpointError where that is not all
     of it.
     """
-    spread = spread_parameter(model)
     for wrapper in wrappers_of(model):
         if wrapper.kind == "sharded":
-            spread = f"those inside {wrapper.name}"
+            raise CheckpointError(
+                f"the parameters of a model inside {wrapper.name} are spread over processes, in parts of several.",
+                hint=Hint(
+                    "Load its full state_dict into a converted model that is not, and save that one; or use "
+                    "fully_shard in its place."
+                ),
+            )
         if wrapper.kind == "adapted":
             raise CheckpointError(
                 f"a {wrapper.name} has adapters, which sigswap.save does not save.",
@@ -214,11 +288,6 @@ def _savable(model: nn.Module) -> nn.Module:
                 ),
             )
         model = wrapper.inside
-    if spread is not None:
-        raise CheckpointError(
-            f"the parameters of the model are spread over processes ({spread}).",
-            hint=Hint("Load its full state_dict into a converted model that is not, and save that one."),
-        )
     if part_to_pass(model) is not None:
         conversion_of(model)  # which says so
     return model
@@ -233,18 +302,30 @@ def is_saved(directory: str | os.PathLike[str]) -> bool:
 # transformers
 
 
-def _write_transformers(model: Any, processor: Any, max_shard_size: int | str, staging: Path) -> None:
-    source = source_directory(model.config._name_or_path)
-    if processor is None and source is not None:
-        for path in source.iterdir():
-            if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, staging / path.name)
+def _write_transformers(
+    model: Any, processor: Any, max_shard_size: int | str, gathered: Gathered, staging: Path
+) -> None:
+    if processor is None:
+        _copy_companions(model, staging)
     for part in processor if isinstance(processor, list | tuple) else (processor,):
         if part is not None:
             part.save_pretrained(staging)
-    model.save_pretrained(staging, max_shard_size=max_shard_size)
+    if not gathered.state:
+        model.save_pretrained(staging, max_shard_size=max_shard_size)
+    else:
+        with tempfile.TemporaryDirectory(dir=staging) as folder, transformers_hook.as_one_process(model):
+            state = gathered.write_folder(Path(folder))
+            model.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=state)
     marks.note_files(staging)
+
+
+def _copy_companions(model: Any, staging: Path) -> None:
+    """The tokenizer's files and others beside what a transformers model was loaded from."""
+    source = source_directory(model.config._name_or_path)
+    for path in [] if source is None else source.iterdir():
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, staging / path.name)
 
 
 def _fetches_offloaded(model: nn.Module) -> bool:
@@ -300,25 +381,24 @@ def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
 
 
 def _write_factory(
-    model: nn.Module, factory: str, kwargs: dict[str, Any], difference: Difference, staging: Path
+    model: nn.Module,
+    factory: str,
+    kwargs: dict[str, Any],
+    difference: Difference,
+    gathered: Gathered,
+    staging: Path,
 ) -> None:
-    state = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name} in the model's state_dict is a {type(value).__name__}, and no tensor.")
-    kept, aliases = weights.untied(state)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    made = {name: buffers[name].detach().clone().contiguous() for name in difference.buffers}
-    kept |= made
-    save_file(kept, staging / WEIGHTS, metadata={"format": "pt"})
+    gathered.write_file(staging / WEIGHTS)
+    saved = {*gathered.state, *gathered.aliases}.difference(difference.buffers)
+    made = {name: gathered.state[name] for name in difference.buffers}
     config = {
         "format": schema.FORMAT,
         "sigswap_version": __version__,
         "factory": factory,
         "factory_kwargs": to_json(kwargs),
         "attributes": difference.attributes,
-        "aliases": aliases,
-        "unsaved_buffers": {name: _dtype_name(buffer) for name, buffer in model.named_buffers() if name not in state},
+        "aliases": gathered.aliases,
+        "unsaved_buffers": {name: _dtype_name(buffer) for name, buffer in model.named_buffers() if name not in saved},
         "conversion": conversion_of(model).to_dict(),
     }
     if made:

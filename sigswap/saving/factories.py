@@ -19,6 +19,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, conversion_of
 from sigswap.conversion.state import OwnerState
+from sigswap.distributed.shards import original_name
 from sigswap.errors import ArgumentError, CheckpointError, Hint, SigswapError
 from sigswap.saving import sources
 from sigswap.saving.rebuilt import Difference, add_buffer, is_same_function, to_json, unsaved_buffers
@@ -128,7 +129,7 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Differen
     modules, built_modules = dict(model.named_modules()), dict(built.named_modules())
     for path in [*modules, *built_modules]:
         kind, built_kind = (
-            type(found[path]).__qualname__ if path in found else "not there" for found in (modules, built_modules)
+            original_name(found[path]) if path in found else "not there" for found in (modules, built_modules)
         )
         if kind != built_kind:
             raise CheckpointError(

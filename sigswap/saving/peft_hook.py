@@ -21,8 +21,8 @@ from torch import nn
 
 from sigswap.conversion.record import is_converted
 from sigswap.errors import CheckpointError, Hint
-from sigswap.saving.when_imported import WhenImported
 from sigswap.version import __version__
+from sigswap.when_imported import WhenImported
 
 MARK = "sigswap"  # of adapter_config.json
 _MADE_FOR = "_sigswap_made_for"  # of a config that was read: its mark

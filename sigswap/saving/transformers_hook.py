@@ -22,6 +22,8 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -45,11 +47,14 @@ from sigswap.saving.marks import (
     rebased,
     without_gguf_marks,
 )
+from sigswap.saving.model_card import TAGS
 from sigswap.saving.weights import check_files
-from sigswap.saving.when_imported import WhenImported
+from sigswap.transaction import Transaction, entries
+from sigswap.when_imported import WhenImported
 
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
+_SPREAD = ("distributed_config", "_tp_size", "_device_mesh")
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
@@ -57,6 +62,20 @@ def is_transformers_model(model: object) -> bool:
     """Whether ``model`` is a transformers model, without importing transformers."""
     module = sys.modules.get(_TARGET)
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+@contextmanager
+def as_one_process(model: Any) -> Iterator[None]:
+    """While it is open, save_pretrained brings no parts of ``model`` together: the state that it is given is whole."""
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+    marks = [vars(thing) for module in owners for thing in (module, module.config) if hasattr(thing, "__dict__")]
+    with Transaction() as undo, undo:
+        for fields in marks:
+            undo.afterwards("how the model is spread", entries(fields, *_SPREAD))
+            for name in _SPREAD:
+                if name in fields:
+                    fields[name] = None
+        yield
 
 
 def _set_up(modeling_utils: ModuleType) -> None:
@@ -202,6 +221,7 @@ def _wrap(model_class: Any) -> None:
 
     @functools.wraps(from_pretrained)
     def checking_from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        _check_quantization(*args[1:2], **kwargs)
         loaded = from_pretrained(*args, **kwargs)
         name = args[1] if len(args) > 1 else kwargs.get("pretrained_model_name_or_path")
         model = loaded[0] if isinstance(loaded, tuple) and loaded else loaded
@@ -210,9 +230,26 @@ def _wrap(model_class: Any) -> None:
         return loaded
 
     _wrap_from_config(model_class)
+    _wrap_push(model_class)
     setattr(model_class, _WRAPPED, (save_pretrained, from_pretrained))
     model_class.save_pretrained = marking_save_pretrained
     model_class.from_pretrained = classmethod(checking_from_pretrained)
+
+
+def _wrap_push(model_class: Any) -> None:
+    """The model card that transformers makes when a converted model is pushed has sigswap's tags."""
+    push_to_hub = model_class.push_to_hub
+
+    @functools.wraps(push_to_hub)
+    def tagging_push_to_hub(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else None
+        if isinstance(model, nn.Module) and is_converted(model):
+            given = kwargs.get("tags") or []
+            given = [given] if isinstance(given, str) else list(given)
+            kwargs["tags"] = [*given, *(tag for tag in TAGS if tag not in given)]
+        return push_to_hub(*args, **kwargs)
+
+    model_class.push_to_hub = tagging_push_to_hub
 
 
 def _wrap_from_config(model_class: Any) -> None:
@@ -240,16 +277,44 @@ def _wrap_from_config(model_class: Any) -> None:
     model_class._from_config = classmethod(converting_from_config)
 
 
+def _check_quantization(
+    pretrained_model_name_or_path: Any = None, *, quantization_config: Any = None, **others: Any
+) -> None:
+    """Raises CheckpointError if a directory with sigmoid attention is to be quantized while it is loaded."""
+    if quantization_config is None or not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+        return
+    method = (
+        quantization_config.get("quant_method")
+        if isinstance(quantization_config, dict)
+        else getattr(quantization_config, "quant_method", None)
+    )
+    directory = _part(pretrained_model_name_or_path, others.get("subfolder"))
+    if method != METHOD and _is_marked(directory):
+        raise CheckpointError(
+            f"{directory} holds sigmoid attention, and cannot be quantized while it is loaded (quantization_config).",
+            hint=Hint("Load it without, and quantize it then, by torchao.quantization.quantize_(model, ...) say."),
+        )
+
+
 def _check_unmarked(name: str | os.PathLike[str], subfolder: Any) -> None:
     """Raises CheckpointError if the directory from which softmax attention was loaded holds sigmoid attention."""
-    directory = os.path.join(name, subfolder) if isinstance(subfolder, str) else os.fspath(name)
-    try:
-        marks = read_marks(directory)
-    except (OSError, ValueError, RecursionError, CheckpointError):  # transformers has read what it needed
-        return
-    if marks is not None:
+    directory = _part(name, subfolder)
+    if _is_marked(directory):
         raise CheckpointError(
             f"{directory} holds a model with sigmoid attention, but the config that was passed to from_pretrained does "
             "not say so, and softmax attention would have been loaded.",
             hint=Hint(f"Pass no config, or one that AutoConfig.from_pretrained({str(name)!r}, ...) returned."),
         )
+
+
+def _part(name: str | os.PathLike[str], subfolder: Any) -> str:
+    return os.path.join(name, subfolder) if isinstance(subfolder, str) else os.fspath(name)
+
+
+def _is_marked(directory: str) -> bool:
+    """Whether it holds sigmoid attention, as far as its files can be read: what is wrong in them is transformers' to
+    say."""
+    try:
+        return read_marks(directory) is not None
+    except (OSError, ValueError, RecursionError, CheckpointError):
+        return False

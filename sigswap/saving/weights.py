@@ -35,6 +35,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 _MISSING = 1 << 20
 """So many values may be missing without that they are compared before they are allocated."""
@@ -174,7 +175,7 @@ def _read(file: BinaryIO, stored: Stored) -> Tensor:
     """Not by safetensors, in which a Ctrl-C can become another error. What is allocated here is aligned in memory, too:
     in the last bit, results on a CPU can depend on that."""
     values = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-    left = memoryview(values.numpy())
+    left = memoryview(values.numpy())  # type: ignore[arg-type]
     while left:
         count = file.readinto(left)  # type: ignore[attr-defined]
         if not count:
@@ -221,22 +222,3 @@ def check_files(model: nn.Module, paths: Iterable[str | os.PathLike[str]] | None
     others = sum(math.prod(each.shape) for name, each in header.items() if name not in state)
     if header and _complete.get() and sum(missing.values()) > others + _MISSING:
         check_keys(next(iter(places.values())), missing, (), ())
-
-
-def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that a safetensors file can hold, and for each name of a tied one the name it is stored under."""
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in state.items():
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and same in first:
-            aliases[name] = first[same]
-            continue
-        first[same] = name
-        storage = tensor.untyped_storage().data_ptr()
-        # Views of one storage (weights fused into one tensor) are stored each for itself.
-        kept[name] = tensor.detach().clone() if storage in storages else tensor.detach().contiguous()
-        storages.add(storage)
-    return kept, aliases

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from sigswap.config import check_row_cap
+from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import accepts
 from sigswap.conversion.install import open_terms
 from sigswap.conversion.keeping import quiet, thread_state, values_of
@@ -22,8 +24,10 @@ from sigswap.conversion.record import RECORD, conversion_of, note_calibration, o
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.conversion.wrappers import check_undistributed, runnable, unwrapped
-from sigswap.errors import ArgumentError, CalibrationError, Hint
+from sigswap.conversion.wrappers import check_undistributed, is_shard, runnable, spread_parameter, unwrapped
+from sigswap.distributed.ranks import CALIBRATION, Ranks
+from sigswap.distributed.shards import fully_sharded, reshard
+from sigswap.errors import ArgumentError, CalibrationError, ConversionError, Hint
 from sigswap.training.batches import as_calls, call_model, gone, main_output, progress_bar
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
 from sigswap.training.fit import SiteFit, fit_channels, fit_norms
@@ -32,7 +36,7 @@ from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Beside, check_max_length, mixer_for
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import check_seed, own_batches
-from sigswap.training.ranks import Ranks
+from sigswap.training.ranks import add_up, conversions_of
 from sigswap.transaction import Transaction, entries
 
 ROW_CAP = 1e-2
@@ -65,10 +69,10 @@ def calibrate(
     holds none.
 
     A decoder is seen on lookups, too (:class:`sigswap.Lookups`), beside the batches: random tokens of its vocabulary
-    that repeat, a quarter of all sequences, as long as the user's. Text does not need looking back, and a bias that is
-    fitted to text alone does not allow it. Where its config leaves ``query_bias`` or ``first_token`` open
-    (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and d_h now, and row caps with them. Encoders,
-    encoder-decoders and vision models get none of this.
+    that repeat, a quarter of all sequences, as long as the user's (of more than 512 tokens as many again in sequences
+    of 512). Text does not need looking back, and a bias that is fitted to text alone does not allow it. Where its
+    config leaves ``query_bias`` or ``first_token`` open (:class:`sigswap.SigmoidConfig`), a decoder gets w_h, a_h and
+    d_h now, and row caps with them. Encoders, encoder-decoders and vision models get none of this.
 
     Where several processes train one model, each calls this with batches of its own. What they have gathered is added
     up after each pass, so that all get the parameters that one process gets from all the batches, to rounding (beside
@@ -108,15 +112,17 @@ def calibrate(
 
     Whatever is raised, the model is as it was.
     """
-    check_undistributed(model, "be calibrated")
+    _check_spread(model)
+    reshard(model)
     part, model = unwrapped(model), runnable(model)
     states = _calibratable(part)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
     check_seed(seed)
-    ranks = Ranks(group)
-    ranks.check_same(states, refine=refine, row_cap=row_cap, lookups=lookups, max_length=max_length, seed=seed)
+    ranks = Ranks(CALIBRATION, group)
+    given = {"refine": refine, "row_cap": row_cap, "lookups": lookups, "max_length": max_length, "seed": seed}
+    ranks.check_same(**conversions_of(states), **given)
     notes: list[str] = []
     calls: Iterable[Inputs]
     with ranks.all_or_none():
@@ -132,9 +138,12 @@ def calibrate(
         bar = progress_bar(undo, progress and ranks.rank == 0)
         with ranks.all_or_none():
             seen = _beside(model, calls, lookups, tokens, max_length)
-        if seen.mixer.inputs is not None and (given := open_terms(undo.on_failure, part)):
+        reshard(model)
+        if seen.mixer.inputs is not None:
+            _check_closed(model, states)
+        if seen.mixer.inputs is not None and (opened := open_terms(undo.on_failure, part)):
             notes.append(
-                f"The model is a decoder: {len(given)} of {len(states)} modules have the terms now that their config "
+                f"The model is a decoder: {len(opened)} of {len(states)} modules have the terms now that their config "
                 "left open, for the query and the first key (query_bias, first_token)."
             )
         caps = _caps_to_try(states, row_cap)
@@ -145,15 +154,16 @@ def calibrate(
         }
         normed = any(site.query_norm is not None for site in fits)
         total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
-        passes = _Passes(model, states, seen)
+        passes = _Passes(model, states, seen, ranks)
         task = bar.add_task("Calibrating", total=None)
 
         def run(phase: Phase) -> Observer:
             observer = Observer(phase)
-            with ranks.all_or_none():
+            with ranks.all_or_none() if not passes.by_parts else nullcontext():
                 for count in passes.run(observer):
                     bar.update(task, advance=1, total=None if count is None else count * total)
-            ranks.add_up(observer, list(states.values()))
+            reshard(model)
+            add_up(ranks, observer, list(states.values()))
             return observer
 
         if normed:
@@ -235,8 +245,11 @@ def rank_sites(model: nn.Module, batches: Any, *, progress: bool = True) -> Site
 class _Passes:
     """Runs a model over its batches under an observer."""
 
-    def __init__(self, model: nn.Module, states: Mapping[str, OwnerState], calls: Iterable[Inputs]) -> None:
-        self.model, self.states, self.calls = model, states, calls
+    def __init__(
+        self, model: nn.Module, states: Mapping[str, OwnerState], calls: Iterable[Inputs], ranks: Ranks
+    ) -> None:
+        self.model, self.states, self.calls, self.ranks = model, states, calls, ranks
+        self.by_parts = ranks.size > 1 and spread_parameter(model) is not None
 
     def run(self, observer: Observer) -> Iterator[int | None]:
         """One pass; yields the number of batches, as far as it is known, after each."""
@@ -244,15 +257,62 @@ class _Passes:
         twice = needs_recording(states, observer.phase)
         count = operator.length_hint(self.calls, -1)
         index = -1
-        with observed(states, observer):
-            for index, call in enumerate(self.calls):
-                check_length(self.model, call, index)
-                observer.recorded.clear()
-                for observer.recording in (True, False) if twice else (False,):
-                    call_model(self.model, call, index)
-                yield count if count >= 0 else None
+        last: Inputs = ((), {})
+        for index, call in enumerate(self._in_step() if self.by_parts else self.calls):
+            again = observer if call is not None else Observer(observer.phase)  # of which nothing is looked at
+            last = last if call is None else call
+            check_length(self.model, last, index)
+            again.recorded.clear()
+            with observed(states, again):
+                for again.recording in (True, False) if twice else (False,):
+                    call_model(self.model, last, index)
+            yield count if count >= 0 else None
         if index < 0:
             raise gone()
+
+    def _in_step(self) -> Iterator[Inputs | None]:
+        """The calls, and None as long as other ranks have more: each of them is needed to bring parameters together."""
+        calls = iter(self.calls)
+        while True:
+            call: Inputs | None = None
+            problem: Exception | None = None
+            try:
+                call = next(calls, None)
+            except Exception as error:
+                problem = error
+            found = self.ranks.numbers(int(problem is not None), int(call is not None), device=device_of(self.model))
+            if any(failed for failed, _ in found):
+                self.ranks.agree(problem)
+            if not any(there for _, there in found):
+                return
+            yield call
+
+
+def _check_spread(model: nn.Module) -> None:
+    """Raises ConversionError unless the parameters of ``model`` are whole in its forward, on each rank."""
+    managed = {id(each.shard) for each in fully_sharded(model)}
+    if not managed:
+        check_undistributed(model, "be calibrated")
+    for name, parameter in model.named_parameters():
+        if is_shard(parameter) and id(parameter) not in managed:
+            raise ConversionError(
+                f"a model whose parameters are spread by tensor parallelism ({name}) cannot be calibrated.",
+                argument="model",
+                hint=Hint("Do so before tensor parallelism is applied to it."),
+            )
+
+
+def _check_closed(model: nn.Module, states: Mapping[str, OwnerState]) -> None:
+    """Raises CalibrationError where a sharded model would get parameters that fully_shard does not know."""
+    conversion = conversion_of(unwrapped(model))
+    opened = {name for path in states for name in conversion.config.for_path(path).open_fields()}
+    if opened and spread_parameter(model) is not None:
+        raise CalibrationError(
+            f"the conversion leaves {' and '.join(sorted(opened))} open, and what calibration would add could not be "
+            "sharded any more.",
+            argument="model",
+            hint=Hint("Calibrate before fully_shard, or set them in the config when you convert."),
+        )
 
 
 def _beside(

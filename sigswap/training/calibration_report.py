@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sigswap import files
 from sigswap.errors import ArgumentError
 from sigswap.optional import require
+from sigswap.page import document, fragment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,6 +102,10 @@ class CalibrationReport:
         else:
             files.write_bytes(path, self._picture(suffix[1:]))
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return fragment(self)
+
     def __rich__(self) -> Table:
         """One line per site: the mean of its heads, and the worst one."""
         from rich.table import Table
@@ -159,18 +163,35 @@ class CalibrationReport:
         return stream.getvalue()
 
     def _page(self) -> str:
-        from rich.console import Console
-
-        console = Console(record=True, width=140, file=io.StringIO())
-        console.print(self)
-        table = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
         picture = base64.b64encode(self._picture("png")).decode()
-        title = html.escape(f"sigswap: calibration on {self.batches} batches")
-        return (
-            f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
-            f'<img alt="heat maps, layers by heads" style="max-width:100%" src="data:image/png;base64,{picture}">'
-            f"{table}"
-        )
+        title = f"sigswap: calibration on {self.batches} batches"
+        shown = "heat maps, layers by heads"
+        return document(title, [self, self._each_head(), *self._each_length()], (shown, picture))
+
+    def _each_head(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="heads")
+        table.add_column("path")
+        for column in ("attention", "head", "mass not expressed", "error before", "error after"):
+            table.add_column(column, justify="right")
+        for head in self.heads:
+            figures = map(_number, (head.unexpressed, head.before, head.after))
+            table.add_row(head.path or "(the model)", str(head.site), str(head.head), *figures)
+        return table
+
+    def _each_length(self) -> list[Table]:
+        """A table, if lengths were seen."""
+        from rich.table import Table
+
+        table = Table(title="by the number of visible keys")
+        table.add_column("path")
+        for column in ("attention", "least keys", "most keys", "rows", "error after", "row sum"):
+            table.add_column(column, justify="right")
+        for each in self.lengths:
+            counts = map(str, (each.site, each.least, each.most, each.rows))
+            table.add_row(each.path or "(the model)", *counts, _number(each.error), _number(each.row_sum))
+        return [table] if self.lengths else []
 
 
 def check_picture(path: Path) -> None:
@@ -213,6 +234,10 @@ class SiteRanking:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return fragment(self)
 
     def __rich__(self) -> Table:
         from rich.table import Table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sigswap import files
+from sigswap.page import document, fragment
 from sigswap.training.calibration_report import check_picture
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ class Comparison:
         else:
             files.write_bytes(path, self._picture(suffix[1:]))
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return fragment(self)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
 
@@ -196,18 +200,9 @@ class Comparison:
         axis.legend()
 
     def _page(self) -> str:
-        from rich.console import Console
-
-        console = Console(record=True, width=140, file=io.StringIO())
-        console.print(self)
-        tables = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
         picture = base64.b64encode(self._picture("png")).decode()
-        title = html.escape(f"sigswap: a converted {self.kind} and its original")
-        return (
-            f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
-            '<img alt="recall by distance, loss by position, layers" style="max-width:100%" '
-            f'src="data:image/png;base64,{picture}">{tables}'
-        )
+        shown = "recall by distance, loss by position, layers"
+        return document(f"sigswap: a converted {self.kind} and its original", [self], (shown, picture))
 
 
 def _written(value: float, unit: str) -> str:

@@ -20,7 +20,8 @@ from sigswap.conversion.keeping import gradients_enabled, in_eval_mode, thread_s
 from sigswap.conversion.record import owners_of, part_to_pass, report
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
-from sigswap.conversion.wrappers import check_undistributed, runnable, wrappers_of
+from sigswap.conversion.wrappers import check_undistributed, runnable, spread_parameter, wrappers_of
+from sigswap.distributed.shards import fully_sharded, reshard
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
 from sigswap.training.batches import as_calls, gone, progress_bar
@@ -29,10 +30,12 @@ from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
 from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import mixer_for
+from sigswap.training.ranks import conversions_of
 from sigswap.training.recompute import checkpoint_layers
 from sigswap.training.resuming import Kept
 from sigswap.training.steps import Run
 from sigswap.training.teaching import Original, adapter_parameters
+from sigswap.training.together import Together, together, values_of_ranks
 from sigswap.transaction import Transaction
 
 SIGMOID_LR = 10.0
@@ -131,6 +134,7 @@ def distill(
     checkpointing: bool = False,
     lift_row_cap: float | None = None,
     resume: str | os.PathLike[str] | None = None,
+    group: Any = None,
     callback: Callable[[int, float], object] | None = None,
     progress: bool = True,
 ) -> DistillationReport:
@@ -148,6 +152,12 @@ def distill(
     of a decoder's sequences are lookups (:class:`sigswap.Lookups`): random tokens of its vocabulary that repeat, in
     place of sequences of the user's, chosen at random, of the same length and without padding; of batches of one
     sequence each fourth is one. Encoders, encoder-decoders and vision models get none. The report says what was done.
+
+    Where several processes train one model, each calls this. Those of data parallelism pass batches of their own (the
+    model is the same on each, in DistributedDataParallel or not, or sharded by fully_shard), those of tensor
+    parallelism the same ones. Each step is that of one process with all their batches as one, to rounding, and the
+    student is the same on all of them. What fails on one rank is an error on all; a rank that is gone is found when the
+    others wait for it.
 
     Args:
         model: converted; its modules' trainable parameters are those with ``requires_grad``.
@@ -179,12 +189,17 @@ def distill(
             compiled.
         checkpointing: recomputes the model's repeated layers in backward instead of keeping what is inside them.
         lift_row_cap: the row cap that each capped attention has after the end-to-end stage. It rises from what it is,
-            by the same factor in each of the first 80% of the steps, with ``compile`` in four rises, for each compiles
-            anew. ``math.inf``: at last there is none, which is the paper's sigmoid. For another schedule call
-            :func:`sigswap.set_row_cap` in ``callback``.
+            by the same factor in each of the first tenth of the steps, with ``compile`` in four rises, for each
+            compiles anew; up to a cap of 1 the biases rise by half of its logarithm, as calibration sets them.
+            ``math.inf``: after a cap of 1 there is none, which is the paper's sigmoid; a pretrained decoder loses much
+            by it (docs/results.md). For another schedule call :func:`sigswap.set_row_cap` in ``callback``.
         resume: a file to which the state is written, each hundredth step and when the run is interrupted. If it is
             there, the run goes on from it, to the same result if ``batches`` come in the same order; after the last
-            step it gives that result at once.
+            step it gives that result at once. With several processes rank 0 reads and writes it (with parameters in
+            parts it needs memory for all of the state, and an interruption writes nothing), and the run may go on in
+            another number of processes, if their batches are the same ones all together.
+        group: the torch.distributed process group of the ranks that have batches of their own. ``None``: those of
+            fully_shard; with tensor parallelism alone, this one; else all, where torch.distributed is initialised.
         callback: called after each step with the number of steps done, of both stages, and the step's loss. The model
             is in eval mode then; ``sigswap.compare(model, teacher, ...)`` may be called. On a GPU each call waits for
             the step; without it losses are read every tenth step.
@@ -200,10 +215,12 @@ def distill(
         CalibrationError: a model fails on a batch, the loss is not finite, a module of ``model`` is not in the
             teacher, or the teacher's output is of another shape (a teacher with another vocabulary).
     """
-    _check_runnable(model, teacher)
+    _check_runnable(model, teacher, compile)
     model, teacher = runnable(model), None if teacher is None else runnable(teacher, "teacher")
+    reshard(model)
     states = owners_of(model)
     _check_arguments(locals())
+    among = together(model, group)
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
     if missing:
@@ -225,35 +242,55 @@ def distill(
     own = source is model
     if own and train == "all":
         _check_own_teacher(teacher, base, adapter_parameters(model))
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "layerwise_steps": layerwise_steps,
+        "accumulate": accumulate,
+        "lr": lr,
+        "lift_row_cap": lift_row_cap,
+    }
+    _check_same(among, model, states, {**settings, **_shared(locals())})
     calls = _endless(as_calls(batches))
     with Transaction() as undo, undo:
         _for_training(undo, model, source, frozen)
-        first = next(calls)
-        check_length(model, first[1], 0)
+        with among.everyone.all_or_none():
+            first = next(calls)
+            check_length(model, first[1], 0)
         original = Original(source, with_adapters=not own or train == "sigmoid")
         original.keep(undo)
         with original.running():
             mixer = mixer_for(lookups, tokens, source, first[1], lengths)
+        reshard(model)
+        settings |= {} if lengths is None else {"lengths": list(lengths)}
         if checkpointing:
             checkpoint_layers(undo, model, list(states))
         groups = param_groups(model, lr, weight_decay=weight_decay, sigmoid_lr=sigmoid_lr)
-        settings = {
-            "steps": steps,
-            "layerwise_steps": layerwise_steps,
-            "accumulate": accumulate,
-            "lr": lr,
-            "lift_row_cap": lift_row_cap,
-            **({} if lengths is None else {"lengths": list(lengths)}),
-        }
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = {names[p]: p for group in groups for p in group["params"]}
         kept = None if resume is None else Kept(Path(resume), settings, trained)
         lift = lifted_caps(undo, model, lift_row_cap, COMPILED_CAPS if compile else None)
-        lesson = Lesson(undo, model, original, list(states), autocast, _backends(model) if compile else None)
-        run = Run(lesson, groups, mixer, accumulate, kept, callback, lift)
-        bar = progress_bar(undo, progress)
+        lesson = Lesson(undo, model, original, list(states), among, autocast, _backends(model) if compile else None)
+        run = Run(lesson, groups, mixer, accumulate, kept, callback, lift, among)
+        bar = progress_bar(undo, progress and among.everyone.rank == 0)
         run.go(itertools.chain([first], calls), (layerwise_steps, steps), bar)
     return DistillationReport(*run.losses, lookups=str(mixer), row_cap=_caps_of(states))
+
+
+def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of distill's arguments those that change a step, and that are the same on all ranks."""
+    names = ("train", "lookups", "lengths", "sigmoid_lr", "weight_decay", "autocast", "compile", "checkpointing")
+    return {name: given[name] for name in names} | {"resume": given["resume"] is not None}
+
+
+def _check_same(
+    among: Together, model: nn.Module, states: Mapping[str, OwnerState], arguments: Mapping[str, Any]
+) -> None:
+    """Raises CalibrationError unless all ranks distill the same student in the same way."""
+    if among.alone:
+        return
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base = values_of_ranks({name: p for name, p in trained.items() if ".sigswap." not in f".{name}"})
+    among.everyone.check_same(**conversions_of(states), **arguments, weights=base)
 
 
 def _backends(model: nn.Module) -> tuple[str, str]:
@@ -273,7 +310,7 @@ def _caps_of(states: Mapping[str, OwnerState]) -> str:
     return f"row cap {min(caps):.4g} to {max(caps):.4g} in {len(caps)} attentions" if caps else ""
 
 
-def _check_runnable(model: nn.Module, teacher: nn.Module | None) -> None:
+def _check_runnable(model: nn.Module, teacher: nn.Module | None, compile: bool) -> None:
     """Raises ArgumentError where no training is possible, or what is given is compiled."""
     for name, module in (("model", model), ("teacher", teacher)):
         if module is not None and any(wrapper.kind == "compiled" for wrapper in wrappers_of(module)):
@@ -282,7 +319,13 @@ def _check_runnable(model: nn.Module, teacher: nn.Module | None) -> None:
                 argument=name,
                 hint=Hint("Pass what was given to torch.compile, and {compile}.", {"compile": "True"}),
             )
-    check_undistributed(model, "be distilled")
+    check_undistributed(model, "be distilled", by_ranks=True)
+    if compile and spread_parameter(model) is not None:
+        raise ArgumentError(
+            "{argument}: a student whose parameters are spread over processes is not compiled by distill.",
+            argument="compile",
+            hint=Hint("Pass {compile}.", {"compile": "False"}),
+        )
     if torch.is_inference_mode_enabled():
         raise ArgumentError("there are no gradients inside torch.inference_mode().", hint=Hint("Distil outside of it."))
     made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
@@ -373,8 +416,12 @@ def _for_training(undo: Transaction, model: nn.Module, teacher: nn.Module, froze
     gradients = [(p, p.grad) for p in trained]
 
     def thaw() -> None:
-        for name in frozen:
+        for name, parameter in frozen.items():
+            parameter.requires_grad_(True)
             model.get_parameter(name).requires_grad_(True)  # another object, where accelerate offloads it
+        for each in fully_sharded(model):
+            if id(each.shard) in kept and each.whole is not None:
+                each.whole.requires_grad_(True)
 
     def put_back_gradients() -> None:
         for parameter, gradient in gradients:
@@ -385,6 +432,9 @@ def _for_training(undo: Transaction, model: nn.Module, teacher: nn.Module, froze
     undo.afterwards("requires_grad", thaw)
     for parameter in frozen.values():
         parameter.requires_grad_(False)
+    for each in fully_sharded(model):
+        if id(each.shard) in kept and each.whole is not None:
+            each.whole.requires_grad_(False)
     undo.afterwards("gradients", put_back_gradients)
     for parameter in trained:
         parameter.grad = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.distributed.shards import put, whole
 from sigswap.errors import CalibrationError, Hint
 from sigswap.training.calibration_report import HeadRecord, LengthRecord
 from sigswap.training.sums import ChannelSums, SiteSums, parameters_of
@@ -190,7 +191,7 @@ class _Bias:
     def of(cls, site: SiteState) -> _Bias:
         names = {parameter: name for name, parameter in site.named_parameters(recurse=False)}
         return cls(
-            {names[p]: p.detach().to("cpu", torch.float64, copy=True).view(p.shape[0], -1) for p in parameters_of(site)}
+            {names[p]: whole(p).to("cpu", torch.float64, copy=True).view(p.shape[0], -1) for p in parameters_of(site)}
         )
 
     def sizes(self) -> list[tuple[str, int]]:
@@ -331,4 +332,4 @@ def fit_channels(states: Sequence[OwnerState], sums: Mapping[OwnerState, Channel
 
 def set_value(parameter: nn.Parameter, value: Tensor) -> None:
     with torch.no_grad():
-        parameter.copy_(value)
+        put(parameter, value)

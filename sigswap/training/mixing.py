@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,17 @@ from sigswap.training.lookups import SHORTEST, Lookups
 
 LONG = 4
 """Sequences of the greatest length that a calibration makes of the user's, at most."""
+SHORT_LOOKUP = 512
+"""Tokens of the lookups that a calibration is seen on beside longer ones."""
+
+
+class Place(NamedTuple):
+    """Where a batch is in the one that all ranks' batches are together: so many sequences are ``before`` it, of
+    ``total``. ``shortest``: the length of the shortest ones."""
+
+    before: int
+    total: int
+    shortest: int
 
 
 class Mixer:
@@ -42,25 +53,29 @@ class Mixer:
         self.lookups, self.inputs, self.tokens, self.reason, self.lengths = lookups, inputs, tokens, reason, lengths
         self.sequences = self.mixed = 0
 
-    def __call__(self, call: Inputs, step: int) -> Inputs:
+    def __call__(self, call: Inputs, step: int, place: Place | None = None) -> Inputs:
         """``call`` with lookups for so many of its rows that their share of all sequences so far is as asked for.
 
         They are as long as the batch, without padding; labels are the ids. Sequences below 8 tokens get none.
+        ``place``: of a batch that is a part of a larger one, which gets what it would get as one; None: it is none.
         """
-        if self.lengths and self.inputs is not None:
-            call = self._cut(self.inputs, call, step)
         if self.lookups is None or self.inputs is None or self.tokens is None:
             return call
         ids = self.inputs.ids(call)
-        self.sequences += len(ids)
+        before, total, shortest = (0, *ids.shape) if place is None else place
+        self.sequences += total
         owed = int(self.lookups.share * self.sequences) - self.mixed
-        count = min(owed, len(ids)) if ids.shape[-1] >= SHORTEST else 0
+        count = min(owed, total) if shortest >= SHORTEST else 0
         if count <= 0:
             return call
         self.mixed += count
         made = self.lookups.sequences(count, ids.shape[-1], self.tokens, step)
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.lookups.seed + step))
-        rows = order[:count].to(ids.device)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.lookups.seed + step))
+        rows = order[:count] - before
+        own = (rows >= 0) & (rows < len(ids))
+        if not bool(own.any()):
+            return call
+        made, rows = made[own], rows[own].to(ids.device)
         ids = ids.clone()
         ids[rows] = made.to(ids)
         args, kwargs = call
@@ -75,8 +90,18 @@ class Mixer:
             return (ids, *args[1:]), new
         return args, {**new, self.inputs.keyword: ids}
 
-    def _cut(self, inputs: TextInputs, call: Inputs, step: int) -> Inputs:
-        """The tokens of ``call``, one row behind the other, in sequences of one of the lengths."""
+    def size(self, call: Inputs) -> tuple[int, int]:
+        """The sequences of a batch and their length, where it may get lookups; else zeros."""
+        if self.lookups is None or self.inputs is None:
+            return 0, 0
+        rows, length = self.inputs.ids(call).shape
+        return rows, length
+
+    def cut(self, call: Inputs, step: int) -> Inputs:
+        """The tokens of ``call``, one row behind the other, in sequences of one of the lengths, if some were given."""
+        if not self.lengths or self.inputs is None:
+            return call
+        inputs = self.inputs
         chosen = int(torch.randint(len(self.lengths), (1,), generator=torch.Generator().manual_seed(step)))
         tokens = _tokens(inputs, call)
         if not len(tokens):
@@ -123,15 +148,18 @@ class Beside:
     """The ``calls`` of a calibration, and beside them what a language model is to be seen on, too.
 
     After each call come so many lookups, in sequences as long as its own, that they are the share of all sequences that
-    ``mixer`` asks for, rounded up. With ``max_length`` there are at last up to four sequences of that length, which the
-    user's tokens make in their order, without padding (one that is shorter, if they are fewer), and lookups of it.
-    Each pass gives the same. Calls are without labels, and ask for one token's logits, where the model can do that: a
-    long sequence's would be the largest tensor by far.
+    ``mixer`` asks for, rounded up. Of more than 512 tokens there are as many again in rows of 512: a few long sequences
+    have few periods, and a bias that is fitted to these alone looks back worse (docs/experiments.md). With
+    ``max_length`` there are at last up to four sequences of that length, which the user's tokens make in their order,
+    without padding (one that is shorter, if they are fewer), and lookups of it. Each pass gives the same. Calls are
+    without labels, and ask for one token's logits, where the model can do that: a long sequence's would be the largest
+    tensor by far.
     """
 
     def __init__(self, calls: Iterable[Inputs], mixer: Mixer, max_length: int | None, *, one_logit: bool) -> None:
         self.calls, self.mixer, self.max_length, self.one_logit = calls, mixer, max_length, one_logit
-        self.given = self.made = 0  # in the last pass: calls of the user's, and lookups
+        self.given = self.made = 0  # in the last pass: calls of the user's, and lookups of their length
+        self.short = 0  # lookups of 512 tokens beside longer ones
         self.long: list[int] = []  # the lengths of the long sequences
         self.passed: int | None = None  # calls in a whole pass
 
@@ -152,7 +180,7 @@ class Beside:
         return given if self.mixer.lookups is None else 2 * given
 
     def _each(self) -> Iterator[Inputs]:
-        self.given = self.made = 0
+        self.given = self.made = self.short = 0
         self.long = []
         inputs, sequences = self.mixer.inputs, 0
         held: list[Tensor] = []
@@ -180,7 +208,8 @@ class Beside:
             found.append(f"Also seen: {len(self.long)} sequences of {self.long[0]:,} tokens, made of those given.")
         if self.made and self.mixer.lookups is not None:
             kinds = " and ".join(self.mixer.lookups.kinds)
-            found.append(f"Also seen: {self.made} lookups ({kinds} of random tokens).")
+            short = f", and {self.short} of {SHORT_LOOKUP} tokens" if self.short else ""
+            found.append(f"Also seen: {self.made} lookups ({kinds} of random tokens){short}.")
         return found
 
     def _owed(self, sequences: int) -> int:
@@ -193,8 +222,13 @@ class Beside:
         if count <= 0 or mixer.lookups is None or mixer.inputs is None or mixer.tokens is None or length < SHORTEST:
             return
         ids = mixer.lookups.sequences(count, length, mixer.tokens, self.made)
-        self.made += count
         yield self._lean(mixer.inputs.call(ids))
+        self.made += count
+        if length > SHORT_LOOKUP:
+            rows = count * (length // SHORT_LOOKUP)
+            ids = mixer.lookups.sequences(rows, SHORT_LOOKUP, mixer.tokens, -self.made)  # other ones than the long
+            yield self._lean(mixer.inputs.call(ids))
+            self.short += rows
 
     def _lean(self, call: Inputs) -> Inputs:
         args, kwargs = call

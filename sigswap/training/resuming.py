@@ -1,18 +1,26 @@
-"""The state of a distillation in a file, so that an interrupted one goes on where it was."""
+"""The state of a distillation in a file, so that an interrupted one goes on where it was.
+
+The file is that of one process, whatever number of ranks wrote it: rank 0 does, after all have brought the tensors
+together, and rank 0 reads it and sends each tensor to the others. So a run may go on in another number of ranks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sigswap import files
+from sigswap.conversion.wrappers import is_shard
+from sigswap.distributed.ranks import Ranks
+from sigswap.distributed.shards import put, whole
 from sigswap.errors import ArgumentError, Hint
+from sigswap.training.together import Together
 
 EVERY = 100
 """Steps after which the state is written, besides at an interruption and at the end."""
@@ -33,17 +41,37 @@ class Kept:
                 argument="resume",
             )
 
-    def write(self, state: Mapping[str, Any]) -> None:
-        """``state``, the parameters and the settings; complete, or what was there before stays."""
-        values = {name: parameter.detach() for name, parameter in self.trained.items()}
-        kept = {**state, "settings": dict(self.settings), "parameters": values}
-        files.write_whole(self.path, lambda new: torch.save(kept, new))
-
-    def read(self) -> dict[str, Any] | None:
-        """The state, with its values given to the parameters; None if there is no file.
-
-        Raises ArgumentError if the file is damaged, or is of another model or other settings.
+    def write(self, among: Together, state: Mapping[str, Any], optimizer: Callable[[bool], dict[str, Any]]) -> None:
+        """``state``, the parameters, the settings and what ``optimizer`` gives; complete, or what was there before
+        stays. By rank 0: the others are needed where the parameters are in parts, and wait for nothing.
         """
+        writes = among.everyone.rank == 0
+        if not writes and not among.by_parts:
+            return
+        values = {name: _brought(parameter, writes) for name, parameter in self.trained.items()}
+        kept = {**state, "optimizer": optimizer(writes), "settings": dict(self.settings), "parameters": values}
+        if writes:
+            files.write_whole(self.path, lambda new: torch.save(kept, new))
+
+    def read(self, ranks: Ranks) -> dict[str, Any] | None:
+        """The state, with its values given to the parameters; None if there is no file for rank 0.
+
+        Other ranks get it without the optimizer's tensors (:func:`put_state`). Raises ArgumentError, in all ranks, if
+        the file is damaged, or is of another model or other settings.
+        """
+        state: dict[str, Any] | None = None
+        with ranks.all_or_none():
+            if ranks.rank == 0:
+                state = self._read()
+        known = None if state is None else {name: state[name] for name in ("losses", "mixer")}
+        known = ranks.gathered(known)[0]
+        if known is None:
+            return None
+        for name, parameter in self.trained.items():
+            put(parameter, ranks.sent(None if state is None else state["parameters"][name], parameter))
+        return {"optimizer": {"state": {}}, **known} if state is None else state
+
+    def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         hint = Hint("Delete it, or pass another file as {resume}.", {"resume": ""})
@@ -70,7 +98,52 @@ class Kept:
                 argument="resume",
                 hint=hint,
             )
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(values[name])
         return state
+
+
+def state_of(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], kept: bool) -> dict[str, Any]:
+    """The state_dict of an optimizer that has the ``groups`` undivided, with whole tensors; ``kept``: by this rank."""
+    numbers = {parameter: index for index, parameter in enumerate(_parameters(groups))}
+    state = {
+        number: {name: _brought(value, kept) for name, value in optimizer.state[parameter].items()}
+        for parameter, number in numbers.items()
+        if parameter in optimizer.state
+    }
+    options = {group["name"]: group for group in optimizer.state_dict()["param_groups"]}
+    each = [{**options[group["name"]], "params": [numbers[p] for p in group["params"]]} for group in groups]
+    return {"state": state, "param_groups": each}
+
+
+def put_state(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], kept: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Gives ``optimizer`` the tensors that :func:`state_of` found, which rank 0 has in ``kept``."""
+    forms = {
+        number: {name: value.dim() > 0 for name, value in state.items()} for number, state in kept["state"].items()
+    }
+    forms = ranks.gathered(forms)[0]
+    places = {id(p): index for index, p in enumerate(_parameters(optimizer.param_groups))}
+    own = optimizer.state_dict()
+    for number, parameter in enumerate(_parameters(groups)):
+        if number not in forms:
+            continue
+        values, state = kept["state"].get(number, {}), {}
+        for name, is_like_it in forms[number].items():
+            state[name] = torch.zeros((), dtype=torch.float32)
+            if is_like_it:
+                state[name] = torch.zeros_like(parameter)
+            put(state[name], ranks.sent(values.get(name), state[name]))
+        own["state"][places[id(parameter)]] = state
+    optimizer.load_state_dict(own)
+
+
+def _parameters(groups: Sequence[Mapping[str, Any]]) -> list[nn.Parameter]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _brought(tensor: Tensor, kept: bool) -> Tensor:
+    """All of ``tensor``, in the CPU's memory if it is in parts; where it is not ``kept``, nothing of it."""
+    if not is_shard(tensor):
+        return tensor.detach()
+    found = whole(tensor)
+    return found.cpu() if kept else found[:0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from sigswap.errors import CalibrationError, Hint
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.mixing import Mixer
-from sigswap.training.resuming import EVERY, Kept
+from sigswap.training.resuming import EVERY, Kept, put_state, state_of
+from sigswap.training.together import Together, by_mesh
 
 WARMUP = 0.1
 """The share of the steps in which the learning rate rises."""
@@ -36,17 +38,19 @@ class Run:
     kept: Kept | None
     callback: Callable[[int, float], object] | None
     lift: Callable[[float], None]
+    among: Together
     losses: tuple[list[float], list[float]] = dataclasses.field(default_factory=lambda: ([], []))
     unread: list[Tensor] = dataclasses.field(default_factory=list)  # the losses of the present stage after those
     stage: int = 0
     optimizer: torch.optim.Optimizer | None = None
     # What has been learned from: steps of each stage, sequences, lookups. None: nothing yet, or values are changing.
     taken: tuple[int, int, int, int] | None = None
+    problem: Exception | None = None  # between two batches, of which the other ranks are told at the next one
 
     def go(self, calls: Iterator[tuple[int, Inputs]], counts: tuple[int, int], bar: Any) -> None:
         """Takes the steps that are not done yet; ``counts``: of the layer-wise and of the end-to-end stage."""
         task = bar.add_task("Distilling", total=sum(counts))
-        former = None if self.kept is None else self.kept.read()
+        former = None if self.kept is None else self.kept.read(self.among.everyone)
         if former is not None:
             for losses, before in zip(self.losses, former["losses"], strict=True):
                 losses[:] = before
@@ -57,11 +61,14 @@ class Run:
         for stage, steps in enumerate(counts):
             self.stage, self.optimizer = stage, _optimizer(self.groups)
             if former is not None and self.losses[stage] and (stage == 1 or not self.losses[1]):
-                self.optimizer.load_state_dict(former["optimizer"])
+                put_state(self.optimizer, self.groups, former["optimizer"], self.among.everyone)
             try:
                 self._stage(self.optimizer, calls, steps, sum(counts), lambda **shown: bar.update(task, **shown))
+                if stage == 1:
+                    self.among.place(self.problem, 0, 0)
             except BaseException:
-                self._write()
+                if self.among.alone or self.among.failed_everywhere or not self.among.by_parts:
+                    self._write()
                 raise
         if counts[1]:
             self.lift(1.0)
@@ -75,7 +82,7 @@ class Run:
         show: Callable[..., None],
     ) -> None:
         """The steps of the present stage that are not taken yet; ``whole``: those of both."""
-        rates, losses = [group["lr"] for group in self.groups], self.losses[self.stage]
+        rates, losses = [group["lr"] for group in optimizer.param_groups], self.losses[self.stage]
         # A GPU that is waited for has nothing to do meanwhile.
         at_once = self.callback is not None or device_of(self.lesson.model).type == "cpu"
         while (step := len(losses) + len(self.unread)) < steps:
@@ -86,12 +93,21 @@ class Run:
             self._gradients(calls)
             if at_once or step + 1 == steps or len(self.unread) == UNREAD:
                 self._read()
-            self._update(optimizer)
+            self._update(optimizer, (step + 1) / max(1, steps - 1))
             show(advance=1, **({"description": f"Distilling, loss {losses[-1]:.4g}"} if losses else {}))
             if self.done % EVERY == 0 or self.done == whole:
-                self._write()
+                self._locally(self._write)
             if self.callback is not None:
-                self.callback(self.done, losses[-1])
+                self._locally(functools.partial(self.callback, self.done, losses[-1]))
+
+    def _locally(self, action: Callable[[], object]) -> None:
+        """Does what other ranks need not succeed in."""
+        try:
+            action()
+        except Exception as error:
+            if self.among.alone:
+                raise
+            self.problem = self.problem or error
 
     @property
     def done(self) -> int:
@@ -100,19 +116,42 @@ class Run:
     def _gradients(self, calls: Iterator[tuple[int, Inputs]]) -> None:
         """Of one step; its loss is then the last one of ``unread``."""
         loss_of = self.lesson.end_to_end if self.stage == 1 else self.lesson.layerwise
-        first, model, losses = self.accumulate * self.done, self.lesson.model, []
-        for part in range(self.accumulate):
-            index, call = next(calls)
-            check_length(model, call, index)
-            call = _lean(model, self.mixer(call, first + part), is_language=self.mixer.inputs is not None)
-            losses.append(loss_of(call, index, 1 / self.accumulate))
+        first, losses = self.accumulate * self.done, []
+        problem: Exception | None = None
+        try:
+            for part in range(self.accumulate):
+                index, call = self._next(calls, first + part)
+                losses.append(loss_of(call, index, 1 / self.accumulate))
+        except Exception as error:
+            if self.among.failed_everywhere:
+                raise
+            problem = error
+        self.among.average([p for group in self.groups for p in group["params"]], problem)
         self.unread.append(sum(losses[1:], losses[0]) / self.accumulate)
 
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        torch.nn.utils.clip_grad_norm_([p for group in self.groups for p in group["params"]], 1.0)
+    def _next(self, calls: Iterator[tuple[int, Inputs]], number: int) -> tuple[int, Inputs]:
+        """The next batch, the ``number``-th of the run, as it is learned from."""
+        model, mixer, problem = self.lesson.model, self.mixer, self.problem
+        index, call, rows, length = 0, None, 0, 0
+        try:
+            index, call = next(calls)
+            check_length(model, call, index)
+            call = mixer.cut(call, number)
+            rows, length = mixer.size(call)
+        except Exception as error:
+            problem = problem or error
+        place = self.among.place(problem, rows, length)
+        assert call is not None
+        return index, _lean(model, mixer(call, number, place), is_language=mixer.inputs is not None)
+
+    def _update(self, optimizer: torch.optim.Optimizer, share: float) -> None:
+        """``share``: of the stage, at the next step."""
+        self.among.clip([p for group in self.groups for p in group["params"]], 1.0)
         self.taken = None
         optimizer.step()
         optimizer.zero_grad()
+        if self.stage == 1:
+            self.lift(min(1.0, share))  # here, for it moves parameters: what is written is never between two steps
         first, second = (len(losses) for losses in self.losses)
         more = len(self.unread)
         first, second = (first + more, second) if self.stage == 0 else (first, second + more)
@@ -127,6 +166,7 @@ class Run:
             if not math.isfinite(loss):
                 if self.taken is not None and len(losses) < self.taken[self.stage]:
                     self.taken = None  # it has been learned from
+                self.among.failed_everywhere = True  # the loss is that of all ranks
                 raise CalibrationError(
                     f"the loss is {loss} at step {len(losses)}.",
                     hint=Hint("Lower {lr}, or check the batches for NaN.", {"lr": ""}),
@@ -144,12 +184,15 @@ class Run:
                 return
         first, second, *mixed = self.taken
         losses = [self.losses[0][:first], self.losses[1][:second]]
-        self.kept.write({"losses": losses, "mixer": mixed, "optimizer": self.optimizer.state_dict()})
+        whole = functools.partial(state_of, self.optimizer, self.groups)
+        self.kept.write(self.among, {"losses": losses, "mixer": mixed}, whole)
 
 
 def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW([dict(group) for group in groups], fused=True if on_gpu else None)
+    # Not all parameters at once: some may be spread over ranks.
+    each = [{**group, "params": found} for group in groups for found in by_mesh(group["params"]).values()]
+    return torch.optim.AdamW(each, fused=True if on_gpu else None)
 
 
 def _lean(model: nn.Module, call: Inputs, *, is_language: bool) -> Inputs:

@@ -142,7 +142,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sigswap.commands.cli._build", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sigswap.commands.cli.build", lambda *_, **__: pytest.fail("the model was loaded"))
     result = run("convert", "timm:test_vit", "--out", "out", *options)
     assert result.exit_code == 1 and message in result.stderr
 

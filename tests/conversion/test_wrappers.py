@@ -97,18 +97,19 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "save": lambda model: sigswap.save(model, tempfile.mkdtemp()),
     "revert": sigswap.revert,
 }
-DISTRIBUTED = dict.fromkeys(("convert", "calibrate", "distill", "revert"), ConversionError)
+DISTRIBUTED = dict.fromkeys(("convert", "calibrate", "revert"), ConversionError)
 REFUSED: dict[str, dict[str, Any]] = {
     "compiled": {"convert": ConversionError, "inspect": ConversionError, "distill": ArgumentError},
     "ddp": DISTRIBUTED,
-    "dp": DISTRIBUTED,
+    "dp": {**DISTRIBUTED, "distill": ConversionError},
     "lora": {"save": CheckpointError},
     "fsdp": {
         **DISTRIBUTED,
+        "distill": ConversionError,
         **dict.fromkeys(("rank_sites", "compare", "param_groups"), ArgumentError),
         "save": CheckpointError,
     },
-    "fsdp2": {**DISTRIBUTED, "save": CheckpointError},
+    "fsdp2": dict.fromkeys(("convert", "revert"), ConversionError),
     "ddp of lora": {**DISTRIBUTED, "save": CheckpointError},
     "compiled ddp": {**DISTRIBUTED, "inspect": ConversionError, "distill": ArgumentError},
     "holder": {

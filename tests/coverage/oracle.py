@@ -2,9 +2,9 @@
 
 :func:`attention_calls` runs the softmax model once and follows marks from op to op, by the memory that tensors lie in:
 the product of two tensors, neither of them a bare weight, is scores; a softmax of scores that another such product
-takes up over the softmax's axis is attention. Inside :func:`sigmoid` these calls, and every
-``scaled_dot_product_attention``, are the sigmoid; logits that no product made and that were put beside the scores
-(attention sinks) are no keys.
+takes up over the softmax's axis is attention, and so is the exponential of scores less their logsumexp. Inside
+:func:`sigmoid` these calls, and every ``scaled_dot_product_attention``, are the sigmoid; logits that no product made
+and that were put beside the scores (attention sinks) are no keys.
 A call is known by the module that makes it and by its number among that module's calls.
 """
 
@@ -29,6 +29,7 @@ from tests.support.oracle import sdpa, sigmoid_of_scores
 Key = tuple[str, str, int]  # family, path of the module, number of the call in that module's forward
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax, torch._safe_softmax, torch._softmax}
 MAXIMA = {torch.amax, Tensor.amax, torch.max, Tensor.max, torch.logsumexp, Tensor.logsumexp}
+LOGSUMEXPS, EXPONENTIALS = {torch.logsumexp, Tensor.logsumexp}, {torch.exp, Tensor.exp}
 PRODUCTS = {torch.einsum, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.baddbmm}
 """Which ops they are made of depends on sizes: a sum over one number is none."""
 HEAD_MIXER = 64
@@ -41,7 +42,8 @@ _COPIES = {"_to_copy", "clone", "detach", "alias", "copy_", "lift_fresh", "conti
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """What feeds attention in one run: softmaxes, fused attentions, and the row maxima that are taken from scores.
+    """What feeds attention in one run: softmaxes (exponentials among them), fused attentions, and the row maxima that
+    are taken from scores.
 
     ``sinks``: of softmaxes over more than the keys, how many logits stand before and behind those.
     """
@@ -71,6 +73,9 @@ class _Calls(TorchFunctionMode):
         raise NotImplementedError
 
     def maximum(self, key: Key, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def exponential(self, key: Key, call: Callable[..., Tensor], logits: Tensor) -> Tensor:
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -128,6 +133,9 @@ class _Calls(TorchFunctionMode):
             return self._within(self.fused, self._key("fused"), func, args, kwargs)
         if func in MAXIMA:
             return self._within(self.maximum, self._key("maximum"), func, args, kwargs)
+        if func in EXPONENTIALS:
+            logits = args[0] if args else kwargs["input"]
+            return self._within(self.exponential, self._key("exponential"), lambda: func(*args, **kwargs), logits)
         return func(*args, **kwargs)
 
     def _within(self, handler: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -149,7 +157,7 @@ class _Marks(TorchDispatchMode):
         self.alive: list[Any] = []  # so that no address is used twice
         self.marks: dict[int, set[Any]] = {}
         self.attention: set[Key] = set()
-        self.sizes: dict[Key, int] = {}  # of the axis that a softmax is over
+        self.sizes: dict[Key, set[int]] = {}  # of the axis that a softmax is over, and of the scores put together there
         self.sinks: dict[Key, tuple[int, int]] = {}
         self.shifts: set[Key] = set()
         for weight in weights:
@@ -186,12 +194,15 @@ class _Marks(TorchDispatchMode):
         return output
 
     def _beside(self, args: Any, kwargs: Any, before: dict[int, set[Any]]) -> set[Any]:
-        """A mark of what ``cat`` puts before and behind scores: how many logits, and how many there are then."""
+        """A mark of what ``cat`` puts before and behind scores: how many logits, and how many there are then. Of scores
+        beside scores: their sizes."""
         parts, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
         scores = ["scores" in before[id(part)] for part in parts]
-        if all(scores) or not any(scores):
+        if not any(scores):
             return set()
         sizes = [part.shape[dim] for part in parts]
+        if all(scores):
+            return {("parts", *sizes)}
         first, last = scores.index(True), len(scores) - scores[::-1].index(True)
         return {("beside", sum(sizes[:first]), sum(sizes[last:]), sum(sizes))}
 
@@ -218,7 +229,10 @@ class _Marks(TorchDispatchMode):
                     kept |= {("summand", key) for key in keys - others}
             return kept
         elif name in ("sub", "sub_") and len(values) == 2 and "scores" in before[id(values[0])]:
-            self.shifts |= {mark[1] for mark in before[id(values[1])] if mark[0] == "maximum"}
+            second = before[id(values[1])]
+            self.shifts |= {mark[1] for mark in second if mark[0] == "maximum"}
+            if any(mark[0] == "logsumexp" for mark in second):
+                marks.add("normalised")
         kept = {mark for mark in marks if mark != "outer" and mark[0] != "summand"}
         if not all("weight" in before[id(x)] for x in values) or not values:
             kept.discard("weight")
@@ -232,7 +246,7 @@ class _Marks(TorchDispatchMode):
             return {mark for mark in mixed if mark[0] != "summand"}
         for tensor, other in (factors, factors[::-1]):
             keys = {mark[1] for mark in before[id(tensor)] if mark[0] == "softmax"}
-            self.attention |= {key for key in keys if self.sizes[key] in other.shape or key in self.sinks}
+            self.attention |= {key for key in keys if self.sizes[key] & set(other.shape) or key in self.sinks}
         return {"scores"}
 
 
@@ -250,8 +264,11 @@ class _Finder(_Calls):
         marks.clear()
         if known:
             marks.add(("softmax", key))
-            self.marks.sizes[key] = size = scores.shape[dim]
+            size = scores.shape[dim]
+            self.marks.sizes[key] = {size}
             for mark in before:
+                if mark[0] == "parts" and sum(mark[1:]) == size:
+                    self.marks.sizes[key] |= set(mark[1:])
                 if mark[0] == "beside" and mark[3] == size:
                     self.marks.sinks[key] = mark[1:3]
         return output
@@ -277,7 +294,12 @@ class _Finder(_Calls):
         values = output if isinstance(output, Tensor) else output[0]
         if values.is_floating_point():
             self.marks.of(values).add(("maximum", key))
+            if call in LOGSUMEXPS:
+                self.marks.of(values).add(("logsumexp", key))
         return output
+
+    def exponential(self, key: Key, call: Callable[..., Tensor], logits: Tensor) -> Tensor:
+        return self.softmax(key, call, logits, -1, None) if "normalised" in self.marks.of(logits) else call()
 
 
 def attention_calls(model: nn.Module, run: Callable[[], Any]) -> Attention:
@@ -317,6 +339,9 @@ class _Sigmoid(_Calls):
     def fused(self, key: Key, call: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         self.swapped += 1
         return sdpa(*args, **kwargs)
+
+    def exponential(self, key: Key, call: Callable[..., Tensor], logits: Tensor) -> Tensor:
+        return self.softmax(key, call, logits, -1, None)
 
     def maximum(self, key: Key, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         output = call(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import sigswap
 
+accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 BATCH, STEPS = 4, 3
@@ -66,7 +68,13 @@ def sharded_in_checkpoints(model: Any) -> nn.Module:
     return sharded(model)
 
 
-WAYS: list[Callable[[Any], nn.Module]] = [replicated, sharded, sharded_in_checkpoints]
+def accelerated(model: Any) -> nn.Module:
+    made: nn.Module = accelerate.Accelerator(cpu=True).prepare(model)
+    assert isinstance(made, nn.parallel.DistributedDataParallel)
+    return made
+
+
+WAYS: list[Callable[[Any], nn.Module]] = [replicated, sharded, sharded_in_checkpoints, accelerated]
 
 
 def check_training() -> None:
@@ -83,5 +91,31 @@ def check_training() -> None:
             assert not torch.equal(found[name], before[name]), f"{way.__name__}: {name} did not move"
 
 
-def test_training() -> None:
-    on_ranks(2, check_training)
+def check_trainer(folder: str) -> dict[str, Any]:
+    arguments = transformers.TrainingArguments(
+        folder, use_cpu=True, max_steps=2, per_device_train_batch_size=1, learning_rate=1e-2, report_to=[],
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 31, (8, 9), generator=generator)]
+    model = converted()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    optimizer = torch.optim.AdamW(sigswap.param_groups(model, 1e-2))
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
+    trainer.save_model()
+    torch.distributed.barrier()
+    found = sigswap.load(folder)
+    for name, value in model.named_parameters():
+        assert torch.equal(found.get_parameter(name), value) and not torch.equal(value, before[name]), name
+    return {name: value.tolist() for name, value in model.named_parameters()}
+
+
+def check(folder: str) -> dict[str, Any]:
+    check_training()
+    return check_trainer(folder)
+
+
+def test_training(tmp_path: Path) -> None:
+    first, second = on_ranks(2, check, str(tmp_path / "out"))
+    assert first == second

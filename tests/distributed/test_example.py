@@ -27,12 +27,14 @@ def example() -> Any:
 
 
 def run(parallel: str, out: str) -> list[float]:
-    losses: list[float] = example().main(["--parallel", parallel, "--steps", str(STEPS), "--out", out])
+    losses: list[float] = example().main(
+        ["--parallel", parallel, "--distill", "2", "--steps", str(STEPS), "--out", out]
+    )
     return losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["data", "sharded", "tensor"])
+@pytest.mark.parametrize("parallel", ["data", "sharded", "tensor", "context"])
 def test_it_learns_and_saves(parallel: str, tmp_path: Path) -> None:
     first, second = on_ranks(2, run, parallel, str(tmp_path / "out"))
     assert first == second and len(first) == STEPS

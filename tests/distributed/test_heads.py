@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ CONFIGS = {
 def llama(key_heads: int = HEADS, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=31,
+        vocab_size=32,
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -49,7 +50,7 @@ def converted(kind: str, *shape: Any) -> Any:
 
 
 def ids(tokens: int = TOKENS) -> Tensor:
-    return torch.randint(1, 31, (2, tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, 32, (2, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def parallelized(model: Any) -> Any:
@@ -103,11 +104,6 @@ def check_hand_written() -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("size", [2])
-def test_a_hand_written_plan(size: int) -> None:
-    assert len(on_ranks(size, check_hand_written)[0]) == 9
-
-
 def check_refusals() -> None:
     model = converted("query_bias")
     before = results(copy.deepcopy(model))
@@ -125,15 +121,24 @@ def check_refusals() -> None:
         sigswap.shard_heads(nn.Linear(2, 2))
 
 
-def test_what_cannot_be_sharded_is_an_error() -> None:
-    on_ranks(2, check_refusals)
+def check() -> list[str]:
+    check_refusals()
+    return check_hand_written()
+
+
+def test_a_hand_written_plan_and_what_cannot_be_sharded() -> None:
+    assert len(on_ranks(2, check)[0]) == 9
 
 
 def check_plan_of_transformers(directory: str, kind: str) -> None:
     size = torch.distributed.get_world_size()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, distributed_config=transformers.DistributedConfig(tp_plan="auto", tp_size=size)
-    )
+
+    def loaded(**fields: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, distributed_config=transformers.DistributedConfig(**fields)
+        )
+
+    model = loaded(tp_plan="auto", tp_size=size)
     assert all(hasattr(each, "to_local") for name, each in model.named_parameters() if ".sigswap." in name)
     expected = sigswap.load(directory)
     assert_equal(results(model), results(expected))
@@ -141,6 +146,15 @@ def check_plan_of_transformers(directory: str, kind: str) -> None:
         torch.testing.assert_close(model(ids()).logits, expected(ids()).logits, atol=2e-5, rtol=2e-5)
         ours, theirs = (each.generate(ids(), max_new_tokens=4, do_sample=False) for each in (model, expected))
     assert torch.equal(ours, theirs)
+    models = [model]
+    if "fsdp_size" in {field.name for field in dataclasses.fields(transformers.DistributedConfig)}:
+        models.append(loaded(fsdp_size=size))  # in which each rank reads its parts alone
+        assert all(hasattr(each, "to_local") for each in models[1].parameters())
+    for index, each in enumerate(models):
+        sigswap.save(each, f"{directory} {index}")
+        again = sigswap.load(f"{directory} {index}")
+        for name, value in expected.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DistributedConfig"), reason="an older transformers shards otherwise")

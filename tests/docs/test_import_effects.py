@@ -58,7 +58,13 @@ def snapshot(before: str) -> dict[str, list[str]]:
 def test_import_alone() -> None:
     found = snapshot("import rich.console, rich.table, safetensors.torch, html")
     assert found["changed"] == []
-    assert found["finders"] == ["transformers.modeling_utils", "peft.peft_model"]
+    assert found["finders"] == [
+        "transformers.modeling_utils",
+        "peft.peft_model",
+        "transformers.trainer",
+        "accelerate.utils.dataclasses",
+        "torch.utils.flop_counter",
+    ]
     assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs", "sigswap::first_token_bias"])
     assert "transformers" not in found["packages"]
 
@@ -67,8 +73,9 @@ def test_import_after_transformers() -> None:
     pytest.importorskip("transformers")
     found = snapshot("import rich.console, rich.table, transformers.modeling_utils, transformers.quantizers.auto")
     model = "transformers.modeling_utils.PreTrainedModel"
-    assert found["changed"] == [f"{model}._from_config", f"{model}.from_pretrained", f"{model}.save_pretrained"]
-    assert found["finders"] == ["peft.peft_model"]
+    methods = ("_from_config", "from_pretrained", "push_to_hub", "save_pretrained")
+    assert found["changed"] == [f"{model}.{method}" for method in methods]
+    assert found["finders"] == ["peft.peft_model", "transformers.trainer", "torch.utils.flop_counter"]
 
 
 def test_import_after_peft() -> None:
@@ -87,7 +94,7 @@ def test_import_after_peft() -> None:
         f"{model}.save_pretrained",
         f"{tuner}.inject_adapter",
     ]
-    assert found["finders"] == []
+    assert found["finders"] == ["transformers.trainer", "torch.utils.flop_counter"]
 
 
 HEAVY = ("matplotlib", "rich", "sympy", "timm", "torch._dynamo", "torch._inductor", "transformers", "triton")
@@ -97,7 +104,9 @@ HEAVY = ("matplotlib", "rich", "sympy", "timm", "torch._dynamo", "torch._inducto
 def test_nothing_heavy_is_imported() -> None:
     program = (
         "import sys, torch; before = set(sys.modules); import sigswap\n"
-        f"print([name for name in {HEAVY} if name in sys.modules and name not in before])"
+        f"print([name for name in {HEAVY} if name in sys.modules and name not in before])\n"
+        "from torch.utils.flop_counter import flop_registry  # later: the formulas are entered then\n"
+        "assert torch.ops.sigswap.sigmoid_attention in flop_registry"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr

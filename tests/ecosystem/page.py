@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "ecosystem.md"
 WORKFLOWS = "tests/ecosystem/test_workflows.py"
+TRAINING = "tests/training/test_weight_decay.py"
+DEPLOYMENT = "tests/ecosystem/test_deployment.py"
 ADAPTERS = "tests/conversion/test_adapters.py"
 PREFIXES = "tests/saving/test_peft_hook.py"
 WRAPPERS = "tests/conversion/test_wrappers.py"
@@ -63,10 +65,13 @@ def functions(file: str) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def workflows() -> Iterator[Row]:
-    for node in functions(WORKFLOWS):
+def workflows(file: str = WORKFLOWS) -> Iterator[Row]:
+    for node in functions(file):
         what, _, error = (ast.get_docstring(node) or "").partition(": error, ")
-        yield Row(what.replace("|", "or"), f"an error: {error}" if error else "equal", f"{WORKFLOWS}::{node.name}")
+        if not what:  # a test that is no workflow, in a file that has others
+            continue
+        outcome = f"an error: {error}" if error else "a warning" if what.endswith(": a warning") else "equal"
+        yield Row(what.removesuffix(": a warning").replace("|", "or"), outcome, f"{file}::{node.name}")
 
 
 def adapters() -> Iterator[Row]:
@@ -131,7 +136,14 @@ def wrappers() -> Iterator[Row]:
 
 def page() -> str:
     parts = [HEAD]
-    for title, rows in (("Tools", workflows()), ("Adapters", adapters()), ("Wrappers", wrappers())):
+    sections = {
+        "Tools": workflows(),
+        "Training": workflows(TRAINING),
+        "Deployment": workflows(DEPLOYMENT),
+        "Adapters": adapters(),
+        "Wrappers": wrappers(),
+    }
+    for title, rows in sections.items():
         table = "\n".join(["| workflow | outcome | test |", "|---|---|---|", *map(str, rows)])
         parts.append(f"## {title}\n\n{table}\n")
     return "\n".join(parts).replace("\n\n\n", "\n\n")

@@ -305,6 +305,77 @@ def test_feature_extraction() -> None:
         equal(extracted(X)["head"], model(X))
 
 
+def test_feature_extraction_inside() -> None:
+    """torchvision's create_feature_extractor on torchvision's ViT, traced through its attention"""
+    torchvision = pytest.importorskip("torchvision")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 16, num_classes=3).eval()
+    image = torch.randn(1, 3, 32, 32)
+    randomised(sigswap.convert(model, example_inputs=image))
+    extracted = create_feature_extractor(model, ["encoder", "heads.head"])
+    with torch.no_grad():
+        equal(extracted(image)["heads.head"], model(image))
+
+
+class Block(nn.Module):
+    """Scores by hand, and a softmax that is a method: symbolic tracing does not see it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+
+def test_symbolic_tracing() -> None:
+    """torch.fx.symbolic_trace through attention whose softmax is a tensor's method: error, says what to do instead"""
+    model = sigswap.convert(nn.Sequential(Block()), example_inputs=X)
+    with pytest.raises(sigswap.errors.UnknownCallError, match=r"traced symbolically.*torch\.export"):
+        torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        equal(torch.export.export(model, (X,)).module()(X), model(X))
+
+
+def test_torchinfo() -> None:
+    """torchinfo's summary: all parameters are counted, the model stays as it is"""
+    torchinfo = pytest.importorskip("torchinfo")
+    model = bert()
+    expected = out(model)
+    summary = torchinfo.summary(model, input_data={"input_ids": IDS}, verbose=0)
+    assert summary.total_params == sum(parameter.numel() for parameter in model.parameters())
+    equal(out(model), expected)
+
+
+def test_weight_only_quantization(tmp_path: Path) -> None:
+    """torchao's quantize_ of linear layers to int8: within 5% of the float model"""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = bert()
+    expected = out(model)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    assert sigswap.is_converted(model)
+    assert (out(model) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_saving_a_quantized_model(tmp_path: Path) -> None:
+    """sigswap.save of a model that torchao has quantized: error, names the tensor and the order that works"""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = bert()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(sigswap.errors.CheckpointError, match=r"weight is quantized.*Save it before"):
+        sigswap.save(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_with_quantization(tmp_path: Path) -> None:
+    """from_pretrained(..., quantization_config=) of a converted directory: error, names the order that works"""
+    model = bert()
+    sigswap.save(model, tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    for loader in (transformers.AutoModel, transformers.BertModel):
+        with pytest.raises(sigswap.errors.CheckpointError, match="Load it without, and quantize it then"):
+            loader.from_pretrained(tmp_path, quantization_config=config)
+    equal(out(transformers.BertModel.from_pretrained(tmp_path)), out(model))
+
+
 def test_weight_averaging() -> None:
     """torch.optim.swa_utils.AveragedModel, timm's ModelEmaV3"""
     model = images()
@@ -339,15 +410,37 @@ def test_accelerate() -> None:
         equal(accelerator.unwrap_model(prepared)(X), plain(X))
 
 
-def test_trainer(tmp_path: Path) -> None:
-    """transformers' Trainer, whose checkpoint loads as sigmoid attention"""
+def trained(model: Any, folder: Path, **arguments: Any) -> Any:
+    """The Trainer, after a step."""
     pytest.importorskip("accelerate")
-    model = llama()
-    args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], disable_tqdm=True, use_cpu=True
-    )
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True}
+    args = transformers.TrainingArguments(str(folder), use_cpu=True, **options, **arguments)
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]
     trainer = transformers.Trainer(model, args, train_dataset=data)
     trainer.train()
+    return trainer
+
+
+@pytest.mark.slow
+def test_trainer_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' Trainer with `torch_compile_backend="sigswap"`"""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # Trainer's arguments write to it
+    plain, model = llama(), llama()
+    trained(plain, tmp_path, learning_rate=0.1)
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    try:
+        state._reset_state(reset_partial_state=True)
+        compiled = trained(model, tmp_path, learning_rate=0.1, torch_compile_backend="sigswap")
+        assert compiled.accelerator.state.dynamo_plugin.backend.value == "SIGSWAP"
+    finally:
+        state._reset_state(reset_partial_state=True)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """transformers' Trainer, whose checkpoint loads as sigmoid attention"""
+    model = llama()
+    trainer = trained(model, tmp_path)
     trainer.save_model(str(tmp_path / "end"))
     equal(out(sigswap.load(tmp_path / "end")), out(model.eval()))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import sigswap
-from sigswap.kernels import dispatch, triton
+from sigswap.kernels import dispatch, reference, triton
+from sigswap.kernels.host.problem import Options, Problem, problem_of
 from sigswap.kernels.op import registration
 
 TOY = '''
@@ -83,3 +84,43 @@ def test_a_problem_that_it_does_not_support_goes_to_the_next(toy: ModuleType) ->
     expected = torch.sigmoid(query @ key.mT / 2 - torch.tensor(6.0, dtype=torch.float64).log()) @ value
     torch.testing.assert_close(out, expected)
     assert toy.calls == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "of", "expected"),
+    [
+        (torch.bfloat16, 5, 5, True),
+        (torch.float16, 20, 20, True),
+        (torch.bfloat16, 8, 9, True),  # whole units, in rows that are none
+        (torch.bfloat16, 8, 8, False),
+        (torch.bfloat16, 24, 32, False),
+        (torch.bfloat16, 33, 33, False),
+        (torch.float32, 5, 5, False),
+    ],
+)
+def test_which_values_are_narrow(dtype: torch.dtype, columns: int, of: int, expected: bool) -> None:
+    query = torch.randn(1, 2, 7, 16, dtype=dtype)
+    value = torch.randn(1, 2, 7, of, dtype=dtype)[..., :columns]
+    problem = problem_of((query, query, value, None, None, None), Options(0.25))
+    assert problem.signature.has_narrow_value is expected
+
+
+def test_narrow_values_get_more_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole units of 16 bytes; the output is what it is, and lies as it lies, without them."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 7, 16).half(), torch.randn(2, 2, 9, 16).half()
+    value = torch.randn(2, 2, 9, 5).half()
+    problem = problem_of((query, key, value, None, None, None), Options(0.25, const_bias=-2.0, visible_bias=False))
+    seen = []
+
+    def chosen(names: tuple[str, ...], problem: Problem) -> ModuleType:
+        seen.append(problem)
+        return reference
+
+    monkeypatch.setattr(dispatch, "chosen", chosen)
+    out = dispatch.with_wider_value(problem)
+    assert seen[0].value.shape == (2, 2, 9, 8) and not seen[0].signature.has_narrow_value
+    scores = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.25 - 2.0
+    expected = torch.sigmoid(scores) @ value.double().repeat_interleave(2, 1)
+    assert (out.double() - expected).norm() / expected.norm() < 2e-3
+    assert out.shape == (2, 4, 7, 5) and out.transpose(1, 2).is_contiguous()

@@ -655,7 +655,8 @@ def test_companion_files(tmp_path: Path) -> None:
         (source / name).write_text("{}")
     model = sigswap.convert(transformers.AutoModel.from_pretrained(source))
     sigswap.save(model, tmp_path / "out")
-    assert set(tree(tmp_path / "out")) == {"config.json", "model.safetensors", *companions}
+    assert set(tree(tmp_path / "out")) == {"config.json", "model.safetensors", "README.md", *companions}
+    assert (tmp_path / "out" / "README.md").read_text() != "{}"  # of the converted model
     sigswap.save(model, source)  # over the very directory it came from
     assert set(tree(source)) == {"config.json", "model.safetensors", "README.md", "optimizer.pt", *companions}
 

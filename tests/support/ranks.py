@@ -17,10 +17,25 @@ import torch.multiprocessing
 LIMIT = 240
 """Seconds after which ranks that do not answer are given up."""
 
+ENDED = "it ended without an answer"
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+
+
+def device() -> torch.device:
+    """Where this rank's tensors are."""
+    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+
+
+def on_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, lost: int | None = None, backend: str = "gloo"
+) -> list[Any]:
     """What ``function(*arguments)`` returns in each of ``size`` processes, which are one process group. It is a
     function at the top of a module. An error in one of them is a failure here, with its traceback.
+
+    ``backend``: with "nccl" each has a GPU. ``lost``: the rank that is to end on its way, by os._exit say; None stands
+    for what it returns.
     """
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
@@ -30,7 +45,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         processes = [
             context.Process(
                 target=_run,
-                args=(rank, size, sender, f"{folder}/store", function, arguments),
+                args=(rank, size, sender, f"{folder}/store", backend, function, arguments),
                 daemon=True,
             )
             for rank, (_, sender) in enumerate(ends)
@@ -45,6 +60,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
             for process in processes:
                 process.kill()
                 process.join()
+    if lost is not None:
+        assert answers[lost] == (False, ENDED), "the rank did not end"
+        answers[lost] = (True, None)
     failed = [f"rank {rank}:\n{what}" for rank, (done, what) in enumerate(answers) if not done]
     assert not failed, "\n".join(failed)
     return [what for _, what in answers]
@@ -54,19 +72,24 @@ def _answer(receiver: Connection, rank: int) -> tuple[bool, Any]:
     try:
         return receiver.recv() if receiver.poll(LIMIT) else (False, f"no answer within {LIMIT} s")
     except EOFError:
-        return False, "it ended without an answer"
+        return False, ENDED
 
 
-def _run(rank: int, size: int, sender: Connection, store: str, function: Callable[..., Any], arguments: Any) -> None:
+def _run(
+    rank: int, size: int, sender: Connection, store: str, backend: str, function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
     }
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         sender.send((True, function(*arguments)))
         torch.distributed.barrier()

@@ -356,13 +356,13 @@ def test_batches_are_cut_into_sequences_of_the_lengths_given() -> None:
     given = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
     shapes = set()
     for step in range(30):
-        args, new = mixer(((), given), step)
+        args, new = mixer.cut(((), given), step)
         cut = new.pop("input_ids")
         assert args == () and new == {"use_cache": False}
         assert torch.equal(cut.flatten(), ids[mask.bool()][: cut.numel()])
         shapes.add(tuple(cut.shape))
     assert shapes == {(9, 8), (2, 30), (1, 73)}
-    assert torch.equal(mixer(((), given), 7)[1]["input_ids"], mixer(((), given), 7)[1]["input_ids"])
+    assert torch.equal(mixer.cut(((), given), 7)[1]["input_ids"], mixer.cut(((), given), 7)[1]["input_ids"])
 
 
 def test_distillation_at_several_lengths() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import TWO_GPUS, device, on_ranks
+from spread import WAYS, alone, check_distillation, mesh, values
 from torch import Tensor, nn
 
 import sigswap
-from sigswap.errors import CalibrationError
+from sigswap.errors import CalibrationError, SigswapError
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,20 +38,36 @@ def batches(count: int) -> list[Tensor]:
     return [torch.randint(1, 31, (2, 9 + 3 * index), generator=generator) for index in range(count)]
 
 
+def as_one(model: Any) -> Any:
+    """Whose parameters are whole after a forward."""
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=mesh())
+
+
+def by_layers(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh())
+    return model
+
+
 def added(model: nn.Module) -> dict[str, Tensor]:
-    return {name: each.detach().clone() for name, each in model.named_parameters() if ".sigswap." in name}
-
-
-def alone() -> Any:
-    """A group of this rank."""
-    groups = [torch.distributed.new_group([rank]) for rank in range(torch.distributed.get_world_size())]
-    return groups[torch.distributed.get_rank()]
+    return {name: each for name, each in values(model).items() if ".sigswap." in name}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "query_bias": {"learn_bias": True, "query_bias": True},
     "first_token": {"learn_bias": True, "query_bias": True, "first_token": True},
-    "everything": {"learn_bias": True, "query_bias": True, "qk_norm": "rms", "layer_scale": 1.0, "hybrid_norm": True},
+    "everything": {
+        "learn_bias": True,
+        "query_bias": True,
+        "first_token": False,
+        "qk_norm": "rms",
+        "layer_scale": 1.0,
+        "hybrid_norm": True,
+    },
 }
 
 
@@ -58,12 +75,19 @@ def check_equal() -> dict[str, dict[str, Any]]:
     group, results = alone(), {}
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for kind, fields in CONFIGS.items():
-        model = llama(**fields)
+        start = llama(**fields).to(device())
+        model = copy.deepcopy(start)
         expected = copy.deepcopy(model)
         whole = sigswap.calibrate(expected, batches(5), lookups=False, progress=False, group=group)
         report = sigswap.calibrate(model, batches(5)[rank::size], lookups=False, progress=False)  # 3 and 2 of them
         for name, value in added(expected).items():
             torch.testing.assert_close(model.get_parameter(name), value, atol=2e-4, rtol=2e-3, msg=f"{kind} {name}")
+        if kind != "query_bias":
+            for sharded in (as_one(copy.deepcopy(start)), by_layers(copy.deepcopy(start))):
+                sigswap.calibrate(sharded, batches(5)[rank::size], lookups=False, progress=False)
+                found = added(sharded)
+                for name, value in added(model).items():
+                    torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=f"{kind} sharded {name}")
         ours, theirs = ([(each.path, each.head, each.after) for each in made.heads] for made in (report, whole))
         assert [each[:2] for each in ours] == [each[:2] for each in theirs]
         for mine, one in zip(ours, theirs, strict=True):
@@ -93,6 +117,11 @@ def check_errors() -> None:
     bad = copy.deepcopy(batches(1))
     bad[0][0, 0] = 99  # not in the vocabulary
     refused("rank 1 \\(" if rank == 0 else "batch", bad if rank == 1 else batches(1))
+    with pytest.raises(CalibrationError, match="first_token and query_bias open"):
+        sigswap.calibrate(as_one(llama()), batches(1), progress=False)
+    with pytest.raises(SigswapError, match="rank 1 \\(" if rank == 0 else "tensor, a tuple"):
+        given = batches(2) if rank == 0 else [batches(1)[0], 3]
+        sigswap.calibrate(as_one(llama(learn_bias=True, query_bias=True, first_token=False)), given, progress=False)
     other = torch.distributed.new_group([0, 1])
     with torch.no_grad():
         model.get_parameter(next(iter(before))).add_(rank)
@@ -103,9 +132,23 @@ def check_errors() -> None:
     before = added(model)
     if rank == 0:  # the other one does not come
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sigswap.training.ranks.ARRIVAL", timedelta(seconds=2))
+            patch.setattr("sigswap.distributed.ranks.ARRIVAL", timedelta(seconds=2))
             refused("not all 2 ranks", batches(1), group=other)
 
 
 def test_errors_are_of_all_ranks() -> None:
     on_ranks(2, check_errors)
+
+
+def check_on_gpus() -> list[Any]:
+    return [check_equal(), check_distillation(WAYS)]
+
+
+@TWO_GPUS[0]
+@TWO_GPUS[1]
+def test_on_gpus() -> None:
+    (first, ways), (second, others) = on_ranks(2, check_on_gpus, backend="nccl")
+    assert first == second
+    # What tensor parallelism has whole on each rank gets the gradients that each has added up by itself.
+    ours, theirs = ([way for way in each if "heads" not in way[0]] for each in (ways, others))
+    assert ours == theirs and len(ours) == 4

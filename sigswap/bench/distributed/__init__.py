@@ -1,0 +1,1 @@
+"""The suite distributed of ``sigswap bench``."""

@@ -1,0 +1,1 @@
+"""Attention over a sequence of which each process has a part."""
