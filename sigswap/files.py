@@ -111,18 +111,23 @@ def lock(handle: int, *, wait: bool = False) -> bool:
     return True
 
 
+def unlock(handle: int) -> None:
+    """Before an open file is closed: an interruption that comes in between leaves no lock."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 def is_locked(path: Path) -> bool:
     """Whether someone holds the lock of the file ``path``, as far as can be told: another user's may be."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        file = path.open("rb")  # and no handle: an interruption before it is closed would keep the lock
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    try:
-        return not lock(handle)
-    finally:
-        os.close(handle)
+    with file:
+        return not lock(file.fileno())
 
 
 def _remove_dead(folder: Path, start: str) -> None:

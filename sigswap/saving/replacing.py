@@ -115,6 +115,7 @@ class Work:
         if not self.is_moving():
             self.remove()
         if self._handle >= 0:
+            files.unlock(self._handle)
             handle, self._handle = self._handle, -1
             os.close(handle)
 
@@ -242,6 +243,7 @@ class Work:
     def let_go(self) -> None:
         """Lets other saves move files of the target."""
         if self._target_handle >= 0:
+            files.unlock(self._target_handle)
             handle, self._target_handle = self._target_handle, -1
             os.close(handle)
 

@@ -339,12 +339,15 @@ def _kept(problem: Dense, call: Callable[[Dense], Tensor], parts: list[tuple[sli
     """What dropout keeps, [B, H, M, N]: where the same draw gives anything to the unit vector of a key. In number, what
     it should."""
     batch, kv_heads, keys, _ = problem.value.shape
-    unit = torch.eye(keys, dtype=problem.value.dtype, device=problem.value.device).expand(batch, kv_heads, keys, keys)
+    floor = ROUNDINGS[problem.query.device.type][problem.query.dtype].floor
+    width = max(keys, 8)  # narrower ones are not to be trusted on a GPU (docs/limits.md)
+    unit = torch.eye(keys, width, dtype=problem.value.dtype, device=problem.value.device)
+    unit = unit.expand(batch, kv_heads, keys, width)
     _restart()
     with torch.no_grad():
-        kept = call(dataclasses.replace(problem, value=unit)) != 0
+        kept = call(dataclasses.replace(problem, value=unit))[..., :keys] != 0
         sure = dataclasses.replace(problem, value=unit, dropout_p=0.0, row_cap=0.0)
-        visible = call(sure) > KEEP_IS_SEEN[problem.query.dtype] * 10
+        visible = call(sure)[..., :keys] > 10 * max(KEEP_IS_SEEN[problem.query.dtype], floor)
     number, share = int(visible.sum()), 1 - problem.dropout_p
     difference = abs(int((kept & visible).sum()) - share * number)
     assert difference <= 6 * math.sqrt(number * share * (1 - share)) + 3, (

@@ -164,7 +164,7 @@ def results(problem: Dense, rounding: Rounding) -> dict[str, Off]:
     factor_error = torch.zeros_like(p)
     if problem.kept is not None:
         high = 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0
-        unknown = (p < KEEP_IS_SEEN[out_dtype]) & ~problem.kept
+        unknown = (p < max(KEEP_IS_SEEN[out_dtype], 2 * rounding.floor)) & ~problem.kept
         factor, factor_error = problem.kept.double() * high, unknown.double() * high + 4 * u * high
     weights = p * factor
     weight_error = (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ import sigswap
 from sigswap.errors import SigswapError
 from tests.fuzz.loading import HERE, IDS, build
 from tests.interruptions.cases import state_of
-from tests.interruptions.check import Call, Checked
+from tests.interruptions.check import Call, Checked, signalled
 
 
 def _save(made: nn.Module, target: Path) -> None:
@@ -26,12 +29,17 @@ def _load(made: nn.Module, target: Path) -> None:
     sigswap.load(target, allow_code=True)
 
 
-ON_DISK: dict[str, tuple[Callable[[nn.Module, Path], None], bool]] = {
-    "save": (_save, False),
-    "save over another model": (_save, True),
-    "load": (_load, True),
+def _recover(made: nn.Module, target: Path) -> None:
+    sigswap.recover(target)
+
+
+ON_DISK: dict[str, tuple[Callable[[nn.Module, Path], None], str]] = {
+    "save": (_save, "nothing"),
+    "save over another model": (_save, "a model"),
+    "load": (_load, "a model"),
+    "recover": (_recover, "a killed save"),
 }
-"""Each call, and whether there is a model in the directory before it."""
+"""Each call, and what there is before it."""
 
 
 class CheckedFiles(Checked):
@@ -39,21 +47,23 @@ class CheckedFiles(Checked):
 
     def __init__(self, name: str, turns: int = 1) -> None:
         self.name = name
-        self.call, self.is_there = ON_DISK[name]
+        self.call, self.there = ON_DISK[name]
         self.temporary = tempfile.TemporaryDirectory()
         self.first, self.work = Path(self.temporary.name, "first"), Path(self.temporary.name, "work")
         torch.manual_seed(0)
         old, self.made = (sigswap.convert(build().eval(), example_inputs=IDS[:, :4]) for _ in range(2))
         self.outputs = {"the old model": _output(old), "the new model": _output(self.made)}
-        _save(old, self.first)
+        self.first.mkdir()
+        if self.there != "nothing":
+            _save(old, self.first / "m")
+        if self.there == "a killed save":
+            _killed(lambda: _save(self.made, self.first / "m"), self.first)
         super().__init__(turns)
 
     def fresh(self) -> tuple[Call, Call]:
         shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        shutil.copytree(self.first, self.work)
         target = self.work / "m"
-        if self.is_there:
-            shutil.copytree(self.first, target)
         return lambda: self.call(self.made, target), lambda: (state_of(self.made), *self._found(target))
 
     def _found(self, target: Path) -> tuple[str, list[str]]:
@@ -69,7 +79,35 @@ class CheckedFiles(Checked):
                 return ("nothing" if not target.exists() else f"lost: {error}"), os.listdir(self.work)
         output = _output(found)
         which = [name for name, wanted in self.outputs.items() if torch.equal(output, wanted)]
-        return (which[0] if which else "a mixture"), os.listdir(self.work)
+        left = os.listdir(self.work)
+        if not _in_time(lambda: _save(self.made, target)):
+            return "a lock", left
+        return (which[0] if which else "a mixture"), left
+
+
+def _in_time(call: Callable[[], None]) -> bool:
+    """Whether ``call`` does not wait for ever, for a lock that is still held say."""
+    came, raised = signalled(call, 30.0)
+    if raised is not None and not isinstance(raised, KeyboardInterrupt):
+        raise raised
+    return not came
+
+
+def _killed(call: Callable[[], None], folder: Path) -> None:
+    """In a process that ends as soon as there is a list of what is to be moved, in the middle of the moves."""
+    child = os.fork()
+    if child == 0:
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            if list(folder.glob(".*/moves.json")) and list(folder.glob(".*/old/*")):
+                os._exit(0)
+            return trace if frame.f_code.co_filename.endswith("saving/replacing.py") else None
+
+        sys.settrace(trace)
+        call()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, "the save was over before it was killed"
 
 
 def _output(made: nn.Module) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from interrupting import Interrupted, lines_of
 
+from sigswap import files
 from sigswap.errors import CheckpointError
 from sigswap.saving import replacing
 from sigswap.saving.replacing import Work, leftovers, recover, replace_files
@@ -352,3 +353,17 @@ def test_a_warning_and_not_an_error_if_the_work_folder_cannot_be_removed(
     with caplog.at_level(logging.WARNING):
         replace_files(tmp_path / "m", write, stale)
     assert content(tmp_path / "m") == NEW and "cannot be removed" in caplog.text
+
+
+def test_a_lock_does_not_outlive_an_interruption(tmp_path: Path) -> None:
+    """Between the lines that give it back: the next save would wait for ever."""
+    path = tmp_path / "lock"
+    path.touch()
+    assert not files.is_locked(path)
+    handle = os.open(path, os.O_RDWR)
+    assert files.lock(handle) and files.is_locked(path)
+    files.unlock(handle)
+    assert not files.is_locked(path)
+    files.unlock(handle)
+    os.close(handle)
+    files.unlock(handle)  # of a file that is closed
