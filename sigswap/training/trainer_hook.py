@@ -10,15 +10,12 @@ import functools
 import warnings
 from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sigswap.optional import require
 from sigswap.training.calibrate import calibrate
 from sigswap.training.weight_decay import added_parameters, decayed_parameters
 from sigswap.when_imported import WhenImported
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
 _WRAPPED = "_sigswap_wrapped"
 
@@ -28,8 +25,8 @@ def install() -> None:
     _waiting.install()
 
 
-def calibration_callback(batches: Any = 8, **options: Any) -> TrainerCallback:
-    """A callback with which transformers' Trainer calibrates a converted model before its first step.
+def calibration_callback(batches: Any = 8, **options: Any) -> Any:
+    """A ``TrainerCallback`` with which transformers' Trainer calibrates a converted model before its first step.
 
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[sigswap.calibration_callback()])
 
