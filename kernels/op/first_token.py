@@ -124,7 +124,8 @@ def composed_bias(
             score = _products(query, key[:, :, :1], wide)
         else:
             first = _for_batch(first, batch)
-            score = _products(query, _picked(key, first, heads), wide)
+            # Wide: many rows have the same first key, whose gradient is the sum of theirs.
+            score = _products(query, _picked(key.to(wide), first, heads), wide)
         score = score * scale
         if softcap > 0.0:
             score = softcap * torch.tanh(score / softcap)
@@ -206,7 +207,7 @@ def _mask_at(mask: Tensor, first: Tensor | None, batch: int, rows: int, keys: in
     if mask.shape[3] == 1 or first is None:
         picked = mask[..., :1]
     else:
-        leading = [max(m, f) for m, f in zip(mask.shape[:3], first.shape[:3], strict=True)]
+        leading = [f if m == 1 else m for m, f in zip(mask.shape[:3], first.shape[:3], strict=True)]
         picked = mask.expand(*leading, keys).gather(-1, first.expand(*leading, 1))
     picked = picked.to(wide)
     return picked.masked_fill(picked <= MASKED_SCORE, 0.0)

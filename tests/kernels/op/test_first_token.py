@@ -207,3 +207,22 @@ def test_no_heads() -> None:
     query, share = torch.randn(2, 0, 3, 8, requires_grad=True), torch.ones(1, 1, 1, 1)
     key = torch.randn(2, 0, 5, 8)
     assert first_token_bias(query, key, share, scale=1.0).shape == (2, 0, 3, 1)
+
+
+def test_the_gradient_of_a_first_key_of_many_rows_is_summed_in_float32() -> None:
+    """In bfloat16 a sum of 2,000 parts stops growing at 256 of them."""
+    torch.manual_seed(0)
+    query, key = torch.ones(1, 1, 2000, 8).bfloat16(), torch.zeros(1, 1, 5, 8).bfloat16().requires_grad_()
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    mask[..., 0] = False
+    bias = first_token_bias(query, key, torch.ones(1, 1, 1, 1), attn_mask=mask, scale=1.0, is_causal=False)
+    (grad,) = torch.autograd.grad(bias.sum(), key)
+    expected = -2000 / (1 + 4)  # of -logaddexp(0, ln 4)
+    torch.testing.assert_close(grad[0, 0, 1].float(), torch.full((8,), expected), rtol=0.01, atol=0)
+
+
+def test_no_rows_under_a_float_mask() -> None:
+    query, key = torch.randn(3, 1, 0, 8), torch.randn(3, 1, 5, 8)
+    mask = torch.zeros(3, 1, 0, 5)
+    bias = first_token_bias(query, key, torch.ones(1, 1, 1, 1), attn_mask=mask, scale=1.0, window_left=2)
+    assert bias.shape == (3, 1, 0, 1)
