@@ -59,7 +59,10 @@ def block_batches(model: Any, tokenizer: Any, path: Path, count: int, length: in
     """
     positions = getattr(model.config, "max_position_embeddings", None) or length
     if length > positions:
-        raise ArgumentError(f"--length {length}: {type(model).__name__} has positions for {positions} tokens.")
+        raise ArgumentError(
+            f"--length {length}: {type(model).__name__} has positions for {positions} tokens.",
+            hint=Hint(f"Pass --length {positions}, or less."),
+        )
     ids: list[int] = []
     lines = find_samples(path, count * length, option)  # a line has at least one token
     if isinstance(lines[0], Path):
@@ -110,10 +113,13 @@ def _text(model: Any, source: str, lines: list[str], option: str) -> Any:
     return made
 
 
+_WITHOUT = {"--calibrate": "--calibrate none", "--data": "--data none, where that can be", "--text": "no --text"}
+
+
 def _tokenizer(source: str, option: str) -> Any:
     auto = require("transformers", "hf").AutoTokenizer
     hint = Hint(
-        "Put the tokenizer's files into the model's directory, or do without data: --calibrate none, or no --text."
+        f"Put the tokenizer's files into the model's directory, or do without data: {_WITHOUT.get(option, option)}."
     )
     try:
         tokenizer = auto.from_pretrained(source)

@@ -210,6 +210,8 @@ def check_empty(out: Path, force: bool) -> None:
 def check_saved(directory: Path) -> None:
     from sigswap.saving.checkpoint import is_saved
 
+    if not directory.is_dir():
+        raise ArgumentError(f"{directory} is not a directory.")
     if not is_saved(directory):
         raise ArgumentError(f"{directory} holds no model that sigswap saved.")
 

@@ -97,7 +97,7 @@ def _option(name: str) -> str:
 
 
 # The arguments of sigswap's functions that are written otherwise than --name: in a message, and in a hint.
-_IN_MESSAGE = {"example_inputs": "What --example returns", "factory": "MODEL"}
+_IN_MESSAGE = {"example_inputs": "What --example returns", "factory": "MODEL", "original": "ORIGINAL"}
 _IN_HINT = {
     "batches": "a file to --calibrate, or batches to sigswap.calibrate in Python",
     "example_inputs": "--example MODULE:FUNCTION, a function that returns inputs",
@@ -112,6 +112,8 @@ def _in_message(argument: str, value: str) -> str:
 
 
 def _in_hint(argument: str, value: str) -> str:
+    if value == "None":
+        return f"no {_option(argument)}"
     return _IN_HINT.get(argument, _option(f"no_{argument}" if value == "False" else argument))
 
 

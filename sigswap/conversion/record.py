@@ -71,6 +71,9 @@ def report(model: nn.Module) -> Report:
 def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | None) -> nn.Module:
     """Changes the row caps of a converted model, in place; what is saved then has them, and compiled code follows.
 
+    Biases stay: those that :func:`calibrate` has fitted are for the cap that they were fitted with, and the outputs of
+    a calibrated model change with another. ``distill(lift_row_cap=...)`` moves both; or calibrate again.
+
     Args:
         model: As :func:`convert` returned it.
         row_cap: For all attentions: a positive number, or None for no cap (:class:`SigmoidConfig`). Or by the path of

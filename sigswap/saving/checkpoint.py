@@ -76,7 +76,8 @@ def save(
 
     A model whose parameters are spread over processes (fully_shard, tensor parallelism) is saved by all of them: each
     has to call this. Rank 0 writes, tensor by tensor; the others wait for it, and what fails there is an error in all
-    of them. (Any other model is saved by the process that calls this, inside DistributedDataParallel by rank 0 say.)
+    of them. (Any other model is saved by the process that calls this; a transformers model by rank 0, inside
+    DistributedDataParallel say.)
 
     Args:
         factory: what builds the unconverted model when it is loaded: ``"module:function"``, an importable
@@ -316,6 +317,11 @@ def _write_transformers(
         with tempfile.TemporaryDirectory(dir=staging) as folder, transformers_hook.as_one_process(model):
             state = gathered.write_folder(Path(folder))
             model.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=state)
+    if not (staging / "config.json").is_file():
+        raise CheckpointError(
+            "transformers saves a model that is whole on each rank on rank 0 alone.",
+            hint=Hint("Call sigswap.save on rank 0 of torch.distributed."),
+        )
     marks.note_files(staging)
 
 

@@ -144,7 +144,7 @@ def calibrate(
         if seen.mixer.inputs is not None and (opened := open_terms(undo.on_failure, part)):
             notes.append(
                 f"The model is a decoder: {len(opened)} of {len(states)} modules have the terms now that their config "
-                "left open, for the query and the first key (query_bias, first_token)."
+                f"left open ({_terms_of(states[path] for path in opened)})."
             )
         caps = _caps_to_try(states, row_cap)
         fits = {
@@ -358,6 +358,16 @@ def _calibratable(model: nn.Module) -> dict[str, OwnerState]:
                 ),
             )
     return states
+
+
+def _terms_of(states: Iterable[OwnerState]) -> str:
+    """Those for the query and for the first key that some of the modules have, as the config calls them."""
+    sites = [site for state in states for site in state.sites()]
+    has = {
+        "query_bias": any(site.query_weight is not None for site in sites),
+        "first_token": any(site.length_share is not None for site in sites),
+    }
+    return ", ".join(name for name, there in has.items() if there)
 
 
 def _caps_to_try(states: Mapping[str, OwnerState], row_cap: Literal["auto"] | float | None) -> dict[str, float]:

@@ -192,7 +192,8 @@ def distill(
             by the same factor in each of the first tenth of the steps, with ``compile`` in four rises, for each
             compiles anew; up to a cap of 1 the biases rise by half of its logarithm, as calibration sets them.
             ``math.inf``: after a cap of 1 there is none, which is the paper's sigmoid; a pretrained decoder loses much
-            by it (docs/results.md). For another schedule call :func:`sigswap.set_row_cap` in ``callback``.
+            by it (docs/results.md). For another schedule call :func:`sigswap.set_row_cap` in ``callback``, which moves
+            no bias.
         resume: a file to which the state is written, each hundredth step and when the run is interrupted. If it is
             there, the run goes on from it, to the same result if ``batches`` come in the same order; after the last
             step it gives that result at once. With several processes rank 0 reads and writes it (with parameters in
@@ -309,7 +310,11 @@ def _backends(model: nn.Module) -> tuple[str, str]:
 def _caps_of(states: Mapping[str, OwnerState]) -> str:
     """Where the row caps stand, as a report says it; "" if there are none."""
     caps = [site.row_cap for state in states.values() for site in state.sites() if site.row_cap is not None]
-    return f"row cap {min(caps):.4g} to {max(caps):.4g} in {len(caps)} attentions" if caps else ""
+    if not caps:
+        return ""
+    least, most = min(caps), max(caps)
+    shown = f"row cap {least:.4g}" if least == most else f"row caps between {least:.4g} and {most:.4g}"
+    return f"{shown} in {len(caps)} attentions"
 
 
 def _check_runnable(model: nn.Module, teacher: nn.Module | None, compile: bool) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import ModuleType
 from typing import Any
 
+from sigswap.conversion.record import conversion_of
+from sigswap.conversion.wrappers import unwrapped
+from sigswap.errors import ArgumentError, Hint
 from sigswap.optional import require
 from sigswap.training.calibrate import calibrate
 from sigswap.training.weight_decay import added_parameters, decayed_parameters
@@ -30,13 +33,18 @@ def calibration_callback(batches: Any = 8, **options: Any) -> Any:
 
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[sigswap.calibration_callback()])
 
-    A run that is resumed from a checkpoint is not calibrated again.
+    What calibration adds to the model (``query_weight`` and others of a decoder) is trained, too: it joins a group of
+    the optimizer that decays nothing, in the model's order. A run that is resumed from a checkpoint is not calibrated
+    again; its model has to be that of the checkpoint: ``sigswap.load(checkpoint)``.
 
     Args:
         batches: As for :func:`sigswap.calibrate`; or a number: so many batches of Trainer's own training data.
         options: Keyword arguments of :func:`sigswap.calibrate`. The report is the callback's attribute ``report``.
 
-    Raises SigswapError if transformers is not installed.
+    Raises:
+        SigswapError: transformers is not installed.
+        ArgumentError: in training: a run is resumed with a model that is not calibrated, or the optimizer has no group
+            for what calibration adds.
     """
     transformers = require("transformers", "hf")
 
@@ -47,10 +55,14 @@ def calibration_callback(batches: Any = 8, **options: Any) -> Any:
             self.report: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            model = given["model"]
             if state.global_step > 0:
+                _check_resumed(model)
                 return
+            before = {id(parameter) for parameter in model.parameters()}
             data = _first(given["train_dataloader"], batches) if isinstance(batches, int) else batches
-            self.report = calibrate(given["model"], data, **options)
+            self.report = calibrate(model, data, **options)
+            _train_too(given["optimizer"], model, before)
 
     return CalibrationCallback()
 
@@ -59,6 +71,38 @@ def _first(loader: Iterable[Any], number: int) -> list[dict[str, Any]]:
     """Without the labels, which the model needs for its loss alone."""
     taken = [batch for batch, _ in zip(loader, range(number), strict=False)]
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in taken]
+
+
+def _check_resumed(model: Any) -> None:
+    if conversion_of(unwrapped(model)).fitted_length is None:
+        raise ArgumentError(
+            "{argument} is not calibrated, and the run that is resumed was: it has other row caps, and may have no "
+            "parameters for what the checkpoint holds.",
+            argument="model",
+            hint=Hint("Make Trainer with sigswap.load(checkpoint), and resume from that checkpoint."),
+        )
+
+
+def _train_too(optimizer: Any, model: Any, before: Collection[int]) -> None:
+    """Puts the parameters that are not among ``before`` into a group of the optimizer that has no weight decay, in the
+    order of the model, as Trainer makes its groups: a state_dict goes by that order."""
+    new = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in before]
+    if not new:
+        return
+    ours = {number for number, _ in added_parameters(model)}
+    free = [group for group in optimizer.param_groups if not group.get("weight_decay")]
+    group = next((each for each in free if any(id(p) in ours for p in each["params"])), next(iter(free), None))
+    if group is None or "param_names" in group:
+        raise ArgumentError(
+            "{argument} has no group without weight decay that can take the parameters which calibration adds.",
+            argument="optimizer",
+            hint=Hint(
+                "Convert with {query_bias} and {first_token}, so that they are there before the optimizer is made.",
+                {"query_bias": "True", "first_token": "True"},
+            ),
+        )
+    order = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    group["params"] = sorted([*group["params"], *new], key=lambda parameter: order.get(id(parameter), -1))
 
 
 def _set_up(module: ModuleType) -> None:

@@ -113,12 +113,12 @@ def trainer(folder: Path, each: nn.Module, **arguments: Any) -> Any:
     return transformers.Trainer(each, args, train_dataset=data, **kept)
 
 
-def decoder() -> Any:
+def decoder(config: sigswap.SigmoidConfig | None = ALL) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=31, pad_token_id=0, **sizes))
-    return sigswap.convert(made, ALL)
+    return sigswap.convert(made, config)
 
 
 def test_trainer_leaves_them_alone(tmp_path: Path) -> None:
@@ -156,3 +156,45 @@ def test_trainer_calibrates_before_its_first_step(tmp_path: Path) -> None:
     sigswap.calibrate(other, [{"input_ids": torch.arange(1, 13).view(2, 6)}], lookups=False, progress=False)
     for name, parameter in ours(each).items():
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+def names_of(optimizer: Any, each: torch.nn.Module) -> list[list[str]]:
+    known = {id(parameter): name for name, parameter in each.named_parameters()}
+    return [[known[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def test_trainer_trains_what_its_calibration_adds(tmp_path: Path) -> None:
+    """transformers' Trainer with `calibration_callback()`: what it adds is trained, and resumes"""
+    each = decoder(None)
+    before = {name for name, _ in each.named_parameters()}
+    callback = sigswap.calibration_callback(1, lookups=False, progress=False)
+    made = trainer(tmp_path, each, callbacks=[callback], weight_decay=0.1)
+    made.train()
+    added = {name for name, _ in each.named_parameters()} - before
+    assert any(name.endswith("query_weight") for name in added)
+    names = names_of(made.optimizer, each)
+    assert added <= set(names[1]) and made.optimizer.param_groups[1]["weight_decay"] == 0.0
+    # In the order of an optimizer that is made for the calibrated model: a state_dict goes by numbers.
+    assert names == names_of(trainer(tmp_path, each, weight_decay=0.1).create_optimizer(), each)
+
+
+def test_a_resumed_run_needs_the_calibrated_model(tmp_path: Path) -> None:
+    each = decoder()
+    callback = sigswap.calibration_callback(1, lookups=False, progress=False)
+    resumed = pytest.importorskip("transformers").TrainerState(global_step=3)
+    with pytest.raises(sigswap.errors.ArgumentError, match="is not calibrated, and the run that is resumed was"):
+        callback.on_train_begin(None, resumed, None, model=each)
+    sigswap.calibrate(each, [{"input_ids": torch.arange(1, 13).view(2, 6)}], lookups=False, progress=False)
+    callback.on_train_begin(None, resumed, None, model=each)
+    assert callback.report is None
+
+
+def test_an_optimizer_that_decays_all_takes_nothing_more(tmp_path: Path) -> None:
+    each = decoder(None)
+    own = torch.optim.AdamW(each.parameters(), weight_decay=0.1)
+    callback = sigswap.calibration_callback(1, lookups=False, progress=False)
+    with (
+        pytest.warns(UserWarning, match="exempt_from_decay"),
+        pytest.raises(sigswap.errors.ArgumentError, match="no group without weight decay"),
+    ):
+        trainer(tmp_path, each, callbacks=[callback], optimizers=(own, None)).train()
