@@ -76,10 +76,3 @@ def test_any_number_of_ranks_reads_what_another_wrote(tmp_path: Path) -> None:
         found = read(converted(), f"{tmp_path}/{way} of 2")
         for name, value in expected.items():
             assert torch.equal(found[name], value), f"{way}: {name}"
-
-
-@pytest.mark.slow
-def test_four_ranks_write_and_two_read(tmp_path: Path) -> None:
-    written(moved(), f"{tmp_path}/one")
-    on_ranks(4, check, str(tmp_path), ["one"])
-    on_ranks(2, check, str(tmp_path), [f"{way} of 4" for way in WRITERS])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from spread import (
     alone,
@@ -27,6 +28,7 @@ from spread import (
     values,
     wrapped,
 )
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import sigswap
 from sigswap.errors import ArgumentError
@@ -76,13 +78,27 @@ def check_training() -> list[str]:
 
 
 def check_saving(folder: str) -> list[str]:
+    """By sigswap.save, and by a distributed checkpoint that one way writes and the next one reads."""
     model = converted()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/checkpoint")
+    last = f"{folder}/checkpoint"
     for what, (way, _) in WAYS.items():
         if way not in (plain, wrapped):
             sigswap.save(way(copy.deepcopy(model)), Path(folder, what))
             found = sigswap.load(Path(folder, what)).state_dict()
             for name, value in model.state_dict().items():
                 assert torch.equal(found[name], value), f"{what} {name}"
+            spread = way(converted())
+            state = {"model": get_model_state_dict(spread)}
+            dcp.load(state, checkpoint_id=last)
+            set_model_state_dict(spread, state["model"])
+            for name, value in values(spread).items():
+                assert torch.equal(value, model.get_parameter(name)), f"{what} {name}"
+            last = f"{folder}/checkpoint of {what}"
+            dcp.save({"model": get_model_state_dict(spread)}, checkpoint_id=last)
     return list(WAYS)
 
 
@@ -99,14 +115,15 @@ def check_beside_tensor_parallelism() -> list[Any]:
     return [{name: value.tolist() for name, value in values(model).items()}]
 
 
-def check_distilling(what: str) -> list[Any]:
-    way, shared_by = WAYS[what]
-    return check_distillation({what: (way, shared_by, {}), "own teacher": (way, shared_by, {"train": "sigmoid"})})
+def check_distilling(*ways: str) -> list[Any]:
+    each = {what: (*WAYS[what], {}) for what in ways}
+    return check_distillation({**each, "own teacher": (*WAYS[ways[-1]], {"train": "sigmoid"})})
 
 
 CASES: dict[str, tuple[Any, ...]] = {"training": (check_training,), "saving": (check_saving,)}
 CASES |= {"tensor parallelism and copies": (check_beside_tensor_parallelism,)}
-CASES |= {f"distillation, {what}": (check_distilling, what) for what in WAYS}
+CASES |= {"distillation": (check_distilling, "plain", "wrapped", "by heads", "fully")}
+CASES |= {f"distillation, {what}": (check_distilling, what) for what in ("by two axes", "in copies")}
 
 
 @pytest.mark.slow
