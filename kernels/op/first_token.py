@@ -124,7 +124,7 @@ def composed_bias(
             score = _products(query, key[:, :, :1], wide)
         else:
             first = _for_batch(first, batch)
-            # Wide: many rows have the same first key, whose gradient is the sum of theirs.
+            # Wide: many rows have the same first key, whose gradient is the sum of theirs, which can nearly cancel.
             score = _products(query, _picked(key.to(wide), first, heads), wide)
         score = score * scale
         if softcap > 0.0:
