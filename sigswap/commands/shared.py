@@ -112,7 +112,7 @@ def _in_message(argument: str, value: str) -> str:
 
 
 def _in_hint(argument: str, value: str) -> str:
-    if value == "None":
+    if value == "None" and argument not in _IN_HINT:
         return f"no {_option(argument)}"
     return _IN_HINT.get(argument, _option(f"no_{argument}" if value == "False" else argument))
 

@@ -48,6 +48,8 @@ class Together:
         """Before a batch: that of this rank's ``rows`` of ``length``. Raises ``problem``, or that another rank has
         one."""
         if self.alone:
+            if problem is not None:
+                raise problem
             return Place(0, rows, length)
         found = self.everyone.numbers(int(problem is not None), rows, length, device=self.device)
         if any(failed for failed, _, _ in found):

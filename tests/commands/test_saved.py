@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -138,7 +139,10 @@ def test_ctrl_c(saved: Path) -> None:
     arguments = ("distill", saved, saved.parent / "original", "--out", saved.parent / "new", "--steps", "1000000")
     options = ("--data", saved.parent / "text.txt", "--length", "16", "--resume", state)
     command = [sys.executable, "-c", program, *map(str, (*arguments, *options))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}, preexec_fn=heard
+    )
     try:
         for _ in range(600):  # it has taken its first hundred steps then
             if state.exists() or process.poll() is not None:

@@ -243,8 +243,8 @@ def test_an_interruption_between_reads_loses_nothing(
     update = stepping.Run._update
     taken = []
 
-    def interrupted(self: Any, optimizer: Any) -> None:
-        update(self, optimizer)
+    def interrupted(self: Any, *args: Any) -> None:
+        update(self, *args)
         taken.append(1)
         if len(taken) == after:
             raise Interrupted
@@ -302,8 +302,8 @@ def test_steps_do_not_wait_for_the_gpu(compile: bool) -> None:
 
     update, done = stepping.Run._update, []
 
-    def watched(self: Any, optimizer: Any) -> None:
-        update(self, optimizer)
+    def watched(self: Any, *args: Any) -> None:
+        update(self, *args)
         done.append(1)
         if len(done) == 2:  # compiled, and the optimizer's state made
             torch.cuda.set_sync_debug_mode("error")
