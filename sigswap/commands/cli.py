@@ -246,6 +246,9 @@ def convert(
             code = _factory(built, model) is not None and not model.startswith("timm:")
             call = f"{_loader(built)}({str(out)!r}{', allow_code=True' if code else ''})"
             console.print(f"Saved to {out}. Load it with {call}.", highlight=False, markup=False)
+            if model.startswith("timm:") and not pretrained:
+                console.print("Its weights are random: --pretrained loads those that timm knows.", highlight=False)
+                return
             command = f"sigswap compare {out} {model}{_held_out(built, model)}{' --allow-code' if code else ''}"
             console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
 
