@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import spread
 import torch
 from ranks import on_ranks
 from torch import Tensor, nn
@@ -21,17 +22,7 @@ BATCH, STEPS = 4, 3
 
 
 def converted() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model = spread.llama(num_key_value_heads=2, initializer_range=0.02).train()
     fields = {"learn_bias": True, "query_bias": True, "layer_scale": 0.5}
     return sigswap.convert(model, sigswap.SigmoidConfig(**fields))
 

@@ -17,19 +17,13 @@ CONFIG = sigswap.SigmoidConfig(learn_bias=True, query_bias=True, layer_scale=0.9
 STEPS = {"steps": 7, "layerwise_steps": 3}
 
 
-def llama() -> Any:
+def llama(**changes: Any) -> Any:
+    """In eval mode. ``changes``: of its config."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        initializer_range=0.15,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {"num_key_value_heads": 4, "initializer_range": 0.15, **changes}
+    config = transformers.LlamaConfig(vocab_size=31, pad_token_id=0, **sizes, **own)
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 

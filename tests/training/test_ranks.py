@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import spread
 import torch
 from ranks import TWO_GPUS, device, on_ranks
 from spread import WAYS, alone, by_heads, check_distillation, mesh, values
@@ -15,21 +16,11 @@ from torch import Tensor, nn
 import sigswap
 from sigswap.errors import CalibrationError, ConversionError, SigswapError
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 
 def llama(**fields: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    model = spread.llama(num_key_value_heads=2, initializer_range=0.02)
     return sigswap.convert(model, sigswap.SigmoidConfig(**fields))
 
 
