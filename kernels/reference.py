@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.host.draws import COLUMN, FIRST, LAST, RANGE, SECOND, SHIFT
 from sigswap.kernels.host.problem import Gradients, Options, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_output
 
@@ -41,6 +42,9 @@ MAX_TILE_SCORES = 1 << 20
 
 MAX_BAND_ROWS = 256
 """Query rows per tile, at most, under a causal mask or a window."""
+
+
+_WORD = 0xFFFFFFFF
 
 
 class _Heads(NamedTuple):
@@ -62,11 +66,11 @@ class _Tile(NamedTuple):
 
 
 class _Dropout(NamedTuple):
-    """Score (b, h, i, j) draws number (((first_batch + b) H + h) M + i) N + j, where sizes are H, M, N."""
+    """Row i of (b, h) is number ((first_batch + b) H + h) M + i, where sizes are H, M."""
 
     seed: Tensor
     first_batch: int
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int]
 
 
 class _Targets(NamedTuple):
@@ -137,34 +141,42 @@ def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -
     return grad, delta.masked_fill(row_sums <= row_cap, 0.0)
 
 
-def random_uniform(seed: Tensor, offset: Tensor) -> Tensor:
-    """What Triton's ``tl.rand(seed, offset)`` draws: Philox4x32-10 (Salmon et al., SC 2011), first word.
+def kept(seed: Tensor, row: Tensor, column: Tensor, dropout_p: float) -> Tensor:
+    """Which scores dropout keeps, as :mod:`sigswap.kernels.host.draws` says.
 
     Args:
         seed: int64, one element.
-        offset: int64, any shape, not negative.
+        row: int64, the number R of each row. column: int64. They broadcast to each other, and are not negative.
+        dropout_p: Compared in float32.
 
     Returns:
-        float32 in [0, 1), of offset's shape.
+        bool, of the shape of both.
     """
-    low = 0xFFFFFFFF
-    c0, c1 = offset & low, offset >> 32
-    c2 = c3 = torch.zeros((), dtype=torch.int64, device=offset.device)
-    k0, k1 = seed & low, (seed >> 32) & low
+    first, second = philox(seed, row)
+    x = (((column * COLUMN) & _WORD) ^ first) * FIRST & _WORD
+    x = (x ^ (x >> SHIFT) ^ second) * SECOND & _WORD
+    return x >= int(min(torch.tensor(dropout_p, dtype=torch.float32).item() * RANGE, LAST))
+
+
+def philox(seed: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two words, in int64, that Philox4x32-10 (Salmon et al., SC 2011) makes of each number, int64, as
+    Triton's ``tl.randint4x(seed, number)``."""
+    c0, c1 = number & _WORD, (number >> 32) & _WORD
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=number.device)
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # 32 x 32 bits overflow int64, but wrap modulo 2^64, so that both halves of the product are right.
         a = c0 * 0xD2511F53
         b = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
-            ((b >> 32) & low) ^ c1 ^ k0,
-            b & low,
-            ((a >> 32) & low) ^ c3 ^ k1,
-            a & low,
+            ((b >> 32) & _WORD) ^ c1 ^ k0,
+            b & _WORD,
+            ((a >> 32) & _WORD) ^ c3 ^ k1,
+            a & _WORD,
         )
-        k0 = (k0 + 0x9E3779B9) & low
-        k1 = (k1 + 0xBB67AE85) & low
-    # As uint_to_uniform_float in Triton: the word as a signed int, negative ones mirrored.
-    return torch.where(c0 > 0x7FFFFFFF, low - c0, c0).to(torch.float32) * 4.6566127342e-10
+        k0 = (k0 + 0x9E3779B9) & _WORD
+        k1 = (k1 + 0xBB67AE85) & _WORD
+    return c0, c1
 
 
 def _forward_into(out: Tensor, problem: Problem, dropout: _Dropout | None) -> None:
@@ -387,19 +399,19 @@ def _dropout(problem: Problem, first_batch: int) -> _Dropout | None:
     if problem.options.dropout_p == 0.0:
         return None
     assert problem.seed is not None  # checked by the op
-    q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
-    if problem.packed is not None:  # which draw as if they were padded to the longest
-        q_len, kv_len = problem.packed.longest_q, problem.packed.longest_k
-    return _Dropout(problem.seed, first_batch, (problem.query.shape[1], q_len, kv_len))
+    # Packed sequences draw as if they were padded to the longest.
+    q_len = problem.query.shape[2] if problem.packed is None else problem.packed.longest_q
+    return _Dropout(problem.seed, first_batch, (problem.query.shape[1], q_len))
 
 
 def _dropout_factor(dropout: _Dropout, tile: _Tile, dropout_p: float, p: Tensor) -> Tensor:
     """0 where dropped, 1 / (1 - dropout_p) elsewhere; of p's shape and dtype."""
     first = tile.batch.start + dropout.first_batch
-    offset = torch.arange(first, first + p.shape[0], device=p.device)
-    for size, where in zip(dropout.sizes, tile[1:], strict=True):
-        offset = (offset * size).unsqueeze(-1) + torch.arange(where.start, where.stop, device=p.device)
-    keep = random_uniform(dropout.seed, offset) >= dropout_p
+    row = torch.arange(first, first + p.shape[0], device=p.device)
+    for size, where in zip(dropout.sizes, (tile.head, tile.row), strict=True):
+        row = (row * size).unsqueeze(-1) + torch.arange(where.start, where.stop, device=p.device)
+    column = torch.arange(tile.key.start, tile.key.stop, device=p.device)
+    keep = kept(dropout.seed, row.unsqueeze(-1), column, dropout_p)
     scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
     return keep.to(p.dtype) * scale
 

@@ -15,3 +15,7 @@ large for it. Measured on an H100: with 1,024 keys a forward takes up to 1.2 tim
 ACCURATE, TAIL, FAST, AUTO, CUBIC_TAIL = 0, 1, 2, 3, 4
 """Values of the kernels' FORM and SLOW. FORM is FAST; or ACCURATE, which stands for SLOW; or AUTO: FAST in blocks whose
 rows all have a bias of at least FAST_BIAS, else SLOW."""
+
+NO_TANH, EXACT_TANH, SHORT_TANH = 0, 1, 2
+"""Values of the kernels' SOFTCAP: none; tanh to 1e-7; tanh to 7e-6 of itself, which half precision does not show, and
+without a special instruction where the scores of a whole warp's part of a tile are below the cap."""

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import settings
-from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, CUBIC_TAIL_BIAS, FAST, FAST_BIAS, TAIL
+from sigswap.kernels.host.forms import (
+    ACCURATE,
+    AUTO,
+    CUBIC_TAIL,
+    CUBIC_TAIL_BIAS,
+    EXACT_TANH,
+    FAST,
+    FAST_BIAS,
+    NO_TANH,
+    SHORT_TANH,
+    TAIL,
+)
 from sigswap.kernels.host.layout import (
     Layout,
     are_wide,
@@ -290,15 +301,19 @@ class Signature:
         return width(self.query.shape[3]), width(self.value.shape[3])
 
     @property
+    def masked_by_rows(self) -> bool:
+        """Whether there is a mask with rows of its own, which takes a load and registers per score."""
+        return self.attn_mask is not None and self.attn_mask.shape[2] > 1
+
+    @property
     def plain(self) -> bool:
-        """Nothing that takes many registers per score: no dropout, no softcap, no mask but one that all rows share."""
-        shared = self.attn_mask is None or self.attn_mask.shape[2] == 1
-        return shared and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
+        """Nothing that takes registers per score: no dropout, no softcap, no mask but one that all rows share."""
+        return not self.masked_by_rows and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
 
     @property
     def only_masked(self) -> bool:
         """A mask with rows of its own is all that is not plain."""
-        return not self.plain and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
+        return self.masked_by_rows and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
 
     @property
     def counted(self) -> bool:
@@ -326,9 +341,9 @@ class Signature:
         """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
 
         float32 would show their errors, and so would a low row cap, which magnifies rows of which all scores are low.
-        Where scores cost much anyway, one form is enough.
+        Where scores cost much anyway, as with a mask to load, one form is enough.
         """
-        fine = self.sigmoid_form == "auto" and self.element_size == 2 and self.plain
+        fine = self.sigmoid_form == "auto" and self.element_size == 2 and not self.masked_by_rows
         return fine and (self.options.row_cap == 0.0 or self.options.row_cap >= LOWEST_MIXED_CAP)
 
     def form(self) -> int:
@@ -349,6 +364,12 @@ class Signature:
             return TAIL
         return CUBIC_TAIL if self._lowest_bias() <= CUBIC_TAIL_BIAS else ACCURATE
 
+    def tanh_form(self) -> int:
+        """Of the soft cap."""
+        if self.options.softcap == 0.0:
+            return NO_TANH
+        return SHORT_TANH if self.sigmoid_form == "auto" and self.element_size == 2 else EXACT_TANH
+
     def _lowest_bias(self) -> float:
         """Of all rows, without the tensor of biases."""
         lowest = self.options.const_bias
@@ -362,7 +383,9 @@ class Signature:
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""
-        if not (self.descriptors and self.plain and limits_of(self.device).capability >= 90 and self.element_size == 2):
+        if not self.descriptors or self.masked_by_rows or self.element_size != 2:
+            return False
+        if limits_of(self.device).capability < 90:
             return False
         scores = self.batch * self.heads * self.q_len * self.kv_len
         return self.packed is None and shortest >= 128 and scores >= FEW_SCORES
@@ -407,7 +430,7 @@ class Signature:
             "HAS_LEFT": band.has_left,
             "HAS_RIGHT": band.has_right,
             "BOTTOM_RIGHT": options.bottom_right,
-            "SOFTCAP": options.softcap > 0.0,
+            "SOFTCAP": self.tanh_form(),
             "DROPOUT": options.dropout_p > 0.0,
             "CAP": options.row_cap > 0.0,
             # Small probabilities would be subnormal in float16; they are held times 1024 there.

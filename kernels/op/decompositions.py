@@ -20,7 +20,7 @@ from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.dense import composed_probs
 from sigswap.kernels.op.first_token import composed_bias
-from sigswap.kernels.reference import random_uniform
+from sigswap.kernels.reference import kept as is_kept
 
 Decompositions = dict[torch._ops.OperatorBase, Callable[..., Any]]
 
@@ -145,7 +145,7 @@ def _dense(
     draws = None
     if options.dropout_p > 0.0:
         first = (_count(batch, query)[:, None] * query.shape[1] + _count(query.shape[1], query))[..., None, None]
-        draws = (first * rows + row) * keys + column
+        draws = first * rows + row, column
     return _call(options, query, key, value, bias, seen, added, _kept(seed, draws, options, query))
 
 
@@ -170,7 +170,7 @@ def _packed(
     draws = None
     if options.dropout_p > 0.0:
         first = sequence * query.shape[1] + _count(query.shape[1], query)[:, None, None]
-        draws = ((first * max_seqlen_q + row) * max_seqlen_k + column)[None]
+        draws = (first * max_seqlen_q + row)[None], column
     kept = _kept(seed, draws, options, query)
     query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
     return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)
@@ -225,12 +225,12 @@ def _in_band(seen: Tensor | None, row: Tensor, column: Tensor, options: Options)
     return seen
 
 
-def _kept(seed: Tensor | None, draws: Tensor | None, options: Options, query: Tensor) -> Tensor | None:
+def _kept(seed: Tensor | None, draws: tuple[Tensor, Tensor] | None, options: Options, query: Tensor) -> Tensor | None:
     if draws is None or seed is None:
         return None
     scale = 1.0 / (1.0 - options.dropout_p) if options.dropout_p < 1.0 else 0.0
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return (random_uniform(seed, draws) >= options.dropout_p).to(dtype) * scale
+    return is_kept(seed, *draws, options.dropout_p).to(dtype) * scale
 
 
 def _dropped(found: _Call) -> Tensor:

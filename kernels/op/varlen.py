@@ -54,9 +54,8 @@ def sigmoid_attention_varlen(
         cu_seqlens_q: int32 [batch + 1], contiguous: sequence b has the rows cu_seqlens_q[b] ...
             cu_seqlens_q[b + 1] - 1. From 0 to total_q; a sequence may have no rows.
         cu_seqlens_k: int32 [batch + 1], likewise of keys, from 0 to total_k.
-        seed: int64, one element; dropout draws from it. Needed if dropout_p > 0, else ignored. Row i and key j of
-            head h of sequence b, which count from the sequence's start, draw number
-            ((b H + h) max_seqlen_q + i) max_seqlen_k + j.
+        seed: int64, one element; dropout draws from it. Needed if dropout_p > 0, else ignored. A sequence
+            draws what it would draw in a batch padded to max_seqlen_q (:mod:`sigswap.kernels.host.draws`).
         max_seqlen_q: At least the rows of the longest sequence.
         max_seqlen_k: At least the keys of the longest sequence.
         scale: This and all that follow: as those of ``sigmoid_attention``.

@@ -27,6 +27,7 @@ from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signatur
 from sigswap.kernels.host.results import gradients_for, hand_over
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.backward_kernels import keys_kernel, mask_kernel, rows_kernel
+from sigswap.kernels.triton.dropout import Draws, draws_for
 from sigswap.kernels.triton.row_biases import Counts, RowBiases, counts_for, row_biases_for
 from sigswap.kernels.triton.sums import Sum
 
@@ -59,9 +60,10 @@ def backward(
         row_bias, floor = bias, None
         if plan.row_biases is not None:
             row_bias, floor = plan.row_biases(problem, count)
+        draws = None if plan.draws is None else plan.draws(problem.seed)
         walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         outputs = new_key, new_value, *((new_query, row_sums) if plan.rows is None else (None, None))
-        sides = rest[0] if rest else row_bias, floor, attn_mask, seed
+        sides = rest[0] if rest else row_bias, floor, attn_mask, draws
         plan.keys.launch(walked_query, key, value, walked_grad, delta, *outputs, *sides, *problem.cu_seqlens)
     if plan.rows is not None:
         keys = plan.rows.describe(key, value)
@@ -100,6 +102,8 @@ class _Plan(NamedTuple):
     row_biases: RowBiases | None
     """For keys alone: every block of keys would work the rows' biases out again, replicated over its threads, which
     are as many logarithms as sigmoids. So they come from a tensor, where they differ between rows."""
+    draws: Draws | None
+    """For keys alone, too."""
     keys: _Walk | None
     """dK and dV, and if rows is None dQ and the row sums of dS, too."""
     rows: _Walk | None
@@ -121,15 +125,15 @@ def _plan(
 ) -> _Plan:
     """grads: of query, key, value, bias and attn_mask; None: not needed."""
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    keys = rows = row_biases = sum_rows = mask = sum_mask = None
+    keys = rows = row_biases = draws = sum_rows = mask = sum_mask = None
     sums = grad_bias is not None
     need_rows, need_keys = grad_query is not None or sums, grad_key is not None or grad_value is not None
     together = need_keys and _together(signature, key_tile)
     if need_keys:
-        row_biases = row_biases_for(signature)
+        row_biases, draws = row_biases_for(signature), draws_for(signature)
         rows_too = (grad_query, sums) if together else (None, False)
         keys = _walk_rows_of_keys(
-            signature, grad_out, delta, grad_key, grad_value, *rows_too, row_biases, key_tile, tma
+            signature, grad_out, delta, grad_key, grad_value, *rows_too, row_biases, draws, key_tile, tma
         )
     if need_rows and not together:
         rows = _walk_keys_of_rows(signature, grad_out, delta, grad_query, sums, row_tile, tma)
@@ -138,7 +142,7 @@ def _plan(
     if grad_mask is not None:
         parts, mask = _mask_launch(signature, grad_out, delta)
         sum_mask = Sum(grad_mask, parts, signature.device)
-    return _Plan(counts_for(signature), row_biases, keys, rows, sum_rows, mask, sum_mask)
+    return _Plan(counts_for(signature), row_biases, draws, keys, rows, sum_rows, mask, sum_mask)
 
 
 def _together(signature: Signature, tile: Tile | None) -> bool:
@@ -158,6 +162,7 @@ def _walk_rows_of_keys(
     grad_query: Layout | None,
     sums: bool,
     row_biases: RowBiases | None,
+    draws: Draws | None,
     tile: Tile | None,
     tma: bool | None,
 ) -> _Walk:
@@ -170,7 +175,7 @@ def _walk_rows_of_keys(
     if tma and describable(query) and describable(grad_out):
         described = by_rows(query, tile.rows), by_rows(grad_out, tile.rows)
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    _, _, attn_mask, seed = signature.side_layouts()
+    words = None if draws is None else draws.layout
     bias: Layout | Described | None = signature.bias
     floor = None
     if row_biases is not None:
@@ -186,13 +191,14 @@ def _walk_rows_of_keys(
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums, delta=delta)
     arguments |= _loop_arguments(tile, described)
+    arguments["draw_rows"] = 0 if words is None else words.shape[1]
     arguments["BIAS_ROWS"] = row_biases is not None
     arguments["VISIBLE"] = signature.options.visible_bias and row_biases is None
     floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
     walked = described or (query, grad_out)
     operands = walked[0], key, value, walked[1], delta, grad_key, grad_value, grad_query, row_sums
-    tensors = (*operands, bias, floor, attn_mask, seed, *signature.cu_layouts())
+    tensors = (*operands, bias, floor, signature.attn_mask, words, *signature.cu_layouts())
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     launch = Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
     return _Walk(launch, described)

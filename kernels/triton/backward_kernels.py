@@ -13,9 +13,7 @@ from sigswap.kernels.triton.common import (
     _ROW_BIAS_BLOCK,
     UNSPECIALIZED,
     elements,
-    first_draw,
     is_edge,
-    kept,
     keys_of_rows,
     load_numbers,
     load_rows,
@@ -27,21 +25,22 @@ from sigswap.kernels.triton.common import (
     store_rows,
     unit_of,
 )
+from sigswap.kernels.triton.dropout import drawn_rows, first_row, kept, row_draws, scale_of
 
 # Device functions. In the kernel of dK and dV tiles of scores are [keys, rows], else [rows, keys].
 
 
 @triton.jit
 def _score_gradients(
-    s, dp, delta, row_bias, row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift,
-    left, right, scale, softcap, dropout_p, edge, end,
+    s, dp, delta, row_bias, row, col, mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len,
+    shift, left, right, scale, softcap, dropout_p, edge, end,
     MASK_ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """(p after dropout but for its factor 1 / (1 - dropout_p), dS, dX).
 
-    delta: of the rows below a row cap, else None. end: whether some of the keys are out of range, whose dP is 0, but
-    not with delta.
+    first_word, second_word: what dropout drew for the rows. delta: of the rows below a row cap, else None. end: whether
+    some of the keys are out of range, whose dP is 0, but not with delta.
     """
     p, slope = probabilities(
         s, row_bias, row, col, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right, scale, softcap,
@@ -49,9 +48,9 @@ def _score_gradients(
     )  # fmt: skip
     dropped = p
     if DROPOUT:
-        keep = kept(seed, draw0, row, col, draw_len, dropout_p)
+        keep = kept(first_word, second_word, col, dropout_p)
         dropped = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp / tl.maximum(1.0 - dropout_p, 1e-30), 0.0)  # with dropout_p = 1 nothing is kept
+        dp = tl.where(keep, dp * scale_of(dropout_p), 0.0)
     if delta is not None:
         dp -= delta
         if end:
@@ -66,8 +65,8 @@ def _score_gradients(
 @triton.jit
 def _accumulate_keys(
     dk, dv, keys, values, col0, active, q, do, delta, dq_out, sum_out, stride_q_n, stride_do_n, stride_delta_n,
-    stride_dq_n, stride_sum_n, bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-    q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
+    stride_dq_n, stride_sum_n, bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, draws, draw_rows,
+    head_row, q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -99,9 +98,12 @@ def _accumulate_keys(
         row_delta = None
         if delta is not None:
             row_delta = load_numbers(delta, row, q_len, stride_delta_n)[None, :]
+        first_word, second_word = None, None
+        if DROPOUT:
+            first_word, second_word = drawn_rows(draws, draw_rows, head_row, row[None, :], row[None, :] < q_len)
         p, ds, dx = _score_gradients(
-            s, dp, row_delta, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, seed, draw0,
-            draw_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, col0 + BLOCK_N > kv_len,
+            s, dp, row_delta, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, first_word,
+            second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, col0 + BLOCK_N > kv_len,
             MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
         if P_SCALE != 1.0:
@@ -118,7 +120,7 @@ def _accumulate_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
-    q, k, v, do, delta, dk_out, dv_out, dq_out, sum_out, bias, floor, mask, seed, cu_q, cu_k,
+    q, k, v, do, delta, dk_out, dv_out, dq_out, sum_out, bias, floor, mask, draws, cu_q, cu_k,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
@@ -126,7 +128,7 @@ def keys_kernel(
     stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
+    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p, draw_rows,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -140,7 +142,8 @@ def keys_kernel(
 
     The row bias is const_bias, less ln kv_len if VISIBLE, plus bias, if it is a number per head; or all in bias, a
     vector of rows (BIAS_ROWS), of which floor has each block's minimum, if FORM is AUTO. q, do, and a bias of rows:
-    descriptors if TMA (stride_bias_b and stride_bias_h then count the bias's rows).
+    descriptors if TMA (stride_bias_b and stride_bias_h then count the bias's rows). draws: what draws_kernel wrote, of
+    draw_rows rows.
     """
     scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -156,7 +159,7 @@ def keys_kernel(
     kv_head = (tl.program_id(0) // blocks) % kv_heads
     batch = tl.program_id(0) // blocks // kv_heads
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
-    draw_rows, draw_len = q_len, kv_len
+    padded_len = q_len
     if cu_q is not None:
         q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -190,7 +193,7 @@ def keys_kernel(
     for member in range(0, group):
         head = kv_head * group + member
         head64 = head.to(tl.int64)
-        draw0 = first_draw(batch, heads, head, draw_rows)
+        head_row = first_row(batch, heads, head, padded_len)
         q_head, do_head = q, do
         if not TMA:
             q_head += batch64 * stride_q_b + head64 * stride_q_h
@@ -217,7 +220,7 @@ def keys_kernel(
             if floor is not None:
                 floors = floor + batch64 * stride_floor_b + head64 * stride_floor_h
                 lowest = tl.full((), float("inf"), tl.float32)
-                block_count = tl.cdiv(draw_rows, _ROW_BIAS_BLOCK)
+                block_count = tl.cdiv(padded_len, _ROW_BIAS_BLOCK)
                 for at in range(0, block_count, 64):
                     block = at + tl.arange(0, 64)
                     lowest = tl.minimum(
@@ -229,7 +232,7 @@ def keys_kernel(
                 dk, dv, keys, values, col0, fast, q_head, do_head, delta_head, dq_head, sum_head,
                 stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch, head,
                 mask_head, stride_mask_m, stride_mask_n,
-                seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
+                draws, draw_rows, head_row, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT,
                 SOFTCAP,
                 DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
@@ -238,8 +241,8 @@ def keys_kernel(
             dk, dv = _accumulate_keys(
                 dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, delta_head,
                 dq_head, sum_head, stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head,
-                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len,
-                shift, left, right, scale, softcap,
+                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n, draws, draw_rows, head_row, q_len,
+                kv_len, shift, left, right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
                 HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
             )  # fmt: skip
@@ -250,7 +253,7 @@ def keys_kernel(
     if dv_out is not None:
         factor = 1.0 / P_SCALE
         if DROPOUT:
-            factor = factor / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+            factor *= scale_of(dropout_p)
         dv_out += batch64 * stride_dv_b + kv_head64 * stride_dv_h
         store_rows(dv_out, dv * factor, col0, kv_len, stride_dv_n, VALUE_DIM, BLOCK_N, BLOCK_DV)
 
@@ -258,7 +261,7 @@ def keys_kernel(
 @triton.jit
 def _accumulate_rows(
     dq, row_sum, rows, grads, delta, row_bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+    mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -279,8 +282,8 @@ def _accumulate_rows(
         values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         _, ds, dx = _score_gradients(
-            s, dp, delta, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len,
-            q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, start + BLOCK_N > kv_len,
+            s, dp, delta, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, first_word,
+            second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, start + BLOCK_N > kv_len,
             MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
         )  # fmt: skip
         if SUM:
@@ -320,7 +323,7 @@ def rows_kernel(
     batch = tl.program_id(0) // blocks // heads
     kv_head = head // group
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    draw0, draw_len = first_draw(batch, heads, head, q_len), kv_len
+    head_row = first_row(batch, heads, head, q_len)
     if cu_q is not None:
         q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -366,6 +369,9 @@ def rows_kernel(
         row, bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift, left, right,
         BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
+    first_word, second_word = None, None
+    if DROPOUT:
+        first_word, second_word = row_draws(seed, head_row, row[:, None])
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     fast = 1
@@ -374,7 +380,7 @@ def rows_kernel(
     if FORM >= _FAST:
         dq, row_sum = _accumulate_rows(
             dq, row_sum, rows, grads, row_delta, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
-            mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
+            mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap, dropout_p,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
             DROPOUT, sum_out is not None, _FAST, ASM, TMA, PRECISION,
@@ -382,7 +388,7 @@ def rows_kernel(
     if FORM != _FAST:
         dq, row_sum = _accumulate_rows(
             dq, row_sum, rows, grads, row_delta, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n,
-            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len,
+            stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len,
             shift, left, right,
             scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, SLOW, ASM, TMA, PRECISION,
@@ -498,10 +504,13 @@ def mask_kernel(
         if delta is not None:
             of_rows = delta + batch64 * stride_delta_b + head64 * stride_delta_h
             row_delta = load_numbers(of_rows, row, q_len, stride_delta_n)[:, None]
+        first_word, second_word = None, None
+        if DROPOUT:
+            first_word, second_word = row_draws(seed, first_row(batch64, heads, head64, q_len), row[:, None])
         _, ds, _ = _score_gradients(
             s, dp, row_delta, row_bias[:, None], row[:, None], col[None, :],
-            mask + own_batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, seed,
-            (batch64 * heads + head64) * q_len, kv_len, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
+            mask + own_batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, first_word,
+            second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
             True, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
         )  # fmt: skip
         total += ds

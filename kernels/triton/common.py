@@ -27,11 +27,13 @@ are asked for) keys out of range would count, and are left out of the last tile.
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
 from sigswap.kernels import MASKED_SCORE
-from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, FAST_BIAS, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, FAST_BIAS, SHORT_TANH, TAIL
 
 _ACCURATE = tl.constexpr(ACCURATE)
 _TAIL = tl.constexpr(TAIL)
@@ -39,6 +41,7 @@ _FAST = tl.constexpr(FAST)
 _AUTO = tl.constexpr(AUTO)
 _CUBIC_TAIL = tl.constexpr(CUBIC_TAIL)
 _FAST_BIAS = tl.constexpr(FAST_BIAS)
+_SHORT_TANH = tl.constexpr(SHORT_TANH)
 _MASKED_SCORE = tl.constexpr(MASKED_SCORE)
 ROW_BIAS_BLOCK = 256
 """Rows of a block of bias_kernel()."""
@@ -81,12 +84,44 @@ _CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32, cubic=True))
 # Outputs are written before the last inputs are read.
 _TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
 
+# Of tanh(u) / u for |u| <= 1 in powers of u^2, to a relative 7e-6.
+TANH_COEFFICIENTS = (
+    0.999993085861206,
+    -0.3329806327819824,
+    0.1303680986166,
+    -0.04481752216815949,
+    0.009036408737301826,
+)
+
+
+def tanh_assembly(pack: int) -> str:
+    """PTX of tanh of as many elements: a polynomial, or 1 - 2 / (e^2u + 1) if one of the warp's is above 1."""
+    each = range(pack)
+    source = [f"${pack + i}" for i in each]
+    *lower, top = (f"0f{struct.unpack('>I', struct.pack('>f', number))[0]:08X}" for number in TANH_COEFFICIENTS)
+    lines = ["{ .reg .f32 r, s, m; .reg .pred large;", f"abs.f32 m, {source[0]};"]
+    lines += [f"abs.f32 r, {source[i]}; max.f32 m, m, r;" for i in each[1:]]
+    for i in each:
+        lines += [f"mul.f32 s, {source[i]}, {source[i]}; fma.rn.f32 r, s, {top}, {lower[-1]};"]
+        lines += [f"fma.rn.f32 r, r, s, {number};" for number in reversed(lower[:-1])]
+        lines += [f"mul.f32 ${i}, r, {source[i]};"]
+    lines += ["setp.gt.f32 large, m, 0f3F800000;", "vote.sync.any.pred large, large, 0xffffffff;", "@!large bra DONE;"]
+    for i in each:
+        lines += [f"min.NaN.f32 r, {source[i]}, 0f41A00000; mul.f32 r, r, 0f4038AA3B; ex2.approx.ftz.f32 r, r;"]
+        lines += [f"add.f32 r, r, 0f3F800000; rcp.approx.ftz.f32 r, r; fma.rn.f32 ${i}, r, 0fC0000000, 0f3F800000;"]
+    return " ".join([*lines, "DONE: }"])
+
+
+_TANH_PACK = tl.constexpr(16)
+_TANH_ASSEMBLY = tl.constexpr(tanh_assembly(16))
+_TANH_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 16))
+
 UNSPECIALIZED = (
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "da", "dq", "dk", "dv") for dim in "bhn"),
     *("stride_sum_b", "stride_sum_h", "stride_sum_n", "stride_delta_b", "stride_delta_h", "stride_delta_n"),
     *("stride_floor_b", "stride_floor_h", "stride_out_h"),
     *("heads", "group", "q_len", "kv_len", "left", "right", "scale", "softcap", "const_bias", "dropout_p", "row_cap"),
-    *("stride_split", "splits", "mask_batches", "terms", "terms_per_split", "tiles", "total"),
+    *("stride_split", "splits", "mask_batches", "terms", "terms_per_split", "tiles", "total", "draw_rows"),
 )
 """Scalars whose value (1, a multiple of 16) must not compile another kernel. Strides of operands come in units of 8
 elements, if they allow it, so nothing is lost."""
@@ -140,6 +175,19 @@ def sigmoid(x, FORM: tl.constexpr, ASM: tl.constexpr):
             )
         else:
             return 1 / (1 + tl.exp2(-tl.maximum(x, -60.0, propagate_nan=tl.PropagateNan.ALL)))
+
+
+@triton.jit
+def soft_tanh(u, SOFTCAP: tl.constexpr, ASM: tl.constexpr):
+    """tanh(u), by the kernels' SOFTCAP."""
+    if SOFTCAP == _SHORT_TANH and ASM:
+        return tl.inline_asm_elementwise(
+            _TANH_ASSEMBLY, _TANH_CONSTRAINTS, [u], dtype=tl.float32, is_pure=True, pack=_TANH_PACK
+        )
+    else:
+        # tanh.approx would be off by 5e-4. This is off by 1e-7, for |u| large and small alike.
+        capped = tl.minimum(u, 20.0, propagate_nan=tl.PropagateNan.ALL)
+        return 1 - 2 / (tl.exp2(capped * (2 * _LOG2E)) + 1)
 
 
 @triton.jit
@@ -226,9 +274,7 @@ def probabilities(
     unit: tl.constexpr = 0.5 if FORM == _FAST else _LOG2E  # unit_of(FORM), whose result is no constant
     slope = s
     if SOFTCAP:
-        # tanh.approx would be off by 5e-4 of the cap. 1 - 2 / (e^2x + 1), for |x| large and small alike, by 1e-7.
-        capped = tl.minimum(s * (scale / softcap), 20.0, propagate_nan=tl.PropagateNan.ALL)
-        tanh = 1 - 2 / (tl.exp2(capped * (2 * _LOG2E)) + 1)
+        tanh = soft_tanh(s * (scale / softcap), SOFTCAP, ASM)
         slope = 1 - tanh * tanh
         x = tanh * (softcap * unit) + row_bias
     else:
@@ -255,19 +301,6 @@ def probabilities(
     if FORM != _FAST and (mask is not None or ((HAS_LEFT or HAS_RIGHT) and edge)):
         p = tl.where(x == float("-inf"), 0.0, p)
     return p, slope
-
-
-@triton.jit
-def first_draw(batch, heads, head, q_len):
-    """(b H + h) M. Packed sequences draw as if they were padded to the longest: M and N are those."""
-    return (batch.to(tl.int64) * heads + head) * q_len
-
-
-@triton.jit
-def kept(seed, first, row, col, kv_len, dropout_p):
-    """Which probabilities dropout keeps: score (b, h, i, j) draws number ((b H + h) M + i) N + j."""
-    offset = (first + row) * kv_len + col
-    return tl.rand(tl.load(seed), offset) >= dropout_p
 
 
 @triton.jit

@@ -28,9 +28,7 @@ from sigswap.kernels.triton.common import (
     _FAST_BIAS,
     UNSPECIALIZED,
     elements,
-    first_draw,
     is_edge,
-    kept,
     keys_of_rows,
     load_rows,
     places_of_rows,
@@ -40,6 +38,7 @@ from sigswap.kernels.triton.common import (
     store_numbers,
     unit_of,
 )
+from sigswap.kernels.triton.dropout import first_row, kept, row_draws, scale_of
 from sigswap.kernels.triton.row_biases import Counts, counts_for
 
 
@@ -147,7 +146,7 @@ def _short_rows(tile: Tile, rows: int) -> Tile:
 @triton.jit
 def _accumulate(
     acc, row_sum, q, bias, row0, active, k, v, stride_k_n, stride_v_n, batch, kv_head,
-    mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale, softcap,
+    mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale, softcap,
     dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -175,7 +174,7 @@ def _accumulate(
                 p = tl.where(cols < kv_len, p, 0.0)
             row_sum += tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(seed, draw0, rows, cols, draw_len, dropout_p), p, 0.0)
+            p = tl.where(kept(first_word[:, None], second_word[:, None], cols, dropout_p), p, 0.0)
         if P_SCALE != 1.0:
             p *= P_SCALE
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -216,7 +215,7 @@ def _forward_kernel(
     batch = tl.program_id(0) // blocks // heads
     kv_head = head // group
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    draw0, draw_len = first_draw(batch, heads, head, q_len), kv_len
+    head_row = first_row(batch, heads, head, q_len)
     if cu_q is not None:
         q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
         q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
@@ -252,6 +251,9 @@ def _forward_kernel(
         row0 + tl.arange(0, BLOCK_M), bias, stride_bias_m, count, stride_count_m, const_bias, q_len, kv_len, shift,
         left, right, BIAS_ROWS, VISIBLE, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
+    first_word, second_word = None, None
+    if DROPOUT:
+        first_word, second_word = row_draws(seed, head_row, row0 + tl.arange(0, BLOCK_M))
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     SUMS: tl.constexpr = CAP or sum_out is not None
@@ -271,7 +273,7 @@ def _forward_kernel(
     if FORM >= _FAST:
         acc, row_sum = _accumulate(
             acc, row_sum, queries, row_bias, row0, fast, k, v, stride_k_n, stride_v_n, batch, kv_head,
-            mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
+            mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, SUMS,
@@ -280,7 +282,7 @@ def _forward_kernel(
         acc, row_sum = _accumulate(
             acc, row_sum, queries, row_bias, row0, 1 - fast if FORM == _AUTO else 1, k, v, stride_k_n, stride_v_n,
             batch, kv_head,
-            mask, stride_mask_m, stride_mask_n, seed, draw0, draw_len, q_len, kv_len, shift, left, right, scale,
+            mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, SUMS,
@@ -288,7 +290,7 @@ def _forward_kernel(
 
     factor = 1.0 / P_SCALE
     if DROPOUT:
-        factor = factor / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+        factor *= scale_of(dropout_p)
     if CAP:
         acc *= (factor / tl.maximum(row_sum, single(row_cap)))[:, None]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 
@@ -140,8 +141,8 @@ def test_matches_the_definition_forward_and_backward(problem: dict) -> None:
     seed = torch.tensor([problem["seed"]])
     keep = None
     if options["dropout_p"]:
-        offset = torch.arange(batch * heads * q_len * kv_len).view(full)
-        keep = reference.random_uniform(seed, offset) >= options["dropout_p"]
+        row = torch.arange(batch * heads * q_len).view(*full[:3], 1)
+        keep = reference.kept(seed, row, torch.arange(kv_len), options["dropout_p"])
 
     inputs = [t for t in (query, key, value, bias, mask) if t is not None and t.is_floating_point()]
     for tensor in inputs:
@@ -228,44 +229,82 @@ def test_the_memory_test_can_fail() -> None:
     assert largest.elements == 2 * 256 * 256
 
 
-TRITON_RAND = """
+TRITON_DRAWS = """
 import torch, triton, triton.language as tl
+from sigswap.kernels.triton.dropout import kept, row_draws
 
 @triton.jit
-def draw(seed_ptr, out_ptr, start, N: tl.constexpr, WIDE: tl.constexpr):
-    index = tl.arange(0, N)
-    offset = start + index.to(tl.int64) if WIDE else start + index
-    tl.store(out_ptr + index, tl.rand(tl.load(seed_ptr), offset))
+def draw(seed, out, first, dropout_p, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    first_word, second_word = row_draws(seed, first.to(tl.int64), row)
+    keep = kept(first_word, second_word, column, dropout_p)
+    tl.store(out + row * COLUMNS + column, keep.to(tl.int8))
 
 results = []
 for seed in (0, 5, 2**31 + 7, 2**62 - 1):
-    for start, wide in ((0, False), (0, True), (2**31 - 256, False), (2**31 - 50, True), (3 * 2**33 + 5, True)):
-        out = torch.empty(256)
-        draw[(1,)](torch.tensor([seed]), out, start, 256, wide)
-        results.append((seed, start, out))
+    for first, dropout_p in ((0, 0.1), (2**31 - 8, 0.5), (2**32 - 5, 0.99), (3 * 2**33 + 5, 1.0), (7, 2.0**-20)):
+        out = torch.empty(16, 256, dtype=torch.int8)
+        draw[(1,)](torch.tensor([seed]), out, torch.tensor(first).item(), dropout_p, 16, 256)
+        results.append((seed, first, dropout_p, out))
 torch.save(results, __import__("sys").argv[1])
 """
 
 
-def test_random_numbers_are_tritons(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(seed: int, row: int, columns: int) -> list[int]:
+    """The numbers of a row, in Python's integers, as kernels/host/draws.py defines them."""
+    word = 2**32
+    state, key = [row % word, row // word, 0, 0], [seed % word, seed // word]
+    for _ in range(10):
+        low, high = state[0] * 0xD2511F53, state[2] * 0xCD9E8D57
+        state = [high // word ^ state[1] ^ key[0], high % word, low // word ^ state[3] ^ key[1], low % word]
+        key = [(key[0] + 0x9E3779B9) % word, (key[1] + 0xBB67AE85) % word]
+    found = []
+    for column in range(columns):
+        x = (column * 0x9E3779B1 % word ^ state[0]) * 0x7FEB352D % word
+        found.append((x ^ x >> 15 ^ state[1]) * 0x846CA68B % word)
+    return found
+
+
+def test_dropout_draws_the_same_in_triton(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     # A process of its own: Triton reads TRITON_INTERPRET when it is imported, and needs a file for its source.
     script, saved = tmp_path / "draw.py", tmp_path / "drawn.pt"
-    script.write_text(TRITON_RAND)
+    script.write_text(TRITON_DRAWS)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     subprocess.run([sys.executable, str(script), str(saved)], check=True, timeout=120)
     results = torch.load(saved)
     assert len(results) == 20
-    for seed, start, drawn in results:
-        offset = torch.arange(start, start + 256)
-        assert torch.equal(reference.random_uniform(torch.tensor([seed]), offset), drawn), (seed, start)
+    for seed, first, dropout_p, out in results:
+        rows = torch.arange(first, first + 16)[:, None]
+        kept = reference.kept(torch.tensor([seed]), rows, torch.arange(256), dropout_p)
+        assert torch.equal(kept, out.bool()), (seed, first, dropout_p)
+        limit = min(float(torch.tensor(dropout_p)), 1 - 2**-24) * 2**32
+        expected = [[number >= limit for number in drawn(seed, first + row, 256)] for row in (0, 15)]
+        assert kept[[0, 15]].tolist() == expected
 
 
-def test_random_numbers_are_uniform() -> None:
-    drawn = reference.random_uniform(torch.tensor([11]), torch.arange(200_000))
-    assert drawn.min() >= 0 and drawn.max() < 1
-    assert abs(drawn.mean() - 0.5) < 0.003
-    assert abs(drawn.var() - 1 / 12) < 0.001
+@pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5])
+def test_what_dropout_keeps_is_independent(dropout_p: float) -> None:
+    """Each figure is a standard normal number, if no score knows of another: the share, products of neighbours in all
+    directions and at the distances of tiles, of three and of four, and the spectra along rows and columns."""
+    rows, columns = 1024, 1024
+    kept = reference.kept(torch.tensor([2**40 + 3]), torch.arange(rows)[:, None], torch.arange(columns), dropout_p)
+    x = (kept.double() - (1 - dropout_p)) / math.sqrt(dropout_p * (1 - dropout_p))
+    figures = {"share": x.sum() / math.sqrt(x.numel())}
+    for lag in (1, 2, 3, 4, 8, 16, 32, 64, 128, 512):
+        for name, product in (
+            ("columns", x[:, lag:] * x[:, :-lag]),
+            ("rows", x[lag:] * x[:-lag]),
+            ("diagonal", x[lag:, lag:] * x[:-lag, :-lag]),
+            ("square", x[lag:, lag:] * x[:-lag, :-lag] * x[:-lag, lag:] * x[lag:, :-lag]),
+        ):
+            figures[f"{name} {lag}"] = product.sum() / math.sqrt(product.numel())
+    three = x[:, 2:] * x[:, 1:-1] * x[:, :-2]
+    figures["three"] = three.sum() / math.sqrt(three.numel())
+    assert max(abs(float(figure)) for figure in figures.values()) < 4.5, figures
+    for dim in (0, 1):
+        power = torch.fft.rfft(x, dim=dim).abs().square().mean(1 - dim)[1:-1] / x.shape[dim]
+        assert ((power - 1) * math.sqrt(x.shape[1 - dim])).abs().max() < 6
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])

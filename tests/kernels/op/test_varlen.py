@@ -78,7 +78,7 @@ def packed(
 
 def oracle(inputs: Packed, options: Options) -> Tensor:
     """The definition, in inputs' dtype, sequence by sequence and head by head."""
-    query, key, value, bias, cu_q, cu_k, seed, max_q, max_k = inputs
+    query, key, value, bias, cu_q, cu_k, seed, max_q, _ = inputs
     heads = query.shape[1]
     group = heads // key.shape[1]
     out = query.new_zeros(query.shape[0], heads, value.shape[2])
@@ -110,8 +110,7 @@ def oracle(inputs: Packed, options: Options) -> Tensor:
             divisor = p.sum(1, keepdim=True).clamp(min=options.row_cap) if options.row_cap else 1.0
             if options.dropout_p:
                 assert seed is not None
-                offset = ((number * heads + h) * max_q + row) * max_k + col
-                keep = reference.random_uniform(seed, offset) >= options.dropout_p
+                keep = reference.kept(seed, (number * heads + h) * max_q + row, col, options.dropout_p)
                 p = torch.where(keep, p / (1 - options.dropout_p), 0.0)
             columns.append(p @ v / divisor)
         parts.append(torch.stack(columns, 1))

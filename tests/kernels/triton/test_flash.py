@@ -167,7 +167,7 @@ def straightforward(
 ) -> list[Tensor]:
     """Output and gradients by matmul, sigmoid and matmul, in dtype throughout.
 
-    draws: the numbers of dropout's random numbers, [B, H, M, N]; by default they are counted.
+    draws: the numbers of the rows, by which dropout draws, [B, H, M, 1]; by default they are counted.
     held: what a row cap divides by is a constant to the gradients.
     """
     options = problem.options
@@ -209,8 +209,8 @@ def straightforward(
     if options.dropout_p:
         assert problem.seed is not None
         if draws is None:
-            draws = torch.arange(p.numel(), device=p.device).view(p.shape)
-        keep = reference.random_uniform(problem.seed, draws) >= options.dropout_p
+            draws = torch.arange(p[..., 0].numel(), device=p.device).view(*p.shape[:3], 1)
+        keep = reference.kept(problem.seed, draws, torch.arange(p.shape[3], device=p.device), options.dropout_p)
         p = p * keep / (1 - options.dropout_p)
     out = p @ v if divisor is None else p @ v / divisor
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -409,14 +409,13 @@ def random_packed_problem(index: int, device: str = DEVICE) -> PackedProblem:
     # The longest may be given too long.
     packed = Packed(cu_q, cu_k, max(q_lens) + draw.choice((0, 9)), max(k_lens) + draw.choice((0, 7)))
     each, draws = [], []
-    for i, (m, n) in enumerate(zip(q_lens, k_lens, strict=True)):
+    for i, m in enumerate(q_lens):
         q, k = slice(sum(q_lens[:i]), sum(q_lens[: i + 1])), slice(sum(k_lens[:i]), sum(k_lens[: i + 1]))
         own_bias = bias if bias is None or bias.shape[2] == 1 else bias[:, :, q]
         tensors = query[:, :, q], key[:, :, k], value[:, :, k], own_bias, None, base.seed, grad_out[:, :, q]
         each.append(problem_of(*tensors, base.options))
         head, row = torch.arange(heads, device=device)[:, None, None], torch.arange(m, device=device)[:, None]
-        number = ((i * heads + head) * packed.longest_q + row) * packed.longest_k + torch.arange(n, device=device)
-        draws.append(number[None])
+        draws.append(((i * heads + head) * packed.longest_q + row)[None])
     return PackedProblem(whole, packed, each, draws)
 
 
