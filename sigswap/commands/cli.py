@@ -386,6 +386,14 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures. Needs matplotlib.")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="DIR",
+            help="Of the suite distributed: how much of NCCL's time nothing else covers; writes traces there.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure sigswap beside PyTorch's softmax attention, on a GPU.
@@ -403,15 +411,18 @@ def bench(
 
     distributed: in the processes that torchrun starts (torchrun --nproc-per-node 2 --no-python sigswap bench --suite
     distributed): a step of training under data (FSDP2), tensor and context parallelism, beside softmax attention under
-    the same: time, bytes sent, exposed communication, memory. --quick has sizes for CPUs.
+    the same: time, bytes sent, exposed communication, memory. --quick has sizes for CPUs; --profile tells what of the
+    communication overlaps with what.
     """
     with failures(False, debug):
         if suite is not None and DISTRIBUTED in suite:
             from sigswap.bench.distributed.run import report
 
             refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
-            report(refused, json_file, dtype=dtype, quick=quick, labels=cell, console=errors)
+            report(refused, json_file, dtype=dtype, quick=quick, labels=cell, profile=profile, console=errors)
             return
+        if profile is not None:
+            raise ArgumentError("--profile is of the suite distributed alone.")
         from sigswap.bench import run as benchmark
         from sigswap.bench.results import check_plot
 

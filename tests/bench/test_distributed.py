@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
 from rich.console import Console
+from torch.distributed.device_mesh import init_device_mesh
 from typer.testing import CliRunner
 
 from sigswap.bench.distributed import run as bench
 from sigswap.bench.distributed.cells import cells
 from sigswap.bench.distributed.cost import fsdp_bytes, tensor_bytes
+from sigswap.bench.distributed.overlap import Overlap
 from sigswap.bench.distributed.results import DistributedBenchmark, Figures, Row
 from sigswap.bench.distributed.subjects import _compare
 from sigswap.commands.cli import app
@@ -27,6 +30,11 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 def measured() -> tuple[dict[str, Any], list[str], str]:
     told: list[str] = []
     result = bench.run(dtype="fp32", quick=True, tell=told.append)
+    rank = torch.distributed.get_rank()
+    with pytest.MonkeyPatch.context() as patch:  # no kernels here
+        patch.setattr(bench, "profiled", lambda step, trace: Overlap(4.0, 2.0, 2.0 * rank, 0.0))
+        seen = bench._overlap(lambda: None, init_device_mesh("cpu", (2,)), Path("trace.json"))
+    assert seen == Overlap(computing=4.0, communicating=2.0, exposed=1.0, idle=0.0)  # the mean
     console = Console(file=io.StringIO(), width=100)
     console.print(result)
     return result.to_dict(), told, console.file.getvalue()  # type: ignore[attr-defined]
@@ -82,6 +90,17 @@ def test_figures() -> None:
     assert dataclasses.replace(row, figures={"sigswap": ours}).of_softmax("sigswap") is None
 
 
+def test_figures_of_a_profile() -> None:
+    seen = Overlap(computing=6.0, communicating=3.0, exposed=1.0, idle=1.0)
+    row = Row(cells(quick=True)[2], {"sigswap ring": Figures(8.0, 2**20, None, 0.1, None, seen)}, {})
+    result = DistributedBenchmark({"device": "X"}, 2, "bf16", [row])
+    console = Console(file=io.StringIO(), width=100)
+    console.print(result)
+    line = console.file.getvalue().split("profiled, ms")[1]  # type: ignore[attr-defined]
+    assert [text in line for text in ("6.00", "3.00", "1.00", "12%")] == [True] * 4
+    assert result.to_dict()["rows"][0]["results"]["sigswap ring"]["overlap"]["exposed"] == 1.0
+
+
 def test_a_wrong_result_has_no_figure() -> None:
     right = torch.ones(8, dtype=torch.float64)
     _compare("output", 1.01 * right, right)
@@ -97,7 +116,11 @@ def test_what_it_refuses() -> None:
         bench.run(dtype="int8")
     with pytest.raises(ArgumentError, match="no cell"):
         bench.run(labels=["pipeline*"])
+    with pytest.raises(ArgumentError, match="no directory nowhere"):
+        bench.run(quick=True, profile=Path("nowhere"))
     answer = CliRunner().invoke(app, ["bench", "--suite", "distributed", "--peers", "fa2"])
     assert answer.exit_code == 1 and "--peers" in answer.output
+    answer = CliRunner().invoke(app, ["bench", "--suite", "train", "--profile", "."])
+    assert answer.exit_code == 1 and "--profile" in answer.output
     answer = CliRunner().invoke(app, ["bench", "--suite", "distributed", "--suite", "train"])
     assert answer.exit_code == 1 and "--suite" in answer.output

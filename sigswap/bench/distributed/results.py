@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sigswap.bench.distributed.cells import Cell
+from sigswap.bench.distributed.overlap import Overlap
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Figures:
             a GPU.
         exposed: The part of the time that is not there without communication, from 0 to 1.
         scaling: Tokens per second, over those of one process by itself; None where that is not measured.
+        overlap: What was seen under the profiler, the mean over the ranks; None if it was not asked for.
     """
 
     milliseconds: float
@@ -29,6 +33,7 @@ class Figures:
     peak_bytes: float | None
     exposed: float
     scaling: float | None
+    overlap: Overlap | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +138,23 @@ class DistributedBenchmark:
             for name in row.reasons:
                 table.add_row(name, *["-"] * 7)
             yield table
+            seen = {name: found.overlap for name, found in row.figures.items() if found.overlap is not None}
+            if seen:
+                yield _profile(seen)
         yield (
             "of softmax: the time as a part of the fastest softmax attention's. sent: by a rank, per step. exposed: "
             "the part of the time that communication adds. peak: beyond what is there before the step. scaling: "
             "tokens per second over one process's. -: not measured; --json FILE says why."
         )
+
+
+def _profile(seen: Mapping[str, Overlap]) -> Table:
+    from rich.table import Table
+
+    table = Table("profiled, ms", title_justify="left")
+    for heading in ("computing", "NCCL", "NCCL alone", "idle", "NCCL alone, of the step"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, each in seen.items():
+        times = (each.computing, each.communicating, each.exposed, each.idle)
+        table.add_row(name, *(f"{value:.2f}" for value in times), f"{each.share:.0%}")
+    return table

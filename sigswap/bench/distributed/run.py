@@ -7,11 +7,14 @@ fails on one of them is left out on all. A figure is that of the slowest rank.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
 import platform
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sigswap import files
 from sigswap.bench.cells import DTYPES
 from sigswap.bench.distributed.cells import Cell, cells
+from sigswap.bench.distributed.overlap import Overlap, profiled
 from sigswap.bench.distributed.results import DistributedBenchmark, Figures, Row
 from sigswap.bench.distributed.subjects import Way, entered, ways
 from sigswap.bench.distributed.traffic import Traffic, silenced
@@ -49,6 +53,7 @@ def run(
     dtype: str = "bf16",
     quick: bool = False,
     labels: Sequence[str] | None = None,
+    profile: Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> DistributedBenchmark:
     """Measures on this process's GPU, or if there is none on its CPU; to be called in all processes.
@@ -57,11 +62,14 @@ def run(
         dtype: Of ``DTYPES``.
         quick: Sizes that a CPU is enough for.
         labels: Glob patterns of "<parallel> <label>", such as "context*"; None: all cells.
+        profile: A directory that is there: each way's steps are run under torch.profiler, too, the figures tell what
+            of NCCL's time nothing else covers, and the first rank's traces are written here.
         tell: Gets the progress, on the first rank.
 
     Raises:
-        ArgumentError: dtype is unknown, or no cell has such a label.
-        BenchmarkError: the process is none of several that torchrun has started, or without a GPU not ``quick``.
+        ArgumentError: dtype is unknown, no cell has such a label, or ``profile`` is no directory.
+        BenchmarkError: the process is none of several that torchrun has started, or without a GPU not ``quick``, or to
+            be profiled.
     """
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -72,12 +80,14 @@ def run(
     ]
     if not chosen:
         raise ArgumentError(f"no cell of distributed has a label like {', '.join(labels or ())}.")
-    with _processes(quick) as mesh:
+    if profile is not None and not profile.is_dir():
+        raise ArgumentError(f"the traces cannot be written: there is no directory {profile}.")
+    with _processes(quick, profile is not None) as mesh:
         rows = []
         for cell in chosen:
             if dist.get_rank() == 0:
                 tell(f"Measuring: {cell.parallel} {cell.label}")
-            rows.append(measure(cell, mesh, DTYPES[dtype]))
+            rows.append(measure(cell, mesh, DTYPES[dtype], profile))
             if dist.get_rank() == 0:
                 tell(rows[-1].summary)
             if mesh.device_type == "cuda":
@@ -107,7 +117,7 @@ def report(others: Mapping[str, object], json_file: Path | None, *, console: Con
 
 
 @contextmanager
-def _processes(quick: bool) -> Iterator[DeviceMesh]:
+def _processes(quick: bool, profiled: bool) -> Iterator[DeviceMesh]:
     started = dist.is_available() and dist.is_initialized()
     if not started and "RANK" not in os.environ:
         raise BenchmarkError(
@@ -122,6 +132,8 @@ def _processes(quick: bool) -> Iterator[DeviceMesh]:
             "without GPUs the suite distributed would take hours.",
             hint=Hint("Pass {quick} for sizes that a CPU is enough for.", {"quick": "True"}),
         )
+    if not gpu and profiled:
+        raise BenchmarkError("what overlaps is seen in the kernels of a GPU, and there is none here.")
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not started:
@@ -134,7 +146,7 @@ def _processes(quick: bool) -> Iterator[DeviceMesh]:
             dist.destroy_process_group()
 
 
-def measure(cell: Cell, mesh: DeviceMesh, dtype: torch.dtype) -> Row:
+def measure(cell: Cell, mesh: DeviceMesh, dtype: torch.dtype, profile: Path | None = None) -> Row:
     made: dict[str, Way] = {}
     reasons: dict[str, str] = {}
     for name, make in ways(cell, mesh, dtype).items():
@@ -155,11 +167,13 @@ def measure(cell: Cell, mesh: DeviceMesh, dtype: torch.dtype) -> Row:
     for name, way in made.items():
         if name not in reasons:
             with _together(name, reasons, mesh):
-                figures[name] = _figures(way, statistics.median(times[name]), mesh)
+                title = re.sub(r"[^\w=.-]+", "-", f"{cell.parallel} {cell.label} {name}")
+                trace = None if profile is None else profile / f"{title}.json"
+                figures[name] = _figures(way, statistics.median(times[name]), mesh, trace)
     return Row(cell, {name: found for name, found in figures.items() if name not in reasons}, reasons)
 
 
-def _figures(way: Way, milliseconds: float, mesh: DeviceMesh) -> Figures:
+def _figures(way: Way, milliseconds: float, mesh: DeviceMesh, trace: Path | None) -> Figures:
     with entered(way):
         way.step()
         with Traffic() as traffic:
@@ -174,9 +188,21 @@ def _figures(way: Way, milliseconds: float, mesh: DeviceMesh) -> Figures:
         else:
             quiet = _milliseconds(way.alone, mesh)
             exposed = 1 - quiet / milliseconds
+        overlap = None if trace is None else _overlap(way.step, mesh, trace)
     sent = _over_ranks(float(traffic.sent), mesh, dist.ReduceOp.SUM) / mesh.size()
     scaling = None if way.alone is None else mesh.size() * quiet / milliseconds
-    return Figures(milliseconds, sent, peak, max(0.0, exposed), scaling)
+    return Figures(milliseconds, sent, peak, max(0.0, exposed), scaling, overlap)
+
+
+def _overlap(step: Callable[[], object], mesh: DeviceMesh, trace: Path) -> Overlap:
+    """The mean over the ranks."""
+    step()
+    _wait(mesh)
+    dist.barrier()
+    with tempfile.TemporaryDirectory() as folder:
+        mine = profiled(step, trace if dist.get_rank() == 0 else Path(folder, "trace.json"))
+    means = (_over_ranks(value, mesh, dist.ReduceOp.SUM) / mesh.size() for value in dataclasses.astuple(mine))
+    return Overlap(*means)
 
 
 @contextmanager
