@@ -48,7 +48,7 @@ def takes(problem: Problem) -> bool:
         return False
     if signature.attn_mask is not None or not problem.is_uncapped:
         return False
-    if abs(problem.options.scale) < 1e-6 or signature.is_empty or not signature.tma(signature.q_len):
+    if abs(problem.options.scale) < 1e-6 or signature.is_empty or not signature.plain or not signature.tma(signature.q_len):
         return False
     if limits_of(signature.device).capability >= 100:
         return False

@@ -75,7 +75,7 @@ def supports(problem: Problem) -> bool:
     value's in the same range, without mask, dropout and soft cap."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None or not problem.is_uncapped:
+    if signature.is_empty or signature.attn_mask is not None or not signature.plain or not problem.is_uncapped:
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)):
         return False
