@@ -312,11 +312,6 @@ class Signature:
         return not self.masked_by_rows and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
 
     @property
-    def only_masked(self) -> bool:
-        """A mask with rows of its own is all that is not plain."""
-        return self.masked_by_rows and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
-
-    @property
     def counted(self) -> bool:
         """Whether the visible keys of a row are counted, rather than known from its number."""
         return self.attn_mask is not None and self.options.visible_bias
@@ -438,7 +433,7 @@ class Signature:
             "P_SCALE": 1024.0 if self.query.dtype == torch.float16 else 1.0,
             "FORM": self.form(),
             "SLOW": self.slow_form(),
-            "PRECISION": "tf32" if self.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if self.allow_tf32 else "tf32x3",
             "UNIT": unit,
             "WIDE": are_wide(strides),
         }
