@@ -10,8 +10,10 @@ from sigswap.kernels.triton.blocks import (
     _HEADER,
     UNSPECIALIZED_BLOCKS,
     own_block,
+    place_of,
     place_of_program,
-    seen_of,
+    seen_in,
+    words_of,
 )
 from sigswap.kernels.triton.common import (
     _AUTO,
@@ -64,10 +66,13 @@ def _accumulate_keys(
 ):  # fmt: skip
     """dk += dX^T q and dv += p^T dO over the first ``count`` blocks of rows that are listed."""
     col = (col0 + tl.arange(0, BLOCK_N))[:, None]
+    block = tl.load(listed)
+    if MIXED:
+        place = place_of(places, 0, count)
+        first, second, third, fourth = words_of(bits, place, col0 % _BLOCK, 0, BLOCK_N, BLOCK_M)
+        place = place_of(places, BLOCK_M, count)
     for at in range(0, count * _BLOCK, BLOCK_M):
-        entry = at // _BLOCK
-        part = at - entry * _BLOCK
-        start = tl.load(listed + entry) * _BLOCK + part
+        start = block * _BLOCK + (at - at // _BLOCK * _BLOCK)
         row = start + tl.arange(0, BLOCK_M)
         rows = load_rows(q, batch, head, start, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
         s = tl.dot(keys, rows.T, input_precision=PRECISION)
@@ -82,7 +87,7 @@ def _accumulate_keys(
             row_delta = load_numbers(delta, row, q_len, stride_delta_n)[None, :]
         seen = None
         if MIXED:
-            seen = seen_of(bits, tl.load(places + entry), col0 % _BLOCK, part, BLOCK_N, BLOCK_M)
+            seen = seen_in(first, second, third, fourth, BLOCK_M)
         p, _, dx = _score_gradients(
             s, dp, row_delta, row_bias[None, :], row[None, :], col, q_len, kv_len, scale, softcap,
             col0 + BLOCK_N > kv_len, seen, SOFTCAP, FORM, ASM,
@@ -91,6 +96,12 @@ def _accumulate_keys(
             p *= P_SCALE
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         dk = tl.dot(dx.to(rows.dtype), rows, dk, input_precision=PRECISION)
+        following = at + BLOCK_M
+        block = tl.load(listed + following // _BLOCK)
+        if MIXED:
+            part = following - following // _BLOCK * _BLOCK
+            first, second, third, fourth = words_of(bits, place, col0 % _BLOCK, part, BLOCK_N, BLOCK_M)
+            place = place_of(places, following + BLOCK_M, count)
     return dk, dv
 
 
@@ -216,10 +227,13 @@ def _accumulate_rows(
     """dq += dX k and row_sum += sum_j dS over the first ``count`` blocks of keys that are listed."""
     row_bias *= unit_of(FORM)
     row = (row0 + tl.arange(0, BLOCK_M))[:, None]
+    block = tl.load(listed)
+    if MIXED:
+        place = place_of(places, 0, count)
+        first, second, third, fourth = words_of(bits, place, row0 % _BLOCK, 0, BLOCK_M, BLOCK_N)
+        place = place_of(places, BLOCK_N, count)
     for at in range(0, count * _BLOCK, BLOCK_N):
-        entry = at // _BLOCK
-        part = at - entry * _BLOCK
-        start = tl.load(listed + entry) * _BLOCK + part
+        start = block * _BLOCK + (at - at // _BLOCK * _BLOCK)
         col = (start + tl.arange(0, BLOCK_N))[None, :]
         keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
@@ -227,7 +241,7 @@ def _accumulate_rows(
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         seen = None
         if MIXED:
-            seen = seen_of(bits, tl.load(places + entry), row0 % _BLOCK, part, BLOCK_M, BLOCK_N)
+            seen = seen_in(first, second, third, fourth, BLOCK_N)
         _, ds, dx = _score_gradients(
             s, dp, delta, row_bias[:, None], row, col, q_len, kv_len, scale, softcap, start + BLOCK_N > kv_len, seen,
             SOFTCAP, FORM, ASM,
@@ -235,6 +249,12 @@ def _accumulate_rows(
         if SUM:
             row_sum += tl.sum(ds, 1)
         dq = tl.dot(dx.to(keys.dtype), keys, dq, input_precision=PRECISION)
+        following = at + BLOCK_N
+        block = tl.load(listed + following // _BLOCK)
+        if MIXED:
+            part = following - following // _BLOCK * _BLOCK
+            first, second, third, fourth = words_of(bits, place, row0 % _BLOCK, part, BLOCK_M, BLOCK_N)
+            place = place_of(places, following + BLOCK_N, count)
     return dq, row_sum
 
 

@@ -25,8 +25,10 @@ from sigswap.kernels.triton.blocks import (
     form_of,
     layouts_of,
     own_block,
+    place_of,
     place_of_program,
-    seen_of,
+    seen_in,
+    words_of,
 )
 from sigswap.kernels.triton.common import (
     _AUTO,
@@ -132,17 +134,20 @@ def _accumulate(
     """acc += p v, and row_sum += sum_j p if SUMS, over the first ``count`` blocks of keys that are listed."""
     bias *= unit_of(FORM)
     rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
+    block = tl.load(listed)
+    if MIXED:
+        place = place_of(places, 0, count)
+        first, second, third, fourth = words_of(bits, place, row0 % _BLOCK, 0, BLOCK_M, BLOCK_N)
+        place = place_of(places, BLOCK_N, count)
     for at in range(0, count * _BLOCK, BLOCK_N):
-        entry = at // _BLOCK
-        part = at - entry * _BLOCK
-        start = tl.load(listed + entry) * _BLOCK + part
+        start = block * _BLOCK + (at - at // _BLOCK * _BLOCK)
         cols = (start + tl.arange(0, BLOCK_N))[None, :]
         keys = load_rows(k, batch, kv_head, start, kv_len, stride_k_n, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         values = load_rows(v, batch, kv_head, start, kv_len, stride_v_n, VALUE_DIM, BLOCK_N, BLOCK_DV, TMA)
         seen = None
         if MIXED:
-            seen = seen_of(bits, tl.load(places + entry), row0 % _BLOCK, part, BLOCK_M, BLOCK_N)
+            seen = seen_in(first, second, third, fourth, BLOCK_N)
         p, _ = probabilities(
             scores, bias[:, None], rows, cols, None, 0, 0, q_len, kv_len, 0, 0, 0, scale, softcap, False,
             False, False, False, SOFTCAP, FORM, ASM, seen,
@@ -154,6 +159,12 @@ def _accumulate(
         if P_SCALE != 1.0:
             p *= P_SCALE
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        following = at + BLOCK_N
+        block = tl.load(listed + following // _BLOCK)
+        if MIXED:
+            part = following - following // _BLOCK * _BLOCK
+            first, second, third, fourth = words_of(bits, place, row0 % _BLOCK, part, BLOCK_M, BLOCK_N)
+            place = place_of(places, following + BLOCK_N, count)
     return acc, row_sum
 
 

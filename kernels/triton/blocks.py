@@ -74,20 +74,44 @@ def own_block(lists, number, stride, TILE: tl.constexpr):
     return lists + block.to(tl.int64) * stride, block * _BLOCK + number % tiles * TILE
 
 
+# A loop over listed blocks loads the next block's number, the next part's words, and where those after them are, a round
+# ahead. What is loaded in the round in which it is used, or by an address that is, would be staged in shared memory, with
+# fewer rounds of keys and values in flight, and room for fewer programs on a multiprocessor.
+
+
 @triton.jit
-def seen_of(bits, place, lane0, other0, LANES: tl.constexpr, OTHERS: tl.constexpr):
-    """Which scores of a part of a mixed block are visible, [LANES, OTHERS], from the bits of its rows (then others are
-    keys), or of its keys. lane0, other0: the part's first within the block."""
+def place_of(places, at, count):
+    """Where the bits of the block are that is ``at`` rows (or keys) after the first one listed; 0 behind the last."""
+    entry = at // _BLOCK
+    return tl.load(places + entry, mask=entry < count, other=0)
+
+
+@triton.jit
+def words_of(bits, place, lane0, other0, LANES: tl.constexpr, OTHERS: tl.constexpr):
+    """The bits of a part of a mixed block: for each of its rows (then others are keys), or keys, the words that OTHERS
+    bits are in, up to four. lane0, other0: the part's first within the block."""
     lane = lane0 + tl.arange(0, LANES)
-    other = tl.arange(0, OTHERS)[None, :]
     words = bits + tl.cast(place, tl.int64) * (_BLOCK * _WORDS) + (lane * _WORDS + other0 // 32)
-    word = tl.load(words)[:, None]
+    first = tl.load(words)
     if OTHERS < 32:
-        word = word >> (other0 % 32)
+        first = first >> (other0 - other0 // 32 * 32)
+    second, third, fourth = first, first, first
     if OTHERS >= 64:
-        word = tl.where(other < 32, word, tl.load(words + 1)[:, None])
+        second = tl.load(words + 1)
     if OTHERS >= 128:
-        late = tl.where(other < 96, tl.load(words + 2)[:, None], tl.load(words + 3)[:, None])
-        word = tl.where(other < 64, word, late)
+        third = tl.load(words + 2)
+        fourth = tl.load(words + 3)
+    return first, second, third, fourth
+
+
+@triton.jit
+def seen_in(first, second, third, fourth, OTHERS: tl.constexpr):
+    """Which scores are visible, [LANES, OTHERS], by :func:`words_of`."""
+    other = tl.arange(0, OTHERS)[None, :]
+    word = first[:, None]
+    if OTHERS >= 64:
+        word = tl.where(other < 32, word, second[:, None])
+    if OTHERS >= 128:
+        word = tl.where(other < 64, word, tl.where(other < 96, third[:, None], fourth[:, None]))
     # In two steps, of which the first is the same for every eighth and the second's shift a constant in a thread.
     return (((word >> (other & 7)) >> (other & 24)) & 1) != 0
