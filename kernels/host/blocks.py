@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 128
+import os
+
+BLOCK = int(os.environ.get("SIGSWAP_DEV_BLOCK", "128"))
 """Rows, and keys, of a block. The last ones may be shorter."""
 
 HEADER = 4

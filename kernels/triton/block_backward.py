@@ -21,7 +21,7 @@ from sigswap.kernels.host.tiles import Tile
 from sigswap.kernels.triton import blocks as shared
 from sigswap.kernels.triton.backward import key_tile_for, row_tile_for
 from sigswap.kernels.triton.block_backward_kernels import keys_kernel, rows_kernel
-from sigswap.kernels.triton.blocks import BlockLayouts, form_of, layouts_of
+from sigswap.kernels.triton.blocks import BlockLayouts, form_of, layouts_of, within_block
 from sigswap.kernels.triton.common import ROW_BIAS_BLOCK
 from sigswap.kernels.triton.row_biases import bias_kernel
 from sigswap.kernels.triton.sums import Sum
@@ -170,7 +170,7 @@ def _walk_rows_of_keys(
     tuning: Tuning,
 ) -> _Walk:
     query, key, value = signature.query, signature.key, signature.value
-    tile = tuning.key_tile or key_tile_for(signature)
+    tile = within_block(tuning.key_tile or key_tile_for(signature))
     described: tuple[Described, ...] | None = None
     strides = biases.layout.strides_or_zero(2)
     if _with_tma(signature, tuning) and describable(query) and describable(grad_out):
@@ -210,7 +210,7 @@ def _walk_keys_of_rows(
     tuning: Tuning,
 ) -> _Walk:
     query, key, value = signature.query, signature.key, signature.value
-    tile = tuning.row_tile or row_tile_for(signature)
+    tile = within_block(tuning.row_tile or row_tile_for(signature))
     described = None
     if _with_tma(signature, tuning) and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)

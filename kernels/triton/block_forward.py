@@ -28,6 +28,7 @@ from sigswap.kernels.triton.blocks import (
     place_of,
     place_of_program,
     seen_in,
+    within_block,
     words_of,
 )
 from sigswap.kernels.triton.common import (
@@ -88,7 +89,7 @@ def _plan(
 ) -> _Plan:
     """row_sums: None: not asked for."""
     query, key, value = signature.query, signature.key, signature.value
-    tile = tile or tile_for(signature)
+    tile = within_block(tile or tile_for(signature))
     described = None
     if tma is None:
         tma = signature.tma(signature.kv_len)

@@ -12,6 +12,7 @@ from sigswap.kernels.host.blocks import BLOCK, HEADER, WORDS, Blocks
 from sigswap.kernels.host.forms import ACCURATE, AUTO
 from sigswap.kernels.host.layout import Layout, contiguous_layout
 from sigswap.kernels.host.problem import Problem, Signature
+from sigswap.kernels.host.tiles import Tile
 from sigswap.kernels.triton.common import UNSPECIALIZED
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -26,6 +27,13 @@ UNSPECIALIZED_BLOCKS = (
 
 def supports(problem: Problem) -> bool:
     return problem.signature.too_much() is None and problem.options.dropout_p == 0.0
+
+
+def within_block(tile: Tile) -> Tile:
+    """The tile, no larger than a block."""
+    rows, keys = min(tile.rows, BLOCK), min(tile.keys, BLOCK)
+    smaller = rows * keys <= tile.rows * tile.keys // 2
+    return tile._replace(rows=rows, keys=keys, warps=4 if smaller and tile.warps == 8 else tile.warps)
 
 
 def form_of(signature: Signature) -> int:
