@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels.host.blocks import BLOCK, HEADER, WORDS, Blocks, all_blocks_of
+from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import MAX_HEAD_DIM
 from sigswap.kernels.op.registration import library
 
@@ -53,18 +54,14 @@ def blocks_of_mask(attn_mask: Tensor) -> Blocks:
     own = _own(attn_mask)
     if torch.compiler.is_compiling() or type(own) is not Tensor:
         return _found(own)
-    if own.is_inference() or torch.cuda.is_current_stream_capturing():
+    if own.is_inference() or (own.is_cuda and torch.cuda.is_current_stream_capturing()):
         # The one does not say when it changes; a graph that is captured may run on other numbers later.
         return _found(own)
     # Views come and go: what they are views of stays, and counts the changes of all of them.
     base = own._base if own._base is not None else own
-    key = (
-        own.storage_offset(),
-        own.shape,
-        own.stride(),
-        own._version,
-        torch.cuda.current_stream(own.device).cuda_stream,
-    )
+    stream = torch.cuda.current_stream(own.device).cuda_stream if own.is_cuda else 0
+    strides = layout_of(own).strides_or_zero(4)
+    key = own.storage_offset(), own.shape, strides, own._version, stream
     known = _known.get(base)
     if known is None or known[0] != key:
         known = _known[base] = (key, _found(own))

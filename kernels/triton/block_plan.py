@@ -60,7 +60,7 @@ def _plan(mask: Layout, device: torch.device) -> _Plan:
         arguments = {"own": own, "others": others, "stride_own": stride_own, "stride_other": stride_other}
         arguments["WIDTH"] = max(16, triton.next_power_of_2(others))
         listing = Launch(_list_kernel, programs, device, (kinds, lists), arguments)
-        width = min(128, max(16, triton.next_power_of_2(own)))
+        width = min(64, max(16, triton.next_power_of_2(own)))
         ordering = Launch(
             _order_kernel,
             batch * heads * triton.cdiv(own, width),

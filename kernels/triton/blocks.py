@@ -82,9 +82,9 @@ def own_block(lists, number, stride, TILE: tl.constexpr):
     return lists + block.to(tl.int64) * stride, block * _BLOCK + number % tiles * TILE
 
 
-# A loop over listed blocks loads the next block's number, the next part's words, and where those after them are, a round
-# ahead. What is loaded in the round in which it is used, or by an address that is, would be staged in shared memory, with
-# fewer rounds of keys and values in flight, and room for fewer programs on a multiprocessor.
+# A loop over listed blocks loads the next block's number, the next part's words, and where those after them are, a
+# round ahead. What is loaded in the round in which it is used would be staged in shared memory, with fewer rounds of
+# keys and values in flight, and room for fewer programs on a multiprocessor.
 
 
 @triton.jit

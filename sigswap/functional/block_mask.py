@@ -163,26 +163,29 @@ class BlockMask:
 
     def __repr__(self) -> str:
         blocks = " x ".join(str(-(-size // BLOCK)) for size in self.shape[2:])
-        mixed = self.blocks.row_bits.shape[0]
-        return f"BlockMask(shape={self.shape}, blocks={blocks}, mixed<={mixed}, device={str(self.device)!r})"
+        return f"BlockMask(shape={self.shape}, blocks={blocks}, device={str(self.device)!r})"
 
 
 def _evaluated(mask_mod: MaskFunction, sizes: tuple[int, ...], device: torch.device) -> Callable[[int, int], Tensor]:
     """The function of rows: bool [b, h, last - first, N]."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-    function: Any = mask_mod
-    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
-        function = torch.vmap(function, in_dims=dims)
-    batch, heads, keys = (torch.arange(size, device=device) for size in (sizes[0], sizes[1], sizes[3]))
-
-    def part(first: int, last: int) -> Tensor:
-        with TransformGetItemToIndex():
-            found = function(batch, heads, torch.arange(first, last, device=device), keys)
+    def function(*places: Tensor) -> Tensor:
+        found = mask_mod(*places)
         if not isinstance(found, Tensor) or found.dtype != torch.bool:
             kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise ArgumentError(f"mask_mod must return a bool tensor, not {kind}.")
         return found
+
+    each: Any = function
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        each = torch.vmap(each, in_dims=dims)
+    batch, heads, keys = (torch.arange(size, device=device) for size in (sizes[0], sizes[1], sizes[3]))
+
+    def part(first: int, last: int) -> Tensor:
+        with TransformGetItemToIndex():
+            visible: Tensor = each(batch, heads, torch.arange(first, last, device=device), keys)
+        return visible
 
     return part
 
