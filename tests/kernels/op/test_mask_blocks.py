@@ -1,0 +1,101 @@
+"""The plan of a mask tensor: found once, again when the mask has changed, and gone with it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from sigswap.errors import ArgumentError
+from sigswap.kernels.host.blocks import Blocks, dense_mask
+from sigswap.kernels.op import mask_blocks
+from sigswap.kernels.op.mask_blocks import blocks_of_mask, pays
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The masks that were looked at."""
+    seen: list[Tensor] = []
+    found = mask_blocks._found
+
+    def look(mask: Tensor) -> Blocks:
+        seen.append(mask.clone())
+        return found(mask)
+
+    monkeypatch.setattr(mask_blocks, "_found", look)
+    return seen
+
+
+def a_mask() -> Tensor:
+    return torch.rand(2, 1, 150, 140) > 0.5
+
+
+def assert_right(mask: Tensor) -> None:
+    assert torch.equal(dense_mask(blocks_of_mask(mask), *mask.shape[2:]).expand_as(mask), mask)
+
+
+def test_once_for_all_who_share_it(looks: list[Tensor]) -> None:
+    mask = a_mask()
+    assert blocks_of_mask(mask) is blocks_of_mask(mask)
+    assert blocks_of_mask(mask.expand(2, 5, -1, -1)) is blocks_of_mask(mask)
+    assert blocks_of_mask(mask[:, :, :, :]) is blocks_of_mask(mask)  # views come and go
+    assert len(looks) == 1 and looks[0].shape == (2, 1, 150, 140)
+    assert_right(mask)
+
+
+def test_again_when_it_has_changed(looks: list[Tensor]) -> None:
+    mask = a_mask()
+    assert_right(mask)
+    mask.logical_not_()
+    assert_right(mask)
+    mask[:, :, 4] = True
+    assert_right(mask)
+    mask[0].unsqueeze(0).zero_()  # by a view
+    assert_right(mask)
+    assert len(looks) == 4
+
+
+def test_other_parts_of_one_tensor(looks: list[Tensor]) -> None:
+    whole = torch.rand(2, 1, 150, 300) > 0.5
+    for _ in range(2):
+        assert_right(whole[..., :140])
+        assert_right(whole[..., 140:280])
+        assert_right(whole[1:, ..., :140])
+        assert_right(whole.mT)
+
+
+def test_it_goes_with_the_mask() -> None:
+    mask = a_mask()
+    held = weakref.ref(blocks_of_mask(mask).rows)
+    assert held() is not None
+    del mask
+    gc.collect()
+    assert held() is None
+
+
+def test_inference_tensors_do_not_say_when_they_change(looks: list[Tensor]) -> None:
+    with torch.inference_mode():
+        mask = a_mask()
+        assert_right(mask)
+        mask.logical_not_()
+        assert_right(mask)
+    assert len(looks) == 2
+
+
+def test_no_gpu_no_plan() -> None:
+    query = torch.randn(1, 16, 2048, 8, device="meta")
+    mask = torch.ones(1, 1, 2048, 2048, dtype=torch.bool, device="meta")
+    assert not pays(query, query, query, mask)
+
+
+def test_op() -> None:
+    torch.library.opcheck(torch.ops.sigswap.mask_blocks.default, (a_mask(),))
+    compiled = torch.compile(lambda mask: blocks_of_mask(mask), fullgraph=True, backend="aot_eager")
+    mask = a_mask()
+    assert torch.equal(dense_mask(compiled(mask), 150, 140), mask)
+    for wrong in (mask.float(), mask[0], mask[:, :, :0]):
+        with pytest.raises(ArgumentError, match="mask must be bool"):
+            torch.ops.sigswap.mask_blocks(wrong)
