@@ -14,7 +14,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sigswap.kernels.host.launch import Described, by_rows
 from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly, tanh_assembly
-from sigswap.kernels.triton.dropout import _COLUMN, _FIRST, _LAST, _RANGE, _SECOND, _SHIFT
 
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
@@ -139,20 +138,3 @@ def _sigmoid(x, FORM: gl.constexpr):
 def soft_tanh(u):
     """tanh(u), to 7e-6 of itself."""
     return gl.inline_asm_elementwise(_TANH_ASSEMBLY, _CONSTRAINTS, [u], dtype=gl.float32, is_pure=True, pack=_PACK)
-
-
-@gluon.jit
-def drawn_rows(draws, rows, first, row, length):
-    """The two words of each row up to length, from what draws_kernel wrote of so many rows."""
-    at = draws + (first + row)
-    first_word = gl.load(at, mask=row < length, other=0).to(gl.uint32, bitcast=True)
-    second_word = gl.load(at + rows, mask=row < length, other=0).to(gl.uint32, bitcast=True)
-    return first_word, second_word
-
-
-@gluon.jit
-def kept(first_word, second_word, column, dropout_p):
-    """As :func:`sigswap.kernels.triton.dropout.kept`."""
-    x = ((column.to(gl.uint32) * _COLUMN) ^ first_word) * _FIRST
-    x = (x ^ (x >> _SHIFT) ^ second_word) * _SECOND
-    return x >= gl.minimum(dropout_p * _RANGE, _LAST).to(gl.uint32)

@@ -36,8 +36,6 @@ from sigswap.kernels.hopper.common import (
     Tiles,
     as_operands,
     cut,
-    drawn_rows,
-    kept,
     load_tile,
     log_of_visible,
     sigmoid,
@@ -61,7 +59,6 @@ from sigswap.kernels.host.layout import Layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
-from sigswap.kernels.triton.dropout import Draws, draws_for
 
 NARROWEST, WIDEST = 65, 256
 """Of head_dim, and of value's; or both are in NARROW."""
@@ -78,10 +75,12 @@ _ROWS = tl.constexpr(ROWS)
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the forward: of long sequences in half precision, head_dim 33 to 64 or 65 to 256, and
-    value's in the same range, without mask."""
+    value's in the same range, without mask and dropout, and with a soft cap only of wider heads."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None or signature.tanh_form() == EXACT_TANH:
+    if signature.is_empty or signature.attn_mask is not None or signature.options.dropout_p > 0.0:
+        return False
+    if signature.options.softcap > 0.0 and not _is_soft(signature):
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)):
         return False
@@ -101,26 +100,27 @@ def supports(problem: Problem) -> bool:
     return sees_in_every_item(signature, rows)
 
 
+def _is_soft(signature: Signature) -> bool:
+    """Whether a soft cap is for this kernel: with few columns its tanh takes longer than the products that are under
+    way meanwhile. On an H200 (4 x 4,096 tokens, causal, ms) this kernel took 1.49 at 64, 0.76 at 128 and 0.41 at 256,
+    without a soft cap 0.50, 0.37 and 0.34, and Triton's with it 0.67 at 128 and 0.61 at 256."""
+    widest = max(signature.query.shape[3], signature.value.shape[3])
+    return widest > 128 and signature.tanh_form() != EXACT_TANH
+
+
 def forward(problem: Problem) -> Tensor:
     """Deterministic."""
     row_sums = problem.row_sums
     plan = _plan(problem.signature, None if row_sums is None else layout_of(row_sums))
     out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides)
     tensors = problem.query, problem.key, problem.value, out
-    draws = None
-    if plan.draws is not None:
-        assert problem.seed is not None, "the op has checked that"
-        draws = plan.draws(problem.seed)
-    plan.launch(
-        *(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), row_sums, problem.bias, draws
-    )
+    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), row_sums, problem.bias)
     return out
 
 
 class _Plan(NamedTuple):
     described: tuple[Tiles, ...]
     """query, key, value and out."""
-    draws: Draws | None
     launch: Launch
     out: Layout
 
@@ -144,12 +144,9 @@ def _plan(signature: Signature, row_sums: Layout | None) -> _Plan:
         "order": -order.at_once if order.to_and_fro else order.at_once,
     }
     arguments |= tile.arguments(signature.query.shape[3], signature.value.shape[3])
-    draws = draws_for(signature)
-    words = None if draws is None else draws.layout
-    arguments["draw_rows"] = 0 if words is None else words.shape[1]
     arguments |= output_arguments(arguments, sum=row_sums)
-    tensors = (*described, row_sums, signature.bias, words)
-    return _Plan(described, draws, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
+    tensors = (*described, row_sums, signature.bias)
+    return _Plan(described, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
 
 
 # Device functions.
@@ -182,21 +179,14 @@ def _row_sums(
 ):  # fmt: skip
     """Of the keys up to kv_len. Those behind it, before end, are zeros, so each adds sigmoid(row_bias) where the band
     does not hide it."""
-    first = gl.zeros(row.shape, gl.int32, row.type.layout) + kv_len
-    last = gl.zeros(row.shape, gl.int32, row.type.layout) + end
+    first = gl.full(row.shape, 0, gl.int32, row.type.layout) + kv_len
+    last = gl.full(row.shape, 0, gl.int32, row.type.layout) + end
     if HAS_LEFT:
         first = gl.maximum(first, row + shift - left)
     if HAS_RIGHT:
         last = gl.minimum(last, row + shift + right + 1)
     behind = gl.maximum(last - first, 0).to(gl.float32) * sigmoid(row_bias, fast, FORM, SLOW)
     return gl.convert_layout(gl.sum(partial, 1), row.type.layout) - behind
-
-
-@gluon.jit
-def _dropped(p, first_word, second_word, key, dropout_p, DROPOUT: gl.constexpr):
-    if DROPOUT:
-        p = gl.where(kept(first_word[:, None], second_word[:, None], key[None, :], dropout_p), p, 0.0)
-    return p
 
 
 @gluon.jit
@@ -307,18 +297,18 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    shared, sum_out, bias, draws,
+    shared, sum_out, bias,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr, CAP: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CAP: gl.constexpr,
     P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: its 64 rows of each item."""
     (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
-        stride_bias_b, stride_bias_h, stride_bias_m, scale, softcap, const_bias, dropout_p, draw_rows, row_cap,
+        stride_bias_b, stride_bias_h, stride_bias_m, scale, softcap, const_bias, row_cap,
         stride_sum_b, stride_sum_h, stride_sum_n,
     ) = shared  # fmt: skip
     KEYS: gl.constexpr = k_tiles.shape[3]
@@ -379,10 +369,6 @@ def _attend(
         cap = softcap * unit
         if SOFTCAP:
             own_scale = scale / softcap
-        first_word, second_word = None, None
-        if DROPOUT:
-            first_row = (batch * heads + head).to(gl.int64) * q_len
-            first_word, second_word = drawn_rows(draws, draw_rows, first_row, row, q_len)
         sums = (gl.zeros([_ROWS, of_first], gl.float32, of_out),) * V_PARTS
         if V_CUT:
             sums += (gl.zeros([_ROWS, 32], gl.float32, of_rest),)
@@ -411,7 +397,6 @@ def _attend(
         )  # fmt: skip
         if SUMS:
             partial_sums = _partial_sums(p)
-        p = _dropped(p, first_word, second_word, start + key_of_block, dropout_p, DROPOUT)
         p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # In each turn the scores of this block, and the part of the block before in the output.
@@ -442,7 +427,6 @@ def _attend(
             )  # fmt: skip
             if SUMS:
                 partial_sums += _partial_sums(p)
-            p = _dropped(p, first_word, second_word, start + key_of_block, dropout_p, DROPOUT)
             sums = _added(sum_tokens, p_operands)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
@@ -470,9 +454,6 @@ def _attend(
         if sum_out is not None:
             own_sums = sum_out + batch.to(gl.int64) * stride_sum_b + head.to(gl.int64) * stride_sum_h
             gl.store(own_sums + row.to(gl.int64) * stride_sum_n, row_sum, mask=row < q_len)
-        factor = 1.0 / P_SCALE
-        if DROPOUT:
-            factor = gl.where(dropout_p < 1.0, factor / gl.maximum(1.0 - dropout_p, 1e-30), 0.0)
         for j in gl.static_range(V_PARTS):
             pieces = sums if V_CUT else _in_pieces(sums[j], of_store)
             for i in gl.static_range(of_v_part // of_store):
@@ -481,7 +462,7 @@ def _attend(
                     sync()
                 targets = cut(out_tile, V_CUT)
                 for n in gl.static_range(len(targets)):
-                    piece = pieces[i + n] * factor
+                    piece = pieces[i + n] * (1.0 / P_SCALE)
                     if CAP:
                         divisor = gl.maximum(row_sum, row_cap)
                         piece /= gl.convert_layout(divisor, gl.SliceLayout(1, piece.type.layout))[:, None]
@@ -502,20 +483,20 @@ def _attend(
 
 @gluon.jit(do_not_specialize=[
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "heads", "group", "q_len", "kv_len", "left", "right", "scale",
-    "softcap", "const_bias", "dropout_p", "draw_rows", "row_cap", "stride_sum_b", "stride_sum_h", "stride_sum_n",
+    "softcap", "const_bias", "row_cap", "stride_sum_b", "stride_sum_h", "stride_sum_n",
     "units", "order",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, out, sum_out, bias, draws, stride_sum_b, stride_sum_h, stride_sum_n,
+    q, k, v, out, sum_out, bias, stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_b, stride_bias_h, stride_bias_m,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p, draw_rows, row_cap, units, order,
+    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, row_cap, units, order,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr, CAP: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CAP: gl.constexpr,
     P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """One program: some of the items. sum_out, if given: the rows' sums of p before dropout."""
+    """One program: some of the items. sum_out, if given: the rows' sums of p."""
     KEYS: gl.constexpr = k.block_type.shape[2]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     total = gl.cdiv(q_len, WARPGROUPS * _ROWS) * units
@@ -547,7 +528,7 @@ def _kernel(
     computing = (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
-        stride_bias_b, stride_bias_h, stride_bias_m, scale, softcap, const_bias, dropout_p, draw_rows, row_cap,
+        stride_bias_b, stride_bias_h, stride_bias_m, scale, softcap, const_bias, row_cap,
         stride_sum_b, stride_sum_h, stride_sum_n,
     )  # fmt: skip
     loading = (
@@ -558,12 +539,12 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, draws, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, draws, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],
@@ -574,16 +555,16 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, draws, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, draws, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, draws, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],
@@ -594,20 +575,20 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, draws, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, draws, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, draws, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, draws, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
+                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],

@@ -170,7 +170,8 @@ def _walk_rows_of_keys(
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or key_tile_for(signature)
     if tma is None:
-        tma = signature.tma(min(signature.q_len, signature.kv_len))
+        pays = signature.options.dropout_p == 0.0  # otherwise 0.46 ms without and 0.49 with them, at head_dim 64
+        tma = pays and signature.tma(min(signature.q_len, signature.kv_len))
     described: tuple[Described, ...] | None = None
     if tma and describable(query) and describable(grad_out):
         described = by_rows(query, tile.rows), by_rows(grad_out, tile.rows)

@@ -867,18 +867,15 @@ def test_random_problems_on_hopper_capped(index: int) -> None:
 def test_random_problems_on_hopper_forward_with_features(
     widths: tuple[int, int] | None, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A soft cap, dropout, a row cap, or two of them; every other one with the tiles of long sequences."""
+    """A soft cap, a row cap, or both; every other one with the tiles of long sequences."""
     problem = hopper_problem(index, forward=True, widths=widths)
-    draw = random.Random(7000 + index)
     if index % 3 != 0:
-        problem.options = problem.options._replace(softcap=draw.choice((1.0, 20.0)))
-    if index % 3 != 1:
-        problem.options = problem.options._replace(dropout_p=draw.choice((0.1, 0.5)))
-        problem.seed = torch.tensor([draw.randrange(2**62)], device=DEVICE)
+        problem.options = problem.options._replace(softcap=random.Random(7000 + index).choice((1.0, 20.0)))
     monkeypatch.setattr(forward_items, "_is_long", lambda signature: index % 2 == 0)
     hopper_fwd._plan.cache_clear()
-    assert_hopper_forward_no_worse(problem)
-    problem = capped(dataclasses.replace(problem), index)
+    if index % 3 != 0:
+        assert_hopper_forward_no_worse(problem)
+    problem = capped(problem, index)
     assert_hopper_forward_no_worse(problem)
     assert torch.equal(with_sums(hopper_fwd, problem)[0], hopper_fwd.forward(problem))
     hopper_fwd._plan.cache_clear()
