@@ -69,7 +69,8 @@ def blocks_of_mask(attn_mask: Tensor) -> Blocks:
     known = _known.get(base)
     if known is None or known[0] != key:
         known = _known[base] = (key, _found(own))
-    return known[1]
+    blocks: Blocks = known[1]
+    return blocks
 
 
 _known: Any = WeakTensorKeyDictionary()

@@ -60,7 +60,8 @@ class BlockLayouts(NamedTuple):
 
 def layouts_of(blocks: Blocks) -> BlockLayouts:
     # The number of mixed blocks is nothing that a launch depends on.
-    return BlockLayouts(*map(layout_of, blocks[:3]), contiguous_layout((1, BLOCK, WORDS)))
+    visible, rows, keys = map(layout_of, blocks[:3])
+    return BlockLayouts(visible, rows, keys, contiguous_layout((1, BLOCK, WORDS)))
 
 
 @triton.jit
