@@ -114,8 +114,9 @@ def lists_of(kind: Tensor, place: Tensor) -> Tensor:
 def packed(tiles: Tensor) -> Tensor:
     """Bool [n, 128, 128] as int32 [n, 128, 4], a bit each."""
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=tiles.device)
-    octets = (tiles.unflatten(-1, (BLOCK // 8, 8)) * weights).sum(-1, dtype=torch.uint8)
-    return octets.contiguous().view(torch.int32)
+    octets = (tiles.reshape(*tiles.shape[:-1], BLOCK // 8, 8) * weights).sum(-1, dtype=torch.uint8)
+    words: Tensor = octets.contiguous().view(torch.int32)
+    return words
 
 
 def unpacked(bits: Tensor) -> Tensor:
@@ -149,6 +150,6 @@ def _inside(length: int, device: torch.device) -> Tensor:
 
 def _tiles(chunk: Tensor) -> Tensor:
     """[b, h, m, n] as [b, h, m / 128, n / 128, 128, 128], False beyond the ends."""
-    *_, rows, keys = chunk.shape
+    batch, heads, rows, keys = chunk.shape
     padded = torch.nn.functional.pad(chunk, (0, -keys % BLOCK, 0, -rows % BLOCK))
-    return padded.unflatten(-1, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
+    return padded.reshape(batch, heads, -(-rows // BLOCK), BLOCK, -(-keys // BLOCK), BLOCK).transpose(3, 4)

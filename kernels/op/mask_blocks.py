@@ -18,6 +18,7 @@ from sigswap.kernels.host.blocks import BLOCK, HEADER, WORDS, Blocks, all_blocks
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import MAX_HEAD_DIM
 from sigswap.kernels.op.registration import library
+from sigswap.kernels.op.vmap import looping
 
 LEAST_MASK = 1 << 22
 """Numbers of a mask for which looking for blocks pays."""
@@ -27,6 +28,9 @@ LEAST_SCORES = 1 << 26
 
 SHORTEST = 512
 """Rows and keys for which it does."""
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def pays(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> bool:
@@ -41,8 +45,8 @@ def pays(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> bool:
     if max(dim, value.shape[3]) > MAX_HEAD_DIM or query.dtype == torch.float64:
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    if type(query) is not Tensor and type(query) is not torch.nn.Parameter:
+        return not torch.compiler.is_exporting() and not hasattr(query, "device_mesh")
+    if type(query) not in _PLAIN or type(attn_mask) not in _PLAIN or torch._C._are_functorch_transforms_active():
         return False
     from sigswap.kernels import dispatch
 
@@ -65,7 +69,8 @@ def blocks_of_mask(attn_mask: Tensor) -> Blocks:
     known = _known.get(base)
     if known is None or known[0] != key:
         known = _known[base] = (key, _found(own))
-    return known[1]
+    blocks: Blocks = known[1]
+    return blocks
 
 
 _known: Any = WeakTensorKeyDictionary()
@@ -116,4 +121,5 @@ library.define(
     "mask_blocks(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
 library.impl("mask_blocks", _mask_blocks, "CompositeExplicitAutograd")
+torch.library.register_vmap("sigswap::mask_blocks", looping(torch.ops.sigswap.mask_blocks.default), lib=library)
 torch.library.register_fake("sigswap::mask_blocks", _mask_blocks_fake, lib=library)

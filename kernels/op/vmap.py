@@ -24,13 +24,13 @@ def register_folding(op: AttentionOp) -> None:
 
     Dropout draws by the position in the batch, which then would differ from that of the op alone: it loops.
     """
-    loop_backward = _loop(op.backward_op)
+    loop_backward = looping(op.backward_op)
 
     def forward(
         target: torch._ops.OpOverload, info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **options: Any
     ) -> tuple[Any, Any]:
         if options.get("dropout_p", 0.0) > 0.0:
-            return _loop(target)(info, in_dims, *inputs, **options)
+            return looping(target)(info, in_dims, *inputs, **options)
         size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
         tensors: list[Tensor | None] = [_fold(t, dim, size) for t, dim in zip(inputs[:3], in_dims, strict=False)]
         for fold, tensor, dim in zip((_fold_broadcast, _fold_mask), inputs[3:5], in_dims[3:], strict=False):
@@ -70,10 +70,12 @@ def register_folding(op: AttentionOp) -> None:
 def register_looping(op: AttentionOp) -> None:
     """One call per element of the mapped dimension."""
     for each in (op.op, op.sums_op, op.backward_op):
-        torch.library.register_vmap(each.name(), _loop(each), lib=library)
+        torch.library.register_vmap(each.name(), looping(each), lib=library)
 
 
-def _loop(op: torch._ops.OpOverload) -> Rule:
+def looping(op: torch._ops.OpOverload) -> Rule:
+    """One call per element of the mapped dimension."""
+
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any, **options: Any) -> tuple[Any, Any]:
         def element(index: int) -> list[Any]:
             pairs = zip(inputs, in_dims, strict=True)

@@ -78,7 +78,13 @@ def _plan(mask: Layout, device: torch.device) -> _Plan:
     )
 
 
-@triton.jit
+_SIZES = (
+    *("heads", "q_len", "kv_len", "row_blocks", "key_blocks", "own", "others"),
+    *("stride_own", "stride_other", "stride_list"),
+)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _look_kernel(
     mask, visible, kinds, row_bits, key_bits, stride_b, stride_h, stride_m, stride_n, heads, q_len, kv_len, row_blocks,
     key_blocks,
@@ -115,7 +121,7 @@ def _packed(tile):
     return tl.sum(tl.reshape(tile, (_BLOCK, _WORDS, 32)) << shift, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _list_kernel(kinds, lists, own, others, stride_own, stride_other, WIDTH: tl.constexpr):
     """One program: the list of one block of rows (or keys), over all blocks of keys (or rows)."""
     number = tl.program_id(0) % own
@@ -136,7 +142,7 @@ def _list_kernel(kinds, lists, own, others, stride_own, stride_other, WIDTH: tl.
     tl.store(lists + _HEADER + others + at, place.to(tl.int32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _order_kernel(lists, own, stride_list, WIDTH: tl.constexpr):
     """One program: where WIDTH of the blocks stand in the order of the longest lists first."""
     chunks = tl.cdiv(own, WIDTH)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sigswap.kernels.host.blocks import BLOCK, HEADER, WORDS, Blocks
 from sigswap.kernels.host.forms import ACCURATE, AUTO
-from sigswap.kernels.host.layout import Layout, contiguous_layout
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import Problem, Signature
 from sigswap.kernels.host.tiles import Tile
 from sigswap.kernels.triton.common import UNSPECIALIZED
@@ -60,7 +60,8 @@ class BlockLayouts(NamedTuple):
 
 def layouts_of(blocks: Blocks) -> BlockLayouts:
     # The number of mixed blocks is nothing that a launch depends on.
-    return BlockLayouts(*(contiguous_layout(each.shape) for each in blocks[:3]), contiguous_layout((1, BLOCK, WORDS)))
+    visible, rows, keys = map(layout_of, blocks[:3])
+    return BlockLayouts(visible, rows, keys, contiguous_layout((1, BLOCK, WORDS)))
 
 
 @triton.jit

@@ -26,12 +26,14 @@ def build(cell: Cell, inputs: Inputs) -> Implementation:
             enable_gqa=gqa,
         )
     else:
-        by_blocks = cell.by_blocks and inputs.mask is not None
+        block_mask = None  # not timed: a model makes it once
+        if cell.by_blocks and inputs.mask is not None:
+            block_mask = BlockMask.from_mask(inputs.mask)
         forward = functools.partial(
             sigmoid_attention,
             *inputs.qkv,
-            attn_mask=None if by_blocks else inputs.mask,
-            block_mask=BlockMask.from_mask(inputs.mask) if by_blocks else None,  # not timed: a model makes it once
+            attn_mask=inputs.mask if block_mask is None else None,
+            block_mask=block_mask,
             is_causal=cell.causal,
             dropout_p=cell.dropout_p,
             softcap=cell.softcap,

@@ -394,8 +394,9 @@ def _check_block_mask(
             f"block_mask must be None or a sigswap.BlockMask, not a {type(block_mask).__module__}."
             f"{type(block_mask).__qualname__}; BlockMask.from_flex takes FlexAttention's."
         )
-    for name, given in (("attn_mask", attn_mask), ("is_causal=True", is_causal or None), ("window", window)):
-        if given is not None:
+    others = {"attn_mask": attn_mask is not None, "is_causal=True": is_causal, "window": _window(window) != (-1, -1)}
+    for name, given in others.items():
+        if given:
             raise ArgumentError(
                 f"block_mask must not be given together with {name}: make it of the keys that both leave visible."
             )

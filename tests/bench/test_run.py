@@ -218,6 +218,8 @@ FEATURES = [
     Cell("features", 2, 4, 2, 40, 40, 16, 16, True, softcap=0.5),
     Cell("features", 2, 2, 2, 40, 40, 16, 16, True, window=5),
     *(Cell("features", 3, 2, 2, 40, 40, 16, 16, mask=mask) for mask in get_args(Mask)),
+    Cell("features", 3, 2, 2, 40, 40, 16, 16, mask="documents=1,1,N,N", by_blocks=True),
+    Cell("features", 3, 2, 2, 40, 40, 16, 16, mask="padding=B,1,N,N", by_blocks=True),
 ]
 
 

@@ -99,3 +99,10 @@ def test_op() -> None:
     for wrong in (mask.float(), mask[0], mask[:, :, :0]):
         with pytest.raises(ArgumentError, match="mask must be bool"):
             torch.ops.sigswap.mask_blocks(wrong)
+
+
+def test_vmap() -> None:
+    masks = torch.rand(3, 1, 1, 150, 140) > 0.5
+    found = torch.vmap(torch.ops.sigswap.mask_blocks.default)(masks)
+    for index, mask in enumerate(masks):
+        assert torch.equal(dense_mask(Blocks(*(each[index] for each in found)), 150, 140), mask)
