@@ -96,10 +96,10 @@ def _acts_outside(adapted: Any) -> bool:
     return not isinstance(tuner, known) or type(tuner).__name__ == "XLoraModel"
 
 
-def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False) -> None:
+def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False, in_parts: bool = False) -> None:
     """Raises ConversionError if the parameters of ``model`` are spread over processes, or kept equal in them by what
-    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say. ``by_ranks``: it
-    is for what has parts, or is the same on all ranks.
+    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say. ``in_parts``: it
+    is for what has parts that are DTensors; ``by_ranks``: or is the same on all ranks, too.
     """
     for wrapper in wrappers_of(model):
         if by_ranks and wrapper.name == "DistributedDataParallel":
@@ -110,7 +110,7 @@ def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False)
                 argument="model",
                 hint=Hint(f"Do so with what was given to {wrapper.name}, in each process, and wrap it afterwards."),
             )
-    spread = None if by_ranks else spread_parameter(model)
+    spread = None if by_ranks or in_parts else spread_parameter(model)
     if spread is not None:
         raise ConversionError(
             f"a model whose parameters are spread over devices ({spread}) cannot {to_do}.",

@@ -22,8 +22,8 @@ def llama(**changes: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    own = {"num_key_value_heads": 4, "initializer_range": 0.15, **changes}
-    config = transformers.LlamaConfig(vocab_size=31, pad_token_id=0, **sizes, **own)
+    own = {**sizes, "num_key_value_heads": 4, "initializer_range": 0.15, **changes}
+    config = transformers.LlamaConfig(vocab_size=31, pad_token_id=0, **own)
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 
