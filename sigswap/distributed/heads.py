@@ -90,6 +90,63 @@ def divide_heads(note: Note, part: nn.Module) -> None:
         setattr(each.module, each.name, nn.Parameter(values, requires_grad=each.parameter.requires_grad))
 
 
+class DividedHeads(NamedTuple):
+    """``mesh``: the ranks among which tensor parallelism has divided a model; None: it has not. ``owners``: what
+    sigswap added to the modules whose heads are divided among them, each with an equal number of heads."""
+
+    mesh: Any = None
+    owners: frozenset[OwnerState] = frozenset()
+
+    @property
+    def size(self) -> int:
+        return 1 if self.mesh is None else int(self.mesh.size())
+
+    @property
+    def index(self) -> int:
+        """Of this rank among them."""
+        return 0 if self.mesh is None else int(self.mesh.get_local_rank())
+
+    @property
+    def first(self) -> int:
+        """The global rank that tells those that hold one copy of the model from others."""
+        return 0 if self.mesh is None else int(self.mesh.mesh.min())
+
+    def among(self, owner: OwnerState) -> int:
+        """How many ranks have heads of ``owner``."""
+        return self.size if owner in self.owners else 1
+
+
+def divided_heads(part: nn.Module) -> DividedHeads:
+    """Of the model that was converted itself, and whose parameters are not brought together at the moment.
+
+    Raises ConversionError where its parts are over several meshes, or parameters per head are whole beside heads that
+    are divided.
+    """
+    divisions = divided(part)
+    meshes = {division.mesh for division in divisions.values()}
+    if not meshes:
+        return DividedHeads()
+    mesh = next(iter(meshes))
+    if len(meshes) > 1 or mesh.ndim != 1:
+        raise ConversionError(
+            f"its parameters are divided over {' and '.join(map(str, meshes))}, not over one axis.",
+            argument="model",
+            hint=Hint("Apply tensor parallelism over one axis of a mesh: mesh['tp']."),
+        )
+    found = set()
+    for path, owner in owners_of(part).items():
+        if mesh_of_heads(part, path, owner, divisions) is None:
+            continue
+        found.add(owner)
+        if any(id(each.parameter) not in divisions for each in _per_head(owner)):
+            raise ConversionError(
+                f"{path or 'the model'}: its heads are divided by tensor parallelism, and its parameters per head not.",
+                argument="model",
+                hint=Hint("Call sigswap.shard_heads(model) after parallelize_module."),
+            )
+    return DividedHeads(mesh, frozenset(found))
+
+
 def mesh_of_heads(part: nn.Module, path: str, owner: OwnerState, divisions: Mapping[int, Division]) -> Any:
     """The axis of a mesh over which the projections of the module at ``path`` are sharded by columns; None: none.
 
