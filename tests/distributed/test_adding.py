@@ -11,7 +11,18 @@ import pytest
 import spread
 import torch
 from ranks import on_ranks
-from spread import batches, by_heads, by_two_axes, fully, in_copies, own, values
+from spread import (
+    alone,
+    assert_near,
+    batches,
+    by_heads,
+    by_two_axes,
+    distilled,
+    fully,
+    in_copies,
+    own,
+    values,
+)
 from torch import nn
 
 import sigswap
@@ -115,11 +126,26 @@ def check_plan_of_transformers(folder: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=how)
     model = with_values(sigswap.convert(model, CONFIG))
     assert model.model.layers[0].self_attn.sigswap.get_parameter("0.bias").to_local().shape[0] == 4 // size
-    check_equal(model, copy.deepcopy(converted()), 0, "a plan of transformers")
+    expected = copy.deepcopy(converted())
+    check_equal(model, expected, 0, "a plan of transformers")
+    given, group = batches(4), alone()
+    sigswap.calibrate(model, given, progress=False)
+    sigswap.calibrate(expected, given, progress=False, group=group)
+    assert_near(values(model), values(expected), "calibrated", atol=2e-4)
+    for name, value in values(expected).items():  # so that rounding does not add up
+        put(model.get_parameter(name), value)
+    distilled(model, None, given, train="sigmoid")
+    distilled(expected, None, given, train="sigmoid", group=group)
+    assert_near(values(model), values(expected), "distilled")
     sigswap.save(model, f"{folder} converted")
     again = sigswap.load(f"{folder} converted")
     for name, value in values(model).items():
         assert torch.equal(again.get_parameter(name), value), name
+    for fields in ({"fsdp_size": size}, {"tp_plan": "auto", "tp_size": size}):
+        how = transformers.DistributedConfig(**fields)
+        other = transformers.AutoModelForCausalLM.from_pretrained(f"{folder} converted", distributed_config=how)
+        for name, value in values(other).items():
+            assert torch.equal(again.get_parameter(name), value), name
 
 
 def check_refusals() -> None:
