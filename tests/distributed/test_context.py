@@ -53,6 +53,8 @@ CASES = [
     Case(first=True),
     Case(first=True, documents=True, key_heads=2, cap=0.5, softcap=2.0),
     Case(first=True, causal=False, visible=False, const=-1.0),
+    Case(first=True, window=(4, 0), key_heads=2, cap=0.5),
+    Case(first=True, window=(9, 3), causal=False, documents=True, softcap=2.0),
 ]
 
 
@@ -215,8 +217,6 @@ def check_refusals() -> None:
             sigmoid_attention_varlen(*(x[0].transpose(0, 1) for x in qkv()), ends, ends, 4, 4)
         with pytest.raises(ArgumentError, match="multiple of 4"):
             context.shard(torch.ones(2, 6))
-        with pytest.raises(ContextParallelError, match="first_token"):
-            attend(*qkv(), window=(2, 0), first_token=FirstToken(torch.ones(()), None))
         assert sigswap.sigmoid_attention(*qkv()).shape == (1, HEADS, 4, DIM)  # none of these has left anything behind
     for form in ("ring", "all_to_all"):
         with sigswap.context_parallel(form=form) as context:  # type: ignore[arg-type]
