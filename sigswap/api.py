@@ -25,7 +25,7 @@ from sigswap.conversion.recording import LOOKING, Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.untouched import random_state
 from sigswap.conversion.user_runs import forget_calls
-from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, unwrapped
+from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, check_unreduced, unwrapped
 from sigswap.distributed.adding import holders, spread_added
 from sigswap.distributed.shards import reshard
 from sigswap.errors import (
@@ -94,6 +94,7 @@ def convert(
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
     check_undistributed(model, "be converted", in_parts=True)
+    check_unreduced(model, "be converted")
     whole, model = model, unwrapped(model)
     reshard(model)
     ranks = holders(model)

@@ -102,8 +102,8 @@ class DividedHeads(NamedTuple):
         return 1 if self.mesh is None else int(self.mesh.size())
 
     @property
-    def index(self) -> int:
-        """Of this rank among them."""
+    def number(self) -> int:
+        """Of this rank among them, from 0."""
         return 0 if self.mesh is None else int(self.mesh.get_local_rank())
 
     @property

@@ -24,7 +24,7 @@ from sigswap.conversion.record import RECORD, conversion_of, note_calibration, o
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.conversion.wrappers import check_undistributed, runnable, spread_parameter, unwrapped
+from sigswap.conversion.wrappers import check_undistributed, check_unreduced, runnable, spread_parameter, unwrapped
 from sigswap.distributed.adding import spread_added
 from sigswap.distributed.heads import DividedHeads, divided_heads
 from sigswap.distributed.ranks import CALIBRATION, Ranks
@@ -145,6 +145,7 @@ def calibrate(
             seen = _beside(model, calls, first, lookups, tokens, max_length)
         reshard(model)
         if seen.mixer.inputs is not None and (opened := open_terms(undo.on_failure, part)):
+            check_unreduced(part, "get the terms that its config leaves open")
             spread_added(undo.on_failure, part)
             notes.append(
                 f"The model is a decoder: {len(opened)} of {len(states)} modules have the terms now that their config "
@@ -203,9 +204,9 @@ def calibrate(
             set_row_cap(part, kept)
             notes.append(f"{len(kept)} of {len(states)} modules have the row cap {next(iter(kept.values())):.4g} now.")
         sites = [(path, *item) for path, state in states.items() for item in enumerate(state.sites())]
-        heads = [record for path, index, site in sites for record in fits[site].records(path, index)]
+        records = [record for path, index, site in sites for record in fits[site].records(path, index)]
         lengths = [record for path, index, site in sites for record in fits[site].length_records(path, index)]
-        result = CalibrationReport(heads, seen.given, notes, lengths)
+        result = CalibrationReport(records, seen.given, notes, lengths)
         note_calibration(part, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
     return result
 

@@ -49,7 +49,7 @@ def add_up(ranks: Ranks, observer: Observer, states: Sequence[OwnerState], heads
     parts = list(_parts(ranks, observer, states, heads))
     for part in parts:
         part.place()
-    places = ranks.gathered((heads.first, heads.index))
+    places = ranks.gathered((heads.first, heads.number))
     everywhere = ranks.gathered([part.form() for part in parts])
     for part, forms in zip(parts, zip(*everywhere, strict=True), strict=True):
         part.add_up(ranks, forms, places)
@@ -220,7 +220,7 @@ def _parts(ranks: Ranks, observer: Observer, states: Sequence[OwnerState], heads
                 lambda sums, site=site: observer.sites.update({site: sums}),
                 among,
                 heads.size // among,
-                heads.index,
+                heads.number,
             )
         channels = observer.owners.get(state, ChannelSums())
         device = ranks.place(_device(state, channels))
@@ -233,7 +233,7 @@ def _parts(ranks: Ranks, observer: Observer, states: Sequence[OwnerState], heads
             lambda sums, state=state: observer.owners.update({state: sums}),
             1,  # of all heads together
             heads.size,
-            heads.index,
+            heads.number,
         )
 
 
