@@ -23,6 +23,14 @@ CONFIGS = {
     "first_token": {"learn_bias": True, "query_bias": True, "first_token": True, "row_cap": 0.5},
     "qk_norm": {"learn_bias": True, "qk_norm": "rms"},
 }
+WAYS: list[tuple[str, tuple[Any, ...]]] = [
+    ("query_bias", (HEADS,)),
+    ("first_token", (2,)),
+    ("qk_norm", (2,)),
+    ("first_token", (HEADS, "eager")),
+    ("qk_norm", (HEADS, "eager")),
+]
+"""What a model is converted with, its key heads, and its implementation of attention."""
 
 
 def llama(key_heads: int = HEADS, attention: str = "sdpa") -> Any:
@@ -85,22 +93,18 @@ def assert_equal(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, d
 
 
 def check_hand_written() -> list[str]:
-    done = []
-    for kind in CONFIGS:
-        for shape in ((HEADS,), (2,), (HEADS, "eager")):
-            model = converted(kind, *shape)
-            expected = results(copy.deepcopy(model))
-            sharded = sigswap.shard_heads(parallelized(model))
-            assert sharded is model
-            names = [name for name, each in model.named_parameters() if ".sigswap." in name]
-            shards = {model.get_parameter(name).to_local().shape[0] for name in names}
-            assert shards <= {
-                HEADS // torch.distributed.get_world_size(),
-                shape[0] // torch.distributed.get_world_size(),
-            }
-            assert_equal(results(model), expected)
-            assert_equal(results(sigswap.shard_heads(model)), expected)  # what is sharded stays
-            done.append(f"{kind} {shape}")
+    done, size = [], torch.distributed.get_world_size()
+    for kind, shape in WAYS:
+        model = converted(kind, *shape)
+        expected = results(copy.deepcopy(model))
+        sharded = sigswap.shard_heads(parallelized(model))
+        assert sharded is model
+        names = [name for name, each in model.named_parameters() if ".sigswap." in name]
+        shards = {model.get_parameter(name).to_local().shape[0] for name in names}
+        assert shards <= {HEADS // size, shape[0] // size}
+        assert_equal(results(model), expected)
+        assert_equal(results(sigswap.shard_heads(model)), expected)  # what is sharded stays
+        done.append(f"{kind} {shape}")
     return done
 
 
@@ -127,7 +131,7 @@ def check() -> list[str]:
 
 
 def test_a_hand_written_plan_and_what_cannot_be_sharded() -> None:
-    assert len(on_ranks(2, check)[0]) == 9
+    assert len(on_ranks(2, check)[0]) == len(WAYS)
 
 
 def check_plan_of_transformers(directory: str, kind: str) -> None:

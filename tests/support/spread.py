@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -27,8 +28,13 @@ def llama(**changes: Any) -> Any:
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 
-def converted() -> Any:
+@functools.cache
+def _converted() -> Any:
     return sigswap.convert(llama(), CONFIG)
+
+
+def converted() -> Any:
+    return copy.deepcopy(_converted())
 
 
 def batches(count: int = 10, *, padded: bool = True) -> list[dict[str, Tensor]]:
