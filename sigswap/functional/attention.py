@@ -222,12 +222,13 @@ def attend(
     row_cap: float | None = None,
     first_token: FirstToken | None = None,
     seed: Tensor | None = None,
+    shard: int = 0,
 ) -> Tensor:
     """:func:`sigmoid_attention` with the row bias ``const_bias - [ln n, if visible_bias] + [bias]``.
 
     With ``first_token`` the first two terms become what it says. ``bottom_right`` aligns the causal mask
     and the window so that the last query is at the last key, as decoding with a cache needs. ``seed``: of dropout,
-    int64 [1]; None: a new one, from the random state.
+    int64 [1]; None: a new one, from the random state, for the heads of the rank with the number ``shard``.
     """
     if type(attn_mask).__name__ == "CausalBias":  # of torch.nn.attention.bias, whose import takes seconds
         bottom_right = _is_lower_right(attn_mask)
@@ -260,7 +261,7 @@ def attend(
         query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
     window_left, window_right = _window(window)
     scale, softcap = _scale(query, scale), _softcap(softcap)
-    seed = _dropout_seed(query, dropout_p) if seed is None else seed
+    seed = _dropout_seed(query, dropout_p, shard) if seed is None else seed
     if bias is not None:
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
@@ -414,9 +415,10 @@ def _row_cap(row_cap: float | None) -> float:
     return row_cap
 
 
-def _dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
+def _dropout_seed(query: Tensor, dropout_p: float, shard: int = 0) -> Tensor | None:
     if dropout_p > 0.0:
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
+        seed = torch.randint(0, 2**61, (1,), dtype=torch.int64, device=query.device)
+        return seed + shards.shift(shard) if shard else seed
     return None
 
 

@@ -90,4 +90,9 @@ def _seed(mesh: Any, axes: list[int | None], device: torch.device) -> Tensor:
             seed = broadcast(seed, 0, (mesh, at))
         else:
             number = number * mesh.size(at) + mesh.get_local_rank(at)
-    return seed + number * _STEP % 2**61
+    return seed + shift(number)
+
+
+def shift(number: int) -> int:
+    """From the seed of a call, below 2 ** 61, to that of the shard with this number, below 2 ** 62."""
+    return number * _STEP % 2**61

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap.errors import ConversionError, NotConvertedError, UnknownCallError
+from sigswap.kernels.op import dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,3 +167,24 @@ def check_plan_of_transformers(directory: str, kind: str) -> None:
 def test_a_plan_of_transformers(tmp_path: Path, kind: str) -> None:
     sigswap.save(converted(kind), tmp_path / "model")
     on_ranks(2, check_plan_of_transformers, str(tmp_path / "model"), kind)
+
+
+def check_dropout() -> list[Any]:
+    """Ranks that are seeded alike drop other probabilities of their heads."""
+    model = sigswap.convert(llama(), sigswap.SigmoidConfig(learn_bias=True))
+    model = sigswap.shard_heads(parallelized(model)).train()
+    drawn: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "is_plain", lambda *tensors: drawn.append(tensors[5]) or False)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        torch.manual_seed(5)
+        model(ids())
+    assert len(drawn) == 2
+    return [int(each) for each in drawn]
+
+
+def test_ranks_drop_other_probabilities() -> None:
+    first, second = on_ranks(2, check_dropout)
+    assert len({*first, *second}) == 4
+    assert (second[0] - first[0]) == (second[1] - first[1])  # the number of the rank, not another random state
