@@ -76,18 +76,31 @@ def divide_heads(note: Note, part: nn.Module) -> None:
                     hint=Hint("Call shard_heads before fully_shard."),
                 )
             if each.parameter.shape[0] % mesh.size():
-                raise ConversionError(
-                    f"{path or 'the model'}: {each.parameter.shape[0]} heads cannot be divided evenly among "
-                    f"{mesh.size()} ranks.",
-                    argument="model",
-                    hint=Hint("Parallelize it over a number of ranks that divides its heads."),
-                )
+                raise _uneven(path, each.parameter.shape[0], mesh)
             sharded.append((each, mesh))
     for each, mesh in sharded:
         whole = each.parameter.detach()
         values = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None if whole.is_meta else 0)
         note("the parameters per head", entries(each.module._parameters, each.name))
         setattr(each.module, each.name, nn.Parameter(values, requires_grad=each.parameter.requires_grad))
+
+
+def check_even(part: nn.Module) -> None:
+    """Raises ConversionError where tensor parallelism has cut heads of a converted model through."""
+    divisions = divided(part)
+    for path, owner in owners_of(part).items() if divisions else ():
+        mesh = mesh_of_heads(part, path, owner, divisions)
+        for site in owner.sites() if mesh is not None else ():
+            if site.plan.heads % mesh.size():
+                raise _uneven(path, site.plan.heads, mesh)
+
+
+def _uneven(path: str, heads: int, mesh: Any) -> ConversionError:
+    return ConversionError(
+        f"{path or 'the model'}: {heads} heads cannot be divided evenly among {mesh.size()} ranks.",
+        argument="model",
+        hint=Hint("Parallelize it over a number of ranks that divides its heads."),
+    )
 
 
 class DividedHeads(NamedTuple):

@@ -34,14 +34,14 @@ WAYS: list[tuple[str, tuple[Any, ...]]] = [
 """What a model is converted with, its key heads, and its implementation of attention."""
 
 
-def llama(key_heads: int = HEADS, attention: str = "sdpa") -> Any:
+def llama(key_heads: int = HEADS, attention: str = "sdpa", heads: int = HEADS) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=32,
-        hidden_size=HEADS * HEAD_DIM,
+        hidden_size=heads * HEAD_DIM,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=HEADS,
+        num_attention_heads=heads,
         num_key_value_heads=key_heads,
         pad_token_id=0,
     )
@@ -155,6 +155,9 @@ def check_plan_of_transformers(directory: str, kind: str) -> None:
     if "fsdp_size" in {field.name for field in dataclasses.fields(transformers.DistributedConfig)}:
         models.append(loaded(fsdp_size=size))  # in which each rank reads its parts alone
         assert all(hasattr(each, "to_local") for each in models[1].parameters())
+    with pytest.raises(ConversionError, match="3 heads cannot be divided evenly among 2 ranks"):
+        uneven = transformers.DistributedConfig(tp_plan="auto", tp_size=size)
+        transformers.AutoModelForCausalLM.from_pretrained(f"{directory} of 3 heads", distributed_config=uneven)
     for index, each in enumerate(models):
         sigswap.save(each, f"{directory} {index}")
         again = sigswap.load(f"{directory} {index}")
@@ -166,6 +169,7 @@ def check_plan_of_transformers(directory: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["first_token"])
 def test_a_plan_of_transformers(tmp_path: Path, kind: str) -> None:
     sigswap.save(converted(kind), tmp_path / "model")
+    sigswap.save(sigswap.convert(llama(3, heads=3)), tmp_path / "model of 3 heads")
     on_ranks(2, check_plan_of_transformers, str(tmp_path / "model"), kind)
 
 
