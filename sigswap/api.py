@@ -82,7 +82,9 @@ def convert(
         AlreadyConvertedError: the model is converted already.
         ExampleInputsError: no inputs are known, or the model's forward fails on them.
         ConfigError: the config cannot be applied to a site.
-        ConversionError: the model is compiled or scripted, or a module cannot be converted.
+        ConversionError: the model is compiled or scripted, or a module cannot be converted; or, of a model that is
+            spread over processes, the ranks convert it in other ways than one another, it does not run on fake tensors,
+            its heads cannot be divided evenly, or it is inside DistributedDataParallel.
         CalibrationError, ArgumentError: as sigswap.calibrate raises them.
 
     Whatever is raised, the model is as it was.

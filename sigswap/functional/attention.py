@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
-from sigswap.functional import shards
+from sigswap.functional import dropout
 from sigswap.kernels import settings
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense, varlen
@@ -236,7 +236,7 @@ def attend(
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask must not be given together with is_causal=True.")
     if dropout_p > 0.0 and hasattr(query, "device_mesh"):
-        return shards.dropped(
+        return dropout.dropped(
             attend,
             query,
             key,
@@ -418,7 +418,7 @@ def _row_cap(row_cap: float | None) -> float:
 def _dropout_seed(query: Tensor, dropout_p: float, shard: int = 0) -> Tensor | None:
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**61, (1,), dtype=torch.int64, device=query.device)
-        return seed + shards.shift(shard) if shard else seed
+        return seed + dropout.shift(shard) if shard else seed
     return None
 
 

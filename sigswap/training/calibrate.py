@@ -78,7 +78,8 @@ def calibrate(
 
     Where several processes train one model, each calls this with batches of its own. What they have gathered is added
     up after each pass, so that all get the parameters that one process gets from all the batches, to rounding (beside
-    the first key a regression sees at most 2,048 rows of a head, and with more it is other ones).
+    the first key a regression sees at most 2,048 rows of a head, and with more it is other ones). The model may be
+    spread, by ``fully_shard`` or tensor parallelism; ranks that hold parts of one copy pass the same batches.
 
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
@@ -99,8 +100,8 @@ def calibrate(
         max_length: of language models: their tokens are also put together to at most four sequences of this length, so
             that the bias is fitted for all positions up to it. The report has the error by position.
         seed: of the inputs that are made without ``batches``.
-        group: the torch.distributed process group whose ranks calibrate their copies of the model together. ``None``:
-            all ranks, where torch.distributed is initialised.
+        group: the torch.distributed process group whose ranks calibrate their copies of the model together, with all
+            ranks that hold parts of one of these. ``None``: all ranks, where torch.distributed is initialised.
         progress: shows a progress bar on standard error, if that is a terminal.
 
     Returns:
@@ -110,7 +111,10 @@ def calibrate(
         NotConvertedError: the model is not converted.
         ArgumentError: an argument is not as above, the conversion has no parameters to calibrate, or a sequence is
             longer than the model's positions.
-        CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite.
+        CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite; or ranks of tensor
+            parallelism have other batches than one another.
+        ConversionError: the model is inside DistributedDataParallel, or its parameters per head are whole beside heads
+            that are divided.
 
     Whatever is raised, the model is as it was.
     """
