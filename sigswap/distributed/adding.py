@@ -63,14 +63,17 @@ def _group_of(model: nn.Module, path: str) -> Any:
 def _join(note: Note, group: Any, module: nn.Module, name: str) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
-    parameter = module._parameters[name]
+    parameter: Any = module._parameters[name]
     note("a parameter's sharding", functools.partial(module._parameters.__setitem__, name, parameter))
     note(
         "the parameters of fully_shard",
         functools.partial(group.fsdp_params.__setitem__, slice(None), [*group.fsdp_params]),
     )
+    if not parameter.is_meta and parameter.device != group.device:  # beside one that is offloaded after it is sharded
+        parameter = nn.Parameter(parameter.detach().to(group.device), requires_grad=parameter.requires_grad)
+        module._parameters[name] = parameter
     joined: Any = FSDPParam(
-        parameter,  # type: ignore[arg-type]
+        parameter,
         ParamModuleInfo(module, name),
         group.mesh_info,
         group.post_forward_mesh_info,
