@@ -25,7 +25,9 @@ from sigswap.conversion.recording import LOOKING, Recording
 from sigswap.conversion.search import search, selected
 from sigswap.conversion.untouched import random_state
 from sigswap.conversion.user_runs import forget_calls
-from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, unwrapped
+from sigswap.conversion.wrappers import check_uncompiled, check_undistributed, check_unreduced, unwrapped
+from sigswap.distributed.adding import holders, spread_added
+from sigswap.distributed.shards import reshard
 from sigswap.errors import (
     ArgumentError,
     ConversionError,
@@ -59,6 +61,9 @@ def convert(
     (``<owner>.sigswap.*`` in state_dict); the base parameters keep their names. From then on the model computes
     ``sigmoid(score + b)`` there, in eager, under any compile backend and in export (:class:`SigmoidConfig`: what b is).
 
+    Where the model is spread over processes already, by ``fully_shard`` or by tensor parallelism, all that hold parts
+    of it call this, and the new parameters are spread as those beside them are, per head where the heads are divided.
+
     Args:
         model: the model; it may be on any device, also meta, or on several by accelerate (``device_map``).
         config: what becomes of each site; ``SigmoidConfig()`` by default.
@@ -77,7 +82,9 @@ def convert(
         AlreadyConvertedError: the model is converted already.
         ExampleInputsError: no inputs are known, or the model's forward fails on them.
         ConfigError: the config cannot be applied to a site.
-        ConversionError: the model is compiled or scripted, or a module cannot be converted.
+        ConversionError: the model is compiled or scripted, or a module cannot be converted; or, of a model that is
+            spread over processes, the ranks convert it in other ways than one another, it does not run on fake tensors,
+            its heads cannot be divided evenly, or it is inside DistributedDataParallel.
         CalibrationError, ArgumentError: as sigswap.calibrate raises them.
 
     Whatever is raised, the model is as it was.
@@ -88,16 +95,23 @@ def convert(
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
     _check_convertible(model)
-    check_undistributed(model, "be converted")
+    check_undistributed(model, "be converted", in_parts=True)
+    check_unreduced(model, "be converted")
     whole, model = model, unwrapped(model)
+    reshard(model)
+    ranks = holders(model)
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
         undo.on_failure("the random state", random_state())
         LOOKING.take(undo.afterwards)
         recording = Recording(model)
         undo.on_failure("what the model's code keeps", recording.untouched.put_back)
-        conversion, change = _planned(recording, config, example_inputs, include, exclude, strict)
-        convert_within(undo.on_failure, model, conversion)
+        with ranks.all_or_none():
+            conversion, change = _planned(recording, config, example_inputs, include, exclude, strict)
+        ranks.check_same(config=config, attentions=conversion.owners)
+        with ranks.all_or_none():
+            convert_within(undo.on_failure, model, conversion)
+            spread_added(undo.on_failure, model)
         change.install(model, undo.on_failure)
         if calibrate_with is not None:
             calibrate(model, calibrate_with)

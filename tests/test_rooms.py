@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "distributed": ("conversion", "functional", "sequence", *LEAVES),
     "training": ("distributed", "conversion", "functional", "kernels", *LEAVES),
     "saving": ("distributed", "conversion", *LEAVES),
-    "api": ("training", "saving", "conversion", *LEAVES),
+    "api": ("training", "saving", "distributed", "conversion", *LEAVES),
     "bench": ("api", "distributed", "saving", "compiling", "conversion", "functional", "sequence", *LEAVES),
     "former_names": (),
     "the package": (

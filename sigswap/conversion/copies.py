@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sigswap.conversion import accelerate_hooks
+from sigswap.conversion import accelerate_hooks, distributed_hooks
+from sigswap.conversion.wrappers import is_shard
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _HARMLESS = ("transformers.", "torch.nn.utils.")
@@ -52,7 +53,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def copied(model: nn.Module, mode: FakeTensorMode | None) -> tuple[nn.Module, list[Tensor]]:
-    """A copy of the module tree, without the users' hooks, and all tensors that were made for it.
+    """A copy of the module tree, without the users' hooks and those that spread it over processes, and all tensors that
+    were made for it.
 
     Its tensors are fake ones of ``mode``, all on one device; without a mode they are others with the model's own
     memory. Raises whatever ``copy.deepcopy`` of an attribute raises.
@@ -65,8 +67,11 @@ def copied(model: nn.Module, mode: FakeTensorMode | None) -> tuple[nn.Module, li
             memo[id(tensor)] = _shared(tensor) if mode is None else fake(tensor, mode, device)
             keep.append(tensor)
     accelerate_hooks.leave_out(model, memo)
-    clone = copy.deepcopy(model, memo)
+    distributed_hooks.leave_out(model, memo)
+    with distributed_hooks.copyable(model):
+        clone = copy.deepcopy(model, memo)
     accelerate_hooks.strip(clone)
+    distributed_hooks.strip(clone)
     for module in clone.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -120,7 +125,7 @@ class _Placing(TorchFunctionMode):
 
 def _stays(hook: object) -> bool:
     where = hook.__module__ if hasattr(hook, "__qualname__") else type(hook).__module__
-    return f"{where}.".startswith(_HARMLESS)
+    return f"{where}.".startswith(_HARMLESS) and not f"{where}.".startswith(distributed_hooks.OF_TRANSFORMERS)
 
 
 def _shared(tensor: Tensor) -> Tensor:
@@ -129,10 +134,10 @@ def _shared(tensor: Tensor) -> Tensor:
 
 
 def fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """``tensor`` as a fake tensor of ``mode``, on ``device`` if it was on another or on meta."""
+    """``tensor`` as a fake tensor of ``mode``, on ``device`` if it was on another or on meta; of a part, the whole."""
     if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
         return tensor
-    if tensor.device == device and not isinstance(tensor, FakeTensor):
+    if tensor.device == device and not isinstance(tensor, FakeTensor) and not is_shard(tensor):
         return mode.from_tensor(tensor)
     with mode:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

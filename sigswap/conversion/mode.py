@@ -302,7 +302,11 @@ class SwapMode(TorchFunctionMode):
         mask = args[0] if args else kwargs.get("attn_mask")
         site.check_heads(query, mask, args[2] if len(args) > 2 else kwargs.get("is_causal", False))
         query, key = site.normalized(query, key)
-        return scaled_dot_product_attention(query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms)
+        dropout_p = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
+        shard = site.shard(query) if dropout_p > 0.0 else 0  # else ranks that are seeded alike would drop alike
+        return scaled_dot_product_attention(
+            query, key, value, *args, **kwargs, **site.sdpa_bias(query), **site.terms, shard=shard
+        )
 
     def _flex(self, site: SiteState, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
         query, key = site.normalized(query, key)

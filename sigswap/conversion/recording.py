@@ -35,6 +35,7 @@ from sigswap.conversion.keeping import quiet
 from sigswap.conversion.turns import Turn
 from sigswap.conversion.untouched import Untouched, collect_later, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
+from sigswap.conversion.wrappers import spread_parameter
 from sigswap.errors import ConfigError, ConversionError, ExampleInputsError, Hint, UnknownCallError
 from sigswap.passes.find import find
 from sigswap.passes.site import FindResult
@@ -93,7 +94,10 @@ class Recording:
         self.untouched = Untouched(model)
         meta = [tensor.is_meta for tensor in tensors_of(model)]
         hooked = accelerate_hooks.is_hooked(model)
+        self.spread = spread_parameter(model)
         self.ways: list[Way] = ["fake"]
+        if self.spread is not None:  # where a run, if one rank came to it alone, would wait for the others
+            return
         if not any(meta) and not hooked:  # without its hooks, nothing would move what goes from one device to another
             self.ways.append("copy")
         if hooked or not any(meta):
@@ -117,6 +121,12 @@ class Recording:
         failures = "; ".join(dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors))
         if form is not None:
             raise ConversionError(failures) from errors[-1]
+        if self.spread is not None:
+            raise ConversionError(
+                f"{type(self.model).__name__} cannot be run on tensors without values ({failures}), and its parameters "
+                f"are spread over processes ({self.spread}), so it is not run in another way.",
+                hint=Hint("Convert it before fully_shard or tensor parallelism is applied to it."),
+            ) from errors[-1]
         if "itself" not in self.ways:
             raise ExampleInputsError(
                 f"the forward of {type(self.model).__name__} cannot be run on the meta device ({failures}).",

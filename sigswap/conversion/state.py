@@ -434,15 +434,25 @@ class SiteState(nn.Module):
         """Raises UnknownCallError for fewer heads than were converted, by the arguments of
         scaled_dot_product_attention: those of several tokens, as a causal flag or a mask shows, are not packed.
         """
-        axis = self.plan.sdpa_head_axis
-        norm = None if self.query_norm is None else self.query_norm.weight
-        values = next((each for each in (self.bias, self.query_weight, norm) if each is not None), None)
+        axis, values = self.plan.sdpa_head_axis, self._per_head()
         if axis.axis is None or axis.merged or values is None:
             return
         size, heads = query.shape[axis.axis], of_this_rank(values, query).shape[0]
         tokens = query.shape[-2] if is_causal else mask.shape[-2] if mask is not None and mask.dim() > 1 else 1
         if size < heads and tokens > 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
             raise axis.other_heads(heads, size)
+
+    def shard(self, query: Tensor) -> int:
+        """The number of this rank among those that have other heads, 0 for the first; where ``query`` does not know of
+        the others, and no parameter per head does, 0."""
+        values: Any = self._per_head()
+        return (
+            0 if values is None or of_this_rank(values, query) is values else int(values.device_mesh.get_local_rank())
+        )
+
+    def _per_head(self) -> Tensor | None:
+        norm = None if self.query_norm is None else self.query_norm.weight
+        return next((each for each in (self.bias, self.query_weight, norm) if each is not None), None)
 
     def sdpa_bias(self, query: Tensor) -> RowBias:
         """The bias of the rows of a query [..., M, D], to be added to scores [..., M, N]."""

@@ -8,11 +8,13 @@ nothing is run.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from sigswap.errors import ArgumentError, ConversionError, Hint
@@ -96,10 +98,10 @@ def _acts_outside(adapted: Any) -> bool:
     return not isinstance(tuner, known) or type(tuner).__name__ == "XLoraModel"
 
 
-def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False) -> None:
+def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False, in_parts: bool = False) -> None:
     """Raises ConversionError if the parameters of ``model`` are spread over processes, or kept equal in them by what
-    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say. ``by_ranks``: it
-    is for what has parts, or is the same on all ranks.
+    knows only those that it was made with. ``to_do``: what is not possible then, "be converted" say. ``in_parts``: it
+    is for what has parts that are DTensors; ``by_ranks``: or is the same on all ranks, too.
     """
     for wrapper in wrappers_of(model):
         if by_ranks and wrapper.name == "DistributedDataParallel":
@@ -110,13 +112,38 @@ def check_undistributed(model: nn.Module, to_do: str, *, by_ranks: bool = False)
                 argument="model",
                 hint=Hint(f"Do so with what was given to {wrapper.name}, in each process, and wrap it afterwards."),
             )
-    spread = None if by_ranks else spread_parameter(model)
+    spread = None if by_ranks or in_parts else spread_parameter(model)
     if spread is not None:
         raise ConversionError(
             f"a model whose parameters are spread over devices ({spread}) cannot {to_do}.",
             argument="model",
             hint=Hint("Do so before fully_shard or tensor parallelism is applied to it."),
         )
+
+
+def check_unreduced(model: nn.Module, to_do: str) -> None:
+    """Raises ConversionError if there is a DistributedDataParallel around ``model``, which does not know of parameters
+    that the model gets now, so that each rank would train its own. ``to_do``: what adds them, "be converted" say.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if _is_in_ddp(model):
+        gc.collect()  # it may be one that nobody holds any more
+    if _is_in_ddp(model):
+        raise ConversionError(
+            f"what is inside DistributedDataParallel cannot {to_do}: that would not reduce the gradients of the "
+            "parameters that are added.",
+            argument="model",
+            hint=Hint(
+                "Do so in each process before DistributedDataParallel is made, or delete that and make a new one."
+            ),
+        )
+
+
+def _is_in_ddp(model: nn.Module) -> bool:
+    kind = getattr(sys.modules.get("torch.nn.parallel.distributed"), "DistributedDataParallel", nn.Identity)
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    return any(module is model for wrapper in wrappers for module in wrapper.module.modules())
 
 
 def is_shard(tensor: Tensor) -> bool:

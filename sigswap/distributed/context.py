@@ -15,7 +15,7 @@ from sigswap.errors import ArgumentError, Hint
 from sigswap.functional.torch_functions import SWAPS
 from sigswap.sequence.active import activated, refuse_parts
 from sigswap.sequence.attention import FORMS, Form, SequenceAttention
-from sigswap.sequence.exchange import Ranks
+from sigswap.sequence.exchange import SequenceGroup
 from sigswap.sequence.layout import Layout, Segment
 
 _WHOLE = frozenset(function for function, swap in SWAPS.items() if swap.family not in ("softmax", "log_softmax"))
@@ -25,7 +25,7 @@ _WHOLE = frozenset(function for function, swap in SWAPS.items() if swap.family n
 class ContextParallel:
     """The parts into which :func:`context_parallel` divides sequences."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: SequenceGroup) -> None:
         self._ranks = ranks
 
     @property
@@ -115,7 +115,7 @@ def context_parallel(
     """
     if form not in FORMS:
         raise ArgumentError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}.", argument="form")
-    ranks = Ranks(_group(mesh))
+    ranks = SequenceGroup(_group(mesh))
     segments = None if documents is None else _segments(documents)
     total = None if documents is None else documents.shape[-1]
     attention = SequenceAttention(ranks, form=form, causal=causal, documents=segments, total=total)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from sigswap.errors import CalibrationError, CheckpointError, Hint, SigswapError
+from sigswap.errors import CalibrationError, CheckpointError, ConversionError, Hint, SigswapError
 
 ARRIVAL = timedelta(minutes=5)
 """For so long a rank waits for the others to begin, where the backend can tell which of them do not come."""
@@ -26,6 +26,7 @@ class Work(NamedTuple):
     or_else: str = ", or give those that do so a group of their own"
 
 
+CONVERSION = Work("convert", "conversion", ConversionError, "")
 CALIBRATION = Work("calibrate", "calibration", CalibrationError)
 DISTILLATION = Work("distill", "distillation", CalibrationError)
 SAVE = Work("save", "save", CheckpointError, "")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sigswap.conversion.distributed_hooks import original_class
 from sigswap.conversion.wrappers import is_fully_sharded, is_shard
 
 
@@ -44,22 +45,54 @@ def put(tensor: Tensor, value: Tensor) -> None:
 
 
 class Fully(NamedTuple):
-    """A parameter of fully_shard's. ``whole``: the one that a forward sees in its place, once there was one."""
+    """A parameter of fully_shard's. ``whole``: the one that a forward sees in its place, once there was one. ``mesh``:
+    over which fully_shard has sharded it. ``divided``: how tensor parallelism had before; None: it had not."""
 
     shard: nn.Parameter
     whole: nn.Parameter | None
     mesh: Any
+    divided: Division | None
+
+
+class Division(NamedTuple):
+    """How a parameter is spread: over each axis of ``mesh`` by the placement that is next in order."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
 
 
 def fully_sharded(model: nn.Module) -> Iterator[Fully]:
     """The parameters that FSDP2 brings together for a forward, and whose gradients it averages over its ranks."""
     for module in model.modules():
-        if is_fully_sharded(module):
-            state: Any = module._get_fsdp_state()  # type: ignore[operator]
-            groups = getattr(state, "_fsdp_param_groups", None)
-            for group in [state._fsdp_param_group] if groups is None else groups:
-                for each in () if group is None else group.fsdp_params:
-                    yield Fully(each.sharded_param, getattr(each, "_unsharded_param", None), group.mesh_info.mesh)
+        for group in groups_of(module):
+            for each in group.fsdp_params:
+                spec = getattr(each, "_unsharded_dtensor_spec", None) or getattr(each, "_tp_spec", None)
+                divided = None if spec is None else Division(spec.mesh, tuple(spec.placements))
+                whole = getattr(each, "_unsharded_param", None)
+                yield Fully(each.sharded_param, whole, group.mesh_info.mesh, divided)
+
+
+def groups_of(module: nn.Module) -> list[Any]:
+    """The groups of parameters that fully_shard made for ``module`` itself (torch's FSDPParamGroup)."""
+    if not is_fully_sharded(module):
+        return []
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)  # up to 2.11 there is one
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+
+
+def divided(model: nn.Module) -> dict[int, Division]:
+    """How tensor parallelism has divided the parameters of ``model``, by their ids, whatever fully_shard did then."""
+    fully = {id(each.shard): each.divided for each in fully_sharded(model)}
+    found: dict[int, Division] = {}
+    for parameter in model.parameters():
+        shard: Any = parameter
+        own = fully.get(id(parameter))
+        if id(parameter) not in fully and is_shard(parameter):
+            own = Division(shard.device_mesh, tuple(shard.placements))
+        if own is not None:
+            found[id(parameter)] = own
+    return found
 
 
 def reshard(model: nn.Module) -> None:
@@ -72,7 +105,4 @@ def reshard(model: nn.Module) -> None:
 
 def original_name(module: nn.Module) -> str:
     """That of its class, before fully_shard made another one."""
-    kind = type(module)
-    if is_fully_sharded(module):
-        kind = next(each for each in kind.__mro__[1:] if not each.__module__.startswith("torch.distributed."))
-    return kind.__qualname__
+    return original_class(module).__qualname__

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import ArgumentError
+from sigswap.functional import dropout
 from sigswap.functional.block_mask import BlockMask
 from sigswap.kernels import settings
 from sigswap.kernels.host.problem import Options
@@ -230,17 +231,40 @@ def attend(
     row_cap: float | None = None,
     first_token: FirstToken | None = None,
     block_mask: BlockMask | None = None,
+    seed: Tensor | None = None,
+    shard: int = 0,
 ) -> Tensor:
     """:func:`sigmoid_attention` with the row bias ``const_bias - [ln n, if visible_bias] + [bias]``.
 
     With ``first_token`` the first two terms become what it says. ``bottom_right`` aligns the causal mask
-    and the window so that the last query is at the last key, as decoding with a cache needs.
+    and the window so that the last query is at the last key, as decoding with a cache needs. ``seed``: of dropout,
+    int64 [1]; None: a new one, from the random state, for the heads of the rank with the number ``shard``.
     """
     if type(attn_mask).__name__ == "CausalBias":  # of torch.nn.attention.bias, whose import takes seconds
         bottom_right = _is_lower_right(attn_mask)
         attn_mask, is_causal = None, True
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask must not be given together with is_causal=True.")
+    if dropout_p > 0.0 and hasattr(query, "device_mesh"):
+        return dropout.dropped(
+            attend,
+            query,
+            key,
+            value,
+            bias,
+            attn_mask,
+            first_token,
+            visible_bias=visible_bias,
+            const_bias=const_bias,
+            is_causal=is_causal,
+            bottom_right=bottom_right,
+            scale=scale,
+            dropout_p=dropout_p,
+            softcap=softcap,
+            window=window,
+            enable_gqa=enable_gqa,
+            row_cap=row_cap,
+        )
     leading: tuple[int, ...] = query.shape[:-2]
     if not _fit_the_op(query.shape, key.shape, value.shape, enable_gqa):
         leading = _leading_shape(query, key, value, enable_gqa)
@@ -251,7 +275,8 @@ def attend(
         if dropout_p > 0.0 or first_token is not None:  # which the kernels of blocks do not take
             attn_mask, block_mask = block_mask.dense(), None
     window_left, window_right = _window(window)
-    scale, softcap, seed = _scale(query, scale), _softcap(softcap), _dropout_seed(query, dropout_p)
+    scale, softcap = _scale(query, scale), _softcap(softcap)
+    seed = _dropout_seed(query, dropout_p, shard) if seed is None else seed
     if bias is not None:
         bias = _four_dims_broadcast("bias", bias, leading)
     if attn_mask is not None:
@@ -460,11 +485,10 @@ def _row_cap(row_cap: float | None) -> float:
     return row_cap
 
 
-def _dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
+def _dropout_seed(query: Tensor, dropout_p: float, shard: int = 0) -> Tensor | None:
     if dropout_p > 0.0:
-        if hasattr(query, "device_mesh"):
-            raise ArgumentError(f"dropout_p must be 0 where query is a DTensor, not {dropout_p}.")
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
+        seed = torch.randint(0, 2**61, (1,), dtype=torch.int64, device=query.device)
+        return seed + dropout.shift(shard) if shard else seed
     return None
 
 

@@ -111,8 +111,10 @@ def scaled_dot_product_attention(
     const_bias: float = 0.0,
     row_cap: float | None = None,
     first_token: FirstToken | None = None,
+    shard: int = 0,
 ) -> Tensor:
-    """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]."""
+    """As ``F.scaled_dot_product_attention``, with sigmoid; ``bias`` broadcasts to [B, H, M, 1]. ``shard``: as
+    :func:`sigswap.functional.attention.attend` has it."""
     if enable_gqa and key.shape[-3] != value.shape[-3]:  # torch groups keys and values each by itself
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
     return attend(
@@ -131,4 +133,5 @@ def scaled_dot_product_attention(
         enable_gqa=enable_gqa,
         row_cap=row_cap,
         first_token=first_token,
+        shard=shard,
     )

@@ -33,7 +33,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
 from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
-from sigswap.distributed.heads import with_heads
+from sigswap.distributed.heads import check_even, with_heads
 from sigswap.errors import CheckpointError, Hint
 from sigswap.saving import peft_hook
 from sigswap.saving.marks import (
@@ -189,6 +189,7 @@ def _register() -> None:
                     f"{model.config._name_or_path}: the weights lack sigswap's parameters {missing[:5]}"
                     f"{' and more' if len(missing) > 5 else ''}; the files do not belong to this config.json."
                 )
+            check_even(model)
             for module in model.modules():
                 if isinstance(module, OwnerState):
                     # Few as they are, they are not brought for each call: it is not the module that is called.

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from sigswap.errors import SigswapError
-from sigswap.sequence.exchange import Ranks
+from sigswap.sequence.exchange import SequenceGroup
 from sigswap.sequence.layout import Layout
 
 
-def to_heads(tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+def to_heads(tensor: Tensor, ranks: SequenceGroup, layout: Layout) -> Tensor:
     """[B, H, M, d], this rank's part of the sequence, to [B, H / n, n M, d]: some of the heads, in the sequence's
     order. H is a multiple of n. Has gradients."""
     moved: Tensor = _ToHeads.apply(tensor, ranks, layout)
     return moved
 
 
-def to_sequence(tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+def to_sequence(tensor: Tensor, ranks: SequenceGroup, layout: Layout) -> Tensor:
     """The inverse of :func:`to_heads`. Has gradients."""
     moved: Tensor = _ToSequence.apply(tensor, ranks, layout)
     return moved
 
 
-def _heads_out(tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+def _heads_out(tensor: Tensor, ranks: SequenceGroup, layout: Layout) -> Tensor:
     batch, heads, length, width = tensor.shape
     own = heads // ranks.size
     sent = tensor.view(batch, ranks.size, own, length, width).permute(1, 3, 0, 2, 4).contiguous()
@@ -42,7 +42,7 @@ def _heads_out(tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     return ordered.permute(1, 2, 0, 3)
 
 
-def _heads_back(tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+def _heads_back(tensor: Tensor, ranks: SequenceGroup, layout: Layout) -> Tensor:
     batch, own, _, width = tensor.shape
     ordered = tensor.permute(2, 0, 1, 3)
     sent = tensor.new_empty((ranks.size, layout.length, batch, own, width))
@@ -78,7 +78,7 @@ class _Once(torch.autograd.Function):
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, ranks: SequenceGroup, layout: Layout) -> Tensor:
         ctx.ranks, ctx.layout = ranks, layout
         return _heads_out(tensor, ranks, layout)
 
@@ -89,7 +89,7 @@ class _ToHeads(torch.autograd.Function):
 
 class _ToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, ranks: SequenceGroup, layout: Layout) -> Tensor:
         ctx.ranks, ctx.layout = ranks, layout
         return _heads_back(tensor, ranks, layout)
 

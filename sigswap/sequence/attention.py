@@ -18,7 +18,8 @@ from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.checks import check_attention
 from sigswap.kernels.op.first_token import bias_of_first
 from sigswap.sequence.all_to_all import differentiated_once, to_heads, to_sequence
-from sigswap.sequence.exchange import Ranks
+from sigswap.sequence.exchange import SequenceGroup
+from sigswap.sequence.first_keys import Routes, first_keys, routes
 from sigswap.sequence.inputs import Inputs
 from sigswap.sequence.layout import Band, Chunk, Layout, Segment, Segments, calls_of, range_of
 from sigswap.sequence.ring import Problem, Rounds, ring_attention
@@ -32,10 +33,11 @@ SHORT = 4096
 
 class _Places(NamedTuple):
     """Of each position of a part: ``counts`` [B|1, 1, M, 1], the keys that it sees; ``segment`` [B|1, M], the number of
-    its segment among those of its row of the batch."""
+    its segment among those of its row of the batch; ``first`` [B|1, M], the position of the first key that it sees."""
 
     counts: Tensor
     segment: Tensor
+    first: Tensor
 
 
 class SequenceAttention:
@@ -53,7 +55,7 @@ class SequenceAttention:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: SequenceGroup,
         *,
         balanced: bool = True,
         form: Form = "auto",
@@ -65,6 +67,7 @@ class SequenceAttention:
         self.ranks, self.balanced, self.form, self.causal = ranks, balanced, form, causal
         self.documents, self.total = documents, total
         self._places: dict[tuple[Layout, Band, bool, torch.device], _Places] = {}
+        self._routes: dict[tuple[Layout, Band, int, torch.device], Routes] = {}
         self._agreed = agreed
         self.as_written = _outside_compiled_code()  # for it waits for other ranks
 
@@ -118,10 +121,6 @@ class SequenceAttention:
             raise ArgumentError(
                 f"query has {query.shape[2]} positions and key {key.shape[2]}: under context parallelism both are a "
                 "rank's part of the same sequence, without a cache."
-            )
-        if inputs.share is not None and options.window_left >= 0:
-            raise ContextParallelError(
-                "an attention has a window and first_token, whose first key may be another rank's for each row."
             )
         if self.form == "all_to_all" and key.shape[1] % self.ranks.size:
             raise ContextParallelError(
@@ -231,7 +230,8 @@ class SequenceAttention:
         band, wide = _band(options), torch.promote_types(inputs.query.dtype, torch.float32)
         if inputs.share is not None:
             places = self._known_places(layout, band, whole, inputs.query.device)
-            first = self._first_scores(inputs, options, layout, places, whole)
+            picked = self._first_keys(inputs, layout, band, places, whole)
+            first = _scores(inputs.query, picked, options)
             bias = bias_of_first(
                 first, places.counts, inputs.share, inputs.rest, options.const_bias, options.visible_bias
             )
@@ -253,9 +253,14 @@ class SequenceAttention:
             )
         return known
 
-    def _first_scores(self, inputs: Inputs, options: Options, layout: Layout, places: _Places, whole: bool) -> Tensor:
-        """The score of each row on the first key of its segment, [B, H, M, 1]."""
-        query, key = inputs.query, inputs.key
+    def _first_keys(self, inputs: Inputs, layout: Layout, band: Band, places: _Places, whole: bool) -> Tensor:
+        """The first key that each row sees, [B, Hk, M or 1, D]."""
+        key = inputs.key
+        if band.left is not None and whole:
+            at = places.first[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
+            return key.gather(2, at)
+        if band.left is not None:
+            return first_keys(key, self.ranks, self._known_routes(layout, band, key))
         segments = self._segments(layout)
         batch, key_heads = key.shape[:2]
         most = max((len(each) for each in segments), default=0)
@@ -270,12 +275,18 @@ class SequenceAttention:
         firsts = key.gather(2, index.clamp(min=0)).masked_fill(index < 0, 0.0)
         if not whole:
             firsts = _Shared.apply(firsts, self.ranks)
-        wide = torch.promote_types(query.dtype, torch.float32)
         at = places.segment[:, None, :, None].expand(batch, key_heads, -1, key.shape[3])
-        picked = firsts.gather(2, at) if firsts.shape[2] > 1 else firsts
-        grouped = query.reshape(batch, key_heads, -1, *query.shape[2:]).to(wide)
-        score = (grouped * picked.unsqueeze(2).to(wide)).sum(-1, keepdim=True).flatten(1, 2) * options.scale
-        return options.softcap * torch.tanh(score / options.softcap) if options.softcap > 0.0 else score
+        return firsts.gather(2, at) if firsts.shape[2] > 1 else firsts
+
+    def _known_routes(self, layout: Layout, band: Band, key: Tensor) -> Routes:
+        known = self._routes.get((layout, band, key.shape[0], key.device))
+        if known is None:
+            cpu = torch.device("cpu")
+            each = [layout.chunks(rank) for rank in range(layout.ranks)]
+            firsts = [_places(chunks, band, self._segments(layout), layout.total, cpu).first for chunks in each]
+            known = routes(firsts, layout, self.ranks.rank, key.shape[0], key.device)
+            self._routes[layout, band, key.shape[0], key.device] = known
+        return known
 
 
 def _called(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -289,7 +300,15 @@ def _outside_compiled_code() -> Callable[..., Any]:
     return made
 
 
-class Alone(Ranks):
+def _scores(query: Tensor, keys: Tensor, options: Options) -> Tensor:
+    """Of each row of ``query`` [B, H, M, D] on its own of the ``keys`` [B, Hk, M or 1, D], [B, H, M, 1]."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(query.shape[0], keys.shape[1], -1, *query.shape[2:]).to(wide)
+    score = (grouped * keys.unsqueeze(2).to(wide)).sum(-1, keepdim=True).flatten(1, 2) * options.scale
+    return options.softcap * torch.tanh(score / options.softcap) if options.softcap > 0.0 else score
+
+
+class Alone(SequenceGroup):
     """This rank by itself, with nobody to send to."""
 
     def __init__(self) -> None:
@@ -300,7 +319,7 @@ class _Shared(torch.autograd.Function):
     """A tensor of which each rank has a part, and 0 elsewhere, whole on each of them."""
 
     @staticmethod
-    def forward(ctx: object, part: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: object, part: Tensor, ranks: SequenceGroup) -> Tensor:
         ctx.ranks = ranks  # type: ignore[attr-defined]
         whole = part.contiguous().clone()
         ranks.sum(whole)
@@ -308,7 +327,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        ranks: Ranks = ctx.ranks  # type: ignore[attr-defined]
+        ranks: SequenceGroup = ctx.ranks  # type: ignore[attr-defined]
         whole = grad.detach().contiguous().clone()
         ranks.sum(whole)
         return differentiated_once(whole, grad), None
@@ -352,4 +371,5 @@ def _places(chunks: Sequence[Chunk], band: Band, segments: Segments, total: int,
     if band.right is not None:
         high = torch.minimum(high, positions + band.right + 1)
     count = (high - low).masked_fill(outside, 1).clamp(min=1)
-    return _Places(count[:, None, :, None].to(device), torch.stack(numbers).to(device))
+    first = low.clamp(min=0, max=max(0, total - 1))
+    return _Places(count[:, None, :, None].to(device), torch.stack(numbers).to(device), first.to(device))

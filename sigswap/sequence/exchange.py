@@ -21,7 +21,7 @@ class Pending:
         self._works, self._tensors = (), ()
 
 
-class Ranks:
+class SequenceGroup:
     """The ranks among which a sequence is divided, ``group``, in its order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -43,9 +43,16 @@ class Ranks:
         works = dist.batch_isend_irecv(operations) if operations else []
         return Pending(works, [*sent, *received])
 
-    def all_to_all(self, sent: Tensor, received: Tensor) -> None:
-        """The r-th of the equal parts of ``sent`` along the first dimension goes to rank r; waits."""
-        dist.all_to_all_single(received, sent, group=self.group)
+    def all_to_all(
+        self,
+        sent: Tensor,
+        received: Tensor,
+        sent_sizes: list[int] | None = None,
+        received_sizes: list[int] | None = None,
+    ) -> None:
+        """The r-th of the parts of ``sent`` along the first dimension goes to rank r; waits. The parts have these
+        sizes; None: equal ones."""
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
 
     def sum(self, tensor: Tensor) -> None:
         """In place, over the ranks; waits."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sigswap.kernels import dispatch, reference
 from sigswap.kernels.host.problem import Options
-from sigswap.sequence.exchange import Pending, Ranks
+from sigswap.sequence.exchange import Pending, SequenceGroup
 from sigswap.sequence.layout import Call, range_of
 
 _KEYS, _GRADIENTS = 0, 1  # kinds of messages
@@ -38,7 +38,7 @@ class Rounds(NamedTuple):
 class Problem(NamedTuple):
     """``options``: of the op, for one call of a block; their masks are the blocks'. ``row_cap``: 0: none."""
 
-    ranks: Ranks
+    ranks: SequenceGroup
     rounds: Rounds
     options: Options
     row_cap: float
@@ -161,7 +161,7 @@ def _visits(problem: Problem, own: tuple[Tensor, Tensor]) -> Any:
             here = buffers[0].permute(1, 2, 0, 3), buffers[1].permute(1, 2, 0, 3)
 
 
-def _ask(ranks: Ranks, number: int, own: tuple[Tensor, Tensor], rounds: Rounds) -> Any:
+def _ask(ranks: SequenceGroup, number: int, own: tuple[Tensor, Tensor], rounds: Rounds) -> Any:
     to, source = (ranks.rank + number) % ranks.size, (ranks.rank - number) % ranks.size
     at = range_of(rounds.computed[number])
     buffers = [x.new_empty((at.stop - at.start, *x.shape[1:])) for x in own]
@@ -170,7 +170,7 @@ def _ask(ranks: Ranks, number: int, own: tuple[Tensor, Tensor], rounds: Rounds) 
 
 
 def _return_gradients(
-    ranks: Ranks,
+    ranks: SequenceGroup,
     number: int,
     parts: dict[int, _Sum],
     totals: dict[int, _Sum],

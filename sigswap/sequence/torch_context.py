@@ -25,14 +25,14 @@ def on_parts(query: Any, attention: Callable[..., Tensor], *inputs: Any, **optio
     from torch.distributed.tensor.experimental import _attention as of_torch
 
     from sigswap.sequence.attention import SequenceAttention
-    from sigswap.sequence.exchange import Ranks
+    from sigswap.sequence.exchange import SequenceGroup
 
     def part(value: Any) -> Any:
         return value.to_local() if isinstance(value, DTensor) else value
 
     mesh = query.device_mesh
     balanced = bool(of_torch._cp_options.enable_load_balance)
-    among = SequenceAttention(Ranks(mesh.get_group()), balanced=balanced, agreed=True)
+    among = SequenceAttention(SequenceGroup(mesh.get_group()), balanced=balanced, agreed=True)
     with activated(among):
         out = attention(*map(part, inputs), **{name: part(value) for name, value in options.items()})
     return DTensor.from_local(out, mesh, query.placements, run_check=False)

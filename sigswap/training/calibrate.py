@@ -24,10 +24,12 @@ from sigswap.conversion.record import RECORD, conversion_of, note_calibration, o
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.softmax import run_as_softmax, softmax
 from sigswap.conversion.state import OwnerState, SiteState
-from sigswap.conversion.wrappers import check_undistributed, is_shard, runnable, spread_parameter, unwrapped
+from sigswap.conversion.wrappers import check_undistributed, check_unreduced, runnable, spread_parameter, unwrapped
+from sigswap.distributed.adding import spread_added
+from sigswap.distributed.heads import DividedHeads, divided_heads
 from sigswap.distributed.ranks import CALIBRATION, Ranks
-from sigswap.distributed.shards import fully_sharded, reshard
-from sigswap.errors import ArgumentError, CalibrationError, ConversionError, Hint
+from sigswap.distributed.shards import reshard
+from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training.batches import as_calls, call_model, gone, main_output, progress_bar
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
 from sigswap.training.fit import SiteFit, fit_channels, fit_norms
@@ -36,7 +38,7 @@ from sigswap.training.lookups import Lookups
 from sigswap.training.mixing import Beside, check_max_length, mixer_for
 from sigswap.training.observe import Observer, Phase, needs_recording, observed
 from sigswap.training.own_batches import check_seed, own_batches
-from sigswap.training.ranks import add_up, conversions_of
+from sigswap.training.ranks import add_up, check_batches, check_holders, conversions_of
 from sigswap.transaction import Transaction, entries
 
 ROW_CAP = 1e-2
@@ -76,7 +78,8 @@ def calibrate(
 
     Where several processes train one model, each calls this with batches of its own. What they have gathered is added
     up after each pass, so that all get the parameters that one process gets from all the batches, to rounding (beside
-    the first key a regression sees at most 2,048 rows of a head, and with more it is other ones).
+    the first key a regression sees at most 2,048 rows of a head, and with more it is other ones). The model may be
+    spread, by ``fully_shard`` or tensor parallelism; ranks that hold parts of one copy pass the same batches.
 
     Args:
         model: converted. It runs in eval mode, without gradients, on the devices that it is on; compiled code is not
@@ -97,8 +100,8 @@ def calibrate(
         max_length: of language models: their tokens are also put together to at most four sequences of this length, so
             that the bias is fitted for all positions up to it. The report has the error by position.
         seed: of the inputs that are made without ``batches``.
-        group: the torch.distributed process group whose ranks calibrate their copies of the model together. ``None``:
-            all ranks, where torch.distributed is initialised.
+        group: the torch.distributed process group whose ranks calibrate their copies of the model together, with all
+            ranks that hold parts of one of these. ``None``: all ranks, where torch.distributed is initialised.
         progress: shows a progress bar on standard error, if that is a terminal.
 
     Returns:
@@ -108,20 +111,24 @@ def calibrate(
         NotConvertedError: the model is not converted.
         ArgumentError: an argument is not as above, the conversion has no parameters to calibrate, or a sequence is
             longer than the model's positions.
-        CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite.
+        CalibrationError: the model fails on a batch, or gives scores or outputs that are not finite; or ranks of tensor
+            parallelism have other batches than one another.
+        ConversionError: the model is inside DistributedDataParallel, or its parameters per head are whole beside heads
+            that are divided.
 
     Whatever is raised, the model is as it was.
     """
-    _check_spread(model)
+    check_undistributed(model, "be calibrated", in_parts=True)
     reshard(model)
     part, model = unwrapped(model), runnable(model)
-    states = _calibratable(part)
+    states, heads = _calibratable(part), divided_heads(part)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
     check_seed(seed)
     ranks = Ranks(CALIBRATION, group)
     given = {"refine": refine, "row_cap": row_cap, "lookups": lookups, "max_length": max_length, "seed": seed}
+    check_holders(ranks, heads)
     ranks.check_same(**conversions_of(states), **given)
     notes: list[str] = []
     calls: Iterable[Inputs]
@@ -131,17 +138,19 @@ def calibrate(
             notes.append(f"Without data: calibrated on {source}. Batches of real inputs are better.")
         else:
             calls = as_calls(batches)
+        first = _first(calls)
+    check_batches(ranks, heads, first, device_of(model))
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
     with Transaction() as undo, undo:
         _unchanged_if_it_fails(undo, part, states)
         quiet(undo, model)
         bar = progress_bar(undo, progress and ranks.rank == 0)
         with ranks.all_or_none():
-            seen = _beside(model, calls, lookups, tokens, max_length)
+            seen = _beside(model, calls, first, lookups, tokens, max_length)
         reshard(model)
-        if seen.mixer.inputs is not None:
-            _check_closed(model, states)
         if seen.mixer.inputs is not None and (opened := open_terms(undo.on_failure, part)):
+            check_unreduced(part, "get the terms that its config leaves open")
+            spread_added(undo.on_failure, part)
             notes.append(
                 f"The model is a decoder: {len(opened)} of {len(states)} modules have the terms now that their config "
                 f"left open ({_terms_of(states[path] for path in opened)})."
@@ -154,16 +163,16 @@ def calibrate(
         }
         normed = any(site.query_norm is not None for site in fits)
         total = 2 + refine + (1 if normed else 0) + (1 if scaled else 0)
-        passes = _Passes(model, states, seen, ranks)
+        passes = _Passes(model, states, seen, ranks, heads)
         task = bar.add_task("Calibrating", total=None)
 
         def run(phase: Phase) -> Observer:
-            observer = Observer(phase)
+            observer = Observer(phase, passes.among)
             with ranks.all_or_none() if not passes.by_parts else nullcontext():
                 for count in passes.run(observer):
                     bar.update(task, advance=1, total=None if count is None else count * total)
             reshard(model)
-            add_up(ranks, observer, list(states.values()))
+            add_up(ranks, observer, list(states.values()), heads)
             return observer
 
         if normed:
@@ -199,9 +208,9 @@ def calibrate(
             set_row_cap(part, kept)
             notes.append(f"{len(kept)} of {len(states)} modules have the row cap {next(iter(kept.values())):.4g} now.")
         sites = [(path, *item) for path, state in states.items() for item in enumerate(state.sites())]
-        heads = [record for path, index, site in sites for record in fits[site].records(path, index)]
+        records = [record for path, index, site in sites for record in fits[site].records(path, index)]
         lengths = [record for path, index, site in sites for record in fits[site].length_records(path, index)]
-        result = CalibrationReport(heads, seen.given, notes, lengths)
+        result = CalibrationReport(records, seen.given, notes, lengths)
         note_calibration(part, " ".join([result.summary(), *notes]), max(fit.longest for fit in fits.values()))
     return result
 
@@ -246,10 +255,17 @@ class _Passes:
     """Runs a model over its batches under an observer."""
 
     def __init__(
-        self, model: nn.Module, states: Mapping[str, OwnerState], calls: Iterable[Inputs], ranks: Ranks
+        self,
+        model: nn.Module,
+        states: Mapping[str, OwnerState],
+        calls: Iterable[Inputs],
+        ranks: Ranks,
+        heads: DividedHeads,
     ) -> None:
-        self.model, self.states, self.calls, self.ranks = model, states, calls, ranks
+        self.model, self.states, self.calls, self.ranks, self.heads = model, states, calls, ranks, heads
         self.by_parts = ranks.size > 1 and spread_parameter(model) is not None
+        self.device = device_of(model)
+        self.among = {site: heads.among(state) for state in states.values() for site in state.sites()}
 
     def run(self, observer: Observer) -> Iterator[int | None]:
         """One pass; yields the number of batches, as far as it is known, after each."""
@@ -259,7 +275,8 @@ class _Passes:
         index = -1
         last: Inputs = ((), {})
         for index, call in enumerate(self._in_step() if self.by_parts else self.calls):
-            again = observer if call is not None else Observer(observer.phase)  # of which nothing is looked at
+            # Of the one in place of another nothing is looked at.
+            again = observer if call is not None else Observer(observer.phase, self.among)
             last = last if call is None else call
             check_length(self.model, last, index)
             again.recorded.clear()
@@ -280,45 +297,14 @@ class _Passes:
                 call = next(calls, None)
             except Exception as error:
                 problem = error
-            found = self.ranks.numbers(int(problem is not None), int(call is not None), device=device_of(self.model))
-            if any(failed for failed, _ in found):
+            if any(failed for (failed,) in self.ranks.numbers(int(problem is not None), device=self.device)):
                 self.ranks.agree(problem)
-            if not any(there for _, there in found):
+            if not any(check_batches(self.ranks, self.heads, call, self.device)):
                 return
             yield call
 
 
-def _check_spread(model: nn.Module) -> None:
-    """Raises ConversionError unless the parameters of ``model`` are whole in its forward, on each rank."""
-    meshes = {id(each.shard): each.mesh for each in fully_sharded(model)}
-    if not meshes:
-        check_undistributed(model, "be calibrated")
-    for name, parameter in model.named_parameters():
-        if is_shard(parameter) and parameter.device_mesh != meshes.get(id(parameter)):  # type: ignore[attr-defined]
-            raise ConversionError(
-                f"a model whose parameters are spread by tensor parallelism ({name}) cannot be calibrated.",
-                argument="model",
-                hint=Hint("Do so before tensor parallelism is applied to it."),
-            )
-
-
-def _check_closed(model: nn.Module, states: Mapping[str, OwnerState]) -> None:
-    """Raises CalibrationError where a sharded model would get parameters that fully_shard does not know."""
-    conversion = conversion_of(unwrapped(model))
-    opened = {name for path in states for name in conversion.config.for_path(path).open_fields()}
-    if opened and spread_parameter(model) is not None:
-        raise CalibrationError(
-            f"the conversion leaves {' and '.join(sorted(opened))} open, and what calibration would add could not be "
-            "sharded any more.",
-            argument="model",
-            hint=Hint("Calibrate before fully_shard, or set them in the config when you convert."),
-        )
-
-
-def _beside(
-    model: nn.Module, calls: Iterable[Inputs], lookups: bool | float | Lookups, tokens: Any, max_length: int | None
-) -> Beside:
-    """``calls`` with what a decoder is to be seen on beside them."""
+def _first(calls: Iterable[Inputs]) -> Inputs:
     first = next(iter(calls), None)
     if first is None:
         raise ArgumentError(
@@ -326,6 +312,18 @@ def _beside(
             argument="batches",
             hint=Hint("Pass at least one batch, or {batches} to calibrate without data.", {"batches": "None"}),
         )
+    return first
+
+
+def _beside(
+    model: nn.Module,
+    calls: Iterable[Inputs],
+    first: Inputs,
+    lookups: bool | float | Lookups,
+    tokens: Any,
+    max_length: int | None,
+) -> Beside:
+    """``calls``, of which one is ``first``, with what a decoder is to be seen on beside them."""
     check_length(model, first, 0)
     with softmax(model):
         mixer = mixer_for(lookups, tokens, model, first)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -41,8 +41,10 @@ class Observer:
     under the present parameters; "channels": :class:`ChannelSums`.
     """
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, phase: Phase, among: Mapping[SiteState, int] | None = None) -> None:
+        """``among``: how many ranks the heads of a site are divided among, where these are several."""
         self.phase = phase
+        self.among = {} if among is None else among
         self.sites: dict[SiteState, SiteSums] = {}
         self.owners: dict[OwnerState, ChannelSums] = {}
         self.recording = False  # the first of two runs of a batch, as softmax alone
@@ -75,6 +77,13 @@ class Observer:
         if state.layer_scale is not None or state.norm is not None:
             self.owners.setdefault(state, ChannelSums()).add(state, output, original)
         return original
+
+    def heads(self, site: SiteState) -> int:
+        """Of the query, on this rank."""
+        return site.plan.heads // self.among.get(site, 1)
+
+    def key_heads(self, site: SiteState) -> int:
+        return site.plan.key_heads // self.among.get(site, 1)
 
     def sums(self, site: SiteState) -> SiteSums:
         return self.sites.setdefault(site, SiteSums(site))
@@ -130,8 +139,8 @@ class _ObservingMode(SwapMode):
         if observer.phase == "norms":
             q, k = query / plan.query.scale, key / plan.key.scale
             observer.sums(site).add_norms(
-                heads_first(q.movedim(plan.query.dim_axis, -1), plan.query, site.plan.heads),
-                heads_first(k.movedim(plan.key.dim_axis, -1), plan.key, site.plan.key_heads),
+                heads_first(q.movedim(plan.query.dim_axis, -1), plan.query, observer.heads(site)),
+                heads_first(k.movedim(plan.key.dim_axis, -1), plan.key, observer.key_heads(site)),
             )
         if observer.phase == "norms" or observer.recording:
             self.product_of = site
@@ -151,7 +160,7 @@ class _ObservingMode(SwapMode):
         if observer.phase == "norms":
             return probabilities
         kept = of_keys(probabilities, dim, site.plan.extra)
-        pending = PendingSoftmax(site, kept, scores, dim, bias)
+        pending = PendingSoftmax(site, kept, scores, dim, bias, observer.heads(site))
         self.pending = pending
         if self.by_logarithm:
             pending.probabilities = logarithm(kept).exp()  # as the model gets them
@@ -299,13 +308,13 @@ class _ObservingMode(SwapMode):
         normed_query, normed_key = query, key
         if observer.phase != "norms":
             normed_query, normed_key = site.normalized(query, key)
-        layout = Layout(site, query)
+        layout = Layout(site, query, observer.heads(site))
         if is_causal and layout.packed:  # the order is that of the rows as they lie, with the heads among them
             visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
             is_causal, attn_mask = False, visible
         q, k, v, normed_q, normed_k = layout.canonical(query, key, value, normed_query, normed_key)
         if observer.phase == "norms":
-            observer.sums(site).add_norms(rows_of(q), rows_of(k[:, :: k.shape[1] // site.plan.key_heads]))
+            observer.sums(site).add_norms(rows_of(q), rows_of(k[:, :: k.shape[1] // observer.key_heads(site)]))
             return
         k, v, normed_k = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v, normed_k))
         mask = None

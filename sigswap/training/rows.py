@@ -61,12 +61,12 @@ class Tile:
 
 
 class Layout:
-    """Brings what scaled_dot_product_attention got to [batch, heads, length, head_dim]."""
+    """Brings what scaled_dot_product_attention got to [batch, heads, length, head_dim]. ``heads``: of this rank."""
 
-    def __init__(self, site: SiteState, query: Tensor) -> None:
+    def __init__(self, site: SiteState, query: Tensor, heads: int) -> None:
         head_axis = site.plan.sdpa_head_axis
         self.heads, self.axis, self.merged, self.outer = (
-            site.plan.heads,
+            heads,
             head_axis.axis,
             head_axis.merged,
             head_axis.outer,
@@ -100,10 +100,13 @@ class Layout:
 
 
 class PendingSoftmax:
-    """The softmax of a model that computes its own scores, until the product with the value shows its output."""
+    """The softmax of a model that computes its own scores, until the product with the value shows its output.
 
-    def __init__(self, site: SiteState, probs: Tensor, scores: Tensor, dim: int, bias: RowBias) -> None:
-        self.site, self.probabilities, self.dim, self.bias = site, probs, dim, bias
+    ``heads``: of this rank.
+    """
+
+    def __init__(self, site: SiteState, probs: Tensor, scores: Tensor, dim: int, bias: RowBias, heads: int) -> None:
+        self.site, self.probabilities, self.dim, self.bias, self.heads = site, probs, dim, bias, heads
         self.whole = scores if scores.dtype == torch.float64 else scores.float()
         self.wide = of_keys(self.whole, dim, site.plan.extra)
         self.visible = ~(self.wide <= MASKED_SCORE)  # NaN is not masked, but an error
@@ -124,7 +127,7 @@ class PendingSoftmax:
         if rows == self.head_axis:
             if not plan.head_axis.merged:
                 return torch.ones((), dtype=torch.bool, device=x.device)
-            x = _unflatten(x, rows, (plan.heads, -1) if plan.head_axis.outer else (-1, plan.heads))
+            x = _unflatten(x, rows, (self.heads, -1) if plan.head_axis.outer else (-1, self.heads))
             keys, rows = keys + (keys > rows), rows + plan.head_axis.outer
         if rows == keys or x.shape[rows] != x.shape[keys]:
             return torch.ones((), dtype=torch.bool, device=x.device)
@@ -154,7 +157,7 @@ class PendingSoftmax:
 
     def by_head(self, x: Tensor) -> Tensor:
         """``x``, of the scores' layout but for its size along the keys, as [heads, rows, that size]."""
-        heads, axis = self.site.plan.heads, self.head_axis
+        heads, axis = self.heads, self.head_axis
         x = x.movedim(self.dim, -1)
         if axis is None or heads == 1:
             return x.reshape(1, -1, x.shape[-1])

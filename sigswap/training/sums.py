@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sigswap.conversion.state import OwnerState, SiteState
+from sigswap.distributed.shards import part, whole
 
 SAMPLED_ROWS = 2048
 """Rows of each head that are kept where the bias knows the first key: its regression is not linear."""
@@ -47,7 +48,7 @@ class Rows:
         not count. None: the site has none. The order is that of :func:`parameters_of`."""
         x = self.features(site)
         if x is not None and site.length_share is not None:
-            flat = torch.cat([p.detach().double().view(len(p), -1) for p in parameters_of(site)], -1)
+            flat = torch.cat([part(p).double().view(len(part(p)), -1) for p in parameters_of(site)], -1)
             others = -(x @ flat[:, :-1].unsqueeze(-1)).squeeze(-1)
             share = torch.sigmoid(others - self.first.double()).unsqueeze(-1)
             x = torch.cat([x * share, torch.ones_like(share)], -1)
@@ -62,8 +63,8 @@ def parameters_of(site: SiteState) -> list[torch.nn.Parameter]:
 
 @dataclasses.dataclass
 class SiteSums:
-    """Sums over the rows of one site, in float64 on the site's device, by head. F: the parameters of its row bias, as
-    :func:`parameters_of` has them.
+    """Sums over the rows of one site, in float64 on the site's device, by head (of this rank, until those of all are
+    added up by :mod:`sigswap.training.ranks`). F: the parameters of its row bias, as :func:`parameters_of` has them.
 
     ``gram`` [H, F, F], ``moment`` [H, F]: the normal equations of minus the logsumexp (less b0) on w_h's and c_h's
     features. ``sample``: where the first key's score is known, which makes them not linear, rows instead: features
@@ -203,7 +204,7 @@ class ChannelSums:
 
     def add(self, state: OwnerState, output: Any, original: Any) -> None:
         """``output`` of the owner as sigmoid, without LayerScale and hybrid-norm, beside its ``original`` one."""
-        y, t = (first_tensor(x).movedim(state.plan.channel_axis, -1).double() for x in (output, original))
+        y, t = (whole(first_tensor(x)).movedim(state.plan.channel_axis, -1).double() for x in (output, original))
         if state.norm is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=state.norm.eps)
         y, t = y.flatten(0, -2), t.flatten(0, -2)

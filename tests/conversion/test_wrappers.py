@@ -109,7 +109,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("rank_sites", "compare", "param_groups"), ArgumentError),
         "save": CheckpointError,
     },
-    "fsdp2": dict.fromkeys(("convert", "revert"), ConversionError),
+    "fsdp2": {"revert": ConversionError},
     "ddp of lora": {**DISTRIBUTED, "save": CheckpointError},
     "compiled ddp": {**DISTRIBUTED, "inspect": ConversionError, "distill": ArgumentError},
     "holder": {
@@ -161,6 +161,17 @@ def test_a_function_on_a_wrapper(wrapper: str, function: str) -> None:
         same = parameter == before[name]
         assert bool(getattr(same, "full_tensor", lambda same=same: same)().all()), name
     assert caps == [module.row_cap for module in model.modules() if hasattr(module, "row_cap")]
+
+
+def test_what_ddp_does_not_know_is_not_added() -> None:
+    inside = bert()
+    wrapper = torch.nn.parallel.DistributedDataParallel(inside)
+    for part in (wrapper.module, wrapper.module.encoder):
+        with pytest.raises(ConversionError, match="inside DistributedDataParallel cannot be converted"):
+            sigswap.convert(part)
+    assert not sigswap.is_converted(inside)
+    del wrapper
+    assert sigswap.is_converted(sigswap.convert(inside))
 
 
 def test_what_was_asked_for_happens_inside_the_wrapper() -> None:

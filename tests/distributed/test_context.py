@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from spread import by_heads
 from torch import Tensor
 
 import sigswap
@@ -53,6 +54,8 @@ CASES = [
     Case(first=True),
     Case(first=True, documents=True, key_heads=2, cap=0.5, softcap=2.0),
     Case(first=True, causal=False, visible=False, const=-1.0),
+    Case(first=True, window=(4, 0), key_heads=2, cap=0.5),
+    Case(first=True, window=(9, 3), causal=False, documents=True, softcap=2.0),
 ]
 
 
@@ -215,8 +218,6 @@ def check_refusals() -> None:
             sigmoid_attention_varlen(*(x[0].transpose(0, 1) for x in qkv()), ends, ends, 4, 4)
         with pytest.raises(ArgumentError, match="multiple of 4"):
             context.shard(torch.ones(2, 6))
-        with pytest.raises(ContextParallelError, match="first_token"):
-            attend(*qkv(), window=(2, 0), first_token=FirstToken(torch.ones(()), None))
         assert sigswap.sigmoid_attention(*qkv()).shape == (1, HEADS, 4, DIM)  # none of these has left anything behind
     for form in ("ring", "all_to_all"):
         with sigswap.context_parallel(form=form) as context:  # type: ignore[arg-type]
@@ -381,8 +382,32 @@ def check_with_data_parallelism() -> None:
         torch.testing.assert_close(found[name].full_tensor(), gradient, atol=2e-6, rtol=1e-4)
 
 
+def check_with_tensor_parallelism() -> None:
+    """Two heads on each of two pairs of ranks, and a part of the tokens on each rank of a pair."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("heads", "context"))
+    tokens = torch.randint(1, 31, (2, 17), generator=torch.Generator().manual_seed(1))
+    model = converted(4, **LLAMAS[0]).train()
+    expected = gradients_of(model, loss_of(model, tokens[:, :-1], tokens[:, 1:]))
+    model = by_heads(model, mesh["heads"])
+    for form in ("ring", "all_to_all"):
+        with sigswap.context_parallel(mesh["context"], form=form) as context:  # type: ignore[arg-type]
+            part, labels = context.shard(tokens[:, :-1]), context.shard(tokens[:, 1:])
+            inputs = {"position_ids": context.positions(16), "attention_mask": torch.ones_like(part)}
+            found = gradients_of(model, loss_of(model, part, labels, **inputs))
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            mine = found[name].full_tensor() if hasattr(found[name], "full_tensor") else found[name]
+            dist.all_reduce(mine, group=mesh.get_group("context"))
+            torch.testing.assert_close(
+                mine / 2, gradient, atol=2e-6, rtol=1e-4, msg=lambda text, name=f"{form} {name}": f"{name}: {text}"
+            )
+
+
 def check_on_four() -> int:
     check_with_data_parallelism()
+    check_with_tensor_parallelism()
     return check_attention(["ring", "all_to_all", "auto"])
 
 

@@ -102,8 +102,48 @@ def check_trainer(folder: str) -> dict[str, Any]:
     return {name: value.tolist() for name, value in model.named_parameters()}
 
 
+def context_trainer() -> Any:
+    """As the page on many processes has it."""
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    code = page[page.index("import torch.distributed as dist\nimport torch.nn.functional") :]
+    found: dict[str, Any] = {}
+    exec(code[: code.index("```")], found)
+    return found["ContextTrainer"]
+
+
+def check_context_trainer(folder: str) -> None:
+    """Equals one process that takes the same steps."""
+    seen: list[Tensor] = []
+
+    class Trainer(context_trainer()):  # type: ignore[misc]
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            seen.append(inputs["input_ids"].clone())
+            return super()._prepare_inputs(inputs)
+
+    arguments = transformers.TrainingArguments(
+        folder, use_cpu=True, max_steps=2, per_device_train_batch_size=1, max_grad_norm=0.0, report_to=[],
+        save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 31, (8, 8), generator=generator)]
+    model = converted()
+    expected = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.5)
+    for ids in seen:
+        torch.distributed.broadcast(ids, 0)
+        optimizer.zero_grad()
+        expected(ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert len(seen) == 2
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), value, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def check(folder: str) -> dict[str, Any]:
     check_training()
+    check_context_trainer(folder)
     return check_trainer(folder)
 
 

@@ -102,6 +102,21 @@ def check_saving(folder: str) -> list[str]:
     return list(WAYS)
 
 
+def check_calibration() -> list[Any]:
+    """Of a copy of the model on each two ranks, and of parts of parts: as of one process."""
+    both, given, found = mesh(2, 2, names=("data", "heads")), batches(3), []
+    start = converted()
+    expected = copy.deepcopy(start)
+    sigswap.calibrate(expected, given, lookups=False, progress=False, group=alone())
+    for way in (lambda model: by_heads(model, both["heads"]), by_two_axes, in_copies):
+        model = way(copy.deepcopy(start))
+        mine = own(given, 1 if way is in_copies else 2)
+        sigswap.calibrate(model, mine, lookups=False, progress=False)
+        assert_near(values(model), values(expected), "calibrated", atol=2e-4)
+        found.append({name: value.tolist() for name, value in values(model).items()})
+    return found
+
+
 def check_beside_tensor_parallelism() -> list[Any]:
     """Two copies of a model of which each has some heads on two ranks."""
     both = mesh(2, 2, names=("data", "heads"))
@@ -121,6 +136,7 @@ def check_distilling(*ways: str) -> list[Any]:
 
 
 CASES: dict[str, tuple[Any, ...]] = {"training": (check_training,), "saving": (check_saving,)}
+CASES |= {"calibration": (check_calibration,)}
 CASES |= {"tensor parallelism and copies": (check_beside_tensor_parallelism,)}
 CASES |= {"distillation": (check_distilling, "plain", "wrapped", "by heads", "fully")}
 CASES |= {f"distillation, {what}": (check_distilling, what) for what in ("by two axes", "in copies")}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap.errors import ConversionError, NotConvertedError, UnknownCallError
+from sigswap.kernels.op import dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,16 +24,24 @@ CONFIGS = {
     "first_token": {"learn_bias": True, "query_bias": True, "first_token": True, "row_cap": 0.5},
     "qk_norm": {"learn_bias": True, "qk_norm": "rms"},
 }
+WAYS: list[tuple[str, tuple[Any, ...]]] = [
+    ("query_bias", (HEADS,)),
+    ("first_token", (2,)),
+    ("qk_norm", (2,)),
+    ("first_token", (HEADS, "eager")),
+    ("qk_norm", (HEADS, "eager")),
+]
+"""What a model is converted with, its key heads, and its implementation of attention."""
 
 
-def llama(key_heads: int = HEADS, attention: str = "sdpa") -> Any:
+def llama(key_heads: int = HEADS, attention: str = "sdpa", heads: int = HEADS) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=32,
-        hidden_size=HEADS * HEAD_DIM,
+        hidden_size=heads * HEAD_DIM,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=HEADS,
+        num_attention_heads=heads,
         num_key_value_heads=key_heads,
         pad_token_id=0,
     )
@@ -85,22 +94,18 @@ def assert_equal(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, d
 
 
 def check_hand_written() -> list[str]:
-    done = []
-    for kind in CONFIGS:
-        for shape in ((HEADS,), (2,), (HEADS, "eager")):
-            model = converted(kind, *shape)
-            expected = results(copy.deepcopy(model))
-            sharded = sigswap.shard_heads(parallelized(model))
-            assert sharded is model
-            names = [name for name, each in model.named_parameters() if ".sigswap." in name]
-            shards = {model.get_parameter(name).to_local().shape[0] for name in names}
-            assert shards <= {
-                HEADS // torch.distributed.get_world_size(),
-                shape[0] // torch.distributed.get_world_size(),
-            }
-            assert_equal(results(model), expected)
-            assert_equal(results(sigswap.shard_heads(model)), expected)  # what is sharded stays
-            done.append(f"{kind} {shape}")
+    done, size = [], torch.distributed.get_world_size()
+    for kind, shape in WAYS:
+        model = converted(kind, *shape)
+        expected = results(copy.deepcopy(model))
+        sharded = sigswap.shard_heads(parallelized(model))
+        assert sharded is model
+        names = [name for name, each in model.named_parameters() if ".sigswap." in name]
+        shards = {model.get_parameter(name).to_local().shape[0] for name in names}
+        assert shards <= {HEADS // size, shape[0] // size}
+        assert_equal(results(model), expected)
+        assert_equal(results(sigswap.shard_heads(model)), expected)  # what is sharded stays
+        done.append(f"{kind} {shape}")
     return done
 
 
@@ -127,7 +132,7 @@ def check() -> list[str]:
 
 
 def test_a_hand_written_plan_and_what_cannot_be_sharded() -> None:
-    assert len(on_ranks(2, check)[0]) == 9
+    assert len(on_ranks(2, check)[0]) == len(WAYS)
 
 
 def check_plan_of_transformers(directory: str, kind: str) -> None:
@@ -150,6 +155,9 @@ def check_plan_of_transformers(directory: str, kind: str) -> None:
     if "fsdp_size" in {field.name for field in dataclasses.fields(transformers.DistributedConfig)}:
         models.append(loaded(fsdp_size=size))  # in which each rank reads its parts alone
         assert all(hasattr(each, "to_local") for each in models[1].parameters())
+    with pytest.raises(ConversionError, match="3 heads cannot be divided evenly among 2 ranks"):
+        uneven = transformers.DistributedConfig(tp_plan="auto", tp_size=size)
+        transformers.AutoModelForCausalLM.from_pretrained(f"{directory} of 3 heads", distributed_config=uneven)
     for index, each in enumerate(models):
         sigswap.save(each, f"{directory} {index}")
         again = sigswap.load(f"{directory} {index}")
@@ -161,4 +169,26 @@ def check_plan_of_transformers(directory: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["first_token"])
 def test_a_plan_of_transformers(tmp_path: Path, kind: str) -> None:
     sigswap.save(converted(kind), tmp_path / "model")
+    sigswap.save(sigswap.convert(llama(3, heads=3)), tmp_path / "model of 3 heads")
     on_ranks(2, check_plan_of_transformers, str(tmp_path / "model"), kind)
+
+
+def check_dropout() -> list[Any]:
+    """Ranks that are seeded alike drop other probabilities of their heads."""
+    model = sigswap.convert(llama(), sigswap.SigmoidConfig(learn_bias=True))
+    model = sigswap.shard_heads(parallelized(model)).train()
+    drawn: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "is_plain", lambda *tensors: drawn.append(tensors[5]) or False)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        torch.manual_seed(5)
+        model(ids())
+    assert len(drawn) == 2
+    return [int(each) for each in drawn]
+
+
+def test_ranks_drop_other_probabilities() -> None:
+    first, second = on_ranks(2, check_dropout)
+    assert len({*first, *second}) == 4
+    assert (second[0] - first[0]) == (second[1] - first[1])  # the number of the rank, not another random state

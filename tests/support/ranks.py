@@ -20,6 +20,9 @@ LIMIT = 240
 ENDED = "it ended without an answer"
 
 
+PRELOADED = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest"]
+PRELOADED += ["sigswap", "sigswap.training.distill", "transformers.models.llama.modeling_llama", "accelerate"]
+
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 
 
@@ -39,7 +42,9 @@ def on_ranks(
     """
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
-    context = torch.multiprocessing.get_context("spawn")
+    # By processes that have imported all of this already; but not where there are GPUs, which must not be known before.
+    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    torch.multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -22,13 +23,18 @@ def llama(**changes: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    own = {"num_key_value_heads": 4, "initializer_range": 0.15, **changes}
-    config = transformers.LlamaConfig(vocab_size=31, pad_token_id=0, **sizes, **own)
+    own = {**sizes, "num_key_value_heads": 4, "initializer_range": 0.15, **changes}
+    config = transformers.LlamaConfig(vocab_size=31, pad_token_id=0, **own)
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 
-def converted() -> Any:
+@functools.cache
+def _converted() -> Any:
     return sigswap.convert(llama(), CONFIG)
+
+
+def converted() -> Any:
+    return copy.deepcopy(_converted())
 
 
 def batches(count: int = 10, *, padded: bool = True) -> list[dict[str, Tensor]]:
@@ -109,12 +115,16 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
+def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: str, atol: float = 2e-5) -> None:
     """To float32 rounding, as AdamW enlarges it."""
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(
-            ours[name], value, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{what}: {name}: {text}"
+            ours[name],
+            value,
+            atol=atol,
+            rtol=max(1e-4, 10 * atol),
+            msg=lambda text, name=name: f"{what}: {name}: {text}",
         )
 
 

@@ -14,7 +14,7 @@ from spread import WAYS, alone, by_heads, check_distillation, mesh, values
 from torch import Tensor, nn
 
 import sigswap
-from sigswap.errors import CalibrationError, ConversionError, SigswapError
+from sigswap.errors import ArgumentError, CalibrationError, SigswapError
 
 pytest.importorskip("transformers")
 
@@ -50,6 +50,7 @@ def added(model: nn.Module) -> dict[str, Tensor]:
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "query_bias": {"learn_bias": True, "query_bias": True},
+    "open": {"learn_bias": True},  # gets its other terms by calibration
     "first_token": {"learn_bias": True, "query_bias": True, "first_token": True},
     "everything": {
         "learn_bias": True,
@@ -69,22 +70,38 @@ def check_equal() -> dict[str, dict[str, Any]]:
         start = llama(**fields).to(device())
         model = copy.deepcopy(start)
         expected = copy.deepcopy(model)
-        whole = sigswap.calibrate(expected, batches(5), lookups=False, progress=False, group=group)
-        report = sigswap.calibrate(model, batches(5)[rank::size], lookups=False, progress=False)  # 3 and 2 of them
-        for name, value in added(expected).items():
+        options: dict[str, Any] = {"lookups": kind == "open", "progress": False}
+        whole = sigswap.calibrate(expected, batches(5), group=group, **options)
+        report = sigswap.calibrate(model, batches(5)[rank::size], **options)  # 3 and 2 of them
+        for name, value in added(expected).items() if kind != "open" else ():  # where each rank has its own lookups
             torch.testing.assert_close(model.get_parameter(name), value, atol=2e-4, rtol=2e-3, msg=f"{kind} {name}")
-        if kind != "query_bias":
-            for sharded in (as_one(copy.deepcopy(start)), by_layers(copy.deepcopy(start))):
-                sigswap.calibrate(sharded, batches(5)[rank::size], lookups=False, progress=False)
-                found = added(sharded)
-                for name, value in added(model).items():
-                    torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=f"{kind} sharded {name}")
+        for way, given in (
+            (as_one, batches(5)[rank::size]),
+            (by_layers, batches(5)[rank::size]),
+            (by_heads, batches(5)),
+        ):
+            if way is by_layers and kind == "query_bias":
+                continue
+            sharded = way(copy.deepcopy(start))
+            of_parts = sigswap.calibrate(sharded, given, **options)
+            found, wanted = added(sharded), added(expected if way is by_heads else model)
+            assert found.keys() == wanted.keys()
+            for name, value in wanted.items():
+                atol = 2e-4 if way is by_heads else 1e-5
+                torch.testing.assert_close(
+                    found[name], value, atol=atol, rtol=10 * atol, msg=f"{kind} {way.__name__} {name}"
+                )
+            same = whole if way is by_heads else report
+            assert [each.rows for each in of_parts.lengths] == [each.rows for each in same.lengths]
+            results[f"{kind} {way.__name__}"] = {name: value.tolist() for name, value in found.items()}
+        results[kind] = {name: value.tolist() for name, value in added(model).items()}
+        if kind == "open":
+            continue
         ours, theirs = ([(each.path, each.head, each.after) for each in made.heads] for made in (report, whole))
         assert [each[:2] for each in ours] == [each[:2] for each in theirs]
         for mine, one in zip(ours, theirs, strict=True):
             assert mine[2] == pytest.approx(one[2], rel=1e-2)
         assert [each.rows for each in report.lengths] == [each.rows for each in whole.lengths]
-        results[kind] = {name: value.tolist() for name, value in added(model).items()}
     return results
 
 
@@ -108,10 +125,10 @@ def check_errors() -> None:
     bad = copy.deepcopy(batches(1))
     bad[0][0, 0] = 99  # not in the vocabulary
     refused("rank 1 \\(" if rank == 0 else "batch", bad if rank == 1 else batches(1))
-    with pytest.raises(ConversionError, match=r"self_attn\.q_proj\.weight\) cannot be calibrated"):
-        sigswap.calibrate(by_heads(llama()), batches(1), progress=False)
-    with pytest.raises(CalibrationError, match="first_token and query_bias open"):
-        sigswap.calibrate(as_one(llama()), batches(1), progress=False)
+    with pytest.raises(CalibrationError, match="other batches than one another"):
+        sigswap.calibrate(by_heads(llama(learn_bias=True)), [batches(2)[rank]], progress=False)
+    with pytest.raises(ArgumentError, match="leaves out ranks that hold parts"):
+        sigswap.calibrate(by_heads(llama(learn_bias=True)), batches(1), progress=False, group=alone())
     with pytest.raises(SigswapError, match="rank 1 \\(" if rank == 0 else "tensor, a tuple"):
         given = batches(2) if rank == 0 else [batches(1)[0], 3]
         sigswap.calibrate(as_one(llama(learn_bias=True, query_bias=True, first_token=False)), given, progress=False)

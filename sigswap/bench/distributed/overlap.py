@@ -67,7 +67,8 @@ def profiled(step: Callable[[], object], trace: Path) -> Overlap:
 
 def overlap_of(events: Iterable[Mapping[str, Any]], steps: int) -> Overlap:
     """Of the events of a trace in Chrome's format, in microseconds, of ``steps`` steps."""
-    computing, communicating = [], []
+    computing: list[_Interval] = []
+    communicating: list[_Interval] = []
     for event in events:
         if event.get("ph") == "X" and event.get("cat") in _WORK:
             start = float(event["ts"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _python_dispatch
 
-from sigswap.sequence.exchange import Pending, Ranks
+from sigswap.sequence.exchange import Pending, SequenceGroup
 
 _Mode: Any = _python_dispatch.TorchDispatchMode
 
@@ -21,7 +21,7 @@ class Traffic(_Mode):  # type: ignore[misc]
 
     A collective counts as its ring algorithm sends: an all-gather n - 1 times the part, a reduce-scatter likewise, an
     all-reduce both. ``silent``: functional collectives (those of DTensor and of PyTorch's own ring attention) and
-    :class:`Ranks` are not run; what they would have brought is whatever lies in memory.
+    :class:`SequenceGroup` are not run; what they would have brought is whatever lies in memory.
     """
 
     def __init__(self, silent: bool = False) -> None:
@@ -46,21 +46,21 @@ class Traffic(_Mode):  # type: ignore[misc]
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Nothing is sent inside, where it is sent by functional collectives or by :class:`Ranks`."""
+    """Nothing is sent inside, where it is sent by functional collectives or by :class:`SequenceGroup`."""
     silent = {
         "exchange": lambda *arguments, **keywords: Pending((), ()),
         "all_to_all": lambda *arguments: None,
         "sum": lambda *arguments: None,
     }
-    kept = {name: getattr(Ranks, name) for name in silent}
+    kept = {name: getattr(SequenceGroup, name) for name in silent}
     try:
         for name, nothing in silent.items():
-            setattr(Ranks, name, nothing)
+            setattr(SequenceGroup, name, nothing)
         with Traffic(silent=True):
             yield
     finally:
         for name, method in kept.items():
-            setattr(Ranks, name, method)
+            setattr(SequenceGroup, name, method)
 
 
 def _group(args: Any) -> Any:
