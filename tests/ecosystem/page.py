@@ -12,6 +12,7 @@ PAGE = ROOT / "docs" / "ecosystem.md"
 WORKFLOWS = "tests/ecosystem/test_workflows.py"
 TRAINING = "tests/training/test_weight_decay.py"
 DEPLOYMENT = "tests/ecosystem/test_deployment.py"
+QUANTIZED = "tests/saving/test_quantized.py"
 ADAPTERS = "tests/conversion/test_adapters.py"
 PREFIXES = "tests/saving/test_peft_hook.py"
 WRAPPERS = "tests/conversion/test_wrappers.py"
@@ -140,6 +141,7 @@ def page() -> str:
         "Tools": workflows(),
         "Training": workflows(TRAINING),
         "Deployment": workflows(DEPLOYMENT),
+        "Quantized": workflows(QUANTIZED),
         "Adapters": adapters(),
         "Wrappers": wrappers(),
     }
