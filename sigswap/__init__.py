@@ -33,6 +33,7 @@ from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
 from sigswap.training.distill import DistillationReport, distill, param_groups
+from sigswap.training.lightning_hook import lightning_callback
 from sigswap.training.lookups import Lookups
 from sigswap.training.trainer_hook import calibration_callback
 from sigswap.training.weight_decay import exempt_from_decay
@@ -80,6 +81,7 @@ __all__ = [
     "explain",
     "inspect",
     "is_converted",
+    "lightning_callback",
     "load",
     "param_groups",
     "rank_sites",

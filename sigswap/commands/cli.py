@@ -175,6 +175,10 @@ def convert(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="At most so many lines or images of --calibrate are used.")] = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Language models: --calibrate fits the bias for all positions up to this one, too."),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what --calibrate measured: .png, .svg, .pdf or .html.")
     ] = None,
@@ -199,8 +203,9 @@ def convert(
     }
     with failures(as_json, debug):
         saved.check_empty(out, force)
-        if picture is not None and calibrate is None:
-            raise ArgumentError("--picture shows a calibration.", hint=Hint("Pass --calibrate as well."))
+        for option, value in (("--picture", picture), ("--max-length", max_length)):
+            if value is not None and calibrate is None:
+                raise ArgumentError(f"{option} is for a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
         from sigswap.saving.checkpoint import saved_conversion
@@ -229,7 +234,7 @@ def convert(
         calibration = None
         if calibrate is not None:
             batches = None if found is None else make_batches(built, model, found)
-            calibration = sigswap.calibrate(built, batches)
+            calibration = sigswap.calibrate(built, batches, max_length=max_length)
             if picture is not None:
                 calibration.save(picture)
         with working(f"Saving to {out}"):

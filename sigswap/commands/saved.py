@@ -115,6 +115,10 @@ def distill(
     samples: Samples = 4096,
     length: Length = 512,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
+    lift_row_cap: Annotated[
+        float | None,
+        typer.Option(metavar="FLOAT", help="Raise the row caps to this in the first tenth of the steps; inf: to none."),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where the state is kept; a run that was interrupted goes on from it."),
@@ -150,7 +154,7 @@ def distill(
             batches = make_batches(model, beside, found, "--data")
         measured = sigswap.distill(
             model, teacher, batches, steps=steps, layerwise_steps=layerwise_steps, train=train, lr=lr,  # type: ignore[arg-type]
-            tokens=tokenizer, accumulate=accumulate, resume=resume,
+            tokens=tokenizer, accumulate=accumulate, resume=resume, lift_row_cap=lift_row_cap,
         )  # fmt: skip
         with working(f"Saving to {out}"):
             save(model, out)

@@ -259,7 +259,10 @@ def _projected(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(weight, Tensor) and query is key and key is value:
-        q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+        # Not by chunk, of which ExecuTorch 1.5 makes an op that fixes a symbolic length.
+        all_three = F.linear(query, weight, bias)
+        size = all_three.shape[-1] // 3
+        q, k, v = (all_three.narrow(-1, start, size) for start in (0, size, 2 * size))
         return q, k, v
     assert weight is not None, "no weight was given for query, key and value"
     weights = weight.chunk(3) if isinstance(weight, Tensor) else weight

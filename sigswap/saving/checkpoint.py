@@ -148,11 +148,14 @@ def _writing(
                 f"{name} is on the meta device: there is no data to save.",
                 hint=Hint("If accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules first."),
             )
-        if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh"):
+        is_packed = is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
+        if is_packed and not transformers_hook.writes_quantized(model):
             raise CheckpointError(
-                f"{name} is quantized (a {type(tensor).__name__}): a model that is converted and quantized cannot be "
-                "saved.",
-                hint=Hint("Save it before it is quantized, and quantize it again after it is loaded."),
+                f"{name} is quantized (a {type(tensor).__name__}), in a way that no file can hold.",
+                hint=Hint(
+                    "Save it before it is quantized, and quantize it again after it is loaded; or load a transformers "
+                    "model with quantization_config, and save that."
+                ),
             )
     if transformers_hook.is_transformers_model(model):
         if factory is not None or factory_kwargs is not None:
@@ -221,6 +224,7 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the model; the message names
             the file and the field or the tensor. Or ``allow_code`` is needed.
+        ArgumentError: a ``dtype`` for quantized weights.
     """
     directory = Path(directory)
     with Transaction() as undo, undo:
@@ -231,6 +235,10 @@ def load(
         except OSError as error:
             raise CheckpointError(f"{directory} could not be read: {error}") from error
         if dtype is not None:
+            if transformers_hook.writes_quantized(model):
+                raise ArgumentError(
+                    f"{{argument}} is not for {directory}, whose weights are quantized.", argument="dtype"
+                )
             model = model.to(dtype)
         return model.to(device).eval() if device is not None else model.eval()
 

@@ -19,13 +19,13 @@ from torch import nn
 from sigswap import files
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import CheckpointError, Hint
-from sigswap.saving import schema, weights
+from sigswap.saving import quantized, schema, weights
 from sigswap.saving.weights import Stored
 from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
 METHOD = "sigswap"
-_SUMMED = ("attn_implementation", "conversion")
+_SUMMED = ("attn_implementation", "conversion", "quantized")  # the last one only of what is quantized, too
 _WEIGHTS = "model.safetensors"
 # What transformers and others change in a config.json without that the model is another one, and the marks themselves.
 _NOT_SUMMED = (
@@ -67,7 +67,7 @@ def check_marks(entry: Mapping[str, Any], where: str) -> Conversion:
     schema.check_format(entry, where)
     schema.MARKS(entry, where)
     conversion = schema.conversion_from(entry["conversion"], f"{where}.conversion")
-    schema.check_checksums({name: entry[name] for name in _SUMMED}, entry.get("checksums"), where)
+    schema.check_checksums({name: entry[name] for name in _SUMMED if name in entry}, entry.get("checksums"), where)
     return conversion
 
 
@@ -120,20 +120,18 @@ def note_files(directory: Path) -> None:
 def marks_of(model: nn.Module) -> dict[str, Any] | None:
     """The entry that the config.json of ``model`` must have; None if it is not converted.
 
-    Raises CheckpointError if the model is also quantized: config.json has room for one method.
+    Raises CheckpointError if the model is also quantized in a way that cannot be loaded again.
     """
     if not is_converted(model):
         return None
     config = model.config
-    if getattr(config, "quantization_config", None) is not None and not _is_unpacked_gguf(model):
-        raise CheckpointError(
-            "A model that is both quantized and converted cannot be saved.",
-            hint=Hint("Save it in its original precision."),
-        )
-    fields = {
+    fields: dict[str, Any] = {
         "attn_implementation": {path: part._attn_implementation for path, part in config_parts(config)},
         "conversion": conversion_of(model).to_dict(),
     }
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not _is_unpacked_gguf(model):
+        fields["quantized"] = quantized.entry_of(quantization)
     fields = json.loads(json.dumps(fields))
     schema.conversion_from(fields["conversion"], "the model's conversion")  # what is saved can be loaded
     return {

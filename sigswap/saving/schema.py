@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from sigswap.conversion.record import Conversion
 from sigswap.conversion.state import NOT_ATTENTION
 from sigswap.errors import CheckpointError, ConfigError, Hint
+from sigswap.saving.quantized import METHODS
 
 FORMAT = 1
 """The version of the format; a later one that this one cannot read has another number."""
@@ -386,7 +387,13 @@ MARKS = record(
         "attn_implementation": mapping(optional(text)),
         "conversion": lambda value, where: None,
     },
-    {"sigswap_version": text, "checksums": mapping(text), "config_checksums": mapping(text), "weights": mapping(text)},
+    {
+        "sigswap_version": text,
+        "checksums": mapping(text),
+        "config_checksums": mapping(text),
+        "weights": mapping(text),
+        "quantized": record({"quant_method": one_of(*METHODS)}, open=True),
+    },
     open=True,  # transformers may add to it
 )
 

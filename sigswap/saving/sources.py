@@ -20,6 +20,8 @@ from torch import nn
 from sigswap.errors import ArgumentError
 from sigswap.optional import require
 
+ANSWER = 5.0
+"""Seconds in which the hub has to say whether it has a model."""
 # Arguments of timm.create_model by which it reads weights from elsewhere, some of them pickled.
 _TIMM_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_name"}
 
@@ -125,6 +127,8 @@ def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.
     transformers = require("transformers", "hf")
     if os.path.isdir(name) and not (Path(name) / "config.json").is_file():
         raise ArgumentError(f"{name}: the directory has no config.json, so it is no transformers model.")
+    if not os.path.isdir(name):
+        _ask_the_hub(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         model_class = transformers_class(config)
@@ -140,3 +144,36 @@ def from_transformers(name: str, *, weights: bool = True, **options: Any) -> nn.
     with torch.device("meta"):
         model = model_class(config)
     return model.eval()
+
+
+def _ask_the_hub(name: str) -> None:
+    """Raises ArgumentError if ``name`` is neither in the cache nor on the hub, or the hub does not answer at once.
+
+    transformers asks for many files, each several times, and so takes half a minute to say that of a mistyped name.
+    """
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    nothing = f"{name}: not a directory or hub id of a transformers model"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        url = hf_hub_url(name, "config.json")
+    except HFValidationError as error:
+        raise ArgumentError(f"{nothing}: there is no such directory.") from error
+    if HF_HUB_OFFLINE:
+        raise ArgumentError(f"{nothing}: it is not in the hub's cache, and HF_HUB_OFFLINE is set.")
+    try:
+        get_hf_file_metadata(url, token=get_token(), timeout=ANSWER)
+    except GatedRepoError:
+        return  # of which transformers says what to do
+    except RepositoryNotFoundError as error:
+        raise ArgumentError(f"{nothing}: there is no such directory, and the hub has no such model.") from error
+    except HfHubHTTPError:
+        return
+    except Exception as error:  # of the network
+        raise ArgumentError(
+            f"{nothing}: there is no such directory, it is not in the hub's cache, and the hub cannot be reached "
+            f"({type(error).__name__})."
+        ) from error

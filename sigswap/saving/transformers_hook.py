@@ -6,7 +6,8 @@ by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
 - ``quantization_config``, of method "sigswap", holds the conversion. transformers has a registry of
   quantization methods, and asks the registered one to change the model after it was built on the meta device
   and before its weights are read. That is just what a conversion needs, so :class:`SigswapQuantizer`
-  registers as one; it quantizes nothing, and the model that comes out is not marked as quantized.
+  registers as one; it quantizes nothing, and the model that comes out is not marked as quantized. (Where it is to be
+  quantized as well, by another method: :mod:`sigswap.saving.quantized`.)
 - ``attn_implementation`` "sigswap" and ``transformers_weights``, the name of a file that is not there and that
   says what to do, stop every loader that does not know the method: transformers only warns about that and
   would go on with softmax. One of them alone would not do, for a keyword argument overrides the first, and
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
@@ -35,7 +36,7 @@ from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.distributed.heads import check_even, with_heads
 from sigswap.errors import CheckpointError, Hint
-from sigswap.saving import peft_hook
+from sigswap.saving import peft_hook, quantized
 from sigswap.saving.marks import (
     METHOD,
     QUANTIZATION_MARKS,
@@ -55,6 +56,7 @@ from sigswap.when_imported import WhenImported
 _TARGET = "transformers.modeling_utils"
 _WRAPPED = "_sigswap_wrapped"  # the attribute of PreTrainedModel that holds the methods that were wrapped
 _SPREAD = ("distributed_config", "_tp_size", "_device_mesh")
+_PLAIN = (Tensor, nn.Parameter)
 _DISPATCHABLE = ("eager", "sdpa")  # what a conversion can see into; flash and flex attention run past it
 
 
@@ -62,6 +64,11 @@ def is_transformers_model(model: object) -> bool:
     """Whether ``model`` is a transformers model, without importing transformers."""
     module = sys.modules.get(_TARGET)
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def writes_quantized(model: Any) -> bool:
+    """Whether transformers' save_pretrained knows how to write the quantized weights of ``model``."""
+    return is_transformers_model(model) and getattr(model, "hf_quantizer", None) is not None
 
 
 @contextmanager
@@ -102,16 +109,16 @@ _waiting = WhenImported(_TARGET, _set_up)
 def _register() -> None:
     from transformers.quantizers.auto import (
         AUTO_QUANTIZER_MAPPING,
+        AutoHfQuantizer,
         register_quantization_config,
         register_quantizer,
     )
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if METHOD in AUTO_QUANTIZER_MAPPING:
         return
-    logger = logging.get_logger("transformers.sigswap")
+    steps = quantized.Steps(_choose_attention, _convert, _finish)
 
     @register_quantization_config(METHOD)
     class SigswapConfig(QuantizationConfigMixin):
@@ -130,25 +137,19 @@ def _register() -> None:
 
         quantization_config: SigswapConfig
 
+        def __new__(cls, quantization_config: SigswapConfig, **kwargs: Any) -> Any:
+            other = quantized.inner_quantizer(quantization_config)
+            if other is None:
+                return super().__new__(cls)
+            return quantized.around(other, quantization_config, steps)
+
         def __init__(self, quantization_config: SigswapConfig, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             # Before 5.19 or so, a "pre-quantized" tensor that gets a prefix is not cast to from_pretrained's dtype.
             self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
         def update_attn_implementation(self, config: Any) -> Any:
-            vars(config).pop("transformers_weights", None)
-            stored = self.quantization_config.attn_implementation
-            for path, part in config_parts(config):
-                asked = part._attn_implementation
-                if asked in _DISPATCHABLE:
-                    continue
-                if asked not in (METHOD, None):
-                    logger.warning(
-                        f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; "
-                        f"{stored.get(path) or 'the default'!r} is used."
-                    )
-                part._attn_implementation_internal = stored.get(path)
-            return config
+            return _choose_attention(self.quantization_config, config)
 
         def update_tp_plan(self, config: Any) -> Any:
             # Before 5.19 or so there is no update_attn_implementation; this hook came at the same place.
@@ -158,11 +159,7 @@ def _register() -> None:
             return dtype
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            conversion = Conversion.from_dict(self.quantization_config.conversion)
-            apply_conversion(model, rebased(conversion, model))
-            check_files(model, kwargs.get("checkpoint_files"))
-            if getattr(model, "_tp_plan", None):  # which transformers applies next, if it is asked to
-                model._tp_plan = with_heads(model._tp_plan, model)
+            _convert(self.quantization_config, model, kwargs.get("checkpoint_files"))
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from transformers import PreTrainedModel
@@ -172,28 +169,7 @@ def _register() -> None:
                     for owner in (module, module.config):
                         for name in QUANTIZATION_MARKS:
                             vars(owner).pop(name, None)
-            for tensor in [*model.parameters(), *model.buffers()]:
-                # transformers leaves CPU weights where they lie in the mapped file, at any offset. In the last bit,
-                # results depend on the alignment, and those of the loaded model shall be those of the saved one.
-                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                    tensor.data = tensor.data.clone()
-            missing = [
-                name
-                for name, parameter in model.named_parameters()
-                if ".sigswap." in f".{name}"
-                and not parameter.is_meta
-                and not getattr(parameter, "_is_hf_initialized", False)
-            ]
-            if missing:
-                raise CheckpointError(
-                    f"{model.config._name_or_path}: the weights lack sigswap's parameters {missing[:5]}"
-                    f"{' and more' if len(missing) > 5 else ''}; the files do not belong to this config.json."
-                )
-            check_even(model)
-            for module in model.modules():
-                if isinstance(module, OwnerState):
-                    # Few as they are, they are not brought for each call: it is not the module that is called.
-                    accelerate_hooks.bring_for_good(module)
+            _finish(model)
             return model
 
         def is_serializable(self) -> bool:
@@ -202,6 +178,59 @@ def _register() -> None:
         @property
         def is_trainable(self) -> bool:
             return True
+
+    quantized.wrap_merging(AutoHfQuantizer, METHOD, SigswapConfig)
+
+
+def _choose_attention(stored: Any, config: Any) -> Any:
+    """``config`` with an attention that a conversion can see into, by its entry ``stored``."""
+    from transformers.utils import logging
+
+    vars(config).pop("transformers_weights", None)
+    for path, part in config_parts(config):
+        asked = part._attn_implementation
+        if asked in _DISPATCHABLE:
+            continue
+        if asked not in (METHOD, None):
+            logging.get_logger("transformers.sigswap").warning(
+                f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; "
+                f"{stored.attn_implementation.get(path) or 'the default'!r} is used."
+            )
+        part._attn_implementation_internal = stored.attn_implementation.get(path)
+    return config
+
+
+def _convert(stored: Any, model: Any, files: Any, *, quantized: bool = False) -> None:
+    """Converts a ``model`` without data, whose weights in ``files`` may be quantized. Raises CheckpointError."""
+    conversion = Conversion.from_dict(stored.conversion)
+    apply_conversion(model, rebased(conversion, model))
+    check_files(model, files, quantized=quantized)
+    if getattr(model, "_tp_plan", None):  # which transformers applies next, if it is asked to
+        model._tp_plan = with_heads(model._tp_plan, model)
+
+
+def _finish(model: Any) -> None:
+    """What is left when the weights have been read. Raises CheckpointError if sigswap's are not among them."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # transformers leaves CPU weights where they lie in the mapped file, at any offset. In the last bit, results
+        # depend on the alignment, and those of the loaded model shall be those of the saved one.
+        if type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if ".sigswap." in f".{name}" and not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{model.config._name_or_path}: the weights lack sigswap's parameters {missing[:5]}"
+            f"{' and more' if len(missing) > 5 else ''}; the files do not belong to this config.json."
+        )
+    check_even(model)
+    for module in model.modules():
+        if isinstance(module, OwnerState):
+            # Few as they are, they are not brought for each call: it is not the module that is called.
+            accelerate_hooks.bring_for_good(module)
 
 
 def _wrap(model_class: Any) -> None:
@@ -222,7 +251,6 @@ def _wrap(model_class: Any) -> None:
 
     @functools.wraps(from_pretrained)
     def checking_from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        _check_quantization(*args[1:2], **kwargs)
         loaded = from_pretrained(*args, **kwargs)
         name = args[1] if len(args) > 1 else kwargs.get("pretrained_model_name_or_path")
         model = loaded[0] if isinstance(loaded, tuple) and loaded else loaded
@@ -276,25 +304,6 @@ def _wrap_from_config(model_class: Any) -> None:
         return apply_conversion(model, rebased(Conversion.from_dict(stored.conversion), model))
 
     model_class._from_config = classmethod(converting_from_config)
-
-
-def _check_quantization(
-    pretrained_model_name_or_path: Any = None, *, quantization_config: Any = None, **others: Any
-) -> None:
-    """Raises CheckpointError if a directory with sigmoid attention is to be quantized while it is loaded."""
-    if quantization_config is None or not isinstance(pretrained_model_name_or_path, str | os.PathLike):
-        return
-    method = (
-        quantization_config.get("quant_method")
-        if isinstance(quantization_config, dict)
-        else getattr(quantization_config, "quant_method", None)
-    )
-    directory = _part(pretrained_model_name_or_path, others.get("subfolder"))
-    if method != METHOD and _is_marked(directory):
-        raise CheckpointError(
-            f"{directory} holds sigmoid attention, and cannot be quantized while it is loaded (quantization_config).",
-            hint=Hint("Load it without, and quantize it then, by torchao.quantization.quantize_(model, ...) say."),
-        )
 
 
 def _check_unmarked(name: str | os.PathLike[str], subfolder: Any) -> None:

@@ -200,10 +200,11 @@ def all_of_the_model() -> Iterator[None]:
         _complete.reset(token)
 
 
-def check_files(model: nn.Module, paths: Iterable[str | os.PathLike[str]] | None) -> None:
+def check_files(model: nn.Module, paths: Iterable[str | os.PathLike[str]] | None, *, quantized: bool = False) -> None:
     """Compares ``model``, which has no data yet, with the headers of the files that transformers will read into it.
 
-    By the names that are the same in both: transformers may rename others. Raises CheckpointError.
+    By the names that are the same in both: transformers may rename others. ``quantized``: where the model has floats,
+    the files may have integers in another shape, or several tensors beside one another. Raises CheckpointError.
     """
     header: dict[str, Stored] = {}
     places: dict[str, Path] = {}
@@ -213,6 +214,16 @@ def check_files(model: nn.Module, paths: Iterable[str | os.PathLike[str]] | None
         for name, each in read_header(path).items():
             header[name], places[name] = each, path
     state = model.state_dict()
+    if quantized:
+        inside = {name.rpartition(".")[0] for name in header.keys() - state.keys()}
+        packed = {
+            name
+            for name, tensor in state.items()
+            if tensor.is_floating_point()
+            and (name.rpartition(".")[0] in inside or (name in header and not header[name].dtype.is_floating_point))
+        }
+        state = {name: tensor for name, tensor in state.items() if name not in packed}
+        header = {name: each for name, each in header.items() if name in state}
     for name in header.keys() & state.keys():
         check_dtype(name, header[name].dtype, state[name].dtype, places[name])
         if _complete.get() and header[name].shape != tuple(state[name].shape):

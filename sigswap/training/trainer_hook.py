@@ -17,7 +17,7 @@ from sigswap.conversion.wrappers import unwrapped
 from sigswap.errors import ArgumentError, Hint
 from sigswap.optional import require
 from sigswap.training.calibrate import calibrate
-from sigswap.training.weight_decay import added_parameters, decayed_parameters
+from sigswap.training.weight_decay import added_parameters, decayed_parameters, undecayed
 from sigswap.when_imported import WhenImported
 
 _WRAPPED = "_sigswap_wrapped"
@@ -84,14 +84,15 @@ def _check_resumed(model: Any) -> None:
 
 
 def _train_too(optimizer: Any, model: Any, before: Collection[int]) -> None:
-    """Puts the parameters that are not among ``before`` into a group of the optimizer that has no weight decay, in the
-    order of the model, as Trainer makes its groups: a state_dict goes by that order."""
+    """Puts the parameters that are not among ``before`` into the group without weight decay that is as the one of
+    sigswap's others (or as the first), in the order of the model, as Trainer makes its groups: a state_dict goes by
+    that order."""
     new = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in before]
     if not new:
         return
-    ours = {number for number, _ in added_parameters(model)}
-    free = [group for group in optimizer.param_groups if not group.get("weight_decay")]
-    group = next((each for each in free if any(id(p) in ours for p in each["params"])), next(iter(free), None))
+    ours, groups = {number for number, _ in added_parameters(model)}, optimizer.param_groups
+    like = next((each for each in groups if any(id(p) in ours for p in each["params"])), groups[0])
+    group = undecayed(groups, like)
     if group is None or "param_names" in group:
         raise ArgumentError(
             "{argument} has no group without weight decay that can take the parameters which calibration adds.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
     if trained.isdisjoint(map(id, model.parameters())):
         raise ArgumentError("{argument} trains no parameter of the model.", argument="optimizer")
     decayed = [group for group in groups if group.get("weight_decay") and any(id(p) in ours for p in group["params"])]
-    free = [next((other for other in groups if _is_free(other, group)), None) for group in decayed]
+    free = [undecayed(groups, group) for group in decayed]
     inner = getattr(optimizer, "optimizer", optimizer)  # of what accelerate prepared
     if None in free and hasattr(inner.step, "_wrapped_by_lr_sched"):
         raise ArgumentError(
@@ -86,6 +86,13 @@ def added_parameters(model: nn.Module) -> Iterator[tuple[int, str]]:
         if isinstance(module, OwnerState):
             for name, parameter in module.named_parameters(prefix=path):
                 yield id(parameter), name
+
+
+def undecayed(groups: Sequence[dict[str, Any]], group: dict[str, Any]) -> dict[str, Any] | None:
+    """Which of ``groups`` takes the steps of ``group`` and decays nothing: it itself, another, or none."""
+    if not group.get("weight_decay"):
+        return group
+    return next((other for other in groups if _is_free(other, group)), None)
 
 
 def _is_free(group: dict[str, Any], like: dict[str, Any]) -> bool:

@@ -354,10 +354,37 @@ def test_a_directory_that_is_not_empty_needs_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "message"),
+    [("no such model", "the hub has no such model"), ("no connection", "the hub cannot be reached (ConnectionError)")],
+)
+def test_a_mistyped_name_is_asked_for_once(answer: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    asked = []
+
+    def metadata(url: str, **options: Any) -> None:
+        asked.append((url, options["timeout"]))
+        if answer == "no such model":
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    result = run("inspect", "nobody/no-such-model")
+    assert result.exit_code == 1 and "nobody/no-such-model" in result.stderr and message in result.stderr
+    [(url, timeout)] = asked
+    assert url.endswith("nobody/no-such-model/resolve/main/config.json") and timeout <= 5
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in run("inspect", "nobody/no-such-model").stderr and len(asked) == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("inspect", "/no/such/directory"), 1, "not a directory or hub id"),
-        (("inspect", "nobody/no-such-model"), 1, "nobody/no-such-model"),
+        (("inspect", "a/path/of/three"), 1, "there is no such directory"),
+        (("convert", f"{HERE}:build", "--out", "x", "--max-length", "8"), 1, "--calibrate"),
         (("inspect", "timm:no_such_model"), 1, "no_such_model"),
         (("inspect", "no_such_module:build"), 1, "no module 'no_such_module'"),
         (("inspect", f"{HERE}:nothing"), 1, "has no 'nothing'"),

@@ -84,6 +84,9 @@ def test_distill(saved: Path) -> None:
     assert result.exit_code == 0, result.output
     assert [len(losses) for losses in (json.loads(result.stdout)[key] for key in ("layerwise", "end_to_end"))] == [1, 2]
     assert not torch.equal(out(sigswap.load(trained)), out(sigswap.load(saved)))
+    capless = run("distill", saved, saved.parent / "original", "--out", trained, "--force", "--data", text,
+                  *options, "--lift-row-cap", 1)  # fmt: skip
+    assert capless.exit_code == 1 and "--lift-row-cap" in capless.stderr  # no row of it is capped
     wrong = (*options, "--force", "--train", "some")
     refused = run("distill", saved, saved.parent / "original", "--out", saved, "--data", text, *wrong)
     assert refused.exit_code == 1 and "--train" in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "ecosystem.md"
 WORKFLOWS = "tests/ecosystem/test_workflows.py"
 TRAINING = "tests/training/test_weight_decay.py"
+LIGHTNING = "tests/training/test_lightning_hook.py"
 DEPLOYMENT = "tests/ecosystem/test_deployment.py"
+QUANTIZED = "tests/saving/test_quantized.py"
 ADAPTERS = "tests/conversion/test_adapters.py"
 PREFIXES = "tests/saving/test_peft_hook.py"
 WRAPPERS = "tests/conversion/test_wrappers.py"
@@ -138,8 +141,9 @@ def page() -> str:
     parts = [HEAD]
     sections = {
         "Tools": workflows(),
-        "Training": workflows(TRAINING),
+        "Training": itertools.chain(workflows(TRAINING), workflows(LIGHTNING)),
         "Deployment": workflows(DEPLOYMENT),
+        "Quantized": workflows(QUANTIZED),
         "Adapters": adapters(),
         "Wrappers": wrappers(),
     }

@@ -160,6 +160,27 @@ def test_compiled_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_executorch(name: str) -> None:
+    """ExecuTorch, by portable kernels and XNNPACK, of that, with padding, dynamic batch and length"""
+    reason = "executorch is none of the tests' packages: each version wants its own torchao, and coremltools"
+    exir = pytest.importorskip("executorch.exir", reason=reason)
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.runtime import Runtime
+
+    model = MODELS[name]()
+    table = {**torch.export.default_decompositions(), **sigswap.decompositions()}
+    for partitioners in (None, [XnnpackPartitioner()]):
+        program = exported(model).run_decompositions(table)
+        file = exir.to_edge_transform_and_lower(program, partitioner=partitioners).to_executorch().buffer
+        method = Runtime.get().load_program(file).load_method("forward")
+        for inputs in inputs_of(model):
+            [out] = method.execute(list(inputs))
+            with torch.no_grad():
+                equal(out, model(*inputs))
+
+
 def test_flop_counter() -> None:
     """torch.utils.flop_counter: attention counts as fused softmax attention does"""
     from torch.utils.flop_counter import FlopCounterMode

@@ -356,24 +356,13 @@ def test_weight_only_quantization(tmp_path: Path) -> None:
 
 
 def test_saving_a_quantized_model(tmp_path: Path) -> None:
-    """sigswap.save of a model that torchao has quantized: error, names the tensor and the order that works"""
+    """sigswap.save of a model that torchao's quantize_ has changed by hand: error, names the tensor and what works"""
     torchao = pytest.importorskip("torchao.quantization")
     model = bert()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    with pytest.raises(sigswap.errors.CheckpointError, match=r"weight is quantized.*Save it before"):
+    with pytest.raises(sigswap.errors.CheckpointError, match=r"weight is quantized.*before.*quantization_config"):
         sigswap.save(model, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_loading_with_quantization(tmp_path: Path) -> None:
-    """from_pretrained(..., quantization_config=) of a converted directory: error, names the order that works"""
-    model = bert()
-    sigswap.save(model, tmp_path)
-    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    for loader in (transformers.AutoModel, transformers.BertModel):
-        with pytest.raises(sigswap.errors.CheckpointError, match="Load it without, and quantize it then"):
-            loader.from_pretrained(tmp_path, quantization_config=config)
-    equal(out(transformers.BertModel.from_pretrained(tmp_path)), out(model))
 
 
 def test_weight_averaging() -> None:
