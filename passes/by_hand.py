@@ -54,12 +54,6 @@ def division_of(exponential: Node) -> Division | None:
     return Division(division, axis[0], divisions[division] is not exponential, inverse)
 
 
-def is_exponential(node: Node) -> bool:
-    """Whether ``node`` is an exp, to whatever base."""
-    name = op_name(node)
-    return name in ("exp", "exp2", "expm1") or (spelling_of(node) == "pow" and isinstance(node.args[0], int | float))
-
-
 def is_normalised(scores: Node, shifts: Sequence[Node], axis: int) -> bool:
     """Whether ``scores`` are others minus their logsumexp over ``axis``, one of ``shifts``: logarithms of a softmax."""
     scores = unchanged_from(scores)

@@ -13,10 +13,20 @@ import dataclasses
 import torch
 from torch.fx import Graph, Node
 
-from sigswap.passes.by_hand import division_of, is_exponential, is_normalised, is_summed
+from sigswap.passes.by_hand import division_of, is_normalised, is_summed
 from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
-from sigswap.passes.nodes import argument, dtype_of, input_at, int_arg, rank_of, shape_of, tensor_input
-from sigswap.passes.ops import OPAQUE, op_name, op_of, spelling_of
+from sigswap.passes.nodes import (
+    argument,
+    dtype_of,
+    edited_by,
+    input_at,
+    int_arg,
+    memory_of,
+    rank_of,
+    shape_of,
+    tensor_input,
+)
+from sigswap.passes.ops import OPAQUE, is_exponential, op_name, op_of, spelling_of
 from sigswap.passes.products import PARAMETER
 from sigswap.passes.row_terms import counts_from_the_last_key
 from sigswap.passes.scores import trace_scores
@@ -27,6 +37,7 @@ from sigswap.passes.walks import (
     has_product_below,
     has_two_activations,
     unchanged_from,
+    weights_values,
     with_above,
     with_below,
 )
@@ -47,14 +58,18 @@ def find(graph: Graph, *, is_part: bool = False) -> FindResult:
         op = op_of(node)
         if op.name == "scaled_dot_product_attention":
             sites.append(_sdpa_site(node))
-        elif op.softmax or (op.name == "log_softmax" and _is_exponentiated(node)):
+        elif op.softmax or (op.name == "log_softmax" and _exponents(node)):
             found = score_site(node, int_arg(node, 1), data)
+            if isinstance(found, AttentionSite) and not op.softmax and not _is_exponentiated(node):
+                found = LeftAlone(node, "its log_softmax is changed before it becomes probabilities", True)
             if isinstance(found, AttentionSite):
                 sites.append(found)
             else:
                 left.append(_cut_off(found, data) if is_part and not found.attention else found)
         elif is_exponential(node):
             by_hand = _by_hand(node, data)
+            if by_hand is None and is_part and _is_returned(node) and _of_two_activations(node, data):
+                by_hand = LeftAlone(node, "the graph breaks within its softmax, which is written by hand", True)
             if by_hand is not None:
                 (sites if isinstance(by_hand, AttentionSite) else left).append(by_hand)  # type: ignore[arg-type]
         elif op.name == "flex_attention":
@@ -75,12 +90,31 @@ def _cut_off(left: LeftAlone, data: set[Node]) -> LeftAlone:
         return left
     origin = trace_scores(scores, (axis % rank_of(scores),), set())
     found, _ = weighted_sum(left.anchor, axis % rank_of(scores))
-    returned = any(user.op == "output" for node in with_below(left.anchor) for user in node.users)
-    if origin.products and origin.products[0].key in data and found is None and returned:
+    returned = found is None and _is_returned(left.anchor)
+    if origin.products and origin.products[0].key in data and returned:
         return LeftAlone(left.anchor, "the graph breaks before its probabilities meet a value", True)
     if origin.is_given and found is not None and has_two_activations(found[0]):
         return LeftAlone(left.anchor, "the graph breaks between its scores and the product of query and key", True)
+    if origin.is_given and returned and rank_of(scores) > 2:
+        return LeftAlone(left.anchor, "the graph breaks before and after it, so what it is cannot be told", True)
     return left
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether ``node``, or what is made of it, goes on in another graph."""
+    return any(user.op == "output" for below in with_below(node) for user in below.users)
+
+
+def _of_two_activations(exponential: Node, data: set[Node]) -> bool:
+    """Whether ``exponential`` is taken of a product of query and key."""
+    scores = input_at(exponential, 1 if op_name(exponential) == "pow" else 0)
+    if scores is None or rank_of(scores) < 2:
+        return False
+    return any(
+        _is_computed(product.key, data)
+        for axis in (rank_of(scores) - 1, rank_of(scores) - 2)
+        for product in trace_scores(scores, (axis,), set()).products
+    )
 
 
 def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
@@ -123,6 +157,19 @@ def _is_exponentiated(node: Node) -> bool:
     """Whether an exp takes the logarithms ``node`` back, in whatever dtype."""
     users = list(node.users)
     return any(op_name(user) == "exp" or (op_of(user).same and _is_exponentiated(user)) for user in users)
+
+
+def _exponents(node: Node) -> bool:
+    """Whether logarithms ``node`` go into an exponential, perhaps changed one by one."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if is_exponential(user):
+                return True
+            if op_of(user).elementwise and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _sdpa_site(node: Node) -> AttentionSite:
@@ -168,12 +215,16 @@ def _reads_statistics(node: Node) -> bool:
 def data_dependent(graph: Graph) -> set[Node]:
     """The nodes that depend on the model's inputs, not on its parameters alone."""
     data: set[Node] = set()
+    in_memory: dict[int | None, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             if not node.meta.get(PARAMETER):
                 data.add(node)
         elif any(source in data for source in node.all_input_nodes):
             data.add(node)
+            for edited in edited_by(node):  # a cache that is written to is read by other views of it
+                data.update(in_memory.get(memory_of(edited), ()))
+        in_memory.setdefault(memory_of(node), []).append(node)
     return data
 
 
@@ -198,6 +249,8 @@ def score_site(
         origin.obstacle = "its softmax runs over the keys and extra logits, as many as its inputs say"
     if origin.products and not _is_computed(origin.products[0].key, data):
         return LeftAlone(anchor, "its keys do not depend on the model's input (a router or a classifier)", False)
+    if origin.products and all(weights_values(product.node) for product in origin.products):
+        return LeftAlone(anchor, "its scores are what an attention gives, not a product of query and key", False)
     found, lost = weighted_sum(anchor, key_axis)
     # In doubt it is an attention, so that it is not left without a word: where a product of activations goes into the
     # scores, or comes after the probabilities, by ways that are not understood.

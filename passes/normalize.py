@@ -186,6 +186,9 @@ class _Stamping(torch.fx.Interpreter):
         elif inner is not None:
             args, _ = self.fetch_args_kwargs_from_env(n)
             result = _Stamping(inner).run(*args[1:])
+        elif n.op == "call_function" and getattr(n.target, "__name__", "") in _OF_VMAP:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            result = _OF_VMAP[n.target.__name__](*args)  # type: ignore[union-attr]
         else:
             result = super().run_node(n)
         proxy_mode = get_proxy_mode()
@@ -200,6 +203,31 @@ class _Stamping(torch.fx.Interpreter):
             if slot is not None:
                 slot.proxy.node.meta.setdefault(_SAME, []).append(n)
         return result
+
+
+def _one_of(tensor: torch.Tensor, axis: int, *_: Any) -> torch.Tensor:
+    """What a mapped function gets of ``tensor``: one part of it, of which nothing tells which one."""
+    which = torch.empty(1, dtype=torch.int64, device=tensor.device)
+    return tensor.index_select(axis, which).squeeze(axis)
+
+
+def _all_of(tensor: torch.Tensor, _: int, count: int, axis: int) -> torch.Tensor:
+    """What becomes of the results of a mapped function, of which ``tensor`` is one."""
+    tensor = tensor.unsqueeze(axis)
+    return tensor.expand([count if i == axis % tensor.dim() else size for i, size in enumerate(tensor.shape)])
+
+
+def _nothing(*_: Any) -> None: ...
+
+
+_OF_VMAP: dict[str, Callable[..., Any]] = {
+    "lazy_load_decompositions": _nothing,
+    "_vmap_increment_nesting": _nothing,
+    "_vmap_decrement_nesting": _nothing,
+    "_add_batch_dim": _one_of,
+    "_remove_batch_dim": _all_of,
+}
+"""In the shadow, a function that torch.vmap maps runs once, on one part of what it is mapped over."""
 
 
 def _is_autocast(node: Node) -> bool:

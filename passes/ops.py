@@ -194,6 +194,7 @@ _ROWS = (
     Op("cdist", "_cdist_forward", product=True),
     Op("inner", "tensordot dot", product=True),
     Op("cosine_similarity", product=True),
+    Op("pairwise_distance", product=True),
     Op("linear", layer=True, mixes=True),
     Op("convolution", "conv2d", layer=True, mixes=True),
     Op("addmm", layer=True),
@@ -254,6 +255,12 @@ def op_of(node: Node) -> Op:
 def op_name(node: Node) -> str:
     """The name of the node's row, the same for all spellings; its own where there is no row."""
     return op_of(node).name
+
+
+def is_exponential(node: Node) -> bool:
+    """Whether ``node`` is an exp, to whatever base."""
+    name = op_name(node)
+    return name in ("exp", "exp2", "expm1") or (spelling_of(node) == "pow" and isinstance(node.args[0], int | float))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from sigswap.passes.find import find
 from sigswap.passes.nodes import tensor_input
 from sigswap.passes.normalize import graph_modules, normalize, renew, source_of
+from sigswap.passes.ops import op_name
 from sigswap.passes.site import AttentionSite, LeftAlone
 from sigswap.passes.walks import with_above
 
@@ -69,10 +70,14 @@ def _swap_site(
 ) -> str | None:
     """Swaps one site, and adds the Dynamo nodes of its calls to ``changed``; a reason if it cannot."""
     exponential_node = site.exponential if site.exponential is not site.anchor else None
+    if any((call := source_of(shift)) is None or call.target not in stand_ins for shift in site.shifts):
+        return "its scores are shifted by a reduction over their own row, which cannot be taken out"
     found = [source_of(node) for node in (site.anchor, exponential_node, *site.shifts) if node is not None]
     calls = [call for call in found if call is not None and call.target in stand_ins and call.args]
     if len(calls) < len(found) or len({call.graph for call in calls}) > 1:
         return "its softmax is inside a function that the graph holds as a whole"
+    if any("out" in call.kwargs and op_name(site.anchor) not in ("softmax", "log_softmax") for call in calls):
+        return "its softmax is written by hand, and a part of it writes to a tensor that it is given (out)"
     anchor, graph = calls[0], calls[0].graph
     own: dict[str, Any] = {"extra": site.extra} if any(site.extra) else {}
     if site.exponential is site.anchor:
@@ -114,7 +119,9 @@ _WHOLE_ATTENTIONS = (
 )
 
 
-_PARTS_OF_NAMES = ("softmax", "attention", "attn")
+_PARTS_OF_NAMES = ("softmax", "softmin", "attention", "attn")
+_EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_")
+_POWERS = ("pow", "float_power", "__pow__", "__rpow__")
 
 
 def _may_have_site(graph_module: GraphModule) -> bool:
@@ -122,7 +129,9 @@ def _may_have_site(graph_module: GraphModule) -> bool:
     for node in (node for module in graph_modules(graph_module) for node in module.graph.nodes):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         own = getattr(node.target, "namespace", None) == "sigswap"
-        if node.op.startswith("call") and not own and (name == "exp" or any(part in name for part in _PARTS_OF_NAMES)):
+        power = name in _POWERS and not all(isinstance(base, Node) for base in node.args[:1])
+        known = name in _EXPONENTIALS or power or any(part in name for part in _PARTS_OF_NAMES)
+        if node.op.startswith("call") and not own and known:
             return True
     return False
 

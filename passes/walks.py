@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch.fx import Node
 
-from sigswap.passes.nodes import edited_by, input_at, is_floating, rank_of, shape_of
+from sigswap.passes.nodes import edited_by, input_at, int_arg, is_floating, rank_of, shape_of
 from sigswap.passes.ops import op_name, op_of
 from sigswap.passes.products import PARAMETER, is_parameter
+from sigswap.passes.weights import weighted_sum
 
 
 def unchanged_from(node: Node) -> Node:
@@ -50,7 +51,7 @@ def has_product_above(node: Node) -> bool:
 
     def is_end(above: Node) -> bool:
         op = op_of(above)
-        mixes = op.name == "einsum" and rank_of(above) > 3  # heads, by a parameter
+        mixes = (op.name == "einsum" and rank_of(above) > 3) or _mixes_products(above)  # heads, by a parameter
         return (op.product and not mixes) or op.layer or op.softmax
 
     above = list(with_above(node, is_end))
@@ -60,7 +61,38 @@ def has_product_above(node: Node) -> bool:
             new = [source for source in with_above(written, is_end) if source not in seen]
             above += new
             seen.update(new)
-    return any(map(_is_product, above))
+    return any(_is_product(each) and not weights_values(each) for each in above)
+
+
+def weights_values(product: Node) -> bool:
+    """Whether ``product`` is the last part of an attention, of probabilities and values: that makes no scores."""
+
+    def is_end(above: Node) -> bool:
+        op = op_of(above)
+        return op.product or op.layer or op.softmax
+
+    for above in (above for factor in product.all_input_nodes for above in with_above(factor, is_end)):
+        axis = int_arg(above, 1) if op_of(above).softmax and rank_of(above) else None
+        found = None if axis is None else weighted_sum(above, axis % rank_of(above))[0]
+        if found is not None and found[0] is product:
+            return True
+    return False
+
+
+def _mixes_products(node: Node) -> bool:
+    """Whether ``node`` multiplies a parameter with what is a product of two activations, but for scale and form."""
+    if not op_of(node).product or not any(map(is_parameter, node.all_input_nodes)):
+        return False
+    for source in node.all_input_nodes:
+        while op_of(source).views or op_of(source).same or _is_scaled(source):
+            source = source.all_input_nodes[0]
+        if op_of(source).product and has_two_activations(source) and not weights_values(source):
+            return True
+    return False
+
+
+def _is_scaled(node: Node) -> bool:
+    return op_name(node) in ("mul", "div") and len(node.all_input_nodes) == 1
 
 
 def _written_into(node: Node) -> list[Node]:

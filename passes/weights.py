@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from sigswap.passes.axes import axis_map, chain_inputs
 from sigswap.passes.nodes import axes_arg, int_arg, rank_of, shape_of
-from sigswap.passes.ops import op_name, op_of
+from sigswap.passes.ops import is_exponential, op_name, op_of
 from sigswap.passes.products import contraction, is_parameter, sums_with
 
 
@@ -46,7 +46,7 @@ def weighted_sum(anchor: Node, key_axis: int) -> tuple[tuple[Node, Weights] | No
             inputs = chain_inputs(user)
             axes = axis_map(user, weights.node) if weights.node in inputs else None
             axis = _axis_beside_parameter(user, weights) if axes is None else axes[weights.axis]
-            exponent = weights.logarithms and op_name(user) == "exp"
+            exponent = weights.logarithms and is_exponential(user)
             if exponent:
                 axis = weights.axis
             if axis is None:

@@ -81,7 +81,8 @@ class SigmoidConfig:
         for pattern, fields in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(fields, Mapping):
                 raise ConfigError(
-                    f"{{argument}}[{pattern!r}] must be a mapping of field to value, not {fields!r}.",
+                    f"{{argument}}[{pattern!r}]: {fields!r} must be a mapping of field to value, by a string that is "
+                    "a pattern.",
                     argument="overrides",
                 )
             unknown = sorted(set(fields) - set(_OVERRIDABLE))

@@ -44,16 +44,16 @@ from sigswap.functional.stand_ins import (
     softmax_dim,
     unshifted,
     weighted,
+    written_to,
 )
 from sigswap.functional.torch_functions import (
     FAMILIES,
     IN_PLACE,
-    INVERSES,
     MULTIPLICATIONS,
     NOT_IN_EVERY_PLAN,
-    NUMBER_BY_TENSOR,
     PRODUCTS,
     SWAPS,
+    is_reciprocal,
 )
 from sigswap.sequence.active import active, refuse_parts
 from sigswap.sequence.torch_context import on_parts
@@ -91,12 +91,19 @@ class SwapMode(TorchFunctionMode):
         site_index = self._site_of(family, args, kwargs)
         if site_index < 0:
             return func(*args, **kwargs)
+        out: Tensor | None = None
+        if family in ("softmax", "log_softmax", "exp") and "out" in kwargs:
+            out, kwargs = kwargs["out"], {name: value for name, value in kwargs.items() if name != "out"}
         site = self.state.site(site_index)
         if family == "product":
             return self._product(site, func, args, kwargs)
         if family == "shift":
             self.shift_of = site
-            return unshifted(func(*args, **kwargs))
+            reduced = func(*args, **kwargs)
+            if kwargs.get("out") is None:
+                return unshifted(reduced)
+            (reduced if isinstance(reduced, Tensor) else reduced[0]).zero_()
+            return reduced
         if self.autograd is not None and _autograd_state() != self.autograd:
             self._refuse_checkpoint()
         self.swapped.add(site_index)
@@ -109,10 +116,10 @@ class SwapMode(TorchFunctionMode):
                 )
             self.shift_of = None
             if family == "exp":
-                return self._exponential(site, func, args, kwargs)
+                return self._exponential(site, func, args, kwargs, out)
             self.by_logarithm = family == "log_softmax"
             probs = self._softmax(site, args, kwargs)
-            return logarithm(probs) if self.by_logarithm else probs
+            return written_to(out, logarithm(probs) if self.by_logarithm else probs)
         if family == "sdpa":
             return self._sdpa(site, *args, **kwargs)
         if family == "flex":
@@ -230,28 +237,30 @@ class SwapMode(TorchFunctionMode):
         self.product_of = self.query_bias = None
         return softmax(*args, **kwargs, **bias, **site.terms, extra=site.plan.extra)
 
-    def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def _exponential(self, site: SiteState, func: Any, args: Any, kwargs: Any, out: Tensor | None) -> Tensor:
         """The first part of a softmax by hand: its numbers are ones until its division, times what multiplies them."""
         scores = args[0] if args else kwargs["input"]
-        in_place = func in (torch.exp_, torch.Tensor.exp_)
+        if func in (torch.exp_, torch.Tensor.exp_):
+            out = scores
         if site.plan.undivided:
             assert site.plan.scores is not None
-            probs = self._softmax(site, (scores, site.plan.scores[1]), {})
-            return scores.copy_(probs) if in_place else probs
-        self.exponential = site, scores.clone() if in_place else scores
-        return scores.fill_(1.0) if in_place else ones(scores)
+            return written_to(out, self._softmax(site, (scores, site.plan.scores[1]), {}))
+        self.exponential = site, scores if out is None else scores.clone()  # which ``out`` may be the memory of
+        return written_to(out, ones(scores))
 
     def _divided(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         weights = args[0] if args else kwargs["input"]
-        if func is NUMBER_BY_TENSOR or func in INVERSES or not isinstance(weights, Tensor):
+        if is_reciprocal(func, args) or not isinstance(weights, Tensor):
             inverse: Tensor = func(*args, **kwargs)
             self.inverse = inverse
             return inverse
-        return self._finished(func, weights, args[1] if len(args) > 1 else kwargs["other"])
+        return written_to(
+            kwargs.get("out"), self._finished(func, weights, args[1] if len(args) > 1 else kwargs["other"])
+        )
 
     def _until_division(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Another call within a softmax by hand: it may get the reciprocal of the sum, perhaps to multiply by it."""
-        if func is NUMBER_BY_TENSOR:
+        if is_reciprocal(func, args):
             return self._divided(func, args, kwargs)
         given = (*args, *kwargs.values())
         if self.inverse is None or not any(each is self.inverse for each in given):

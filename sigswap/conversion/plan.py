@@ -279,11 +279,11 @@ def _depth(call: Call, path: str) -> int | None:
 
 
 def _lines(call: Call, path: str) -> Any:
-    """The modules and code lines in the owner that led to the call: what makes it a site. A loop's turns share them."""
+    """The modules and expressions in the owner that led to the call. They make it a site; a loop's turns share them."""
     below = len(call.stack) - 1 - (_depth(call, path) or 0)
     inner = tuple(name for name, _ in call.stack[len(call.stack) - below :])
     return inner, tuple(
-        tuple((spot.code.co_filename, spot.line) for spot in level) for level in call.spots[: below + 1]
+        tuple((spot.code.co_filename, spot.positions) for spot in level) for level in call.spots[: below + 1]
     )
 
 

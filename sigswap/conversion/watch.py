@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.overrides import TorchFunctionMode
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporaril
 from sigswap.conversion import keeping
 from sigswap.conversion.places import UNSEEN_FILES, Spot
 from sigswap.conversion.threads import seen_in_threads
-from sigswap.functional.torch_functions import FAMILIES, NUMBER_BY_TENSOR, SWAPS
+from sigswap.functional.torch_functions import FAMILIES, SWAPS, is_reciprocal
 from sigswap.passes.products import PARAMETER
 from sigswap.transaction import Transaction
 
@@ -99,6 +100,7 @@ class Watch(TorchFunctionMode):
             int, tuple[torch.fx.Node, int]
         ] = {}  # a tensor's memory -> its last edit, and the number of it
         self.edit_count = 0
+        self.read: dict[float, torch.fx.Node] = {}  # number -> the tensor that it was read of
         self.older = {id(tensor): tensor for tensor in older}
         self.kept: dict[int, list[Tensor]] = {}  # a parameter's memory -> the parameters in it
         self.undo = contextlib.ExitStack()  # puts back the values of the parameters that were written to
@@ -158,7 +160,9 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        family = "division" if func is NUMBER_BY_TENSOR else FAMILIES.get(func)
+        if func is Tensor.__dlpack__ and isinstance(args[0], FakeTensor):
+            raise TypeError("a fake tensor has no memory that could be shared")  # torch would share a null pointer
+        family = "division" if is_reciprocal(func, args) else FAMILIES.get(func)
         if isinstance(func, HigherOrderOperator):  # has rules for modes that it knows
             with _pop_mode_temporarily(_BEFORE_AUTOGRAD) if _is_watched() else contextlib.nullcontext():
                 output = func(*args, **kwargs)
@@ -211,7 +215,14 @@ class Watch(TorchFunctionMode):
 
     def note(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Adds the node of an op that has run."""
-        node = self.graph.call_function(func, self._arguments(args), self._arguments(kwargs))
+        arguments = self._arguments(args)
+        if func in _READS and isinstance(output, float):
+            self.read[output] = arguments[0]
+        elif (
+            self.read and getattr(func, "overloadpacket", None) in _SUMS
+        ):  # a number that was read of the scores, and shifts them
+            arguments = tuple(self._number(value) for value in arguments)
+        node = self.graph.call_function(func, arguments, self._arguments(kwargs))
         self._mark(node)
         for tensor in _written_by(func, args, kwargs):
             self.edit_count += 1
@@ -233,6 +244,12 @@ class Watch(TorchFunctionMode):
         if isinstance(value, tuple | list):
             return type(value)(map(self._arguments, value)) if type(value) in (tuple, list) else value
         return {key: self._arguments(item) for key, item in value.items()} if type(value) is dict else value
+
+    def _number(self, value: Any) -> Any:
+        """``value``; if it is a number that was read of a tensor, or minus that, the tensor's node."""
+        if not isinstance(value, float):
+            return value
+        return self.read.get(value, self.read.get(-value, value))
 
     def _node_of(self, tensor: Tensor) -> torch.fx.Node:
         known = self.nodes.get(tensor)
@@ -293,6 +310,10 @@ class _Ops(SchemaCheckMode):  # type: ignore[no-untyped-call]
             self.watch.older[id(args[0])] = args[0]  # torch.tensor(...), of numbers
         self.watch.note(func, args, kwargs, output)
         return output
+
+
+_READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+_SUMS = tuple(getattr(torch.ops.aten, name) for name in ("add", "add_", "sub", "sub_", "rsub"))
 
 
 def _is_watched() -> bool:

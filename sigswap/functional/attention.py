@@ -97,8 +97,10 @@ def sigmoid_attention(
         ArgumentError: An argument is not as above. The message names it.
     """
     _check_types({"query": query, "key": key, "value": value}, scale, dropout_p, softcap, row_cap)
+    _check_switches(is_causal=is_causal, enable_gqa=enable_gqa)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
+    _check_dense(bias=bias, attn_mask=attn_mask)
     if block_mask is not None:
         _check_block_mask(block_mask, query, attn_mask, is_causal, window)
     visible_bias, const_bias, row_bias = _bias_terms(bias)
@@ -178,6 +180,8 @@ def sigmoid_attention_varlen(
     refuse_parts("sigmoid_attention_varlen")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     _check_types({"query": query, "key": key, "value": value, **lengths}, scale, dropout_p, softcap, row_cap)
+    _check_switches(is_causal=is_causal, bottom_right=bottom_right, enable_gqa=enable_gqa)
+    _check_dense(bias=bias)
     visible_bias, const_bias, row_bias = _bias_terms(bias)
     if row_bias is not None and row_bias.dim() < 2:
         row_bias = row_bias.reshape(1, -1)  # [], [1] or [H]; the op's is [1 | total_q, 1 | H]
@@ -404,6 +408,7 @@ def _check_types(tensors: dict[str, Any], scale: Any, dropout_p: Any, softcap: A
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} must be a tensor, not a {type(tensor).__name__}.")
+    _check_dense(**tensors)
     for name, number in (("scale", scale), ("dropout_p", dropout_p), ("softcap", softcap), ("row_cap", row_cap)):
         if number is not None and not isinstance(number, _NUMBERS):
             raise ArgumentError(f"{name} must be a number, not {number!r}.")
@@ -440,6 +445,21 @@ def _check_block_sizes(block_mask: BlockMask, query: Tensor, key: Tensor) -> Non
         )
     if block_mask.device != query.device:
         raise ArgumentError(f"block_mask must be on query's device {query.device}, not {block_mask.device}; use .to().")
+
+
+def _check_switches(**switches: Any) -> None:
+    for name, switch in switches.items():
+        if not isinstance(switch, bool | torch.SymBool):
+            raise ArgumentError(f"{name} must be True or False, not {switch!r}.")
+
+
+def _check_dense(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout is not torch.strided):
+            kind = "a nested" if tensor.is_nested else f"a {tensor.layout}"
+            raise ArgumentError(
+                f"{name} must be a dense tensor, not {kind} one; sigmoid_attention_varlen takes packed sequences."
+            )
 
 
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:

@@ -50,12 +50,21 @@ def softmax(
     )
     if any(extra):
         result = F.pad(result.movedim(dim, -1), extra).movedim(-1, dim)
-    return result if out is None else out.copy_(result)
+    return written_to(out, result)
 
 
-def log_softmax(*args: Any, **kwargs: Any) -> Tensor:
+def log_softmax(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
     """As ``F.log_softmax``, ``torch.log_softmax`` and ``Tensor.log_softmax``; keywords as of :func:`softmax`."""
-    return logarithm(softmax(*args, **kwargs))
+    return written_to(out, logarithm(softmax(*args, **kwargs)))
+
+
+def written_to(out: Tensor | None, result: Tensor) -> Tensor:
+    """``result``, in ``out`` if that is a tensor, as torch's functions write to theirs."""
+    if out is None:
+        return result
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
 
 
 def logarithm(probs: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ DIVISIONS: tuple[Callable[..., Any], ...] = (
 INVERSES: tuple[Callable[..., Any], ...] = (torch.reciprocal, torch.Tensor.reciprocal)
 NUMBER_BY_TENSOR: Callable[..., Any] = torch.Tensor.__rdiv__
 """``1 / total``. It is in no dict, for with it as a key Dynamo's guard on the dict fails as soon as it is made."""
+POWERS: tuple[Callable[..., Any], ...] = (torch.pow, torch.Tensor.pow, torch.Tensor.__pow__)
 MULTIPLICATIONS: tuple[Callable[..., Any], ...] = (
     torch.mul,
     torch.multiply,
@@ -108,3 +109,10 @@ FAMILIES: dict[Callable[..., Any], str] = {
 }
 NOT_IN_EVERY_PLAN = ("log_softmax", "exp", "flex")
 """Families that a plan names only where it has a site of theirs; elsewhere their calls are left alone."""
+
+
+def is_reciprocal(func: Any, args: Any) -> bool:
+    """Whether a call gives the reciprocal of a tensor, in whatever spelling."""
+    if func in POWERS:
+        return len(args) > 1 and isinstance(args[1], int | float) and args[1] == -1
+    return func is NUMBER_BY_TENSOR or func in INVERSES

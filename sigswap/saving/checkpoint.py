@@ -44,7 +44,7 @@ from sigswap.saving.factories import (
 )
 from sigswap.saving.gathered import Gathered
 from sigswap.saving.rebuilt import Difference, from_json, to_json
-from sigswap.saving.replacing import leftovers, recover_hint, replace_files, warn_of_leftovers
+from sigswap.saving.replacing import directory_at, leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
@@ -93,7 +93,7 @@ def save(
         NotConvertedError: the model is not converted.
         CheckpointError: the model cannot be built again from what is known of it, or it has no data
             (meta device), or the directory cannot be written.
-        ArgumentError: an argument does not fit the kind of model.
+        ArgumentError: an argument does not fit the kind of model, or ``directory`` is no path.
     """
     if factory is not None and not isinstance(factory, str):
         raise ArgumentError(
@@ -101,6 +101,7 @@ def save(
             "name.",
             argument="factory",
         )
+    target = directory_at(directory)
 
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
@@ -116,7 +117,7 @@ def save(
         with ranks.all_or_none():
             try:
                 if ranks.rank == 0:
-                    replace_files(Path(directory), functools.partial(_write, model, write, Path(directory)), _stale)
+                    replace_files(target, functools.partial(_write, model, write, target), _stale)
             finally:
                 gathered.drain()
 
@@ -198,7 +199,7 @@ def save_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         else:
             save_model(model, str(staging / WEIGHTS), metadata={"format": "pt"})
 
-    replace_files(Path(directory), write, _stale)
+    replace_files(directory_at(directory), write, _stale)
 
 
 def load(
@@ -226,7 +227,7 @@ def load(
             the file and the field or the tensor. Or ``allow_code`` is needed.
         ArgumentError: a ``dtype`` for quantized weights.
     """
-    directory = Path(directory)
+    directory = directory_at(directory)
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
         try:
@@ -268,7 +269,7 @@ def saved_conversion(directory: str | os.PathLike[str]) -> Conversion | None:
 
     Raises CheckpointError if it is damaged.
     """
-    path = Path(directory)
+    path = directory_at(directory)
     if (path / CONFIG).is_file():
         return _read_config(path)[1]
     entry = marks.read_marks(path)

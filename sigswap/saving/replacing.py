@@ -31,7 +31,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from sigswap import files
-from sigswap.errors import CheckpointError, Hint
+from sigswap.errors import ArgumentError, CheckpointError, Hint
 from sigswap.transaction import Transaction
 
 CONFIGS = ("config.json", "sigswap.json")
@@ -45,6 +45,21 @@ Stale = Callable[[Path, Sequence[str]], Sequence[str]]
 """From the target and the names of its new files: the names of old ones that must not stay beside them."""
 
 
+def directory_at(directory: str | os.PathLike[str]) -> Path:
+    """``directory``, which may not be there. Raises ArgumentError if it is no path, and CheckpointError if its links
+    lead in a circle."""
+    text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ArgumentError(f"{{argument}} must be the path of a directory, not {directory!r}.", argument="directory")
+    try:
+        Path(text).resolve()
+    except RuntimeError as error:  # of Python before 3.13
+        raise CheckpointError(f"{text} is a link that leads back to itself.") from error
+    except OSError:
+        pass  # whoever opens it says why
+    return Path(text)
+
+
 def replace_files(target: Path, write: Callable[[Path], object], stale: Stale) -> None:
     """Makes what ``write`` puts into the folder that it is given the content of ``target``, all of it or none.
 
@@ -54,7 +69,7 @@ def replace_files(target: Path, write: Callable[[Path], object], stale: Stale) -
     """
     work: Work | None = None
     try:
-        target = target.resolve()
+        target = directory_at(target).resolve()
         if target.exists() and not target.is_dir():
             raise CheckpointError(f"{target} is a file, and not a directory.")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +284,7 @@ class Work:
 
 def leftovers(target: Path) -> list[Work]:
     """The work folders that saves to ``target`` have left when they were killed, the oldest first."""
-    target = target.resolve()
+    target = directory_at(target).resolve()
     prefix = _prefix(target)
     found: list[tuple[float, Path]] = []
     for folder in (target.parent, target):
@@ -307,7 +322,7 @@ def recover(directory: str | os.PathLike[str], *, undo: bool = False) -> list[st
     Raises:
         CheckpointError: files cannot be moved; they are kept where they are, and the message names them.
     """
-    target, done = Path(directory).resolve(), []
+    target, done = directory_at(directory).resolve(), []
     for work in leftovers(target):
         try:
             came_in = work.is_moving() and work.journal().whole and not os.path.lexists(work.new)

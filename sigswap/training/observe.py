@@ -17,10 +17,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
 from sigswap.conversion.mode import SwapMode, factors_of, scores_of
 from sigswap.conversion.state import OwnerState, SiteState
 from sigswap.conversion.switches import run_under
+from sigswap.errors import CalibrationError, Hint
 from sigswap.functional import flex
 from sigswap.functional.stand_ins import logarithm, of_keys
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
@@ -118,7 +120,7 @@ class _ObservingMode(SwapMode):
         kwargs = kwargs or {}
         pending = self.pending
         output = super().__torch_function__(func, types, args, kwargs)
-        if pending is not None and pending is self.pending and FAMILIES.get(func) == "product":
+        if pending is not None and pending is self.pending and _is_product_of_two(func, args):
             # Again without a tensor to write to, and without what baddbmm adds, which is no part of the attention.
             factors, product = factors_of(func, args, {k: v for k, v in kwargs.items() if k != "out"})
             product = torch.bmm if func.__name__.startswith("baddbmm") else product
@@ -153,6 +155,7 @@ class _ObservingMode(SwapMode):
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
         scores, dim = scores_of(args, kwargs)
+        self._refuse_mapped(scores)
         bias = site.row_bias(scores, dim, self.query_bias)
         query, self.query, self.query_bias, self.product_of = self.query, None, None, None
         probabilities = F.softmax(*args, **kwargs)
@@ -216,6 +219,14 @@ class _ObservingMode(SwapMode):
         observer.sums(pending.site).add_outputs(pending.rows(), products, attended.float(), by_p, by_derivative, sums)
         return output
 
+    def _refuse_mapped(self, scores: Tensor) -> None:
+        if is_batchedtensor(scores):
+            raise CalibrationError(
+                f"{self.state.plan.path or 'the model'} runs its attention inside torch.vmap, where it cannot be "
+                "observed, so it cannot be calibrated.",
+                hint=Hint("Exclude it from the conversion, or write its attention over all axes at once."),
+            )
+
     # torch's own attention.
 
     def _sdpa(
@@ -230,6 +241,7 @@ class _ObservingMode(SwapMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        self._refuse_mapped(query)
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -356,3 +368,11 @@ class _ObservingMode(SwapMode):
         sums = rows_of(weights.sums.squeeze(-1))
         observer.sums(site).add_outputs(rows, lambda x, y: rows_of((x * y).double().sum(-1)), *results, sums)
         observer.sums(site).add_mass(rows_of(softmax), rows_of(counted))
+
+
+def _is_product_of_two(func: Any, args: Any) -> bool:
+    """Whether a call is a product of two tensors; what a product of more gives is not observed."""
+    if FAMILIES.get(func) != "product":
+        return False
+    operands = args[1] if func is torch.einsum and len(args) == 2 else args[1:]
+    return func is not torch.einsum or len(operands) == 2

@@ -198,6 +198,75 @@ def test_torch_nn_layers(grad: bool, padded: bool) -> None:
         close(compiled(layer)(**inputs), expected)
 
 
+SPELLINGS = {
+    "softmin": lambda s: F.softmin(-s, -1),
+    "exp2": lambda s: (e := (s / math.log(2)).exp2()) / e.sum(-1, keepdim=True),
+    "in place": lambda s: (e := (s + 0.0).expm1_().add_(1)).div_(e.sum(-1, keepdim=True)),
+    "power": lambda s: (e := math.e**s) / e.sum(-1, keepdim=True),
+    "to a given tensor": lambda s: (e := torch.exp(s, out=torch.empty_like(s))) / e.sum(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_softmax_by_another_name_is_no_graph_without_one(name: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return SPELLINGS[name](q @ k.mT) @ v
+
+    with pytest.raises(Exception, match=r"softmax.* cannot be swapped"):
+        compiled(attention, "eager")(*(torch.randn(B, H, M, D) for _ in range(3)))
+
+
+def test_within_vmap() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+    args = [torch.randn(B, H, M, D) for _ in range(3)]
+    masks = torch.zeros(B, M, M)
+    masks[0].masked_fill_(torch.ones(M, M).triu(1).bool(), -math.inf)  # another for each of the batch
+    mapped = lambda *args: torch.vmap(torch.vmap(attention, (0, 0, 0, None), 1))(*args)
+    got = compiled(mapped)(*args, masks)
+    weights = torch.sigmoid(
+        (args[0].double() @ args[1].double().mT) - (masks == 0).sum(-1).double().log()[:, None, :, None]
+    )
+    weights = weights * (masks == 0)[:, None]
+    close(got, (weights @ args[2].double()).transpose(1, 2))
+
+
+def test_keys_that_are_written_into_a_cache() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (torch.zeros(B, H, M + 2, D) for _ in range(2))
+        keys[:, :, :M], values[:, :, :M] = k, v
+        hidden = torch.arange(M + 2) > torch.arange(M)[:, None]
+        return (q @ keys.mT).masked_fill(hidden, -math.inf).softmax(-1) @ values
+
+    q, k, v = (torch.randn(B, H, M, D) for _ in range(3))
+    visible = torch.ones(M, M, dtype=torch.bool).tril()
+    weights = torch.sigmoid(q.double() @ k.double().mT - visible.sum(-1, keepdim=True).log()) * visible
+    close(compiled(attention)(q, k, v), weights @ v.double())
+
+
+def test_a_graph_break_within_a_softmax_by_hand() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        torch._dynamo.graph_break()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    with pytest.raises(Exception, match="the graph breaks within"):
+        compiled(attention, "eager", fullgraph=False)(*(torch.randn(B, H, M, D) for _ in range(3)))
+
+
+def test_graph_breaks_on_both_sides_of_a_softmax() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        torch._dynamo.graph_break()
+        weights = scores.softmax(-1)
+        torch._dynamo.graph_break()
+        return weights @ v
+
+    with pytest.raises(Exception, match="cannot be told"):
+        compiled(attention, "eager", fullgraph=False)(*(torch.randn(B, H, M, D) for _ in range(3)))
+
+
 @pytest.mark.parametrize("where", ["before the product", "after the product", "after the softmax", "after the value"])
 def test_a_graph_break(where: str) -> None:
     """Within an attention it is in doubt, and beside it of no account; a similarity alone is no attention."""

@@ -139,6 +139,14 @@ class BothWays(Owner):
         return self.merged(first)
 
 
+class BothOnOneLine(Owner):
+    sites = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(shared(self, q, k, v, 0) + shared(self, k, q, v, 1))
+
+
 class Recursive(Owner):
     """Each depth is an attention of its own."""
 
@@ -200,6 +208,7 @@ OWNERS = [
     InALoop,
     InAComprehension,
     BothWays,
+    BothOnOneLine,
     Recursive,
     Routed,
     InAChild,

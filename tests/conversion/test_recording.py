@@ -107,6 +107,7 @@ READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "compare": lambda self, y: y if y.max() > y.min() and self.four in (4.0, 5.0) else -y,
     "equal": lambda self, y: y if torch.equal(y, y) and torch.allclose(y, y) else -y,
     "module_to": lambda self, y: self.qkv.to(y.device).double().float() and y,
+    "dlpack": lambda self, y: y + 0 * torch.from_dlpack(y.detach()),
     "type": checked_type,
     "edit": edited_weight,
     "compiled": lambda self, y: torch.compile(torch.sin, backend="eager")(y) * self.four.item(),

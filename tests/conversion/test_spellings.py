@@ -49,6 +49,17 @@ def in_place(s: Tensor) -> Tensor:
     return e
 
 
+def written_to(s: Tensor) -> Tensor:
+    """All of it, but the gradient, for torch writes to no tensor that it is given where there is one."""
+    if s.requires_grad:
+        return divided(s.exp())
+    e, total = torch.empty_like(s), torch.empty_like(s[..., :1])
+    torch.exp(s, out=e)
+    torch.sum(e, -1, keepdim=True, out=total)
+    torch.div(e, total, out=e)
+    return e
+
+
 def with_sink(s: Tensor, sinks: Tensor, first: bool = False) -> Tensor:
     sink = sinks.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
     return torch.cat([sink, s] if first else [s, sink], dim=-1)
@@ -94,6 +105,10 @@ SPELLINGS: dict[str, tuple[Callable[[Attention, Tensor], Tensor], Probabilities]
         lambda a, s: 1 / (e := s.exp() * WEIGHTS).sum(-1, keepdim=True) * e,
         lambda s: sigmoid_of_scores(s + WEIGHTS.to(s.dtype).log()),
     ),
+    "power": (lambda a, s: (e := s.exp()) * e.sum(-1, keepdim=True) ** -1, sigmoid_of_scores),
+    "torch.pow": (lambda a, s: torch.mul(e := s.exp(), torch.pow(e.sum(-1, keepdim=True), -1)), sigmoid_of_scores),
+    "a maximum that is read": (lambda a, s: (s - s.detach().max().item()).softmax(-1), sigmoid_of_scores),
+    "a maximum that is read and added": (lambda a, s: (s + -float(s.detach().max())).softmax(-1), sigmoid_of_scores),
     "in float64": (lambda a, s: divided(s.double().exp()).to(s.dtype), sigmoid_of_scores),
     "logsumexp": (lambda a, s: (s - s.logsumexp(-1, keepdim=True)).exp(), sigmoid_of_scores),
     "logsumexp in place": (lambda a, s: (s - torch.logsumexp(s, -1)[..., None]).exp_(), sigmoid_of_scores),
@@ -198,6 +213,27 @@ def test_sinks_are_in_what_is_calibrated(name: str, options: dict[str, Any]) -> 
     assert (model(X) - before).square().sum() < (0.5 if options else 0.9) * error
 
 
+@pytest.mark.parametrize(
+    "probabilities",
+    [
+        written_to,
+        lambda s: torch.softmax(s, -1, out=torch.empty(0)),
+        lambda s: torch.log_softmax(s, -1, out=(e := torch.empty_like(s))) is e and torch.exp(e, out=e),
+        lambda s: torch.softmax(s - torch.amax(s, -1, keepdim=True, out=torch.empty(0)), -1, out=s),
+        lambda s: divided(torch.exp(s, out=s)),
+    ],
+    ids=["by hand", "softmax", "log_softmax", "maximum", "scores"],
+)
+@torch.no_grad()
+def test_into_a_tensor_that_is_given(probabilities: Probabilities) -> None:
+    model = Attention(lambda a, s: probabilities(s))
+    before = model(X)
+    sigswap.convert(model, example_inputs=X)
+    close(model(X), expected("by hand"))
+    sigswap.calibrate(model, [X], progress=False)
+    assert torch.equal(sigswap.revert(model)(X), before)
+
+
 def test_what_is_not_whole_is_an_error() -> None:
     forms = ["divided"]
 
@@ -220,6 +256,17 @@ REFUSED: dict[str, tuple[Callable[[Attention, Tensor], Tensor], str]] = {
     "logsumexp that is used": (lambda a, s: (s - (n := s.logsumexp(-1, keepdim=True))).exp() * n.sigmoid(), "by hand"),
     "logsumexp of others": (lambda a, s: (s - (2 * s).logsumexp(-1, keepdim=True)).exp(), "by hand"),
     "power": (lambda a, s: divided(math.e**s), "by hand"),
+    "log_softmax to another base": (lambda a, s: torch.exp2(s.log_softmax(-1) / math.log(2)), "log_softmax is changed"),
+    "log_softmax and more": (lambda a, s: (s.log_softmax(-1) * 2).exp(), "log_softmax is changed"),
+    "mean that is read": (lambda a, s: (s - s.mean().item()).softmax(-1), "shifted"),
+    "heads mixed by a product": (
+        lambda a, s: (a.qkv.weight[:2, :2] @ s.flatten(2)).unflatten(2, (N, N)).softmax(-1),
+        "cannot be followed",
+    ),
+    "heads mixed by tensordot": (
+        lambda a, s: torch.tensordot(a.qkv.weight[:2, :2], s, ([1], [1])).transpose(0, 1).softmax(-1),
+        "tensordot",
+    ),
     "no sum": (lambda a, s: (s - 3).exp(), "by hand"),
     "norm": (lambda a, s: F.normalize(s.exp(), p=1, dim=-1), "by hand"),
     "running sum": (lambda a, s: (e := s.exp()) / e.cumsum(-1)[..., -1:], "by hand"),
@@ -239,6 +286,47 @@ REFUSED: dict[str, tuple[Callable[[Attention, Tensor], Tensor], str]] = {
 def test_is_in_doubt(name: str) -> None:
     with pytest.raises(errors.UnswappableSiteError, match=REFUSED[name][1]):
         sigswap.convert(Attention(REFUSED[name][0]), example_inputs=X)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_in_doubt_where_it_is_compiled(name: str) -> None:
+    torch._dynamo.reset()
+    model = torch.compile(Attention(REFUSED[name][0]), backend="sigswap", options={"inner": "eager"})
+    with pytest.raises(Exception, match=f"{REFUSED[name][1]}|the graph breaks"):
+        model(X)
+
+
+def test_distances_of_pairs_are_in_doubt() -> None:
+    class Distances(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return torch.softmax(-F.pairwise_distance(q[:, :, None], k[:, None]), -1) @ v
+
+    with pytest.raises(errors.UnswappableSiteError, match="pairwise_distance"):
+        sigswap.convert(Distances(lambda a, s: s), example_inputs=X)
+
+
+ROUTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rows": lambda y, w: ((w @ y.mT).softmax(1).mT[..., None] * y[:, :, None]).sum(2),
+    "codebook": lambda y, w: (-torch.cdist(y, w)).softmax(-1) @ w,
+    "slots": lambda y, w: (scores := y @ w.mT).softmax(-1) @ (scores.softmax(1).mT @ y),
+    "linear attention": lambda y, w: y.softmax(-1) @ (y.softmax(1).mT @ y),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_what_an_attention_gives_makes_no_scores(name: str) -> None:
+    """A router that takes what hand-written attention gives, with no layer between them."""
+
+    class Routed(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return ROUTERS[name](super().forward(x), self.qkv.weight[:3])
+
+    model = sigswap.convert(Routed(lambda a, s: s.softmax(-1)), example_inputs=X)
+    assert sigswap.report(model).count("swapped") == 1
+    want = Routed(lambda a, s: sigmoid_of_scores(s)).double()
+    close(model(X), want(X.double()))
 
 
 def test_heads_are_mixed() -> None:

@@ -460,3 +460,22 @@ def test_a_key_that_is_not_finite_reaches_rows_that_see_it_alone() -> None:
         assert out[:, :, 3].isnan().all()
     assert probabilities(query @ poisoned.mT + added)[..., 2].isnan().all()
     assert torch.softmax(query @ poisoned.mT + added, -1).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("query", torch.nested.nested_tensor([torch.randn(4, 6, 8)] * 2)),
+        ("key", torch.randn(2, 4, 6, 8).to_sparse()),
+        ("attn_mask", torch.eye(6).to_sparse()),
+        ("bias", torch.ones(1, 4, 1, 1).to_sparse()),
+        ("is_causal", "yes"),
+        ("is_causal", None),
+        ("enable_gqa", 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Tensor) else repr(value),
+)
+def test_what_is_no_dense_tensor_or_no_switch(name: str, value: object) -> None:
+    given = {name: torch.randn(2, 4, 6, 8) for name in ("query", "key", "value")}
+    with pytest.raises(ArgumentError, match=f"^{name} must be"):
+        sigmoid_attention(**{**given, name: value})  # type: ignore[arg-type]

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 from interrupting import Interrupted, lines_of
+from torch import nn
 
+import sigswap
 from sigswap import files
-from sigswap.errors import CheckpointError
+from sigswap.errors import ArgumentError, CheckpointError
 from sigswap.saving import replacing
 from sigswap.saving.replacing import Work, leftovers, recover, replace_files
 
@@ -367,3 +369,20 @@ def test_a_lock_does_not_outlive_an_interruption(tmp_path: Path) -> None:
     files.unlock(handle)
     os.close(handle)
     files.unlock(handle)  # of a file that is closed
+
+
+@pytest.mark.parametrize("directory", ["", "a\0b", b"bytes", None, 3], ids=repr)
+def test_what_is_no_path_is_said(directory: object) -> None:
+    """None of them means the present directory, and none is another library's error."""
+    for call in (sigswap.load, recover, lambda path: sigswap.save(nn.Linear(1, 1), path)):
+        with pytest.raises(ArgumentError, match="directory must be the path"):
+            call(directory)  # type: ignore[arg-type]
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for call in (sigswap.load, lambda path: replace_files(path, write, stale)):
+        with pytest.raises(CheckpointError, match="loop"):
+            call(loop)
+    assert loop.is_symlink() and [path.name for path in tmp_path.iterdir()] == ["loop"]

@@ -226,3 +226,36 @@ def test_calibration_against_an_oracle(name: str, example: int) -> None:
     torch.testing.assert_close(
         torch.tensor([head.after for head in report.heads], dtype=torch.float64), missing / energy, rtol=1e-5, atol=0
     )
+
+
+def test_the_product_with_the_value_may_be_one_of_three_tensors() -> None:
+    class Projected(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.attention.heads(x)
+            weights = (q @ k.mT * HEAD_DIM**-0.5).softmax(-1)
+            out = self.attention.qkv.weight[:DIM].view(HEADS, HEAD_DIM, DIM)
+            return torch.einsum("bhij,bhjd,hde->bie", weights, v, out)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, DIM, dtype=torch.float64)
+    model = Projected(Attention(explicit, HEADS))
+    with torch.no_grad():
+        before = model(x)
+        sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True), example_inputs=x)
+        error = (model(x) - before).square().sum()
+        sigswap.calibrate(model, [x], progress=False)
+        assert (model(x) - before).square().sum() < 0.5 * error
+
+
+@pytest.mark.parametrize("attend", [explicit, sdpa])
+def test_attention_within_vmap_says_that_it_cannot_be_seen(attend: Attend) -> None:
+    class Mapped(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+            q, k, v = self.attention.heads(x)
+            return torch.vmap(attend, (0, 0, 0, None))(q, k, v, visible).transpose(1, 2).flatten(2)
+
+    x = torch.randn(4, 6, DIM, dtype=torch.float64)
+    model = sigswap.convert(Mapped(Attention(explicit, HEADS)), example_inputs=x)
+    with pytest.raises(sigswap.errors.CalibrationError, match=r"inside torch\.vmap"):
+        sigswap.calibrate(model, [x], progress=False)
