@@ -688,7 +688,7 @@ def test_values_narrower_than_a_load(width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, key = (torch.randn(1, 512, 9, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
     value = torch.randn(1, 512, 9, width, device="cuda", dtype=dtype).transpose(1, 2)
-    bias = -torch.rand(1, 9, 512, 1, device="cuda")
+    bias = -torch.rand(1, 9, 512, 1, device="cuda").to(dtype)
     grad_out = torch.randn_like(value)
     problem = problem_of(query, key, value, bias, None, None, grad_out, Options(0.125, is_causal=True))
     grads = dispatch.backward(problem)
