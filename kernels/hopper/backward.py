@@ -39,11 +39,10 @@ from sigswap.kernels.hopper.backward_common import (
     row_tiles_for,
     sees_every_block,
     takes,
-    takes_delta,
     visible_keys,
 )
 from sigswap.kernels.hopper.backward_warps import _KEYS, _STAGES, KEYS, add_queries, compute, load
-from sigswap.kernels.hopper.common import Numbers, Tiles
+from sigswap.kernels.hopper.common import Tiles
 from sigswap.kernels.hopper.grad_query import finish_columns_kernel, finish_kernel
 from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
@@ -70,8 +69,6 @@ def supports(problem: Problem) -> bool:
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
-    if not takes_delta(problem, KEYS):
-        return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
     return sees_every_block(signature, KEYS) and visible_keys(signature) > long * signature.q_len
 
@@ -79,21 +76,19 @@ def supports(problem: Problem) -> bool:
 def backward(problem: Problem) -> Gradients:
     grads, written, layouts = gradients_for(problem)
     grad_out = problem.readable_grad_out()
-    delta = problem.row_delta
-    plan = _plan(problem.signature, layout_of(grad_out), layouts, delta is not None)
+    plan = _plan(problem.signature, layout_of(grad_out), layouts)
     new_query, new_key, new_value, new_bias, _ = written
     assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
-    of_rows = None if plan.delta is None or delta is None else plan.delta(delta)
     if plan.rows is None:
-        plan.launch(*described, sums, parts, problem.bias, None, of_rows)
+        plan.launch(*described, sums, parts, problem.bias, None)
         plan.finish(sums, new_query, None)
     else:
         biases, floor = plan.rows.biases(problem, None)
-        plan.launch(*described, sums, None, plan.rows.described(biases), floor, of_rows)
+        plan.launch(*described, sums, None, plan.rows.described(biases), floor)
         plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
@@ -116,8 +111,6 @@ def columns_of(signature: Signature) -> int:
 class _Plan(NamedTuple):
     described: tuple[Described, ...]
     """query, key, value, grad_out and the gradients of key and value."""
-    delta: Numbers | None
-    """What is subtracted from dP below a row cap."""
     launch: Launch
     sums: Layout
     """Of dQ, as the kernel adds it up."""
@@ -129,7 +122,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], below_cap: bool) -> _Plan:
+def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...]) -> _Plan:
     grad_query, grad_key, grad_value, grad_bias, _ = grads
     assert grad_query is not None and grad_key is not None and grad_value is not None
     width = columns_of(signature)
@@ -167,15 +160,13 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "SUMS": head_sums,
         "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
-        "DELTA": below_cap,
     }
     bias: Layout | Described | None = signature.bias
     floor = None
     if rows is not None:
         bias, floor = rows.described, rows.biases.floor
         arguments |= rows.arguments()
-    delta = Numbers(contiguous_layout(signature.query.shape[:3], torch.float32), ROWS) if below_cap else None
-    tensors = (*described, sums, parts if head_sums else None, bias, floor, delta)
+    tensors = (*described, sums, parts if head_sums else None, bias, floor)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
@@ -189,7 +180,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     outputs = sums, grad_query, of_rows
     warps = 4 if width == 96 else 8
     finish = Launch(of_tile, programs, signature.device, outputs, finish_arguments, num_warps=warps)
-    return _Plan(described, delta, launch, sums, finish, rows, sum_parts)
+    return _Plan(described, launch, sums, finish, rows, sum_parts)
 
 
 # Device functions.
@@ -199,12 +190,11 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, stride_bias_b, stride_bias_h,
+    q, k, v, do, dk, dv, sums, parts, bias, floor, stride_bias_b, stride_bias_h,
     heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
     DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
-    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
-    SLOW: gl.constexpr,
+    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -214,7 +204,6 @@ def _kernel(
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
-    delta: float32 [B * H, M], if DELTA: it is subtracted from dP.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
     blocks = gl.cdiv(kv_len, _KEYS)
@@ -273,12 +262,6 @@ def _kernel(
         row_tiles = biases
         row_stride_b = stride_bias_b
         row_stride_h = stride_bias_h
-    if not DELTA:
-        deltas: gl.constexpr = 0
-        of_delta: gl.constexpr = 0
-    else:
-        deltas = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], delta.layout)
-        of_delta = delta
     if not ROW_SUMS:
         ones: gl.constexpr = 0
     else:
@@ -314,21 +297,18 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 0, DIM, APART, VISIBLE, BANDED,
+                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
                 )),
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 1, DIM, APART, VISIBLE, BANDED,
+                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
                 )),
                 (add_queries, (
                     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
                     batch, kv_head, heads, group, begin, span, q_len, DIM, ROW_SUMS,
                 )),
-                (load, (
-                    loading, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
-                    BIAS_ROWS, DELTA,
-                )),
+                (load, (loading, row_biases, row_tiles, row_stride_b, row_stride_h, BIAS_ROWS)),
             ],
             [4, 4, 1],
             [200, 88, 24],
@@ -337,17 +317,14 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 0, DIM, APART, VISIBLE, BANDED,
+                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
                 )),
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 1, DIM, APART, VISIBLE, BANDED,
+                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
                 )),
-                (load, (
-                    loading, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
-                    BIAS_ROWS, DELTA,
-                )),
+                (load, (loading, row_biases, row_tiles, row_stride_b, row_stride_h, BIAS_ROWS)),
             ],
             [4, 1],
             [240, 24],

@@ -42,11 +42,11 @@ BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 def takes(problem: Problem) -> bool:
     """Whether a backward in Gluon takes the problem, but for its lengths and the widths of its heads: half precision,
-    without mask, dropout and soft cap, where all of query, key and value want gradients."""
+    without mask, dropout, soft cap and row cap, where all of query, key and value want gradients."""
     signature, grad_out = problem.signature, problem.grad_out
     if grad_out is None or not all(problem.output_mask[:3]):
         return False
-    if signature.attn_mask is not None:
+    if signature.attn_mask is not None or not problem.is_uncapped:
         return False
     if (
         abs(problem.options.scale) < 1e-6
@@ -63,17 +63,6 @@ def takes(problem: Problem) -> bool:
     # New gradients are describable where head_dims are multiples of 8.
     operands = signature.query, signature.key, signature.value, of_grad
     return all(describable(each) and each.shape[3] % 8 == 0 for each in operands)
-
-
-def takes_delta(problem: Problem, keys: int) -> bool:
-    """Whether delta, if there is one, can be loaded by tiles, and keys out of range, whose dS is not 0 then, do no
-    harm. They are in sums of dS, where the last of the programs, which have so many keys, has some."""
-    delta, signature = problem.row_delta, problem.signature
-    if delta is None:
-        return True
-    if not delta.is_contiguous() or signature.q_len % 4 != 0:
-        return False
-    return signature.bias is None or not problem.output_mask[3] or signature.kv_len % keys == 0
 
 
 def sees_every_block(signature: Signature, keys: int) -> bool:
@@ -284,12 +273,3 @@ def start_at_biases(biases, scale, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.conste
 def start_row_sums(ds, ones, no_sums):
     """Of dS [keys, rows] the sums over keys: all columns of [rows, 8]."""
     return warpgroup_mma(ds.permute((1, 0)), ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def start_at_delta(deltas, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr):
-    """What the product of value and output gradient is added to below a row cap, from numbers [1, rows] that were
-    loaded for the tile."""
-    numbers = deltas._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    delta = numbers.load(gl.SliceLayout(0, LAYOUT))
-    return gl.zeros([KEYS_OF_PART, _ROWS], gl.float32, LAYOUT) - delta[None, :]

@@ -79,7 +79,7 @@ def supports(problem: Problem) -> bool:
     signature = problem.signature
     if not 128 < max(signature.query.shape[3], signature.value.shape[3]) <= MAX_DIM:
         return False
-    if min(signature.widths) < 128 or not takes(problem) or not problem.is_uncapped:
+    if min(signature.widths) < 128 or not takes(problem):
         return False
     if torch.are_deterministic_algorithms_enabled() and not _units_at_once(signature):
         return False

@@ -13,13 +13,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sigswap.kernels.host.launch import Described, by_rows
 from sigswap.kernels.host.layout import Layout
-from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly, tanh_assembly
+from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
 
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
 _CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, cubic=True, paired=False))
-_TANH_ASSEMBLY = tl.constexpr(tanh_assembly(8))
-_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 
 # Triton 3.8 has other names for them.
 sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -125,16 +124,12 @@ def _sigmoid(x, FORM: gl.constexpr):
         tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
         return 0.5 + 0.5 * tanh
     elif FORM == _TAIL:
-        return gl.inline_asm_elementwise(_TAIL_ASSEMBLY, _CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK)
+        return gl.inline_asm_elementwise(
+            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
+        )
     elif FORM == _CUBIC_TAIL:
         return gl.inline_asm_elementwise(
-            _CUBIC_TAIL_ASSEMBLY, _CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
+            _CUBIC_TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
         )
     else:
         return 1 / (1 + gl.exp2(-x))
-
-
-@gluon.jit
-def soft_tanh(u):
-    """tanh(u), to 7e-6 of itself."""
-    return gl.inline_asm_elementwise(_TANH_ASSEMBLY, _CONSTRAINTS, [u], dtype=gl.float32, is_pure=True, pack=_PACK)

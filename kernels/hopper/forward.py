@@ -10,7 +10,6 @@
   multiplies. Of three, which take other rows' keys from L2 less often, each starts when it is ready.
 - There are as many programs as multiprocessors. Each goes from item to item, an item being such rows of a head; what
   the next one needs is loaded before the one before has ended.
-- With a row cap each warpgroup sums the probabilities of its rows, and divides them once, at the end.
 - A width that is no power of two, which a tensor's has to be, is held in parts: 192 columns cost no more than that. Up
   to 96 columns are loaded as 128, of which 64 and 32 are multiplied.
 """
@@ -39,7 +38,6 @@ from sigswap.kernels.hopper.common import (
     load_tile,
     log_of_visible,
     sigmoid,
-    soft_tanh,
     start_by_columns,
     start_over_columns,
     store_tile,
@@ -53,10 +51,9 @@ from sigswap.kernels.hopper.forward_items import (
     sees_in_every_item,
     tile_for,
 )
-from sigswap.kernels.host.forms import EXACT_TANH
 from sigswap.kernels.host.launch import Launch, describable
-from sigswap.kernels.host.layout import Layout, layout_of
-from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
+from sigswap.kernels.host.layout import Layout
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
@@ -75,12 +72,10 @@ _ROWS = tl.constexpr(ROWS)
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the forward: of long sequences in half precision, head_dim 33 to 64 or 65 to 256, and
-    value's in the same range, without mask and dropout, and with a soft cap only of wider heads."""
+    value's in the same range, without mask, dropout and soft cap."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None or signature.options.dropout_p > 0.0:
-        return False
-    if signature.options.softcap > 0.0 and not _is_soft(signature):
+    if signature.is_empty or signature.attn_mask is not None or not signature.plain or not problem.is_uncapped:
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)):
         return False
@@ -100,21 +95,12 @@ def supports(problem: Problem) -> bool:
     return sees_in_every_item(signature, rows)
 
 
-def _is_soft(signature: Signature) -> bool:
-    """Whether a soft cap is for this kernel: with few columns its tanh takes longer than the products that are under
-    way meanwhile. On an H200 (4 x 4,096 tokens, causal, ms) this kernel took 1.49 at 64, 0.76 at 128 and 0.41 at 256,
-    without a soft cap 0.50, 0.37 and 0.34, and Triton's with it 0.67 at 128 and 0.61 at 256."""
-    widest = max(signature.query.shape[3], signature.value.shape[3])
-    return widest > 128 and signature.tanh_form() != EXACT_TANH
-
-
 def forward(problem: Problem) -> Tensor:
     """Deterministic."""
-    row_sums = problem.row_sums
-    plan = _plan(problem.signature, None if row_sums is None else layout_of(row_sums))
+    plan = _plan(problem.signature)
     out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides)
     tensors = problem.query, problem.key, problem.value, out
-    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), row_sums, problem.bias)
+    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), problem.bias)
     return out
 
 
@@ -126,8 +112,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, row_sums: Layout | None) -> _Plan:
-    """row_sums: None: not asked for."""
+def _plan(signature: Signature) -> _Plan:
     tile = tile_for(signature)
     out = signature.output()
     described = (
@@ -144,8 +129,7 @@ def _plan(signature: Signature, row_sums: Layout | None) -> _Plan:
         "order": -order.at_once if order.to_and_fro else order.at_once,
     }
     arguments |= tile.arguments(signature.query.shape[3], signature.value.shape[3])
-    arguments |= output_arguments(arguments, sum=row_sums)
-    tensors = (*described, row_sums, signature.bias)
+    tensors = (*described, signature.bias)
     return _Plan(described, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
 
 
@@ -167,39 +151,12 @@ def _row_biases(
 
 
 @gluon.jit
-def _partial_sums(p):
-    """Of each row four numbers: the sums of what each of four threads has of it."""
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _row_sums(
-    partial, row_bias, row, end, kv_len, shift, left, right, fast,
+def _probabilities(
+    s, scale, row_bias, row, key, last_row, last_key, shift, left, right, fast,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """Of the keys up to kv_len. Those behind it, before end, are zeros, so each adds sigmoid(row_bias) where the band
-    does not hide it."""
-    first = gl.full(row.shape, 0, gl.int32, row.type.layout) + kv_len
-    last = gl.full(row.shape, 0, gl.int32, row.type.layout) + end
-    if HAS_LEFT:
-        first = gl.maximum(first, row + shift - left)
-    if HAS_RIGHT:
-        last = gl.minimum(last, row + shift + right + 1)
-    behind = gl.maximum(last - first, 0).to(gl.float32) * sigmoid(row_bias, fast, FORM, SLOW)
-    return gl.convert_layout(gl.sum(partial, 1), row.type.layout) - behind
-
-
-@gluon.jit
-def _probabilities(
-    s, scale, cap, row_bias, row, key, last_row, last_key, shift, left, right, fast,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
-):  # fmt: skip
-    """sigmoid(scale * s + row_bias), both in the form's unit; 0 outside the band. With a soft cap
-    sigmoid(cap * tanh(scale * s) + row_bias), cap and row_bias being in that unit."""
-    x = s * scale
-    if SOFTCAP:
-        x = soft_tanh(x) * cap
-    x += row_bias[:, None]
+    """sigmoid(scale * s + row_bias), both in the form's unit; 0 outside the band."""
+    x = s * scale + row_bias[:, None]
     if HAS_LEFT or HAS_RIGHT:
         edge = False
         if HAS_RIGHT:
@@ -297,19 +254,17 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    shared, sum_out, bias,
+    shared, bias,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CAP: gl.constexpr,
-    P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: its 64 rows of each item."""
     (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
-        stride_bias_b, stride_bias_h, stride_bias_m, scale, softcap, const_bias, row_cap,
-        stride_sum_b, stride_sum_h, stride_sum_n,
+        stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
     ) = shared  # fmt: skip
     KEYS: gl.constexpr = k_tiles.shape[3]
     of_v_part: gl.constexpr = v_tiles.shape[4]
@@ -321,7 +276,6 @@ def _attend(
     # Products with values in flight.
     PRODUCTS: gl.constexpr = 2 if V_CUT else V_PARTS
     dtype: gl.constexpr = k_tiles.dtype
-    SUMS: gl.constexpr = CAP or sum_out is not None
     # All but the last rows may see no key of the last blocks.
     SKIPS: gl.constexpr = HAS_RIGHT and KEYS <= (WARPGROUPS - 1 - PART) * _ROWS
     NEXT: gl.constexpr = (PART + 1) % WARPGROUPS
@@ -366,9 +320,6 @@ def _attend(
         unit = gl.where(fast, 0.5, _LOG2E)
         row_bias *= unit
         own_scale = scale * unit
-        cap = softcap * unit
-        if SOFTCAP:
-            own_scale = scale / softcap
         sums = (gl.zeros([_ROWS, of_first], gl.float32, of_out),) * V_PARTS
         if V_CUT:
             sums += (gl.zeros([_ROWS, 32], gl.float32, of_rest),)
@@ -392,11 +343,9 @@ def _attend(
         if not HELD:
             mbarrier.arrive(q_empty, pred=own_count == 1)
         p = _probabilities(
-            s, own_scale, cap, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
-            fast, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, SLOW,
+            s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
+            HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
-        if SUMS:
-            partial_sums = _partial_sums(p)
         p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # In each turn the scores of this block, and the part of the block before in the output.
@@ -422,11 +371,9 @@ def _attend(
             if not HELD:
                 mbarrier.arrive(q_empty, pred=i == own_count - 1)  # for the next item's
             p = _probabilities(
-                s, own_scale, cap, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left,
-                right, fast, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, SLOW,
+                s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
+                fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
             )  # fmt: skip
-            if SUMS:
-                partial_sums += _partial_sums(p)
             sums = _added(sum_tokens, p_operands)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
@@ -446,14 +393,6 @@ def _attend(
         sync()
         mbarrier.arrive(v_empty.index(stage))
         stage, phase = _next_stage(stage, phase, STAGES)
-        if SUMS:
-            row_sum = _row_sums(
-                partial_sums, row_bias, row, start + KEYS, kv_len, shift, left, right, fast,
-                HAS_LEFT, HAS_RIGHT, FORM, SLOW,
-            )  # fmt: skip
-        if sum_out is not None:
-            own_sums = sum_out + batch.to(gl.int64) * stride_sum_b + head.to(gl.int64) * stride_sum_h
-            gl.store(own_sums + row.to(gl.int64) * stride_sum_n, row_sum, mask=row < q_len)
         for j in gl.static_range(V_PARTS):
             pieces = sums if V_CUT else _in_pieces(sums[j], of_store)
             for i in gl.static_range(of_v_part // of_store):
@@ -462,11 +401,7 @@ def _attend(
                     sync()
                 targets = cut(out_tile, V_CUT)
                 for n in gl.static_range(len(targets)):
-                    piece = pieces[i + n] * (1.0 / P_SCALE)
-                    if CAP:
-                        divisor = gl.maximum(row_sum, row_cap)
-                        piece /= gl.convert_layout(divisor, gl.SliceLayout(1, piece.type.layout))[:, None]
-                    targets[n].store(piece.to(dtype))
+                    targets[n].store((pieces[i + n] * (1.0 / P_SCALE)).to(dtype))
                 fence_async_shared()
                 sync()
                 column = j * of_v_part + i * of_store
@@ -483,20 +418,17 @@ def _attend(
 
 @gluon.jit(do_not_specialize=[
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "heads", "group", "q_len", "kv_len", "left", "right", "scale",
-    "softcap", "const_bias", "row_cap", "stride_sum_b", "stride_sum_h", "stride_sum_n",
-    "units", "order",
+    "const_bias", "units", "order",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, out, sum_out, bias, stride_sum_b, stride_sum_h, stride_sum_n,
-    stride_bias_b, stride_bias_h, stride_bias_m,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, row_cap, units, order,
+    q, k, v, out, bias, stride_bias_b, stride_bias_h, stride_bias_m,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, units, order,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CAP: gl.constexpr,
-    P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """One program: some of the items. sum_out, if given: the rows' sums of p."""
+    """One program: some of the items."""
     KEYS: gl.constexpr = k.block_type.shape[2]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     total = gl.cdiv(q_len, WARPGROUPS * _ROWS) * units
@@ -528,8 +460,7 @@ def _kernel(
     computing = (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
-        stride_bias_b, stride_bias_h, stride_bias_m, scale, softcap, const_bias, row_cap,
-        stride_sum_b, stride_sum_h, stride_sum_n,
+        stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
     )  # fmt: skip
     loading = (
         q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -539,12 +470,12 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],
@@ -555,16 +486,16 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],
@@ -575,20 +506,20 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD,
-                    TURNS, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, CAP, P_SCALE, FORM, SLOW,
+                    computing, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
+                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],

@@ -151,8 +151,7 @@ class Problem:
         if self.grad_out is None:
             return (self.row_sums is None,)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        delta = None if self.row_delta is None else layout_of(self.row_delta)
-        return layout_of(self.grad_out), self.output_mask, delta, deterministic
+        return layout_of(self.grad_out), self.output_mask, self.row_delta is None, deterministic
 
     @property
     def is_uncapped(self) -> bool:

@@ -284,7 +284,7 @@ def key_tile_for(signature: Signature) -> Tile:
     size, dim, band = signature.element_size, max(signature.widths), signature.band()
     banded = band.has_left or band.has_right
     if size > 2:
-        tile = Tile(64 if dim <= 64 else 32, 32, 4, 2)
+        tile = Tile(64 if dim <= 64 else 32, 32, 4, 2) if dim <= 128 else Tile(32, 32, 8, 1)
     elif signature.masked_by_rows and dim <= 128 and 90 <= capability < 100:
         tile = Tile(64, 64, 4, 2)
     elif not signature.plain and not signature.masked_by_rows and 90 <= capability < 100:
@@ -316,7 +316,7 @@ def row_tile_for(signature: Signature) -> Tile:
     size, dim, band = signature.element_size, max(signature.widths), signature.band()
     banded = band.has_left or band.has_right
     if size > 2:
-        tile = Tile(64 if dim <= 64 else 32, 32, 4, 2)
+        tile = Tile(64 if dim <= 64 else 32, 32, 4, 2) if dim <= 128 else Tile(32, 32, 8, 1)
     elif signature.masked_by_rows and dim <= 128 and 90 <= capability < 100:
         tile = Tile(64, 64, 4, 3 if dim <= 64 and not banded else 2)
     elif not signature.plain and not signature.masked_by_rows and 90 <= capability < 100:
