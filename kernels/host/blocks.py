@@ -6,14 +6,13 @@ here needs Triton.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = int(os.environ.get("SIGSWAP_DEV_BLOCK", "128"))
+BLOCK = 128
 """Rows, and keys, of a block. The last ones may be shorter."""
 
 HEADER = 4

@@ -41,7 +41,7 @@ print(json.dumps({{
 
 OPS = [
     f"sigswap::sigmoid_{name}{suffix}"
-    for name in ("attention", "attention_varlen")
+    for name in ("attention", "attention_varlen", "attention_blocks")
     for suffix in ("", "_sums", "_backward")
 ]
 
@@ -65,7 +65,8 @@ def test_import_alone() -> None:
         "accelerate.utils.dataclasses",
         "torch.utils.flop_counter",
     ]
-    assert sorted(found["ops"]) == sorted([*OPS, "sigswap::sigmoid_probs", "sigswap::first_token_bias"])
+    others = ["sigswap::sigmoid_probs", "sigswap::first_token_bias", "sigswap::mask_blocks"]
+    assert sorted(found["ops"]) == sorted([*OPS, *others])
     assert "transformers" not in found["packages"]
 
 
