@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -25,6 +26,17 @@ CONFIGS = {
     "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+    "multitask prompt": peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, num_tasks=2, num_ranks=1
+    ),
+    "context-aware prompt": peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3], cpt_mask=[1] * 3, cpt_tokens_type_mask=[1, 2, 3]
+    ),
+    "cartridge": peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_frozen_tokens=1),
+    "layer norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "trainable tokens": peft.TrainableTokensConfig(token_indices=[2, 3], target_modules=["embed_tokens"]),
+    "shadow": peft.ShadowConfig(target_modules=["q_proj"]),
     "llama adapter": peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
 }
 
@@ -38,15 +50,17 @@ def llama() -> Any:
 
 
 def logits(model: Any) -> torch.Tensor:
+    kind = next(iter(model.peft_config.values())).peft_type.value if hasattr(model, "peft_config") else ""
+    tasks = {"task_ids": torch.tensor([0, 1])} if kind == "MULTITASK_PROMPT_TUNING" else {}
     with torch.no_grad():
-        result: torch.Tensor = model(input_ids=IDS).logits
+        result: torch.Tensor = model(input_ids=IDS, **tasks).logits
     return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_an_adapter_of_a_converted_model(kind: str, tmp_path: Path) -> None:
-    model = peft.get_peft_model(sigswap.convert(llama()), CONFIGS[kind]).eval()
+    model = peft.get_peft_model(sigswap.convert(llama()), copy.deepcopy(CONFIGS[kind])).eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="trained on a model with sigmoid attention, and LlamaForCausalLM has"):
         peft.PeftModel.from_pretrained(llama(), tmp_path)
