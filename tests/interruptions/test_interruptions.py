@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import random
+import sys
 import time
 from typing import Any
 
@@ -74,10 +75,10 @@ def test_the_mode_is_set_by_its_flag() -> None:
 @pytest.mark.parametrize("mode", [FakeTensorMode, _GroupedProducts, _Placing, _Ops, Watch])
 def test_an_interruption_as_a_mode_is_left(monkeypatch: Any, mode: type[Any], kind: type[BaseException]) -> None:
     """It comes before the first line of its ``__exit__``; of an Exception inspect tries another way."""
-    leave, came = mode.__exit__, []
+    leave, came, own = mode.__exit__, [], sigswap.conversion.__path__[0]
 
     def interrupted(self: Any, *error: Any) -> Any:
-        if came:
+        if came or not sys._getframe(1).f_code.co_filename.startswith(own):  # torch's own code leaves modes, too
             return leave(self, *error)
         came.append(self)
         raise kind("injected")
