@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _device
 
+from sigswap.conversion import thread_modes
 from sigswap.conversion.stance import hold, release
 from sigswap.conversion.switches import context_state
 from sigswap.transaction import Note, Transaction, entries
@@ -91,29 +92,13 @@ def _register(note: Note, module: nn.Module, method: str, function: Any, options
 
 
 def thread_state(note: Note) -> None:
-    """Puts back what an interruption could leave behind in this thread: modes, defaults, switches."""
+    """Puts back what an interruption could leave behind in this thread: modes, hooks, defaults, switches."""
     c: Any = torch._C  # whose stubs do not have all
-    functions = _function_modes()
-    depth = c._len_torch_dispatch_stack()
-
-    def put_back() -> None:
-        # torch.device takes all of them off and puts them on again, so that in between some are not there.
-        if list(map(id, _function_modes())) != list(map(id, functions)):
-            while c._len_torch_function_stack() > 0:
-                c._pop_torch_function_stack()
-            for mode in functions:
-                c._push_on_torch_function_stack(mode)
-        while c._len_torch_dispatch_stack() > depth:
-            c._pop_torch_dispatch_stack()
-
-    note("torch's modes", put_back)
+    thread_modes.function_modes(note)
+    thread_modes.dispatch_modes(note)
+    thread_modes.saved_tensors_hooks(note)
     note("torch.device", entries(vars(_device), "CURRENT_DEVICE"))
     note("torch's default dtype", functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
     note("torch's overrides", functools.partial(c._set_torch_function_state, c._get_torch_function_state()))
     context_state(note)
     note("the grad mode", functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-
-
-def _function_modes() -> list[Any]:
-    c: Any = torch._C
-    return [c._get_function_stack_at(index) for index in range(c._len_torch_function_stack())]

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.copies import Inputs as Inputs
 from sigswap.conversion.copies import alive, copied, device_of, fake, placed, tensors_of
-from sigswap.conversion.keeping import quiet
+from sigswap.conversion.keeping import quiet, thread_state
 from sigswap.conversion.turns import Turn
 from sigswap.conversion.untouched import Untouched, collect_later, forget
 from sigswap.conversion.watch import CALL, STACK, Call, Nodes, Stack, Watch
@@ -178,6 +178,7 @@ class Recording:
                 form(self.model),
             ):
                 undo.afterwards("the values of buffers", put_back)
+                thread_state(undo.afterwards)
                 (args, kwargs), _ = placed(example.inputs, _copied_to(device_of(self.model)))
                 return self.model.get_submodule(example.path)(*args, **kwargs)
         except Exception as error:
@@ -192,7 +193,13 @@ class Recording:
         nodes: Nodes = WeakTensorKeyDictionary()
         found: Run | Exception | None
         try:
-            with self.untouched.keep(), collect_later() if mode is not None else nullcontext():
+            with (
+                Transaction() as undo,
+                undo,
+                self.untouched.keep(),
+                collect_later() if mode is not None else nullcontext(),
+            ):
+                thread_state(undo.afterwards)  # here too, for an error of one way is the reason to try another
                 found = self._looked_at(example, form or _as_it_is, way, mode, nodes, check)
         except Exception as error:
             found = error

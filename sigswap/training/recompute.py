@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sigswap.conversion.thread_modes import saved_tensors_hooks
 from sigswap.errors import ArgumentError
 from sigswap.transaction import Transaction, entries
 
@@ -26,7 +29,15 @@ def checkpoint_layers(undo: Transaction, model: nn.Module, paths: Sequence[str])
         )
     for layer in layers:
         undo.afterwards("a layer's forward", entries(vars(layer), "forward"))
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with Transaction() as undo, undo:
+        saved_tensors_hooks(undo.on_failure)  # here, where the error still comes through the checkpoint alone
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _layer(model: nn.Module, path: str) -> nn.Module | None:

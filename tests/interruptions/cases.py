@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
-from torch.utils import _device
+from torch.utils import _device, _python_dispatch
 
 import sigswap
 from sigswap.conversion.record import RECORD
@@ -170,6 +170,9 @@ def process() -> Any:
         _device.CURRENT_DEVICE,
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
+        torch._ops._len_torch_dispatch_stack_pre_dispatch(),
+        torch._C._only_lift_cpu_tensors(),
+        _python_dispatch.is_in_torch_dispatch_mode(),
         eval_frame._stance,
         threading.Thread.start,
         ThreadPoolExecutor.submit,

@@ -52,9 +52,6 @@ class Checked(ABC):
     def fresh(self) -> tuple[Call, Call]:
         """The call, on something of its own, and what gives the state of that."""
 
-    def difference(self, now: Any) -> str:
-        return f"{self.before!r:.150} -> {now!r:.150}"
-
     def attempts(self, share: int = 0, shares: int = 1, *, signals: int = 0) -> Iterator[Attempt]:
         """All lines with each error, in a random order that is always the same, and of a hundred so many are signals.
         A share is a part of them."""
@@ -82,12 +79,15 @@ class Checked(ABC):
         if raised is not None and raised is not error and not isinstance(raised, allowed):
             return f"{self.name}, {attempt}: raw {type(raised).__name__}: {raised}"
         if (ours := process()) != around:
-            return f"{self.name}, {attempt}: the process is not as it was: {_difference(ours, around)}"
+            return f"{self.name}, {attempt}: the process is not as it was: {first_difference(around, ours)}"
         moved, now = random_numbers() != numbers, state()
         if now == self.after:
             return None
         if raised is None or now != self.before:
-            return f"{self.name}, {attempt}: half-changed ({type(raised).__name__}): {self.difference(now)}"
+            return (
+                f"{self.name}, {attempt}: half-changed ({type(raised).__name__}): "
+                f"from before: {first_difference(self.before, now)}; from after: {first_difference(self.after, now)}"
+            )
         return f"{self.name}, {attempt}: the random state has moved" if moved else None
 
     def _called(self) -> None:
@@ -106,9 +106,6 @@ class CheckedModel(Checked):
     def fresh(self) -> tuple[Call, Call]:
         other = copied(self.made)
         return lambda: self.call(other), lambda: (state_of(other), is_decided(other))
-
-    def difference(self, now: Any) -> str:
-        return _difference(now, self.before)
 
 
 def signalled(call: Call, seconds: float) -> tuple[bool, BaseException | None]:
@@ -132,11 +129,25 @@ def signalled(call: Call, seconds: float) -> tuple[bool, BaseException | None]:
     return not ended or raised is not None, None if ended else raised
 
 
-def _difference(now: Any, before: Any) -> str:
-    if isinstance(now, tuple | list) and isinstance(before, tuple | list) and len(now) == len(before):
-        return next((_difference(a, b) for a, b in zip(now, before, strict=True) if a != b), "nothing")
-    if isinstance(now, dict) and isinstance(before, dict):
-        return str(
-            {key: (before.get(key), now.get(key)) for key in {*now, *before} if now.get(key) != before.get(key)}
-        )[:300]
-    return f"{before!r:.150} -> {now!r:.150}"
+def first_difference(before: Any, now: Any, where: str = "") -> str:
+    """Where two states differ first, and what is there in each."""
+    for kind in (list, tuple, dict):
+        if isinstance(before, kind) and isinstance(now, kind):
+            break
+    else:
+        return f"{where or 'it'} {before!r:.150} -> {now!r:.150}" if before != now else "nothing"
+    if isinstance(before, dict):
+        for key in (*before, *(key for key in now if key not in before)):
+            if key not in now or key not in before:
+                return f"{where}[{key!r}] is {'missing' if key not in now else f'new: {now[key]!r:.150}'}"
+            if before[key] != now[key]:
+                return first_difference(before[key], now[key], f"{where}[{key!r}]")
+        return "nothing"
+    for index, (a, b) in enumerate(zip(before, now, strict=False)):
+        if a != b:
+            return first_difference(a, b, f"{where}[{index}]")
+    if len(before) == len(now):
+        return "nothing"
+    longer = before if len(before) > len(now) else now
+    change = "missing" if longer is before else "new"
+    return f"{where}[{min(len(before), len(now))}] is {change}: {longer[min(len(before), len(now))]!r:.150}"

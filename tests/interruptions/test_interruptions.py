@@ -5,17 +5,27 @@ A sample; ``python -m tests.interruptions`` takes every line.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import random
+import sys
 import time
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import sigswap
-from tests.interruptions.cases import Attention, X
-from tests.interruptions.check import Attempt, signalled
-from tests.interruptions.share import NAMES, checked
+from sigswap.conversion.copies import _Placing
+from sigswap.conversion.recording import _GroupedProducts
+from sigswap.conversion.watch import Watch, _Ops
+from sigswap.errors import SigswapError
+from tests.interruptions.cases import Attention, X, model, process
+from tests.interruptions.check import ERRORS, Attempt, Checked, first_difference, signalled
+from tests.interruptions.share import NAMES, checked, in_forks
 
 SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 """Interruptions of each call; those that look at a model take longer."""
@@ -59,3 +69,59 @@ def test_the_mode_is_set_by_its_flag() -> None:
     made[0].register_forward_hook(lambda module, args, output: seen.append(module.training))
     sigswap.calibrate(made, X, progress=False)
     assert made.training and made[0].training and set(seen) == {False}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("mode", [FakeTensorMode, _GroupedProducts, _Placing, _Ops, Watch])
+def test_an_interruption_as_a_mode_is_left(monkeypatch: Any, mode: type[Any], kind: type[BaseException]) -> None:
+    """It comes before the first line of its ``__exit__``; of an Exception inspect tries another way."""
+    leave, came, own = mode.__exit__, [], sigswap.conversion.__path__[0]
+
+    def interrupted(self: Any, *error: Any) -> Any:
+        if came or not sys._getframe(1).f_code.co_filename.startswith(own):  # torch's own code leaves modes, too
+            return leave(self, *error)
+        came.append(self)
+        raise kind("injected")
+
+    monkeypatch.setattr(mode, "__exit__", interrupted)
+    around = process()
+    with contextlib.suppress(KeyboardInterrupt, SigswapError):
+        sigswap.inspect(model(Attention), example_inputs=X)
+    assert came and first_difference(around, process()) == "nothing"
+
+
+class _Poisons(Checked):
+    """Its first attempt leaves a mode behind, its third ends the process."""
+
+    def __init__(self) -> None:
+        self.name = "poisons"
+
+    def fresh(self) -> Any:
+        raise NotImplementedError
+
+    def problem(self, attempt: Attempt) -> str | None:
+        if attempt.at == 1.0:
+            TorchFunctionMode().__enter__()
+            return "left behind"
+        if attempt.at == 3.0:
+            os._exit(7)
+        return None if torch._C._len_torch_function_stack() == 0 else "another's fault"
+
+
+def test_a_fault_is_counted_once() -> None:
+    found = list(in_forks(_Poisons(), [Attempt(float(number)) for number in range(1, 5)]))
+    assert found == [
+        "left behind (it is not used any more)",
+        None,
+        "poisons, a signal after 3000.00 ms: the process ended with exit code 7",
+        None,
+    ]
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_the_first_difference_is_told() -> None:
+    before = ([("a", {"x": 1, "y": [1.0, 2.0]})], None)
+    assert first_difference(before, before) == "nothing"
+    assert first_difference(before, ([("a", {"x": 1, "y": [1.0, 3.0]})], None)) == "[0][0][1]['y'][1] 2.0 -> 3.0"
+    assert first_difference(before, ([("a", {"x": 1})], 3)) == "[0][0][1]['y'] is missing"
+    assert first_difference([1], [1, "b"]) == "[1] is new: 'b'"
