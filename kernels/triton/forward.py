@@ -110,7 +110,7 @@ def tile_for(signature: Signature) -> Tile:
     size, dim, band = signature.element_size, max(signature.widths), signature.band()
     banded, q_len = band.has_left or band.has_right, signature.q_len
     if size > 2:
-        # As measured on an H200 at 64. Queries of float32 are held twice, for the three products of tf32 numbers.
+        # As measured on an H200 at 64. Above 128 products run on the ordinary units, from registers.
         narrow = Tile(128, 64, 8, 2) if dim <= 64 else Tile(64, 32, 4, 2)
         tile = narrow if dim <= 128 else Tile(32, 32, 8, 1)
     elif signature.masked_by_rows and dim <= 128 and 90 <= capability < 100:
