@@ -370,8 +370,8 @@ class Signature:
         return SHORT_TANH if self.sigmoid_form == "auto" and self.element_size == 2 else EXACT_TANH
 
     def _precision(self) -> str:
-        """Of products of float32. Three of tf32 numbers are as exact as one (5e-7 of an output, against 7e-7, as seen on
-        an H200), in a third of the time; of wide heads they have not been measured."""
+        """Of products of float32. Three of tf32 numbers are as exact as one (errors of 5e-7 and 7e-7 of an output on an
+        H200), in a third of the time; of wide heads they have not been measured."""
         if self.allow_tf32:
             return "tf32"
         return "tf32x3" if max(self.widths) <= 128 else "ieee"

@@ -17,6 +17,7 @@ from torch import Tensor
 from sigswap.errors import ArgumentError
 from sigswap.functional import dropout
 from sigswap.functional.block_mask import BlockMask
+from sigswap.functional.checks import check_block_mask, check_block_sizes, check_dense, check_switches, check_types
 from sigswap.kernels import settings
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense, mask_blocks, varlen
@@ -26,8 +27,6 @@ from sigswap.kernels.op.first_token import first_token_bias
 from sigswap.sequence.active import active, refuse_parts
 from sigswap.sequence.inputs import Inputs
 from sigswap.sequence.torch_context import on_parts
-
-_NUMBERS = (int, float, Tensor, torch.SymInt, torch.SymFloat)  # a tensor of one element is one, as for PyTorch
 
 
 class FirstToken(NamedTuple):
@@ -96,13 +95,13 @@ def sigmoid_attention(
     Raises:
         ArgumentError: An argument is not as above. The message names it.
     """
-    _check_types({"query": query, "key": key, "value": value}, scale, dropout_p, softcap, row_cap)
-    _check_switches(is_causal=is_causal, enable_gqa=enable_gqa)
+    check_types({"query": query, "key": key, "value": value}, scale, dropout_p, softcap, row_cap)
+    check_switches(is_causal=is_causal, enable_gqa=enable_gqa)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
-    _check_dense(bias=bias, attn_mask=attn_mask)
+    check_dense(bias=bias, attn_mask=attn_mask)
     if block_mask is not None:
-        _check_block_mask(block_mask, query, attn_mask, is_causal, window)
+        check_block_mask(block_mask, query, attn_mask, is_causal, _window(window) != (-1, -1))
     visible_bias, const_bias, row_bias = _bias_terms(bias)
     options: dict[str, Any] = {
         "bias": row_bias,
@@ -179,9 +178,9 @@ def sigmoid_attention_varlen(
     """
     refuse_parts("sigmoid_attention_varlen")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    _check_types({"query": query, "key": key, "value": value, **lengths}, scale, dropout_p, softcap, row_cap)
-    _check_switches(is_causal=is_causal, bottom_right=bottom_right, enable_gqa=enable_gqa)
-    _check_dense(bias=bias)
+    check_types({"query": query, "key": key, "value": value, **lengths}, scale, dropout_p, softcap, row_cap)
+    check_switches(is_causal=is_causal, bottom_right=bottom_right, enable_gqa=enable_gqa)
+    check_dense(bias=bias)
     visible_bias, const_bias, row_bias = _bias_terms(bias)
     if row_bias is not None and row_bias.dim() < 2:
         row_bias = row_bias.reshape(1, -1)  # [], [1] or [H]; the op's is [1 | total_q, 1 | H]
@@ -275,7 +274,7 @@ def attend(
         query, key, value = (_four_dims(tensor, leading, enable_gqa) for tensor in (query, key, value))
     if block_mask is not None:
         refuse_parts("block_mask")
-        _check_block_sizes(block_mask, query, key)
+        check_block_sizes(block_mask, query, key)
         if dropout_p > 0.0 or first_token is not None:  # which the kernels of blocks do not take
             attn_mask, block_mask = block_mask.dense(), None
     window_left, window_right = _window(window)
@@ -401,65 +400,6 @@ def probabilities(
     refuse_parts("attention that computes its scores itself")
     share, rest = (None, None) if first_token is None else first_token
     return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap), share, rest)
-
-
-def _check_types(tensors: dict[str, Any], scale: Any, dropout_p: Any, softcap: Any, row_cap: Any) -> None:
-    """Raises ArgumentError for what is no tensor, or no number."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ArgumentError(f"{name} must be a tensor, not a {type(tensor).__name__}.")
-    _check_dense(**tensors)
-    for name, number in (("scale", scale), ("dropout_p", dropout_p), ("softcap", softcap), ("row_cap", row_cap)):
-        if number is not None and not isinstance(number, _NUMBERS):
-            raise ArgumentError(f"{name} must be a number, not {number!r}.")
-    if dropout_p is None:
-        raise ArgumentError("dropout_p must be a number, not None.")
-
-
-def _check_block_mask(
-    block_mask: Any, query: Tensor, attn_mask: Tensor | None, is_causal: bool, window: Window | None
-) -> None:
-    if not isinstance(block_mask, BlockMask):
-        raise ArgumentError(
-            f"block_mask must be None or a sigswap.BlockMask, not a {type(block_mask).__module__}."
-            f"{type(block_mask).__qualname__}; BlockMask.from_flex takes FlexAttention's."
-        )
-    others = {"attn_mask": attn_mask is not None, "is_causal=True": is_causal, "window": _window(window) != (-1, -1)}
-    for name, given in others.items():
-        if given:
-            raise ArgumentError(
-                f"block_mask must not be given together with {name}: make it of the keys that both leave visible."
-            )
-    if hasattr(query, "device_mesh"):
-        raise ArgumentError("block_mask must be None where query is a DTensor; attn_mask can be given instead.")
-
-
-def _check_block_sizes(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
-    """query and key have four dimensions."""
-    batch, heads, q_len, kv_len = block_mask.shape
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if (q_len, kv_len) != full[2:] or batch not in (1, full[0]) or heads not in (1, full[1]):
-        raise ArgumentError(
-            f"block_mask {list(block_mask.shape)} must be {list(full)}: batch, heads, rows and keys "
-            "(1 for the batch or the heads: for all)."
-        )
-    if block_mask.device != query.device:
-        raise ArgumentError(f"block_mask must be on query's device {query.device}, not {block_mask.device}; use .to().")
-
-
-def _check_switches(**switches: Any) -> None:
-    for name, switch in switches.items():
-        if not isinstance(switch, bool | torch.SymBool):
-            raise ArgumentError(f"{name} must be True or False, not {switch!r}.")
-
-
-def _check_dense(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout is not torch.strided):
-            kind = "a nested" if tensor.is_nested else f"a {tensor.layout}"
-            raise ArgumentError(
-                f"{name} must be a dense tensor, not {kind} one; sigmoid_attention_varlen takes packed sequences."
-            )
 
 
 def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:
