@@ -557,7 +557,7 @@ def test_model_from_a_gguf_file(tmp_path: Path) -> None:
     packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     model.bert.pooler = None
     model.cls.predictions.bias = packed
-    with pytest.raises(CheckpointError, match="quantized by .gguf. cannot be saved"):
+    with pytest.raises(CheckpointError, match=r"quantized by .gguf. cannot be saved"):
         sigswap.save(model, tmp_path / "packed")
 
 
