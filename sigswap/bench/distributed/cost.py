@@ -99,7 +99,7 @@ def tensor_bytes(tokens: int, hidden: int, layers: int, ranks: int, element: int
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Speeds that are reached, not nominal ones.
+    """Speeds that are reached, not nominal ones: on two H200s of one node, but for ``far`` and ``latency``.
 
     Attributes:
         forward, backward: Flop/s of the attention kernels.
@@ -108,9 +108,9 @@ class Machine:
         per_node: GPUs of a node.
     """
 
-    forward: float = 600e12
-    backward: float = 500e12
-    near: float = 350e9
+    forward: float = 700e12
+    backward: float = 600e12
+    near: float = 150e9
     far: float = 45e9
     latency: float = 20e-6
     per_node: int = 8
