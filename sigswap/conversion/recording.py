@@ -169,18 +169,12 @@ class Recording:
                     tensor.copy_(values)
 
         try:
-            with (
-                Transaction() as undo,
-                undo,
-                self.untouched.keep(),
-                _inference(self.model),
-                self.form(self.model),
-                form(self.model),
-            ):
-                undo.afterwards("the values of buffers", put_back)
-                thread_state(undo.afterwards)
-                (args, kwargs), _ = placed(example.inputs, _copied_to(device_of(self.model)))
-                return self.model.get_submodule(example.path)(*args, **kwargs)
+            with Transaction() as undo, undo:
+                thread_state(undo.afterwards)  # as it is outside of what follows
+                with self.untouched.keep(), _inference(self.model), self.form(self.model), form(self.model):
+                    undo.afterwards("the values of buffers", put_back)
+                    (args, kwargs), _ = placed(example.inputs, _copied_to(device_of(self.model)))
+                    return self.model.get_submodule(example.path)(*args, **kwargs)
         except Exception as error:
             where = f" of {example.path}" if example.path else ""
             raise ExampleInputsError(

@@ -241,7 +241,7 @@ def test_check_of_features(cell: Cell) -> None:
 
 
 def test_check_of_dropout() -> None:
-    cell = Cell("features", 2, 3, 3, 256, 256, 32, 32, dropout_p=0.1)
+    cell = Cell("features", 2, 3, 3, 1024, 1024, 32, 32, dropout_p=0.1)
     inputs = make_inputs(cell, torch.float32, "cpu")
     torch.manual_seed(0)
     out = own.build(cell, inputs).forward()

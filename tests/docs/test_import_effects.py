@@ -75,7 +75,8 @@ def test_import_after_transformers() -> None:
     found = snapshot("import rich.console, rich.table, transformers.modeling_utils, transformers.quantizers.auto")
     model = "transformers.modeling_utils.PreTrainedModel"
     methods = ("_from_config", "from_pretrained", "push_to_hub", "save_pretrained")
-    assert found["changed"] == [f"{model}.{method}" for method in methods]
+    quantizer = "transformers.quantizers.auto.AutoHfQuantizer.merge_quantization_configs"
+    assert found["changed"] == [*(f"{model}.{method}" for method in methods), quantizer]
     assert found["finders"] == ["peft.peft_model", "transformers.trainer", "torch.utils.flop_counter"]
 
 

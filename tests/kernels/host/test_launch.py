@@ -16,7 +16,7 @@ from sigswap.kernels.host.problem import Options
 pytest.importorskip("triton")
 
 from sigswap.kernels.host import launch
-from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, EXACT_TANH, FAST, NO_TANH, SHORT_TANH, TAIL
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import FEW_SCORES, Packed, Problem, Signature, _signature
 from sigswap.kernels.host.recording import recorded_by
@@ -332,4 +332,8 @@ def test_forms_of_the_sigmoid_by_dtype_and_bias(
     arguments = Problem(query, key, key, bias, None, None, options).signature.arguments()
     assert (arguments["FORM"], arguments["SLOW"]) == forms
     softcapped = Problem(query, key, key, bias, None, None, options._replace(softcap=1.0)).signature.arguments()
-    assert (softcapped["FORM"], softcapped["SLOW"]) == (ACCURATE, ACCURATE)
+    assert (softcapped["FORM"], softcapped["SLOW"]) == forms
+    assert softcapped["SOFTCAP"] == (EXACT_TANH if dtype == torch.float32 else SHORT_TANH)
+    mask = torch.empty(1, 1, 64, keys, dtype=torch.bool)
+    masked = Problem(query, key, key, bias, mask, None, options).signature.arguments()
+    assert (masked["FORM"], masked["SLOW"], masked["SOFTCAP"]) == (ACCURATE, ACCURATE, NO_TANH)
