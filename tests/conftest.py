@@ -47,8 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    """No test sees another's compiled code, guards or recompile counts."""
+def _alone() -> Iterator[None]:
+    """No test sees another's compiled code, guards, recompile counts or grad mode."""
     yield
+    assert torch.is_grad_enabled(), "the test has switched gradients off"
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -369,6 +369,13 @@ def test_buffers_and_inputs_are_as_before() -> None:
     assert set(vars(model)) == names and torch.equal(x, example())
 
 
+def test_a_plain_run_leaves_the_grad_mode() -> None:
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            Recording(Attention(lambda self, y: y)).plainly(Example(((example(),), {})))
+            assert torch.is_grad_enabled() == enabled
+
+
 # Whose fault it is.
 
 
