@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
+from in_interpreter import run_interpreted
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -33,14 +32,7 @@ in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
 @pytest.mark.parametrize("shard", range(2))
 def test_in_the_interpreter(shard: int) -> None:
-    # Triton reads TRITON_INTERPRET when it is imported, which another test may have done already.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-o", "addopts=--import-mode=importlib"]  # no xdist in there
-    selection = ["-k", f"interpreted and shard{shard}"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command + selection, env=environment, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    run_interpreted(__file__, shard)
 
 
 def random_problem(index: int) -> tuple[Problem, Tensor]:

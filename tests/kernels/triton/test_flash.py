@@ -9,14 +9,13 @@ import dataclasses
 import math
 import os
 import random
-import subprocess
-import sys
 import weakref
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from in_interpreter import run_interpreted
 from torch import Tensor
 
 from sigswap.kernels import reference
@@ -438,14 +437,7 @@ def assert_packed_no_worse(problem: PackedProblem) -> None:
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
 @pytest.mark.parametrize("shard", range(4))
 def test_in_the_interpreter(shard: int) -> None:
-    # Triton reads TRITON_INTERPRET when it is imported, which another test may have done already.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-o", "addopts=--import-mode=importlib"]  # no xdist in there
-    selection = ["-k", f"interpreted and shard{shard}"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command + selection, env=environment, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    run_interpreted(__file__, shard)
 
 
 def shards(count: int) -> pytest.MarkDecorator:
