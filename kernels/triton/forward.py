@@ -111,14 +111,23 @@ def tile_for(signature: Signature) -> Tile:
     banded, q_len = band.has_left or band.has_right, signature.q_len
     if size > 2:
         # As measured on an H200 at 64. Above 128 products run on the ordinary units, from registers.
-        narrow = Tile(128, 64, 8, 2) if dim <= 64 else Tile(64, 32, 4, 2)
-        tile = narrow if dim <= 128 else Tile(32, 32, 8, 1)
+        if dim <= 64:
+            tile = Tile(128, 64, 8, 2)
+        elif dim <= 128:
+            tile = Tile(64, 32, 4, 2)
+        else:
+            tile = Tile(32, 32, 8, 1)
     elif signature.masked_by_rows and dim <= 128 and 90 <= capability < 100:
         tile = Tile(64, 64, 4, 3 if dim <= 64 else 2)
     elif not signature.plain and not signature.masked_by_rows and 90 <= capability < 100:
         # As measured on an H200, with dropout at 64 and a soft cap at 128 and 256. Eight warps of 64 rows take three
         # times as long.
-        tile = Tile(128, 64, 8, 3 if dim <= 64 else 2) if dim <= 64 or dim > 128 else Tile(64, 64, 4, 3)
+        if dim <= 64:
+            tile = Tile(128, 64, 8, 3)
+        elif dim <= 128:
+            tile = Tile(64, 64, 4, 3)
+        else:
+            tile = Tile(128, 64, 8, 2)
     elif not signature.plain:
         tile = Tile(64, 64, 8, 2) if dim <= 128 else Tile(64, 32, 8, 2)
     elif 90 <= capability < 100:
