@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels.host.blocks import Blocks
+from sigswap.kernels.host.layout import UNIT, whole_rows
 from sigswap.kernels.host.problem import Gradients, Problem
 from sigswap.kernels.host.results import empty_output
 
@@ -57,12 +58,14 @@ def backward(problem: Problem) -> Gradients:
 
 
 def with_wider_value(problem: Problem) -> Tensor:
-    """The forward with columns of zeros in a copy of value, up to whole units of 16 bytes; the output has none."""
+    """The forward with columns of zeros in a copy of value, up to whole units of 16 bytes, and with rows of query and
+    key that start at such units; the output has neither."""
     value = problem.value
-    dim, unit = value.shape[3], 16 // value.element_size()
-    wider = value.new_zeros((*value.shape[:3], -(-dim // unit) * unit))
+    dim = value.shape[3]
+    wider = value.new_zeros((*value.shape[:3], -(-dim // UNIT) * UNIT))
     wider[..., :dim].copy_(value)
-    whole = dataclasses.replace(problem, value=wider, out=None)
+    query, key = whole_rows(problem.query), whole_rows(problem.key)
+    whole = dataclasses.replace(problem, query=query, key=key, value=wider, out=None)
     out = empty_output(problem.query, value) if problem.out is None else problem.out
     return out.copy_(chosen(_forward_names(whole), whole).forward(whole)[..., :dim])
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sigswap.kernels.host.recording import recording
 
+UNIT = 8
+"""Elements: 16 bytes in half precision, which is what a thread loads at once."""
+
 
 class Layout(NamedTuple):
     """All that a launch needs to know of a tensor."""
@@ -62,6 +65,24 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def has_unit_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return strides[-1] == 1 or shape[-1] == 1
+
+
+def has_whole_rows(layout: Layout) -> bool:
+    """Whether the rows of a [B, H, N, D] tensor start at multiples of :data:`UNIT` elements from its first one."""
+    return all(stride % UNIT == 0 for stride in layout.strides_or_zero(3))
+
+
+def is_whole(layout: Layout) -> bool:
+    """Whether kernels read a [B, H, N, D] tensor as it lies, by rows that start at such multiples."""
+    return has_unit_stride(layout.shape, layout.strides) and has_whole_rows(layout)
+
+
+def whole_rows(tensor: Tensor) -> Tensor:
+    """The tensor if it :func:`is_whole`, or a copy that is, with room between its rows."""
+    if is_whole(layout_of(tensor)):
+        return tensor
+    dim = tensor.shape[3]
+    return tensor.new_empty((*tensor.shape[:3], -(-dim // UNIT) * UNIT))[..., :dim].copy_(tensor)
 
 
 def readable_mask(attn_mask: Tensor) -> Tensor:

@@ -31,12 +31,15 @@ from sigswap.kernels.host.forms import (
     TAIL,
 )
 from sigswap.kernels.host.layout import (
+    UNIT,
     Layout,
     are_wide,
     contiguous_layout,
     has_readable_rows,
     has_unit_stride,
+    has_whole_rows,
     is_aligned,
+    is_whole,
     layout_of,
     output_layout,
     readable_mask,
@@ -259,15 +262,16 @@ class Signature:
 
     @functools.cached_property
     def has_narrow_value(self) -> bool:
-        """Whether value has at most 32 columns, in half precision, in rows that are not whole units of 16 bytes.
+        """Whether value has at most 32 columns, in half precision, and is not loaded in whole units of 16 bytes.
 
-        Triton 3.6 multiplies by the wrong numbers then: of heads of 64, all widths from 1 to 20 that are no multiple of
-        8 were wrong on an H200; 33 and 50 columns were right, and so were the gradients.
+        Triton 3.6 multiplies by the wrong numbers then, or reads beyond the tensor: of heads of 64, all widths from 1
+        to 20 that are no multiple of 8 were wrong on an H200; 33 and 50 columns were right, and so were the gradients.
+        Strides come in units only if all operands' do (:meth:`arguments`): so rows of query and key count, too.
         """
-        value, unit = self.value, 16 // self.element_size
-        steps = [stride for size, stride in zip(value.shape[:3], value.strides, strict=False) if size > 1]
-        whole = value.aligned and value.strides[3] == 1 and all(n % unit == 0 for n in (value.shape[3], *steps))
-        return not self.is_empty and self.element_size == 2 and width(value.shape[3]) < 64 and not whole
+        if self.is_empty or self.element_size != 2 or width(self.value.shape[3]) >= 64:
+            return False
+        whole = self.value.aligned and self.value.shape[3] % UNIT == 0
+        return not (whole and all(is_whole(each) for each in (self.query, self.key, self.value)))
 
     @functools.cached_property
     def kernels(self) -> dict[Any, Any]:
@@ -404,7 +408,7 @@ class Signature:
         """
         options, band = self.options, self.band()
         strides = [layout.strides_or_zero(3) for layout in operands.values()]
-        unit = 8 if all(stride % 8 == 0 for each in strides for stride in each) else 1
+        unit = UNIT if all(has_whole_rows(layout) for layout in operands.values()) else 1
         names = [f"stride_{name}_{dim}" for name in operands for dim in "bhn"]
         arguments: dict[str, Any] = dict(zip(names, (s // unit for each in strides for s in each), strict=True))
         bias, count, mask, _ = self.side_layouts()

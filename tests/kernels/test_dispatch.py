@@ -105,10 +105,27 @@ def test_which_values_are_narrow(dtype: torch.dtype, columns: int, of: int, expe
     assert problem.signature.has_narrow_value is expected
 
 
+@pytest.mark.parametrize(
+    ("odd", "columns", "expected"), [(17, 8, True), (33, 24, True), (17, 64, False), (24, 8, False)]
+)
+@pytest.mark.parametrize("which", ["query", "key"])
+def test_whole_values_are_narrow_beside_rows_of_query_or_key_that_are_not(
+    which: str, odd: int, columns: int, expected: bool
+) -> None:
+    """Strides come in units only where all operands allow it."""
+    whole, slim = torch.randn(1, 2, 7, 40).half()[..., :odd], torch.randn(1, 2, 7, odd).half()
+    value = torch.randn(1, 2, 7, columns).half()
+    query, key = (slim, whole) if which == "query" else (whole, slim)
+    problem = problem_of((query, key, value, None, None, None), Options(0.25))
+    assert problem.signature.has_narrow_value is expected
+    seen = problem_of((whole, whole, value, None, None, None), Options(0.25))
+    assert not seen.signature.has_narrow_value
+
+
 def test_narrow_values_get_more_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole units of 16 bytes; the output is what it is, and lies as it lies, without them."""
     torch.manual_seed(0)
-    query, key = torch.randn(2, 4, 7, 16).half(), torch.randn(2, 2, 9, 16).half()
+    query, key = torch.randn(2, 4, 7, 17).half(), torch.randn(2, 2, 17, 9).half().mT
     value = torch.randn(2, 2, 9, 5).half()
     problem = problem_of((query, key, value, None, None, None), Options(0.25, const_bias=-2.0, visible_bias=False))
     seen = []

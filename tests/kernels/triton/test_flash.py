@@ -690,6 +690,26 @@ def test_values_narrower_than_a_load(width: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+@pytest.mark.parametrize(("dim", "width"), [(17, 8), (17, 16), (17, 17), (33, 8), (33, 17), (33, 24), (80, 24)])
+def test_narrow_values_beside_odd_rows(dim: int, width: int, cap: float, dtype: torch.dtype) -> None:
+    """Where query and key do not lie in whole units of 16 bytes, values that do are not loaded by them either."""
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 2, 257, dim, device="cuda", dtype=dtype) for _ in range(2))
+    value = torch.randn(1, 2, 257, width, device="cuda", dtype=dtype)
+    bias = -torch.rand(1, 2, 257, 1, device="cuda").to(dtype)
+    problem = problem_of(
+        query, key, value, bias, None, None, torch.randn_like(value), Options(dim**-0.5, is_causal=True, row_cap=cap)
+    )
+    results = [dispatch.forward(problem)]
+    if not cap:
+        results += [grad for grad in dispatch.backward(problem) if grad is not None]
+    assert_no_worse(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("index", range(320))
 def test_random_features_capped(index: int) -> None:
     problem = capped(random_problem(index, repeats=1 + (index % 4 == 3)), index)
