@@ -176,9 +176,13 @@ def _edited(segment: Tensor, vocabulary: Tensor, generator: torch.Generator) -> 
     times[fate > 1 - EDITED] = 0
     times[(fate > 0.5) & (fate < 0.5 + EDITED)] = 2
     times[0] = times[0].clamp(min=1)
-    edited = replaced.repeat_interleave(times)
-    second = torch.arange(len(edited)) - (times.cumsum(0) - times).repeat_interleave(times) == 1
-    edited[second] = random[1].repeat_interleave(times)[second]
+    # Where each token of the result comes from. Tensor.repeat_interleave wakes all threads for a few numbers, which
+    # took longer than a step of a small model.
+    ends = times.cumsum(0)
+    source = torch.searchsorted(ends, torch.arange(int(ends[-1])), right=True)
+    edited = replaced[source]
+    second = torch.arange(len(source)) - (ends - times)[source] == 1
+    edited[second] = random[1][source][second]
     return edited
 
 
