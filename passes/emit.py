@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node, Proxy
@@ -13,10 +14,10 @@ from torch.fx import Node, Proxy
 from sigswap.masked import MASKED_SCORE
 from sigswap.passes.mask_plan import Boolean, MaskPlan, MaskPlanner
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Call, FirstToken, Operand, Refused
+from sigswap.passes.match import BLOCKS_OP, Call, FirstToken, Operand, Refused
 from sigswap.passes.nodes import dtype_of, edited_by, is_floating, memory_of, tensor_at
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
-from sigswap.passes.ops import OPS, Op, spelling_of
+from sigswap.passes.ops import OPS, Op, op_of, spelling_of
 from sigswap.passes.site import Lowered
 from sigswap.passes.views import Group, Views, places_of, region_of
 
@@ -38,7 +39,7 @@ class Emission:
         if source is None or query is None:
             raise Refused("its output is not in the graph")
         self.graph = source.graph
-        self.written: dict[Hashable, Written] = {}
+        self.written: dict[Hashable, Any] = {}  # Written, or the nodes of a mask's blocks
         self.views = views = Views(self.graph, call.labels, masks.edited, query.device)
         self.output, self.output_views = views.output(call.output)
         self.query = views.base(call.query, upcast=True)
@@ -139,6 +140,8 @@ class Emission:
                 raise Refused("its scores are multiplied by a tensor over keys that several heads share")
             k = self._times(k, operand, (outer, heads, keys, ()), divides)
         plan = MaskPlanner(views, groups, self.masks).plan(found)
+        if call.blocks and (plan.tensors or call.mask is None):
+            return self._under_blocks(q, k, v, plan), "mask by blocks"
         bias, attn_mask, padding = self._masks(plan, q)
         if padding is not None:
             # Where the value is 0 a key adds nothing to the output, nor, as dP = dO V^T is 0, to any gradient.
@@ -182,6 +185,39 @@ class Emission:
             row_cap=found.row_cap,
         )
         return result, ", ".join(words)
+
+    def _under_blocks(self, q: Proxy, k: Proxy, v: Proxy, plan: MaskPlan) -> Proxy:
+        """The call under the mask by blocks that it had: only a band, which is two numbers, is better than that."""
+        call, found = self.call, self.call.modifiers
+        blocks = [same_in(node, self.graph) for node in call.blocks]
+        if plan.terms or None in blocks:
+            raise Refused("its mask by blocks cannot be had")
+        key = self._same_blocks()
+        known = self.masks.written.get(key)  # of an attention before it, for layers often share their mask
+        if known is not None and known[0] < same_in(self.output.node, self.graph):
+            blocks = known
+        self.written[key] = blocks
+        return self.views.call(
+            BLOCKS_OP,
+            q,
+            k,
+            v,
+            self._sum_of(plan.row_biases, q),
+            *blocks,
+            scale=found.scale * (found.cap or 1.0),
+            const_bias=found.const_bias,
+            visible_bias=call.visible_bias,
+            softcap=found.cap or 0.0,
+            row_cap=found.row_cap,
+        )
+
+    def _same_blocks(self) -> Hashable:
+        """Equal for attentions whose masks have the same blocks: each takes its own view of a mask."""
+        mask = self.call.mask
+        if mask is None or memory_of(mask) in self.masks.edited:
+            return object()
+        own: Hashable = (mask.target, *map(str, mask.args)) if op_of(mask).part else mask
+        return self.graph, BLOCKS_OP, own
 
     def _first_token_bias(
         self,
@@ -360,6 +396,12 @@ class Emission:
         for node in sorted({x for x in sources if x is not None and x.graph is self.graph}, reverse=True):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
+        for taken in (same_in(node, self.graph) for node in self.call.blocks):
+            if taken is not None and not taken.users:
+                plan = taken.all_input_nodes[0]
+                self.graph.erase_node(taken)
+                if not plan.users:
+                    self.graph.erase_node(plan)
 
 
 def _dtype(node: Node) -> torch.dtype:

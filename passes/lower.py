@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from sigswap.passes.emit import OP, Emission
 from sigswap.passes.find import data_dependent, score_site
 from sigswap.passes.masks import Masks
-from sigswap.passes.match import Match, Refused, match_call
+from sigswap.passes.match import BLOCKS_OP, Match, Refused, match_call
 from sigswap.passes.nodes import number_arg, rank_of
 from sigswap.passes.normalize import graph_modules, normalize, source_of
 from sigswap.passes.ops import op_name
@@ -69,7 +69,7 @@ def lower(
     left: list[LeftAlone] = []
     replaced: set[Node] = set()
     for node in graph.nodes:
-        if node.target is OP:
+        if node.target is OP or node.target is BLOCKS_OP:
             lowered.append(_lower_again(node, masks))
         elif node.target is _PROBS or (handwritten and op_name(node) == "sigmoid" and rank_of(node) >= 2):
             found = _lower_scores(node, data, masks, replaced)

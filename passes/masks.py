@@ -135,7 +135,7 @@ class Masks:
             return None
         if op.same:
             return self._same(node, source)
-        if op.views:
+        if op.views or (op.tiles and not has_symbol(node)):
             return self._viewed(node, source)
         if op.part and op.elementwise:
             return self._sliced(node, source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch.fx import Node
@@ -23,6 +23,8 @@ from sigswap.passes.ops import op_name, op_of, spelling_of
 from sigswap.passes.products import contraction
 from sigswap.passes.site import AttentionSite, Factor
 
+BLOCKS_OP = torch.ops.sigswap.sigmoid_attention_blocks.default
+MASK_BLOCKS = torch.ops.sigswap.mask_blocks.default
 _VARYING = "with a number that depends on a size that varies"
 
 
@@ -112,6 +114,8 @@ class Call:
     path: list[Node]
     seed: Node | None = None
     scale_by_dim: bool = False  # the scale is 1 / sqrt(head_dim), which varies
+    blocks: tuple[Node, ...] = ()  # the tensors of a mask by blocks, if it is under one
+    mask: Node | None = None  # whose blocks they are, if that is known: the modifiers hold it
 
 
 class Match:
@@ -419,7 +423,7 @@ class Match:
 
 
 def match_call(node: Node, masks: Masks) -> Call:
-    """A call of the op that is in the graph. Raises Refused."""
+    """A call of the op that is in the graph, or of the one under a mask by blocks. Raises Refused."""
     query, key, value = (tensor_input(node, position) for position in range(3))
     shapes = [shape for tensor in (query, key, value) if (shape := shape_of(tensor)) is not None]
     if node.kwargs.get("bottom_right") or len(shapes) < 3:
@@ -452,7 +456,9 @@ def match_call(node: Node, masks: Masks) -> Call:
     found.left = int(number("window_left", -1))
     found.right = 0 if node.kwargs.get("is_causal") else int(number("window_right", -1))
     axes = (outer, whole, rows, keys)
-    bias, attn_mask = input_at(node, 3), input_at(node, 4)
+    blocks = tuple(tensor_input(node, position) for position in range(4, 9)) if node.target is BLOCKS_OP else ()
+    bias = input_at(node, 3)
+    attn_mask, seed = (_mask_of(blocks), None) if blocks else (input_at(node, 4), input_at(node, 5))
     if bias is not None:
         found.terms.append(broadcast(bias, axes))
     if attn_mask is not None and dtype_of(attn_mask) == torch.bool:
@@ -474,9 +480,18 @@ def match_call(node: Node, masks: Masks) -> Call:
         bool(node.kwargs.get("visible_bias", True)),
         number("dropout_p", 0.0),
         [node],
-        input_at(node, 5),
+        seed,
         by_dim,
+        blocks,
+        attn_mask if blocks else None,
     )
+
+
+def _mask_of(blocks: Sequence[Node]) -> Node | None:
+    """The tensor whose blocks these are, if the graph finds them."""
+    made = {input_at(node) for node in blocks}
+    plan = made.pop() if len(made) == 1 else None
+    return input_at(plan) if plan is not None and plan.target is MASK_BLOCKS else None
 
 
 # Small questions about nodes.

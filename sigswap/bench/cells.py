@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-SUITES = ("train", "short", "decode", "varlen", "host", "features", "models")
-DEFAULT_SUITES = tuple(suite for suite in SUITES if suite not in ("features", "models"))
-"""Those that run unless others are named: features compiles FlexAttention in each cell, and models compiles each model
-up to ten times, which takes many minutes."""
+SUITES = ("train", "short", "decode", "varlen", "host", "features", "models", "generation")
+DEFAULT_SUITES = tuple(suite for suite in SUITES if suite not in ("features", "models", "generation"))
+"""Those that run unless others are named: features compiles FlexAttention in each cell, and models and generation
+compile each model several times, which takes many minutes."""
 
 DISTRIBUTED = "distributed"
 """The suite of several processes (:mod:`sigswap.bench.distributed.run`), which runs by itself."""
@@ -149,22 +149,52 @@ class ModelCell:
         return f"{'tiny ' if self.small else ''}{MODELS[self.model]} {self.batch} x {self.length}"
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationCell:
+    """Decoding with a Llama of 1B and a static cache, in the suite generation.
+
+    ``context``: the tokens that a step attends to, its own included. ``small``: the same architecture in a tiny size.
+    ``without``: as in ModelCell.
+    """
+
+    batch: int
+    context: int
+    small: bool = False
+    without: tuple[str, ...] = ()
+
+    @property
+    def suite(self) -> str:
+        return "generation"
+
+    @property
+    def label(self) -> str:
+        return f"{'tiny ' if self.small else ''}{MODELS['llama']} {self.batch} x {self.context}"
+
+
 MODELS = {
     "block": "block",
     "vit": "ViT-B/16",
     "llama": "Llama-1B",
     "llama-no-mask": "Llama-1B no mask",
+    "llama-right-padding": "Llama 4 layers right padding",
+    "llama-left-padding": "Llama 4 layers left padding",
+    "llama-packed": "Llama 4 layers packed documents",
+    "gemma2": "Gemma-2 4 layers",
     "swin": "Swin-T",
     "t5": "T5-base",
+    "t5-padding": "T5 4+4 layers padding",
+    "whisper": "Whisper 4+4 layers",
 }
 """The models' names in labels. Compiled, transformers' Llama hands a dense mask to ``scaled_dot_product_attention``,
 which keeps FlashAttention from running; llama-no-mask is the same model with ``is_causal=True`` instead."""
 
 
-def cells(suite: str, quick: bool = False) -> list[Cell] | list[ModelCell]:
+def cells(suite: str, quick: bool = False) -> list[Cell] | list[ModelCell] | list[GenerationCell]:
     """The suite's cells; with ``quick`` as few as possible, and none with a peer that is slow to compile but one."""
     if suite == "models":
         return _small_models() if quick else _models()
+    if suite == "generation":
+        return [GenerationCell(2, 64, small=True)] if quick else _generation()
     return _QUICK[suite]() if quick else _FULL[suite]()
 
 
@@ -293,13 +323,23 @@ def _models() -> list[ModelCell]:
     return [
         ModelCell("block", 4, 4096),
         ModelCell("vit", 256, 224),
-        ModelCell("llama", 4, 2048),
-        ModelCell("llama", 1, 8192, without=("sdpa",)),
+        ModelCell("llama", 4, 2048, without=("flex",)),
+        ModelCell("llama", 1, 8192, without=("sdpa", "flex")),
         ModelCell("llama-no-mask", 4, 2048, without=("sdpa",)),
         ModelCell("llama-no-mask", 1, 8192, without=("sdpa",)),
+        ModelCell("llama-right-padding", 4, 2048, without=("sdpa",)),
+        ModelCell("llama-left-padding", 4, 2048, without=("sdpa",)),
+        ModelCell("llama-packed", 1, 8192, without=("sdpa",)),
+        ModelCell("gemma2", 1, 8192),
         ModelCell("swin", 128, 224),
-        ModelCell("t5", 16, 512),
+        ModelCell("t5", 16, 512, without=("cudnn", "efficient")),
+        ModelCell("t5-padding", 16, 512),
+        ModelCell("whisper", 16, 1500, without=("sdpa",)),
     ]
+
+
+def _generation() -> list[GenerationCell]:
+    return [GenerationCell(batch, context, without=("sdpa",)) for batch in (1, 32) for context in (2048, 16384)]
 
 
 def _small_models() -> list[ModelCell]:

@@ -8,79 +8,37 @@ optimizer's step is left out.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from sigswap.api import convert
-from sigswap.bench.cells import DTYPES, MODELS, ModelCell
-from sigswap.bench.peers.sdpa import BACKENDS
+from sigswap.bench import plain_models, transformers_models
+from sigswap.bench.cells import DTYPES, ModelCell
 from sigswap.bench.results import Row
-from sigswap.bench.timing import free, in_turns, launched_kernels, peak_mib, refusals, repeated_ms
+from sigswap.bench.subject import Subject
+from sigswap.bench.timing import in_turns, launched_kernels, peak_mib, refusals, repeated_ms
+from sigswap.bench.versions import (
+    Version,
+    absent,
+    check_output,
+    forward,
+    keeps_memory,
+    make,
+    on_gpu,
+    several,
+    warmed_up,
+)
 from sigswap.errors import BenchmarkError, SigswapError
-from sigswap.optional import require
 
 PHASES = ("forward", "training step")
 QUANTITIES = ("time", "memory", "kernels")
-TOLERANCE = 0.1
-"""The relative error (Frobenius) of a compiled model's output to the eager one's above which it is wrong: rounding
-adds up over many layers, and a wrong mask or bias in each of them changes more."""
 
 ROUNDS = 16
 """How many turns each implementation has, in each phase."""
 
 _Figures = dict[tuple[str, str], float]  # by phase and quantity
-
-
-class ModelPeer(NamedTuple):
-    """A way in which a model computes its softmax attention.
-
-    Attributes:
-        context: What to enter, while compiling and running.
-        prepare: What to do to the model, once, which is then a copy. A context could change the model in each turn, but
-            from then on Dynamo's guards would take longer (in torch 2.11), and for the peers alone.
-    """
-
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    prepare: Callable[[Any], object] | None = None
-
-
-@dataclasses.dataclass
-class Subject:
-    """A model and what is run on it.
-
-    Attributes:
-        model: In eval mode or not: that is set for each phase. Shared by the peers that have no copy.
-        inputs: Keyword arguments of a forward pass.
-        training_inputs: Keyword arguments of the forward pass of a training step.
-        output: The tensor that a forward pass is for, from what the model returns.
-        backward: The backward pass, from what the model returns.
-        peers: By name.
-        counting: The peers that may count as the model without sigswap; the fastest one does.
-        after_conversion: Restores in a model what convert has changed beyond the attention.
-    """
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    training_inputs: dict[str, Any]
-    output: Callable[[Any], Tensor]
-    backward: Callable[[Any], object]
-    peers: Mapping[str, ModelPeer]
-    counting: tuple[str, ...]
-    after_conversion: Callable[[Any], object] = lambda model: None
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """What a training step computes the gradients of."""
-        tensors = (*self.model.parameters(), *self.training_inputs.values())
-        return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
 def measure(
@@ -118,17 +76,9 @@ def measure(
         ]
     figures: dict[str, _Figures] = {name: {} for name in names}
     refused: dict[str, dict[str, str]] = {phase: {} for phase in PHASES}  # by phase, then by implementation
-    for peer in peers:
-        if peer not in subject.peers:
-            refused["forward"][peer] = f"{MODELS[cell.model]} has no such attention."
-        elif peer in left_out:
-            refused["forward"][peer] = "The model is compiled once more for it; --peers runs it."
-    with _several_versions(len(names)):
-        versions: dict[str, _Version] = {}
-        for name in names:
-            if name not in refused["forward"]:
-                with refusals(name, refused["forward"]):
-                    versions[name] = _version(name, subject, inner, mode)
+    refused["forward"] = absent(subject, peers, left_out)
+    with several(len(names)):
+        versions = make(names, subject, inner, mode, refused["forward"])
         for phase in PHASES:
             for name, found in _measure_phase(phase, versions, refused[phase], keeps_memory(mode)).items():
                 figures[name].update(found)
@@ -140,11 +90,6 @@ def measure(
         for phase in PHASES
         for quantity in QUANTITIES
     ]
-
-
-def keeps_memory(mode: str | None) -> bool:
-    """Whether what is compiled in this mode keeps the memory of its activations between two calls."""
-    return mode is not None and bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
 
 
 def _row(
@@ -161,146 +106,40 @@ def _row(
     original = min(times, key=times.__getitem__, default=None)
     measured = {name: found[phase, quantity] for name, found in figures.items() if (phase, quantity) in found}
     needed = "This needs a GPU, its profiler, and for memory a mode without CUDA graphs."
-    absent = dict.fromkeys((name for name in figures if name not in {*measured, *refused}), needed)
-    return Row(cell, dtype, phase, measured, {**refused, **absent}, quantity, original, unavailable=bool(absent))
-
-
-# Several compiled versions of one model.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Version:
-    """A model as one of the implementations computes it.
-
-    Attributes:
-        subject: Its model is the one that was compiled.
-        compiled: The compiled model.
-        context: What to enter, while compiling and running.
-        checked: Whether the compiled model's output has to be the eager one's.
-    """
-
-    subject: Subject
-    compiled: Callable[..., Any]
-    context: Callable[[], AbstractContextManager[Any]]
-    checked: bool
-
-
-def _version(name: str, subject: Subject, inner: str | Callable[..., Any], mode: str | None) -> _Version:
-    """Nothing is compiled yet: that happens in the first calls."""
-    model, peer = subject.model, ModelPeer(prepare=functools.partial(_convert, subject))
-    if name != "sigswap":
-        peer = subject.peers[name]
-    if peer.prepare is not None:
-        model = copy.deepcopy(model)
-        peer.prepare(model)
-    compiled = torch.compile(model, backend=_own_backend(name, inner, mode))
-    if keeps_memory(mode):
-        compiled = _marking_steps(compiled)
-    return _Version(dataclasses.replace(subject, model=model), compiled, peer.context, checked=name == "sigswap")
-
-
-def _convert(subject: Subject, model: nn.Module) -> None:
-    convert(model, example_inputs=[subject.inputs, subject.training_inputs])
-    subject.after_conversion(model)
-
-
-def _own_backend(name: str, inner: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-    """What ``torch.compile`` would call for this backend and mode, but equal to nothing else.
-
-    The versions have their code in common, and Dynamo's guards do not tell the backends of
-    ``scaled_dot_product_attention`` apart. But what is compiled for one Dynamo backend never runs for another one that
-    is not equal to it, whereas those that torch.compile makes are equal if their options are.
-    """
-    backend: Callable[..., Any] = torch._dynamo.lookup_backend("sigswap" if name == "sigswap" else inner)
-    if name == "sigswap":
-        return functools.partial(backend, options={"inner": inner}, mode=mode)
-    if inner == "inductor":
-        patches = {} if mode is None else torch._inductor.list_mode_options(mode)
-        return functools.partial(backend, config_patches=patches)
-    return functools.partial(backend)
-
-
-def _marking_steps(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells CUDA graphs, whose memory all versions share, that nothing of the call before is needed any more.
-
-    They find out by themselves, unless a backward pass never came, as that of a version that failed.
-    """
-
-    def call(**inputs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return compiled(**inputs)
-
-    return call
-
-
-@contextmanager
-def _several_versions(number: int) -> Iterator[None]:
-    """Starts without compiled code, and leaves none.
-
-    AOTAutograd's cache is off, as its key does not have to tell the backends of ``scaled_dot_product_attention`` apart.
-    Inductor's own cache may stay on: its graphs have the backend's operator in them. Dynamo's limit is one of the
-    versions of a function's code, for whichever backend.
-    """
-    import torch._functorch.config
-
-    free()
-    limit = number * torch._dynamo.config.recompile_limit
-    with torch._functorch.config.patch(enable_autograd_cache=False), torch._dynamo.config.patch(recompile_limit=limit):
-        yield
-    free()
+    lacking = dict.fromkeys((name for name in figures if name not in {*measured, *refused}), needed)
+    return Row(cell, dtype, phase, measured, {**refused, **lacking}, quantity, original, unavailable=bool(lacking))
 
 
 # Measuring.
 
 
 def _measure_phase(
-    phase: str, versions: Mapping[str, _Version], refused: dict[str, str], no_memory: bool
+    phase: str, versions: Mapping[str, Version], refused: dict[str, str], no_memory: bool
 ) -> dict[str, _Figures]:
     """The figures of those versions that do not fail; the others' errors go into ``refused``."""
     for version in versions.values():  # all before the first is compiled: what changes later slows guards down
-        version.subject.model.train(phase == "training step")
-    calls = _calls(phase, versions, refused)
+        version.subject.model.train(phase == "training step" and not version.subject.stays_in_eval)
+    calls = warmed_up(versions, refused, functools.partial(_warmed_up, phase))
     contexts = {name: version.context for name, version in versions.items()}
     figures: dict[str, _Figures] = {}
     for name, time in in_turns(repeated_ms, calls, contexts, refused, ROUNDS).items():
         with refusals(name, refused), contexts[name]():
-            further = _gpu_figures(calls[name], no_memory) if _on_gpu(versions[name]) else {}
+            further = _gpu_figures(calls[name], no_memory) if on_gpu(versions[name]) else {}
             figures[name] = {(phase, quantity): value for quantity, value in {"time": time, **further}.items()}
     return figures
 
 
-def _calls(phase: str, versions: Mapping[str, _Version], refused: dict[str, str]) -> dict[str, Callable[[], object]]:
-    """What to measure, compiled.
-
-    Code that Dynamo could not compile for one version it skips from then on, for all: others would have graph breaks
-    there. So when a version fails, all is forgotten, and those that were compiled already are compiled again.
-    """
-    calls: dict[str, Callable[[], object]] = {}
-    waiting = list(versions)
-    while waiting:
-        name = waiting.pop(0)
-        with refusals(name, refused), versions[name].context():
-            calls[name] = _warmed_up(phase, versions[name])
-        if name in refused:
-            free()
-            waiting += calls
-            calls.clear()
-    return {name: calls[name] for name in versions if name in calls}
-
-
-def _warmed_up(phase: str, version: _Version) -> Callable[[], object]:
+def _warmed_up(phase: str, version: Version) -> Callable[[], object]:
     """The call to measure, after it has compiled and tuned, and its result was checked."""
     subject, compiled = version.subject, version.compiled
     if phase == "training step":
         _check_gradients(subject, compiled)
     else:
-        truth = subject.output(_forward(subject, subject.model)) if version.checked else None
-        _check_output(subject.output(_forward(subject, compiled)), truth)
-    call = functools.partial(_step if phase == "training step" else _forward, subject, compiled)
+        truth = subject.output(forward(subject, subject.model)) if version.checked else None
+        check_output(subject.output(forward(subject, compiled)), truth)
+    call = functools.partial(_step if phase == "training step" else forward, subject, compiled)
     for _ in range(2):
         call()
-    if _on_gpu(version):
-        torch.cuda.synchronize()  # lest an error of this version show in the next one
     return call
 
 
@@ -309,15 +148,6 @@ def _gpu_figures(call: Callable[[], object], no_memory: bool) -> dict[str, float
     figures = {} if no_memory else {"memory": peak_mib(call)}
     kernels = launched_kernels(call)
     return {**figures, "kernels": float(kernels)} if kernels else figures  # none: this machine's profiler does not work
-
-
-def _on_gpu(version: _Version) -> bool:
-    return next(version.subject.model.parameters()).is_cuda
-
-
-@torch.no_grad()
-def _forward(subject: Subject, compiled: Callable[..., Any]) -> Any:
-    return compiled(**subject.inputs)
 
 
 def _step(subject: Subject, compiled: Callable[..., Any]) -> None:
@@ -343,17 +173,6 @@ def _check_gradients(subject: Subject, compiled: Callable[..., Any]) -> None:
         _drop_gradients(subject)
 
 
-@torch.no_grad()
-def _check_output(output: Tensor, truth: Tensor | None) -> None:
-    """Raises BenchmarkError unless the output is finite and, but for rounding, the ``truth``, if that is known."""
-    if not output.isfinite().all():
-        raise BenchmarkError("wrong result: not all outputs are finite")
-    if truth is not None:
-        error = ((output.float() - truth.float()).norm() / truth.float().norm()).item()
-        if not error <= TOLERANCE:
-            raise BenchmarkError(f"wrong result: the relative error of the compiled model's output is {error:.2g}")
-
-
 # Models.
 
 
@@ -368,199 +187,17 @@ def build(cell: ModelCell, dtype: torch.dtype, device: str) -> Subject:
         return _BUILDERS[cell.model](cell, dtype)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block with QK-norm, rotary embeddings and LayerScale; causal."""
-
-    cos: Tensor  # [length, head_dim / 2], as is sin
-    sin: Tensor
-
-    def __init__(self, dim: int, heads: int, length: int) -> None:
-        super().__init__()
-        head_dim = dim // heads
-        self.head_dim = head_dim
-        self.attention_norm = nn.RMSNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.query_norm = nn.RMSNorm(head_dim)
-        self.key_norm = nn.RMSNorm(head_dim)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.attention_scale = nn.Parameter(torch.full((dim,), 0.1))
-        self.mlp_norm = nn.RMSNorm(dim)
-        self.up = nn.Linear(dim, 4 * dim, bias=False)
-        self.down = nn.Linear(4 * dim, dim, bias=False)
-        self.mlp_scale = nn.Parameter(torch.full((dim,), 0.1))
-        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angles = torch.outer(torch.arange(length), frequencies)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: [batch, length, dim], and so is the result."""
-        batch, length, dim = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head_dim]
-        query, key = self._rotate(self.query_norm(query)), self._rotate(self.key_norm(key))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.attention_scale * self.out(attended.transpose(1, 2).reshape(batch, length, dim))
-        out: Tensor = x + self.mlp_scale * self.down(F.gelu(self.up(self.mlp_norm(x))))
-        return out
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = self.cos, self.sin
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _block(cell: ModelCell, dtype: torch.dtype) -> Subject:
-    dim, heads = (64, 2) if cell.small else (2048, 16)
-    model = Block(dim, heads, cell.length).to(dtype)
-    x, grad_out = (torch.randn(cell.batch, cell.length, dim, dtype=dtype) for _ in range(2))
-    return Subject(
-        model,
-        inputs={"x": x},
-        training_inputs={"x": x.clone().requires_grad_()},  # from the block before it
-        output=lambda returned: returned,
-        backward=lambda returned: returned.backward(grad_out),
-        peers=_SDPA,
-        counting=tuple(_SDPA),
-    )
-
-
-def _vit(cell: ModelCell, dtype: torch.dtype) -> Subject:
-    small = {"img_size": cell.length, "embed_dim": 64, "depth": 1, "num_heads": 2, "num_classes": 10}
-    model = _timm("vit_base_patch16_224", small if cell.small else {})
-    return _on_images(model.to(dtype), cell, dtype, _SDPA, tuple(_SDPA))
-
-
-def _swin(cell: ModelCell, dtype: torch.dtype) -> Subject:
-    """Without stochastic depth, so that each run computes the same. What counts is timm's default, which is unfused."""
-    sizes: dict[str, Any] = {"drop_path_rate": 0.0}
-    if cell.small:
-        sizes.update(img_size=cell.length, embed_dim=32, depths=(2,), num_heads=(2,), num_classes=10)
-    model = _timm("swin_tiny_patch4_window7_224", sizes)
-    fused = next(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn"))
-    peers = {
-        "unfused": ModelPeer(prepare=functools.partial(_fuse, fused=False)),
-        "sdpa": ModelPeer(prepare=functools.partial(_fuse, fused=True)),
-    }
-    return _on_images(model.to(dtype), cell, dtype, peers, ("sdpa" if fused else "unfused",))
-
-
-def _timm(name: str, sizes: Mapping[str, Any]) -> nn.Module:
-    model: nn.Module = require("timm", "vision").create_model(name, **sizes)
-    return model
-
-
-def _on_images(
-    model: nn.Module,
-    cell: ModelCell,
-    dtype: torch.dtype,
-    peers: Mapping[str, ModelPeer],
-    counting: tuple[str, ...],
-) -> Subject:
-    """A classifier of images."""
-    images = {"x": torch.randn(cell.batch, 3, cell.length, cell.length, dtype=dtype)}
-    labels = torch.arange(cell.batch) % 10
-    return Subject(
-        model,
-        inputs=images,
-        training_inputs=images,
-        output=lambda returned: returned,
-        backward=lambda returned: torch.autograd.backward(F.cross_entropy(returned, labels)),
-        peers=peers,
-        counting=counting,
-    )
-
-
-def _fuse(model: Any, fused: bool) -> None:
-    """Tells timm's attention modules to use ``scaled_dot_product_attention``, or not to."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
-
-
-def _llama(cell: ModelCell, dtype: torch.dtype) -> Subject:
-    transformers = require("transformers", "hf")
-    sizes = {
-        "hidden_size": 64 if cell.small else 2048,
-        "num_hidden_layers": 1 if cell.small else 16,
-        "num_attention_heads": 4 if cell.small else 32,
-        "num_key_value_heads": 2 if cell.small else 8,
-        "head_dim": 16 if cell.small else 64,
-        "intermediate_size": 128 if cell.small else 8192,
-        "vocab_size": 128 if cell.small else 32000,
-        "max_position_embeddings": cell.length,
-    }
-    config = transformers.LlamaConfig(**sizes)
-    # Not .to(dtype), which would round the frequencies of the rotary embeddings.
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    tokens = torch.randint(config.vocab_size, (cell.batch, cell.length))
-    subject = Subject(
-        model,
-        inputs={"input_ids": tokens, "use_cache": False},
-        training_inputs={"input_ids": tokens, "labels": tokens, "use_cache": False},
-        output=lambda returned: returned.logits,
-        backward=lambda returned: returned.loss.backward(),
-        peers=_SDPA,
-        counting=tuple(_SDPA),
-    )
-    if cell.model == "llama-no-mask":
-        subject.after_conversion = _leave_out_mask  # convert sets the implementation to sdpa
-        _leave_out_mask(model)
-    return subject
-
-
-def _leave_out_mask(model: Any) -> None:
-    """Transformers makes no mask for an attention implementation that it has no mask function for."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    model.set_attn_implementation("sdpa_without_mask")
-
-
-def _t5(cell: ModelCell, dtype: torch.dtype) -> Subject:
-    """Without dropout, so that each run computes the same."""
-    transformers = require("transformers", "hf")
-    config = transformers.T5Config(
-        d_model=64 if cell.small else 768,
-        d_kv=16 if cell.small else 64,
-        d_ff=128 if cell.small else 3072,
-        num_layers=1 if cell.small else 12,
-        num_heads=4 if cell.small else 12,
-        vocab_size=128 if cell.small else 32128,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
-    source, target = torch.randint(1, config.vocab_size, (2, cell.batch, cell.length))
-    peers = {
-        "unfused": ModelPeer(prepare=functools.partial(_set_attention, implementation="eager")),
-        "sdpa": ModelPeer(prepare=functools.partial(_set_attention, implementation="sdpa")),
-    }
-    return Subject(
-        model,
-        inputs={"input_ids": source, "decoder_input_ids": target, "use_cache": False},
-        training_inputs={"input_ids": source, "labels": target, "use_cache": False},
-        output=lambda returned: returned.logits,
-        backward=lambda returned: returned.loss.backward(),
-        peers=peers,
-        counting=tuple(peers),
-    )
-
-
-def _set_attention(model: Any, implementation: str) -> None:
-    """Sets the attention implementation of a transformers model, and of its parts."""
-    for part in model.modules():
-        if hasattr(part, "set_attn_implementation"):
-            part.set_attn_implementation(implementation)
-
-
-_SDPA = {name: ModelPeer(context) for name, context in BACKENDS.items()}
 _BUILDERS: dict[str, Callable[[ModelCell, torch.dtype], Subject]] = {
-    "block": _block,
-    "vit": _vit,
-    "llama": _llama,
-    "llama-no-mask": _llama,
-    "swin": _swin,
-    "t5": _t5,
+    "block": plain_models.block,
+    "vit": plain_models.vit,
+    "llama": transformers_models.llama,
+    "llama-no-mask": transformers_models.llama,
+    "llama-right-padding": transformers_models.padded_llama,
+    "llama-left-padding": transformers_models.padded_llama,
+    "llama-packed": transformers_models.packed_llama,
+    "gemma2": transformers_models.gemma2,
+    "swin": plain_models.swin,
+    "t5": transformers_models.t5,
+    "t5-padding": transformers_models.t5,
+    "whisper": transformers_models.whisper,
 }

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigswap.bench.cells import DTYPES, Cell, ModelCell
+from sigswap.bench.cells import DTYPES, Cell, GenerationCell, ModelCell
 from sigswap.bench.peers import peer_names, peers_of
 from sigswap.errors import ArgumentError
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 class Row:
     """One phase of one cell.
 
-    ``measured``: by implementation ("sigswap" or a peer): milliseconds; in the suite host microseconds; in the phase
-    memory MiB. ``reasons``: why an implementation was not measured. In the suite models ``quantity`` says what was
-    measured ("time", "memory" in MiB or "kernels", their number), and ``original`` which peer counts as the model
-    without sigswap. ``unavailable``: this machine lacks what the row needs, so nothing is measured, and nothing failed.
+    ``measured``: by implementation ("sigswap" or a peer): milliseconds (in the suite generation: of a step, in which
+    each sequence gets a token); in the suite host microseconds; in the phase memory MiB. ``reasons``: why an
+    implementation was not measured. In the suite models ``quantity`` says what was measured ("time", "memory" in MiB or
+    "kernels", their number), and ``original`` which peer counts as the model without sigswap. ``unavailable``: this
+    machine lacks what the row needs, so nothing is measured, and nothing failed.
     """
 
-    cell: Cell | ModelCell
+    cell: Cell | ModelCell | GenerationCell
     dtype: str
     phase: str
     measured: dict[str, float]
@@ -37,7 +38,10 @@ class Row:
 
     @property
     def unit(self) -> str:
-        """Of :meth:`value`: "TFLOP/s", "GB/s" (of key and value), "us" (per call), "ms", "MiB" or "kernels"."""
+        """Of :meth:`value`: "TFLOP/s", "GB/s" (of key and value), "us" (per call), "ms", "MiB", "kernels" or
+        "tokens/s" (of all sequences)."""
+        if isinstance(self.cell, GenerationCell):
+            return "tokens/s"
         if isinstance(self.cell, ModelCell):
             return {"time": "ms", "memory": "MiB", "kernels": "kernels"}[self.quantity]
         if self.phase == "memory":
@@ -49,6 +53,8 @@ class Row:
         measured = self.measured.get(name)
         if measured is None or isinstance(self.cell, ModelCell) or self.unit in ("MiB", "us", "ms"):
             return measured
+        if isinstance(self.cell, GenerationCell):
+            return 1e3 * self.cell.batch / measured
         if self.unit == "GB/s":
             return self.cell.kv_bytes(DTYPES[self.dtype]) / measured / 1e6
         flops = self.cell.backward_flops if self.phase == "backward" else self.cell.forward_flops
@@ -127,7 +133,7 @@ class Benchmark:
         if name in row.reasons:
             return {"reason": row.reasons[name]}
         result: dict[str, Any] = {"value": row.value(name)}
-        if row.unit in ("TFLOP/s", "GB/s"):
+        if row.unit in ("TFLOP/s", "GB/s", "tokens/s"):
             result["milliseconds"] = row.measured[name]
         if name != "sigswap":
             result["ratio"] = row.ratio(name)

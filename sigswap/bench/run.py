@@ -2,8 +2,8 @@
 
 The suites are lists of cells, a cell is one problem. In each, sigswap's result is first compared with a float64
 computation of some rows and keys, so that a wrong kernel gets no figure. Then sigswap and its peers are timed in
-turns, on the same tensors. The peers' results are not checked: theirs is another function (softmax). The suite models
-runs whole models, and differs: see :mod:`sigswap.bench.models`.
+turns, on the same tensors. The peers' results are not checked: theirs is another function (softmax). The suites models
+and generation run whole models, and differ: see :mod:`sigswap.bench.models` and :mod:`sigswap.bench.generation`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sigswap.bench import generation, own
 from sigswap.bench import models as bench_models
-from sigswap.bench import own
-from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, ModelCell, cells, phases
+from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, GenerationCell, ModelCell, cells, phases
 from sigswap.bench.correctness import check
 from sigswap.bench.inputs import make_inputs
 from sigswap.bench.peers import find_peer, peer_names, peers_of
@@ -48,13 +48,14 @@ def run(
     """Measures on the current CUDA device.
 
     Args:
-        suites: Of ``SUITES``; None: ``DEFAULT_SUITES``, which is all but features and models.
+        suites: Of ``SUITES``; None: ``DEFAULT_SUITES``, all but features, models and generation.
         labels: Glob patterns of the cells' labels, such as "ViT*"; None: all cells of the suites.
         peers: Of ``sigswap.bench.peers.PEERS``, by name; None: all, but those that compile or tune for each shape (and
-            in the suite models any) in some cells only. Named here, they run in all cells that they can.
+            in models and generation any) in some cells only. Named here, they run in all cells that they can.
         dtype: Of ``DTYPES``.
         quick: The fewest cells, to see that it works.
-        mode: Of torch.compile, in the suite models: of ``MODES``. None: its default.
+        mode: Of torch.compile, in the suites models and generation: of ``MODES``. None: its default, but in
+            generation CUDA graphs ("reduce-overhead").
         console: Shows the progress.
 
     Raises:
@@ -70,7 +71,9 @@ def run(
         raise ArgumentError(f"no cell of {', '.join(suites)} has a label like {', '.join(labels or ())}.")
     _require_gpu()
     packages = [peer.package for suite in suites for peer in peers_of(suite) if peer.package and peer.name in wanted]
-    machine = _machine([*dict.fromkeys(packages), *(("timm", "transformers") if "models" in suites else ())])
+    needed = {"models": ("timm", "transformers"), "generation": ("transformers",)}
+    packages += [package for suite in suites for package in needed.get(suite, ())]
+    machine = _machine(list(dict.fromkeys(packages)))
     if mode is not None:
         machine["mode"] = mode
     rows: list[Row] = []
@@ -86,6 +89,8 @@ def run(
             try:
                 if isinstance(cell, ModelCell):
                     rows += bench_models.measure(cell, dtype, named, left_out, mode=mode)
+                elif isinstance(cell, GenerationCell):
+                    rows += generation.measure(cell, dtype, named, left_out, mode=mode)
                 else:
                     rows += measure(cell, dtype, named, left_out)
                 free()
@@ -95,9 +100,9 @@ def run(
     return Benchmark(machine, dtype, copy, rows, stopped)
 
 
-def _left_out(cell: Cell | ModelCell) -> Sequence[str]:
+def _left_out(cell: Cell | ModelCell | GenerationCell) -> Sequence[str]:
     """The peers that are not measured in the cell unless they are asked for."""
-    if isinstance(cell, ModelCell):
+    if isinstance(cell, ModelCell | GenerationCell):
         return cell.without
     longer = SETUPS[SETUPS.index(cell.setup) + 1 :]
     return [peer.name for peer in peers_of(cell.suite) if peer.setup in longer]

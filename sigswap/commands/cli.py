@@ -361,7 +361,7 @@ def bench(
         typer.Option(
             "--suite",
             metavar="|".join((*SUITES, DISTRIBUTED)),
-            help="Default: all but features, models, distributed. Can be repeated.",
+            help="Default: all but features, models, generation, distributed. Can be repeated.",
         ),
     ] = None,
     cell: Annotated[
@@ -382,7 +382,8 @@ def bench(
     mode: Annotated[
         str | None,
         typer.Option(
-            metavar="reduce-overhead|max-autotune", help="torch.compile's, for the models of the suite models."
+            metavar="reduce-overhead|max-autotune",
+            help="torch.compile's, in the suites models and generation; there it is reduce-overhead by default.",
         ),
     ] = None,
     json_file: Annotated[
@@ -413,6 +414,9 @@ def bench(
     models: whole compiled models, a forward pass and a training step without the optimizer: milliseconds, peak memory
     beyond the weights, and kernels launched. It compiles each model several times, which takes many minutes, so it
     runs only if it is named; a model whose package (timm, transformers) is not installed is left out.
+
+    generation: tokens per second of a Llama of 1B, compiled with CUDA graphs, on a static cache of 2,048 and 16,384
+    tokens, for one sequence and 32. It runs only if it is named.
 
     distributed: in the processes that torchrun starts (torchrun --nproc-per-node 2 --no-python sigswap bench --suite
     distributed): a step of training under data (FSDP2), tensor and context parallelism, beside softmax attention under

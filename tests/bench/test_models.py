@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from sigswap.bench import models as bench_models
-from sigswap.bench import timing
-from sigswap.bench.cells import DEFAULT_SUITES, ModelCell, cells
+from sigswap.bench import plain_models, timing, versions
+from sigswap.bench import subject as subjects
+from sigswap.bench.cells import DEFAULT_SUITES, MODELS, ModelCell, cells
 from sigswap.bench.peers import peers_of
 from sigswap.bench.results import Benchmark, Row
 from sigswap.commands.cli import app
@@ -38,7 +39,7 @@ def test_model_cells() -> None:
     assert "models" not in DEFAULT_SUITES
     peers = {peer.name for peer in peers_of("models")}
     for some in (full, quick):
-        assert {cell.model for cell in some} == set(bench_models.MODELS)
+        assert {cell.model for cell in some} == set(MODELS) == set(bench_models._BUILDERS)
         assert len({cell.label for cell in some}) == len(some)
         assert all(cell.suite == "models" and set(cell.without) <= peers for cell in some)
     assert [cell.label for cell in full[:2]] == ["block 4 x 4096", "ViT-B/16 256 x 224"]
@@ -74,7 +75,11 @@ def test_figures_of_models() -> None:
         ("block", "sdpa", ()),
         ("llama-no-mask", "sdpa", ("transformers",)),
         ("swin", "unfused", ("timm",)),
-        ("t5", "unfused", ("transformers",)),
+        ("t5-padding", "unfused", ("transformers",)),
+        ("llama-left-padding", "sdpa", ("transformers",)),
+        ("llama-packed", "sdpa", ("transformers",)),
+        ("gemma2", "unfused", ("transformers",)),
+        ("whisper", "sdpa", ("transformers",)),
     ],
 )
 def test_a_model_is_measured_on_a_cpu(model: str, peer: str, packages: tuple[str, ...]) -> None:
@@ -109,8 +114,8 @@ def test_a_model_is_measured_in_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 3 + bench_models.ROUNDS * (1 + timing.LONG_CALLS)
     assert len(marks) == len(bench_models.PHASES) * 2 * calls  # in each call of each of the two
     assert not Benchmark({}, "fp32", None, rows).failures
-    assert bench_models.keeps_memory("reduce-overhead") and bench_models.keeps_memory("max-autotune")
-    assert not bench_models.keeps_memory("max-autotune-no-cudagraphs") and not bench_models.keeps_memory(None)
+    assert versions.keeps_memory("reduce-overhead") and versions.keeps_memory("max-autotune")
+    assert not versions.keeps_memory("max-autotune-no-cudagraphs") and not versions.keeps_memory(None)
 
 
 class Recorder:
@@ -162,8 +167,8 @@ def test_each_version_of_a_model_runs_in_its_turns(
     for package in packages:
         pytest.importorskip(package)
     recorder = Recorder()
-    by_hand = bench_models.ModelPeer(functools.partial(sdpa_kernel, SDPBackend.MATH))  # which a CPU has
-    monkeypatch.setitem(bench_models._SDPA, "efficient", by_hand)
+    by_hand = subjects.ModelPeer(functools.partial(sdpa_kernel, SDPBackend.MATH))  # which a CPU has
+    monkeypatch.setitem(subjects.SDPA, "efficient", by_hand)
     monkeypatch.setattr(bench_models, "repeated_ms", recorder.timed)
     cell = next(cell for cell in cells("models", quick=True) if cell.model == model)
     rows = bench_models.measure(cell, "fp32", list(attentions), device="cpu", inner=recorder)
@@ -198,7 +203,7 @@ def test_a_peer_that_fails_to_compile_leaves_the_others_as_they_are(monkeypatch:
 
 def test_more_versions_than_dynamo_compiles_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = ("fa2", "cudnn", "efficient", "sdpa")
-    monkeypatch.setattr(bench_models, "_SDPA", dict.fromkeys(peers, bench_models.ModelPeer()))
+    monkeypatch.setattr(plain_models, "SDPA", dict.fromkeys(peers, subjects.ModelPeer()))
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         cell = ModelCell("block", 2, 32, small=True)
         rows = bench_models.measure(cell, "fp32", peers, device="cpu", inner="eager")
@@ -209,9 +214,9 @@ def test_more_versions_than_dynamo_compiles_of_a_function(monkeypatch: pytest.Mo
 def test_a_peer_that_fails_in_training_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
 
-    def build(*arguments: Any) -> bench_models.Subject:
+    def build(*arguments: Any) -> subjects.Subject:
         subject = original(*arguments)
-        subject.peers = {"fa2": bench_models.ModelPeer(failing), "sdpa": bench_models.ModelPeer()}
+        subject.peers = {"fa2": subjects.ModelPeer(failing), "sdpa": subjects.ModelPeer()}
         backward = subject.backward
 
         def fail_late(returned: Any) -> None:
@@ -256,7 +261,7 @@ def test_a_wrong_model_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         """Computes something else when it is compiled."""
         model.register_forward_hook(lambda _, __, out: 2 * out if torch.compiler.is_compiling() else out)
 
-    monkeypatch.setattr(bench_models, "convert", wrong)
+    monkeypatch.setattr(versions, "convert", wrong)
     rows = bench_models.measure(ModelCell("block", 2, 32, small=True), "fp32", [], device="cpu", inner="eager")
     for row in rows:
         assert not row.measured and "relative error of the compiled model's output is" in row.reasons["sigswap"]
@@ -265,9 +270,9 @@ def test_a_wrong_model_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_outputs_that_are_not_finite_are_wrong() -> None:
     out = torch.ones(3, 4)
-    bench_models._check_output(out, out)
+    versions.check_output(out, out)
     with pytest.raises(BenchmarkError, match="not all outputs are finite"):
-        bench_models._check_output(out * torch.nan, None)
+        versions.check_output(out * torch.nan, None)
 
 
 @pytest.mark.gpu

@@ -421,7 +421,10 @@ def test_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite", "trian"), "suite 'trian' is not one of train, short, decode, varlen, host, features, models."),
+        (
+            ("--suite", "trian"),
+            "suite 'trian' is not one of train, short, decode, varlen, host, features, models, generation.",
+        ),
         (("--peers", "fa5"), "peer 'fa5' is not one of fa2, fa3, fa4, cudnn,"),
         (("--cell", "ViT*"), "no cell of train, short, decode, varlen, host has a label like ViT*."),
         (("--dtype", "int8"), "dtype 'int8' is not one of bf16, fp16, fp32."),

@@ -140,6 +140,25 @@ def test_llama_in_training_is_causal() -> None:
     assert node.args[4] is None and node.kwargs["is_causal"] and node.kwargs["window_left"] == -1
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_positions_that_are_repeated(whole: bool) -> None:
+    """For each sequence, as Whisper's, they go up evenly; behind one another they do not."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, _, n, _ = q.shape
+        at = torch.arange(n).unsqueeze(0).repeat(batch, 1) if whole else torch.arange(n // 2).repeat(batch, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=at[:, None, :, None] >= at[:, None, None, :])
+
+    graphs = Graphs()
+    q, k, v = (torch.randn(B, HEADS, 8, D) for _ in range(3))
+    out = graphs.compile(attention)(q, k, v)
+    at = torch.arange(8) if whole else torch.arange(4).repeat(2)
+    scores = (q.double() @ k.double().mT * D**-0.5).masked_fill(at[:, None] < at, -math.inf)
+    close(out, handwritten.sigmoid(scores, -1) @ v.double())
+    (node,) = graphs.calls
+    assert node.kwargs["is_causal"] == whole and (node.args[4] is None) == whole
+
+
 def _prefix(n: int) -> Tensor:
     mask = torch.full((n, n), -math.inf)
     mask[:, :3] = 0

@@ -93,7 +93,7 @@ def _compiled_backward_can_repeat() -> Iterator[None]:
 FLEX = Peer(
     "flex",
     "FlexAttention with a softmax, compiled",
-    ("train", "short", "decode", "varlen", "features"),
+    ("train", "short", "decode", "varlen", "features", "models", "generation"),
     _build,
     setup="compile",
     features=("softcap", "window", "mask", "bias"),

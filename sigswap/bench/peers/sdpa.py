@@ -94,14 +94,14 @@ def _not_packed(cell: Cell, dtype: torch.dtype) -> str | None:
 FA2 = Peer(
     "fa2",
     "FlashAttention-2, a backend of SDPA; on packed sequences torch.nn.attention.varlen",
-    ("train", "short", "decode", "varlen", "features", "models"),
+    ("train", "short", "decode", "varlen", "features", "models", "generation"),
     _fa2,
     features=("dropout",),
 )
 CUDNN = Peer(
     "cudnn",
     "cuDNN, a backend of SDPA",
-    ("train", "short", "decode", "features", "models"),
+    ("train", "short", "decode", "features", "models", "generation"),
     functools.partial(_dense, "cudnn"),
     features=("dropout", "mask", "bias"),
     why_not=_not_packed,
@@ -109,12 +109,17 @@ CUDNN = Peer(
 EFFICIENT = Peer(
     "efficient",
     "memory-efficient attention, a backend of SDPA",
-    ("train", "short", "decode", "features", "models"),
+    ("train", "short", "decode", "features", "models", "generation"),
     functools.partial(_dense, "efficient"),
     features=("dropout", "mask", "bias"),
     why_not=_not_packed,
 )
-SDPA = Peer("sdpa", "SDPA with the backend that PyTorch chooses", ("host", "models"), functools.partial(_dense, "sdpa"))
+SDPA = Peer(
+    "sdpa",
+    "SDPA with the backend that PyTorch chooses",
+    ("host", "models", "generation"),
+    functools.partial(_dense, "sdpa"),
+)
 PADDED = Peer("padded", "SDPA on padded sequences", ("varlen",), _padded)
 NESTED = Peer("nested", "SDPA on jagged nested tensors", ("varlen",), _nested)
 UNFUSED = Peer("unfused", "attention that a model computes with matrix products and a softmax", ("models",))
