@@ -318,7 +318,8 @@ def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
 ) -> None:
     bias = "rows" if bias == "given rows" else bias
     spilled = {2: 16, 3: 32, 4: 288}[tile.warpgroups] if max(dims) <= 128 else 40
-    assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, capped=True)
+    given = {"capped": True, "sums": grouped}
+    assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, **given)
 
 
 def assert_forward_products_in_flight(
@@ -332,12 +333,13 @@ def assert_forward_products_in_flight(
     folder: Path,
     *,
     capped: bool = False,
+    sums: bool = False,
 ) -> None:
-    """dims: head_dim, and value's."""
+    """dims: head_dim, and value's. sums: whether those of rows are asked for."""
     constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows", "CAP": capped}
     constants |= tile.arguments(*dims)
     absent: dict[str, Any] = {} if bias else {"bias": None}
-    absent |= {} if capped else {"sum_out": None}
+    absent |= {} if sums else {"sum_out": None}
     tiles: dict[str, int | tuple[int, int]] = {"q": (64, tile.part), "k": (tile.keys, tile.part)}
     tiles |= {"v": (tile.keys, tile.v_part), "out": (64, tile.stored)}
     assert_products_in_flight(hopper_fwd._kernel, tiles, 0, dtype, spilled, folder, **constants, **absent)
