@@ -949,9 +949,11 @@ def test_hopper_capped_sees_no_future_keys(dim: int) -> None:
         other_value[:, :, row + 1 :] = 1e4
         other = Problem(query, other_key, other_value, None, None, None, options, row_sums=torch.empty_like(row_sums))
         other_out = hopper_fwd.forward(other)
-        assert torch.equal(out[:, :, : row + 1], other_out[:, :, : row + 1])
         assert other.row_sums is not None
-        assert torch.equal(row_sums[:, :, : row + 1], other.row_sums[:, :, : row + 1])
+        # Large scores of other rows make a warp take the accurate form.
+        for one, two in ((out, other_out), (row_sums, other.row_sums)):
+            one, two = one[:, :, : row + 1].float(), two[:, :, : row + 1].float()
+            assert ((one - two).norm(dim=-1) <= 5e-3 * one.norm(dim=-1)).all()
 
 
 @pytest.mark.gpu
