@@ -535,13 +535,13 @@ def _kernel(
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
 
-    if not _BY_PRODUCT or (not CAP and sum_out is None):
-        ones: gl.constexpr = 0
-    else:
+    if _BY_PRODUCT and (CAP or sum_out is not None):
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, KEYS], dtype)
         ones = gl.allocate_shared_memory(dtype, [1, 8, KEYS], ones_layout)
         ones.index(0).store(gl.full([8, KEYS], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
         fence_async_shared()
+    else:
+        ones: gl.constexpr = 0
 
     computing = (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
