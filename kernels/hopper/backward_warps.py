@@ -49,8 +49,6 @@ KEYS, STAGES = 128, 3
 
 _KEYS, _STAGES = tl.constexpr(KEYS), tl.constexpr(STAGES)
 
-_HELD = tl.constexpr(0)  # experiment at 64: 1: values are held in registers; 2: keys, too
-
 
 @gluon.jit
 def load(
@@ -250,18 +248,12 @@ def compute(
         s_start = start_at_biases(biases.index(0), scale, of_scores, HALF)
     else:
         s_start = start_of_scores(biases, of_scores, HALF, BANDED)
-    held_keys = cut(keys.slice(PART * HALF, HALF, 0), CUT)
-    held_values = cut(values.slice(PART * HALF, HALF, 0), CUT)
-    if _HELD > 0 and DIM == 64:
-        held_values = (held_values[0].load(gl.DotOperandLayout(0, of_scores, 2)),)
-    if _HELD > 1 and DIM == 64:
-        held_keys = (held_keys[0].load(gl.DotOperandLayout(0, of_scores, 2)),)
-    s_token = start_over_columns(held_keys, rows, s_start, BY_ROW)
+    s_token = start_over_columns(cut(keys.slice(PART * HALF, HALF, 0), CUT), rows, s_start, BY_ROW)
     dp_start = no_scores
     if DELTA:
         minus = minus_of_keys(col0 + key, kv_len)
         dp_start = start_at_delta(deltas.index(0), minus, of_scores)
-    dp_token = start_over_columns(held_values, grads, dp_start, DELTA)
+    dp_token = start_over_columns(cut(values.slice(PART * HALF, HALF, 0), CUT), grads, dp_start, DELTA)
     s = warpgroup_mma_wait(PIECES, deps=[s_token])
     p = probabilities(
         s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
@@ -335,9 +327,8 @@ def compute(
             s_start = start_at_biases(biases.index(stage), scale, of_scores, HALF)
         rows = cut(q_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
         grads = cut(do_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
-        own_values = held_values if _HELD > 0 and DIM == 64 else cut(values_now.slice(PART * HALF, HALF, 0), CUT)
-        own_keys = held_keys if _HELD > 1 and DIM == 64 else cut(keys_now.slice(PART * HALF, HALF, 0), CUT)
-        s_token = start_over_columns(own_keys, rows, s_start, BY_ROW)
+        own_values = cut(values_now.slice(PART * HALF, HALF, 0), CUT)
+        s_token = start_over_columns(cut(keys_now.slice(PART * HALF, HALF, 0), CUT), rows, s_start, BY_ROW)
         dp_start = no_scores
         if APART:
             if DELTA:

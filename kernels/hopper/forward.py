@@ -29,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -71,8 +70,6 @@ ROWS = 64
 """Of a warpgroup."""
 
 _ROWS = tl.constexpr(ROWS)
-
-_BY_PRODUCT = tl.constexpr(False)  # experiment: row sums by a product with ones, eight columns wide
 
 
 def supports(problem: Problem) -> bool:
@@ -164,12 +161,6 @@ def _row_biases(
 def _partial_sums(p):
     """Of each row four numbers: the sums of what each of four threads has of it."""
     return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _start_row_sums(operands, ones, sums, LAYOUT: gl.constexpr):
-    operand = gl.convert_layout(operands[0], gl.DotOperandLayout(0, LAYOUT, 2))
-    return (warpgroup_mma(operand, ones.index(0).permute((1, 0)), sums[0], is_async=True),)
 
 
 @gluon.jit
@@ -293,7 +284,7 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    shared, sum_out, bias, ones,
+    shared, sum_out, bias,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -313,13 +304,10 @@ def _attend(
     of_first: gl.constexpr = 64 if V_CUT else of_v_part
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, of_first, 16])
     of_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    # Products with values in flight, and sums that they are added to.
-    PIECES: gl.constexpr = 2 if V_CUT else V_PARTS
-    PRODUCTS: gl.constexpr = PIECES + 1 if (CAP or sum_out is not None) and _BY_PRODUCT else PIECES
+    # Products with values in flight.
+    PRODUCTS: gl.constexpr = 2 if V_CUT else V_PARTS
     dtype: gl.constexpr = k_tiles.dtype
     SUMS: gl.constexpr = CAP or sum_out is not None
-    BY_PRODUCT: gl.constexpr = SUMS and _BY_PRODUCT
-    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     # All but the last rows may see no key of the last blocks.
     SKIPS: gl.constexpr = HAS_RIGHT and KEYS <= (WARPGROUPS - 1 - PART) * _ROWS
     NEXT: gl.constexpr = (PART + 1) % WARPGROUPS
@@ -367,8 +355,6 @@ def _attend(
         sums = (gl.zeros([_ROWS, of_first], gl.float32, of_out),) * V_PARTS
         if V_CUT:
             sums += (gl.zeros([_ROWS, 32], gl.float32, of_rest),)
-        if BY_PRODUCT:
-            counted = (gl.zeros([_ROWS, 8], gl.float32, of_sums),)
 
         # Scores of the first block of keys.
         mbarrier.wait(q_full, q_phase)
@@ -392,7 +378,7 @@ def _attend(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
             HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
-        if SUMS and not BY_PRODUCT:
+        if SUMS:
             partial_sums = _partial_sums(p)
         p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
@@ -410,8 +396,6 @@ def _attend(
             mbarrier.wait(v_full.index(stage_before), phase_before)
             values = _columns(v_tiles, stage_before * V_PARTS, V_PARTS, V_CUT)
             sum_tokens = start_by_columns(p_operands, values, sums, V_CUT)
-            if BY_PRODUCT:
-                sum_tokens += _start_row_sums(p_operands, ones, counted, of_sums)
             if TURNS:
                 sync()  # all four warps have had their turn
                 mbarrier.arrive(turns.index(NEXT))
@@ -424,12 +408,9 @@ def _attend(
                 s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
                 fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
             )  # fmt: skip
-            if SUMS and not BY_PRODUCT:
+            if SUMS:
                 partial_sums += _partial_sums(p)
-            results = _added(sum_tokens, p_operands)
-            if BY_PRODUCT:
-                counted = results[PIECES:]
-            sums = results[:PIECES]
+            sums = _added(sum_tokens, p_operands)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
             p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
@@ -443,20 +424,13 @@ def _attend(
                 mbarrier.arrive(turns.index(NEXT))
         mbarrier.wait(v_full.index(stage), phase)
         sum_tokens = start_by_columns(p_operands, _columns(v_tiles, stage * V_PARTS, V_PARTS, V_CUT), sums, V_CUT)
-        if BY_PRODUCT:
-            sum_tokens += _start_row_sums(p_operands, ones, counted, of_sums)
-        results = _added(sum_tokens, p_operands)
-        if BY_PRODUCT:
-            counted = results[PIECES:]
-        sums = results[:PIECES]
+        sums = _added(sum_tokens, p_operands)
         tma.store_wait(0)  # The item before has left the tile.
         sync()
         mbarrier.arrive(v_empty.index(stage))
         stage, phase = _next_stage(stage, phase, STAGES)
         factor = 1.0 / P_SCALE
         if SUMS:
-            if BY_PRODUCT:
-                partial_sums = counted[0] * (0.125 / P_SCALE)
             row_sums = _row_sums(
                 partial_sums, row_bias, row, start + KEYS, kv_len, shift, left, right, fast,
                 HAS_LEFT, HAS_RIGHT, FORM, SLOW,
@@ -535,14 +509,6 @@ def _kernel(
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
 
-    if _BY_PRODUCT and (CAP or sum_out is not None):
-        ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, KEYS], dtype)
-        ones = gl.allocate_shared_memory(dtype, [1, 8, KEYS], ones_layout)
-        ones.index(0).store(gl.full([8, KEYS], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-        fence_async_shared()
-    else:
-        ones: gl.constexpr = 0
-
     computing = (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
@@ -557,11 +523,11 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, ones, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, ones, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
@@ -573,15 +539,15 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, ones, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, ones, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, ones, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
@@ -593,19 +559,19 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, ones, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, ones, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, ones, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, ones, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    computing, sum_out, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
                     VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
