@@ -13,6 +13,7 @@ makes that fast:
 - The sums of dQ lie in memory as the registers of a matrix product hold them: each thread adds 16 bytes at a time,
   without a way through shared memory, whose bandwidth is the bottleneck. A second kernel puts them in order.
 - Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them.
+- With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - A bias tensor that differs between rows comes with the queries, worked out before. Its gradient is a product of dS
   with ones, eight columns wide, next to that of dQ: sums over keys cost next to nothing there, and many shuffles in
   registers. It is added up in memory as dQ is.
@@ -34,7 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sigswap.kernels.hopper.backward_common import (
     _ROWS,
     ROWS,
+    Deltas,
     RowTiles,
+    deltas_for,
     heads_at_once,
     row_tiles_for,
     sees_every_block,
@@ -76,19 +79,20 @@ def supports(problem: Problem) -> bool:
 def backward(problem: Problem) -> Gradients:
     grads, written, layouts = gradients_for(problem)
     grad_out = problem.readable_grad_out()
-    plan = _plan(problem.signature, layout_of(grad_out), layouts)
+    plan = _plan(problem.signature, layout_of(grad_out), layouts, problem.row_delta is not None)
     new_query, new_key, new_value, new_bias, _ = written
     assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
+    delta = None if plan.deltas is None else plan.deltas(problem)
     if plan.rows is None:
-        plan.launch(*described, sums, parts, problem.bias, None)
+        plan.launch(*described, sums, parts, problem.bias, None, delta)
         plan.finish(sums, new_query, None)
     else:
         biases, floor = plan.rows.biases(problem, None)
-        plan.launch(*described, sums, None, plan.rows.described(biases), floor)
+        plan.launch(*described, sums, None, plan.rows.described(biases), floor, delta)
         plan.finish(sums, new_query, new_bias if parts is None else parts)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
@@ -111,6 +115,8 @@ def columns_of(signature: Signature) -> int:
 class _Plan(NamedTuple):
     described: tuple[Described, ...]
     """query, key, value, grad_out and the gradients of key and value."""
+    deltas: Deltas | None
+    """Where rows have a cap."""
     launch: Launch
     sums: Layout
     """Of dQ, as the kernel adds it up."""
@@ -122,7 +128,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...]) -> _Plan:
+def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], capped: bool) -> _Plan:
     grad_query, grad_key, grad_value, grad_bias, _ = grads
     assert grad_query is not None and grad_key is not None and grad_value is not None
     width = columns_of(signature)
@@ -160,13 +166,15 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "SUMS": head_sums,
         "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
+        "DELTA": capped,
     }
     bias: Layout | Described | None = signature.bias
     floor = None
     if rows is not None:
         bias, floor = rows.described, rows.biases.floor
         arguments |= rows.arguments()
-    tensors = (*described, sums, parts if head_sums else None, bias, floor)
+    deltas = deltas_for(signature) if capped else None
+    tensors = (*described, sums, parts if head_sums else None, bias, floor, deltas.described if deltas else None)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
@@ -180,7 +188,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     outputs = sums, grad_query, of_rows
     warps = 4 if width == 96 else 8
     finish = Launch(of_tile, programs, signature.device, outputs, finish_arguments, num_warps=warps)
-    return _Plan(described, launch, sums, finish, rows, sum_parts)
+    return _Plan(described, deltas, launch, sums, finish, rows, sum_parts)
 
 
 # Device functions.
@@ -190,11 +198,12 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, sums, parts, bias, floor, stride_bias_b, stride_bias_h,
+    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, stride_bias_b, stride_bias_h,
     heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
     DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
-    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
+    SLOW: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -204,6 +213,7 @@ def _kernel(
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
+    delta: float32 [B * H, M], if DELTA, where rows have a cap: what is subtracted from dP.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
     blocks = gl.cdiv(kv_len, _KEYS)
@@ -262,6 +272,12 @@ def _kernel(
         row_tiles = biases
         row_stride_b = stride_bias_b
         row_stride_h = stride_bias_h
+    if not DELTA:
+        deltas: gl.constexpr = 0
+        of_delta: gl.constexpr = 0
+    else:
+        deltas = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], delta.layout)
+        of_delta = delta
     if not ROW_SUMS:
         ones: gl.constexpr = 0
     else:
@@ -297,18 +313,21 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 0, DIM, APART, VISIBLE, BANDED,
-                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART, VISIBLE,
+                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
                 )),
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 1, DIM, APART, VISIBLE, BANDED,
-                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART, VISIBLE,
+                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
                 )),
                 (add_queries, (
                     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
                     batch, kv_head, heads, group, begin, span, q_len, DIM, ROW_SUMS,
                 )),
-                (load, (loading, row_biases, row_tiles, row_stride_b, row_stride_h, BIAS_ROWS)),
+                (load, (
+                    loading, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
+                    BIAS_ROWS, DELTA,
+                )),
             ],
             [4, 4, 1],
             [200, 88, 24],
@@ -317,14 +336,17 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 0, DIM, APART, VISIBLE, BANDED,
-                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART, VISIBLE,
+                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
                 )),
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, ones, 1, DIM, APART, VISIBLE, BANDED,
-                    HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, P_SCALE, FORM, SLOW,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART, VISIBLE,
+                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
                 )),
-                (load, (loading, row_biases, row_tiles, row_stride_b, row_stride_h, BIAS_ROWS)),
+                (load, (
+                    loading, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
+                    BIAS_ROWS, DELTA,
+                )),
             ],
             [4, 1],
             [240, 24],

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from sigswap.kernels.hopper.common import Numbers, log_of_visible, sigmoid
+from sigswap.kernels.hopper.common import ROW_CAPS, Numbers, log_of_visible, sigmoid
 from sigswap.kernels.host.launch import describable
-from sigswap.kernels.host.layout import contiguous_layout, layout_of
+from sigswap.kernels.host.layout import Layout, contiguous_layout, is_aligned, layout_of, new_tensor
 from sigswap.kernels.host.problem import Problem, Signature
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _LOG2E, _ROW_BIAS_BLOCK
@@ -42,11 +43,11 @@ BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 def takes(problem: Problem) -> bool:
     """Whether a backward in Gluon takes the problem, but for its lengths and the widths of its heads: half precision,
-    without mask, dropout, soft cap and row cap, where all of query, key and value want gradients."""
+    without mask, dropout and soft cap, where all of query, key and value want gradients."""
     signature, grad_out = problem.signature, problem.grad_out
     if grad_out is None or not all(problem.output_mask[:3]):
         return False
-    if signature.attn_mask is not None or not problem.is_uncapped:
+    if signature.attn_mask is not None or not (ROW_CAPS or problem.is_uncapped):
         return False
     if (
         abs(problem.options.scale) < 1e-6
@@ -81,6 +82,29 @@ def visible_keys(signature: Signature) -> int:
     first = 0 if left is None else np.maximum(row - left, 0)
     last = signature.kv_len - 1 if right is None else np.minimum(row + right, signature.kv_len - 1)
     return int(np.maximum(last - first + 1, np.zeros_like(row)).sum())
+
+
+class Deltas(NamedTuple):
+    """How a kernel gets a backward's row_delta."""
+
+    layout: Layout
+    described: Numbers
+
+    def __call__(self, problem: Problem) -> Any:
+        """row_delta is copied, unless it lies as descriptors need it."""
+        delta = problem.row_delta
+        assert delta is not None
+        numbers = delta[..., 0]
+        if numbers.stride() != self.layout.strides or not is_aligned(delta):
+            numbers = new_tensor(self.layout, delta.device).copy_(numbers)
+        return self.described(numbers)
+
+
+def deltas_for(signature: Signature) -> Deltas:
+    batch, heads, rows = signature.query.shape[:3]
+    apart = triton.cdiv(rows, 4) * 4
+    layout = Layout((batch, heads, rows), (heads * apart, apart, 1), torch.float32, True)
+    return Deltas(layout, Numbers(layout, ROWS))
 
 
 class RowTiles(NamedTuple):
@@ -273,3 +297,20 @@ def start_at_biases(biases, scale, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.conste
 def start_row_sums(ds, ones, no_sums):
     """Of dS [keys, rows] the sums over keys: all columns of [rows, 8]."""
     return warpgroup_mma(ds.permute((1, 0)), ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def start_at_delta(deltas, minus, LAYOUT: gl.constexpr):
+    """What the product of value and output gradient is added to below a row cap: minus delta, from numbers [1, rows]
+    that were loaded for the tile.
+
+    minus: minus_of_keys().
+    """
+    numbers = deltas._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return minus[:, None] * numbers.load(gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def minus_of_keys(key, kv_len):
+    """-1 of keys, 0 of those behind the last one, whose dS is then 0, as without delta."""
+    return gl.where(key < kv_len, -1.0, 0.0)

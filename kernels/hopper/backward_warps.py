@@ -22,10 +22,12 @@ from sigswap.kernels.hopper.backward_common import (
     end_of_head,
     load_head_bias,
     lowest_bias,
+    minus_of_keys,
     next_tile,
     probabilities,
     put_row_biases,
     start_at_biases,
+    start_at_delta,
     start_of_scores,
     start_row_sums,
     sum_per_thread,
@@ -49,7 +51,10 @@ _KEYS, _STAGES = tl.constexpr(KEYS), tl.constexpr(STAGES)
 
 
 @gluon.jit
-def load(shared, bias, biases, stride_bias_b, stride_bias_h, BIAS_ROWS: gl.constexpr):
+def load(
+    shared, bias, biases, stride_bias_b, stride_bias_h, delta, deltas, heads,
+    BIAS_ROWS: gl.constexpr, DELTA: gl.constexpr,
+):  # fmt: skip
     """One warp: all that the others compute with."""
     (
         q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty, batch, kv_head, group, col0, begin, span,
@@ -63,12 +68,14 @@ def load(shared, bias, biases, stride_bias_b, stride_bias_h, BIAS_ROWS: gl.const
     start = begin
     for _ in range(group * span):
         mbarrier.wait(empty.index(stage), phase)
+        # A tile of numbers of rows is 4 bytes each.
+        numbers: gl.constexpr = 4 * _ROWS * (BIAS_ROWS + DELTA)
+        mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes + numbers)
         if BIAS_ROWS:
-            mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes + bias.block_type.nbytes)
             place = batch * stride_bias_b + head * stride_bias_h
             load_tile(bias, [place, start], full.index(stage), biases.index(stage))
-        else:
-            mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes)
+        if DELTA:
+            load_tile(delta, [batch * heads + head, start], full.index(stage), deltas.index(stage))
         load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
         load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
         stage += 1
@@ -152,10 +159,11 @@ def add_queries(
 
 @gluon.jit
 def compute(
-    shared, bias, parts, floor, biases, ones,
+    shared, bias, parts, floor, biases, deltas, ones,
     PART: gl.constexpr, DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
-    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
+    SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: dK and dV of its half of the keys, and, unless dQ is left to add_queries(), APART, its
     part of the columns of dQ."""
@@ -241,7 +249,11 @@ def compute(
     else:
         s_start = start_of_scores(biases, of_scores, HALF, BANDED)
     s_token = start_over_columns(cut(keys.slice(PART * HALF, HALF, 0), CUT), rows, s_start, BY_ROW)
-    dp_token = start_over_columns(cut(values.slice(PART * HALF, HALF, 0), CUT), grads, no_scores, False)
+    dp_start = no_scores
+    if DELTA:
+        minus = minus_of_keys(col0 + key, kv_len)
+        dp_start = start_at_delta(deltas.index(0), minus, of_scores)
+    dp_token = start_over_columns(cut(values.slice(PART * HALF, HALF, 0), CUT), grads, dp_start, DELTA)
     s = warpgroup_mma_wait(PIECES, deps=[s_token])
     p = probabilities(
         s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
@@ -317,8 +329,11 @@ def compute(
         grads = cut(do_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
         own_values = cut(values_now.slice(PART * HALF, HALF, 0), CUT)
         s_token = start_over_columns(cut(keys_now.slice(PART * HALF, HALF, 0), CUT), rows, s_start, BY_ROW)
+        dp_start = no_scores
         if APART:
-            dp_token = start_over_columns(own_values, grads, no_scores, False)
+            if DELTA:
+                dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
+            dp_token = start_over_columns(own_values, grads, dp_start, DELTA)
             results = warpgroup_mma_wait(2 * PIECES, deps=dk_tokens + ds_operands)
             dk_acc = results[:PIECES]
             sync()
@@ -341,7 +356,9 @@ def compute(
             slot ^= 1
             if slot == 0:
                 slot_phase ^= 1
-            dp_token = start_over_columns(own_values, grads, no_scores, False)
+            if DELTA:
+                dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
+            dp_token = start_over_columns(own_values, grads, dp_start, DELTA)
 
         s = warpgroup_mma_wait(PIECES, deps=[s_token])
         p = probabilities(

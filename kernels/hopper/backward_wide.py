@@ -9,6 +9,7 @@ not hold them. Here both warpgroups have the same 64 keys, and different product
 - What the second needs of the first is the slope of the sigmoid, p(1 - p), which goes through shared memory in
   float16, times 2^16: so small ones have as many bits as large ones, and more than bfloat16 leaves them.
 - They meet through memory barriers only. While one computes in registers, the other multiplies matrices.
+- With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - dS goes to memory, and a second kernel multiplies it by the keys: dQ. Adding dQ up in memory, as is done for narrower
   heads, takes eight times as many bytes for 64 keys, more than the L2 cache adds while the products are computed.
 - dS of all heads would take much memory. So both kernels are launched by turns, for as many heads as there is memory
@@ -36,7 +37,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sigswap.kernels.hopper.backward_common import (
     _ROWS,
     ROWS,
+    Deltas,
     RowTiles,
+    deltas_for,
     heads_at_once,
     row_tiles_for,
     sees_every_block,
@@ -89,12 +92,13 @@ def supports(problem: Problem) -> bool:
 def backward(problem: Problem) -> Gradients:
     grads, written, layouts = gradients_for(problem)
     grad_out = problem.readable_grad_out()
-    plan = _plan(problem.signature, layout_of(grad_out), layouts)
+    plan = _plan(problem.signature, layout_of(grad_out), layouts, problem.row_delta is not None)
     new_query, new_key, new_value, new_bias, _ = written
     assert new_key is not None and new_value is not None
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [None if by is None else by(tensors[index % 6]) for index, by in enumerate(plan.described)]
+    delta = None if plan.deltas is None else plan.deltas(problem)
     if plan.rows is None:
         bias, floor, by_head, by_row = problem.bias, None, parts, None
     else:
@@ -104,14 +108,14 @@ def backward(problem: Problem) -> Gradients:
         assert plan.sums is not None and plan.finish is not None
         sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
         for launch in plan.launches:
-            launch(*described, None, sums, by_head, bias, floor)
+            launch(*described, None, sums, by_head, bias, floor, delta)
         plan.finish(sums, new_query, by_row)
     else:
         ds = new_tensor(plan.ds.layout, problem.query.device)
         out, read = plan.ds.written(ds), plan.ds.read(ds)
         keys = [None if by is None else by(problem.key) for by in plan.ds.keys]
         for launch, multiply in zip(plan.launches, plan.ds.multiply, strict=True):
-            launch(*described, out, None, by_head, bias, floor)
+            launch(*described, out, None, by_head, bias, floor, delta)
             multiply(read, *keys, new_query, by_row)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
@@ -145,6 +149,8 @@ class _Stored(NamedTuple):
 class _Plan(NamedTuple):
     described: tuple[Described | None, ...]
     """query, key, value, grad_out and the gradients of key and value; then the rest of their columns, if any."""
+    deltas: Deltas | None
+    """Where rows have a cap."""
     launches: tuple[Launch, ...]
     """Several, if dS goes through memory: each of as many heads as there is memory for."""
     ds: _Stored | None
@@ -163,7 +169,7 @@ def _columns(dim: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...]) -> _Plan:
+def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], capped: bool) -> _Plan:
     grad_query, grad_key, grad_value, grad_bias, _ = grads
     assert grad_query is not None and grad_key is not None and grad_value is not None
     band = signature.band()
@@ -210,6 +216,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "SUMS": head_sums,
         "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
+        "DELTA": capped,
         "STAGES": _stages(signature),
     }
     bias: Layout | Described | None = signature.bias
@@ -218,14 +225,18 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         bias, floor = rows.described, rows.biases.floor
         arguments |= rows.arguments()
     ds = None if stored is None else stored.written
-    tensors = (*described, ds, sums, parts if head_sums else None, bias, floor)
+    deltas = deltas_for(signature) if capped else None
+    tensors = (
+        *(*described, ds, sums, parts if head_sums else None, bias, floor),
+        None if deltas is None else deltas.described,
+    )
     launches = []
     for first in firsts:
         count = min(among, units - first)
         at_once = heads_at_once(signature, blocks, count)
         own = arguments | {"first_unit": first, "units": count, "at_once": at_once}
         launches.append(Launch(_kernel, blocks * count, signature.device, tensors, own, num_warps=4))
-    return _Plan(described, tuple(launches), stored, sums, finish, rows, sum_parts)
+    return _Plan(described, deltas, tuple(launches), stored, sums, finish, rows, sum_parts)
 
 
 def _stages(signature: Signature) -> int:
@@ -284,12 +295,13 @@ def _first_part(width: int) -> int:
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "first_unit", "units", "at_once",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, q_rest, k_rest, v_rest, do_rest, dk_rest, dv_rest, ds, sums, parts, bias, floor,
+    q, k, v, do, dk, dv, q_rest, k_rest, v_rest, do_rest, dk_rest, dv_rest, ds, sums, parts, bias, floor, delta,
     stride_bias_b, stride_bias_h, heads, group, q_len, kv_len, left, right, scale, const_bias,
     first_unit, units, at_once,
     VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
-    GROUPED: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, STAGES: gl.constexpr,
+    GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 64 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -299,6 +311,7 @@ def _kernel(
     parts: float32 [B, H, blocks of keys, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
+    delta: float32 [B * H, M], if DELTA, where rows have a cap: what is subtracted from dP.
     """
     # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
     blocks = gl.cdiv(kv_len, _KEYS)
@@ -376,6 +389,12 @@ def _kernel(
         row_tiles = biases
         row_stride_b = stride_bias_b
         row_stride_h = stride_bias_h
+    if not DELTA:
+        deltas: gl.constexpr = 0
+        of_delta: gl.constexpr = 0
+    else:
+        deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _ROWS], delta.layout)
+        of_delta = delta
     if STORED or not ROW_SUMS:
         ones: gl.constexpr = 0
     else:
@@ -419,17 +438,18 @@ def _kernel(
             )),
             (compute_keys, (
                 dk, dk_rest if Q_REST else 0, ds if STORED else 0, sums, parts, k_tile, v_tile, q_tiles, do_tiles,
-                k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones,
+                k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones, deltas,
                 k_full, v_full, q_full, do_full, q_empty, slopes_full, ds_full,
-                k_read, v_read, batch, kv_head, heads, group, col0, begin, span, blocks, q_len, place, scale,
-                Q_REST, V_REST, SUMS, ROW_SUMS, GROUPED, STORED,
+                k_read, v_read, batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, scale,
+                Q_REST, V_REST, SUMS, ROW_SUMS, GROUPED, DELTA, STORED,
             )),
             (load, (
                 q, k, v, do, q_rest if Q_REST else 0, k_rest if Q_REST else 0, v_rest if V_REST else 0,
-                do_rest if V_REST else 0, row_biases, k_tile, v_tile, q_tiles, do_tiles,
-                k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, row_tiles,
+                do_rest if V_REST else 0, row_biases, of_delta, k_tile, v_tile, q_tiles, do_tiles,
+                k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, row_tiles, deltas,
                 k_full, v_full, q_full, do_full, q_empty, do_empty,
-                batch, kv_head, group, col0, begin, span, row_stride_b, row_stride_h, BIAS_ROWS, Q_REST, V_REST,
+                batch, kv_head, heads, group, col0, begin, span, row_stride_b, row_stride_h,
+                BIAS_ROWS, DELTA, Q_REST, V_REST,
             )),
         ],
         [4, 1],

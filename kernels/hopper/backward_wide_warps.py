@@ -21,10 +21,12 @@ from sigswap.kernels.hopper.backward_common import (
     end_of_head,
     load_head_bias,
     lowest_bias,
+    minus_of_keys,
     next_tile,
     probabilities,
     put_row_biases,
     start_at_biases,
+    start_at_delta,
     start_of_scores,
     start_row_sums,
     sum_per_thread,
@@ -58,11 +60,11 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def load(
-    q, k, v, do, q_rest, k_rest, v_rest, do_rest, bias, k_tile, v_tile, q_tiles, do_tiles,
-    k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, biases,
+    q, k, v, do, q_rest, k_rest, v_rest, do_rest, bias, delta, k_tile, v_tile, q_tiles, do_tiles,
+    k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, biases, deltas,
     k_full, v_full, q_full, do_full, q_empty, do_empty,
-    batch, kv_head, group, col0, begin, span, stride_bias_b, stride_bias_h,
-    BIAS_ROWS: gl.constexpr, Q_REST: gl.constexpr, V_REST: gl.constexpr,
+    batch, kv_head, heads, group, col0, begin, span, stride_bias_b, stride_bias_h,
+    BIAS_ROWS: gl.constexpr, DELTA: gl.constexpr, Q_REST: gl.constexpr, V_REST: gl.constexpr,
 ):  # fmt: skip
     """One warp: all that the others compute with."""
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -71,6 +73,7 @@ def load(
     Q_BYTES: gl.constexpr = q.block_type.nbytes + (q_rest.block_type.nbytes if Q_REST else 0)
     DO_BYTES: gl.constexpr = do.block_type.nbytes + (do_rest.block_type.nbytes if V_REST else 0)
     WITH_BIAS: gl.constexpr = bias.block_type.nbytes if BIAS_ROWS else 0
+    WITH_DELTA: gl.constexpr = delta.block_type.nbytes if DELTA else 0
     mbarrier.expect(k_full, K_BYTES)
     load_tile(k, [batch, kv_head, col0, 0], k_full, k_tile.index(0))
     if Q_REST:
@@ -93,7 +96,9 @@ def load(
         if Q_REST:
             load_tile(q_rest, [batch, head, start, 128], q_full.index(stage), q_tiles_rest.index(stage))
         mbarrier.wait(do_empty.index(stage), phase)
-        mbarrier.expect(do_full.index(stage), DO_BYTES)
+        mbarrier.expect(do_full.index(stage), DO_BYTES + WITH_DELTA)
+        if DELTA:
+            load_tile(delta, [batch * heads + head, start], do_full.index(stage), deltas.index(stage))
         load_tile(do, [batch, head, start, 0], do_full.index(stage), do_tiles.index(stage))
         if V_REST:
             load_tile(do_rest, [batch, head, start, 128], do_full.index(stage), do_tiles_rest.index(stage))
@@ -304,11 +309,11 @@ def compute_values(
 @gluon.jit
 def compute_keys(
     dk, dk_rest, ds_out, sums, parts, k_tile, v_tile, q_tiles, do_tiles,
-    k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones,
+    k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones, deltas,
     k_full, v_full, q_full, do_full, q_empty, slopes_full, ds_full, k_read, v_read,
-    batch, kv_head, heads, group, col0, begin, span, blocks, q_len, place, scale,
+    batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, scale,
     Q_REST: gl.constexpr, V_REST: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr,
-    STORED: gl.constexpr,
+    DELTA: gl.constexpr, STORED: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: dS, dK, and the other columns of dQ, unless dS is STORED."""
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -352,7 +357,11 @@ def compute_keys(
     mbarrier.wait(do_full.index(0), 0)
     grads = do_tiles.index(0).reshape([_ROWS, V_WIDTH])
     grads_rest = do_tiles_rest.index(0).reshape([_ROWS, 64]) if V_REST else 0
-    dp_token = _start_product(values, values_rest, grads, grads_rest, no_scores, False, V_REST)
+    dp_start = no_scores
+    if DELTA:
+        minus = minus_of_keys(col0 + gl.arange(0, _KEYS, gl.SliceLayout(1, of_scores)), kv_len)
+        dp_start = start_at_delta(deltas.index(0), minus, of_scores)
+    dp_token = _start_product(values, values_rest, grads, grads_rest, dp_start, DELTA, V_REST)
     dp = warpgroup_mma_wait(0, deps=[dp_token])
     mbarrier.wait(slopes_full.index(0), 0)
     ds = slopes.index(0).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
@@ -413,7 +422,10 @@ def compute_keys(
             ds_rest = gl.convert_layout(ds_operand, as_rest)
             rest_token = warpgroup_mma(ds_rest, rows_rest, dk_acc_rest, is_async=True)
         mbarrier.wait(do_full.index(stage), phase)
-        dp_token = _start_product(values_now, values_rest_now, grads, grads_rest, no_scores, False, V_REST)
+        dp_start = no_scores
+        if DELTA:
+            dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
+        dp_token = _start_product(values_now, values_rest_now, grads, grads_rest, dp_start, DELTA, V_REST)
         if Q_REST:
             dk_acc, dk_acc_rest, ds_operand, ds_rest = warpgroup_mma_wait(
                 V_PRODUCTS, deps=[dk_token, rest_token, ds_operand, ds_rest]

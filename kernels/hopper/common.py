@@ -15,6 +15,9 @@ from sigswap.kernels.host.launch import Described, by_rows
 from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
 
+ROW_CAPS = False
+"""Whether the Gluon kernels are given problems with a row cap, for which Triton's run else."""
+
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
 _CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, cubic=True, paired=False))
@@ -43,11 +46,14 @@ class Tiles(Described):
 
 
 class Numbers(Described):
-    """Float32 numbers of rows, [B, H, N] contiguous, for Gluon: [B * H, N], of which a tile is 1 by so many rows."""
+    """Float32 numbers of rows, [B, H, N], for Gluon: [B * H, N], of which a tile is 1 by so many rows.
+
+    layout: heads are a multiple of 4 numbers apart, and follow one another.
+    """
 
     def __init__(self, layout: Layout, rows: int) -> None:
         batch, heads, length = layout.shape
-        super().__init__((batch * heads, length), (length, 1), (1, rows), layout.dtype)
+        super().__init__((batch * heads, length), (layout.strides[1], 1), (1, rows), layout.dtype)
 
     def describe(self, tensor: Tensor) -> Any:
         shared = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)

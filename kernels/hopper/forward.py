@@ -10,6 +10,7 @@
   multiplies. Of three, which take other rows' keys from L2 less often, each starts when it is ready.
 - There are as many programs as multiprocessors. Each goes from item to item, an item being such rows of a head; what
   the next one needs is loaded before the one before has ended.
+- With a row cap each warpgroup sums the probabilities of its rows, and divides them once, at the end.
 - A width that is no power of two, which a tensor's has to be, is held in parts: 192 columns cost no more than that. Up
   to 96 columns are loaded as 128, of which 64 and 32 are multiplied.
 """
@@ -32,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels.hopper.common import (
+    ROW_CAPS,
     Tiles,
     as_operands,
     cut,
@@ -52,8 +54,8 @@ from sigswap.kernels.hopper.forward_items import (
     tile_for,
 )
 from sigswap.kernels.host.launch import Launch, describable
-from sigswap.kernels.host.layout import Layout
-from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.layout import Layout, layout_of
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
 
@@ -75,7 +77,9 @@ def supports(problem: Problem) -> bool:
     value's in the same range, without mask, dropout and soft cap."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None or not signature.plain or not problem.is_uncapped:
+    if signature.is_empty or signature.attn_mask is not None or not signature.plain:
+        return False
+    if not ROW_CAPS and not problem.is_uncapped:
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)):
         return False
@@ -97,10 +101,11 @@ def supports(problem: Problem) -> bool:
 
 def forward(problem: Problem) -> Tensor:
     """Deterministic."""
-    plan = _plan(problem.signature)
+    row_sums = problem.row_sums
+    plan = _plan(problem.signature, None if row_sums is None else layout_of(row_sums))
     out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides)
     tensors = problem.query, problem.key, problem.value, out
-    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), problem.bias)
+    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), row_sums, problem.bias)
     return out
 
 
@@ -112,7 +117,8 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature) -> _Plan:
+def _plan(signature: Signature, row_sums: Layout | None) -> _Plan:
+    """row_sums: None: not asked for."""
     tile = tile_for(signature)
     out = signature.output()
     described = (
@@ -129,7 +135,8 @@ def _plan(signature: Signature) -> _Plan:
         "order": -order.at_once if order.to_and_fro else order.at_once,
     }
     arguments |= tile.arguments(signature.query.shape[3], signature.value.shape[3])
-    tensors = (*described, signature.bias)
+    arguments |= output_arguments(arguments, sum=row_sums)
+    tensors = (*described, row_sums, signature.bias)
     return _Plan(described, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
 
 
@@ -148,6 +155,29 @@ def _row_biases(
     if VISIBLE:
         result -= log_of_visible(row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT)
     return result
+
+
+@gluon.jit
+def _partial_sums(p):
+    """Of each row four numbers: the sums of what each of four threads has of it."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _row_sums(
+    partial, row_bias, row, end, kv_len, shift, left, right, fast,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+):  # fmt: skip
+    """Of the keys up to kv_len. Those behind it, before end, are zeros, so each has added sigmoid(row_bias), where the
+    band does not hide it: that is taken off once, not masked in each block, for which there are no registers."""
+    first = gl.full(row.shape, 0, gl.int32, row.type.layout) + kv_len
+    last = gl.full(row.shape, 0, gl.int32, row.type.layout) + end
+    if HAS_LEFT:
+        first = gl.maximum(first, row + shift - left)
+    if HAS_RIGHT:
+        last = gl.minimum(last, row + shift + right + 1)
+    behind = gl.maximum(last - first, 0).to(gl.float32) * sigmoid(row_bias, fast, FORM, SLOW)
+    return gl.convert_layout(gl.sum(partial, 1), row.type.layout) - behind
 
 
 @gluon.jit
@@ -254,17 +284,18 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    shared, bias,
+    shared, sum_out, bias,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: its 64 rows of each item."""
     (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
-        stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
+        stride_bias_b, stride_bias_h, stride_bias_m, stride_sum_b, stride_sum_h, stride_sum_n, scale, const_bias,
+        row_cap,
     ) = shared  # fmt: skip
     KEYS: gl.constexpr = k_tiles.shape[3]
     of_v_part: gl.constexpr = v_tiles.shape[4]
@@ -276,6 +307,7 @@ def _attend(
     # Products with values in flight.
     PRODUCTS: gl.constexpr = 2 if V_CUT else V_PARTS
     dtype: gl.constexpr = k_tiles.dtype
+    SUMS: gl.constexpr = CAP or sum_out is not None
     # All but the last rows may see no key of the last blocks.
     SKIPS: gl.constexpr = HAS_RIGHT and KEYS <= (WARPGROUPS - 1 - PART) * _ROWS
     NEXT: gl.constexpr = (PART + 1) % WARPGROUPS
@@ -346,6 +378,8 @@ def _attend(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
             HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
+        if SUMS:
+            partial_sums = _partial_sums(p)
         p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # In each turn the scores of this block, and the part of the block before in the output.
@@ -374,6 +408,8 @@ def _attend(
                 s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
                 fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
             )  # fmt: skip
+            if SUMS:
+                partial_sums += _partial_sums(p)
             sums = _added(sum_tokens, p_operands)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
@@ -393,6 +429,17 @@ def _attend(
         sync()
         mbarrier.arrive(v_empty.index(stage))
         stage, phase = _next_stage(stage, phase, STAGES)
+        factor = 1.0 / P_SCALE
+        if SUMS:
+            row_sums = _row_sums(
+                partial_sums, row_bias, row, start + KEYS, kv_len, shift, left, right, fast,
+                HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            )  # fmt: skip
+            if sum_out is not None:
+                own_sums = sum_out + batch.to(gl.int64) * stride_sum_b + head.to(gl.int64) * stride_sum_h
+                gl.store(own_sums + row.to(gl.int64) * stride_sum_n, row_sums, mask=row < q_len)
+            if CAP:
+                factor /= gl.maximum(row_sums, row_cap)
         for j in gl.static_range(V_PARTS):
             pieces = sums if V_CUT else _in_pieces(sums[j], of_store)
             for i in gl.static_range(of_v_part // of_store):
@@ -401,7 +448,12 @@ def _attend(
                     sync()
                 targets = cut(out_tile, V_CUT)
                 for n in gl.static_range(len(targets)):
-                    targets[n].store((pieces[i + n] * (1.0 / P_SCALE)).to(dtype))
+                    piece = pieces[i + n]
+                    if CAP:
+                        piece *= gl.convert_layout(factor, gl.SliceLayout(1, piece.type.layout))[:, None]
+                    else:
+                        piece *= factor
+                    targets[n].store(piece.to(dtype))
                 fence_async_shared()
                 sync()
                 column = j * of_v_part + i * of_store
@@ -418,17 +470,17 @@ def _attend(
 
 @gluon.jit(do_not_specialize=[
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "heads", "group", "q_len", "kv_len", "left", "right", "scale",
-    "const_bias", "units", "order",
+    "const_bias", "row_cap", "stride_sum_b", "stride_sum_h", "stride_sum_n", "units", "order",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, out, bias, stride_bias_b, stride_bias_h, stride_bias_m,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, units, order,
+    q, k, v, out, sum_out, bias, stride_sum_b, stride_sum_h, stride_sum_n, stride_bias_b, stride_bias_h, stride_bias_m,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, row_cap, units, order,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """One program: some of the items."""
+    """One program: some of the items. sum_out, if given: the rows' sums of p."""
     KEYS: gl.constexpr = k.block_type.shape[2]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     total = gl.cdiv(q_len, WARPGROUPS * _ROWS) * units
@@ -460,7 +512,8 @@ def _kernel(
     computing = (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
-        stride_bias_b, stride_bias_h, stride_bias_m, scale, const_bias,
+        stride_bias_b, stride_bias_h, stride_bias_m, stride_sum_b, stride_sum_h, stride_sum_n, scale, const_bias,
+        row_cap,
     )  # fmt: skip
     loading = (
         q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -470,12 +523,12 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],
@@ -486,16 +539,16 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],
@@ -506,20 +559,20 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS, VISIBLE,
-                    BIAS_ROWS, HAS_LEFT, HAS_RIGHT, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
             ],

@@ -54,7 +54,11 @@ FEW_SCORES = 1 << 24
 launch. So there are none, though the GPU would be faster with them."""
 
 LOWEST_MIXED_CAP = 1 / 16
-"""With a lower row cap all sigmoids are of the accurate form (:attr:`Signature.mixed_forms`)."""
+"""With a lower row cap no sigmoids are of the fast form (:attr:`Signature.mixed_forms`)."""
+
+LOW_CAP_TAIL_KEYS = 2048
+"""With a lower row cap, and as many keys that a row may see, sigmoids are of a tail form: rows that need such a cap sum
+to little, so that nearly all probabilities are small. Of fewer keys too many are not. Worked out, not measured."""
 
 MAX_HEAD_DIM = 256
 """Of the Triton kernels."""
@@ -341,13 +345,20 @@ class Signature:
 
     @property
     def mixed_forms(self) -> bool:
-        """Whether kernels may use other forms of the sigmoid than the accurate one, each where it is good enough.
+        """Whether kernels may use the fast form of the sigmoid beside others, each where it is good enough.
 
-        float32 would show their errors, and so would a low row cap, which magnifies rows of which all scores are low.
+        float32 would show its errors, and so would a low row cap, which magnifies rows of which all scores are low.
         Where scores cost much anyway, as with a mask to load, one form is enough.
         """
-        fine = self.sigmoid_form == "auto" and self.element_size == 2 and not self.masked_by_rows
-        return fine and (self.options.row_cap == 0.0 or self.options.row_cap >= LOWEST_MIXED_CAP)
+        return self._may_be_inexact and not self._has_low_cap
+
+    @property
+    def _may_be_inexact(self) -> bool:
+        return self.sigmoid_form == "auto" and self.element_size == 2 and not self.masked_by_rows
+
+    @property
+    def _has_low_cap(self) -> bool:
+        return 0.0 < self.options.row_cap < LOWEST_MIXED_CAP
 
     def form(self) -> int:
         """FAST, AUTO or ACCURATE, which stands for the kernel's SLOW form (:mod:`sigswap.kernels.triton.common`)."""
@@ -361,6 +372,8 @@ class Signature:
 
     def slow_form(self) -> int:
         """TAIL, CUBIC_TAIL or ACCURATE: what the form ACCURATE of form() stands for, and the other one of AUTO."""
+        if self._may_be_inexact and self._has_low_cap and self._most_keys() >= LOW_CAP_TAIL_KEYS:
+            return TAIL if self.query.dtype == torch.bfloat16 else CUBIC_TAIL  # which is exact where scores are low
         if not self.mixed_forms:
             return ACCURATE
         if self.query.dtype == torch.bfloat16:
@@ -384,12 +397,13 @@ class Signature:
         """Of all rows, without the tensor of biases."""
         lowest = self.options.const_bias
         if self.options.visible_bias:
-            band = self.band()
-            count = self.kv_len
-            if band.has_left and band.has_right:
-                count = min(count, band.left + band.right + 1)
-            lowest -= math.log(max(count, 1))
+            lowest -= math.log(max(self._most_keys(), 1))
         return lowest
+
+    def _most_keys(self) -> int:
+        """That a row may see."""
+        band = self.band()
+        return min(self.kv_len, band.left + band.right + 1) if band.has_left and band.has_right else self.kv_len
 
     def tma(self, shortest: int) -> bool:
         """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable()."""

@@ -60,7 +60,9 @@ def assert_products_in_flight(
     if "ds" in tiles:
         of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
-    types |= dict.fromkeys(("sums", "parts", "bias", "floor"), "*fp32") | {"scale": "fp32", "const_bias": "fp32"}
+    types |= dict.fromkeys(("sums", "parts", "bias", "floor", "sum_out"), "*fp32")
+    types |= dict.fromkeys(("scale", "const_bias", "row_cap"), "fp32")
+    types["delta"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     types |= dict.fromkeys(constants, "constexpr")
@@ -106,6 +108,39 @@ def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: 
 def test_the_backward_compiles_with_its_products_in_flight(
     dim: int, dtype: str, band: str, form: int, grouped: bool, bias: str | None, tmp_path: Path
 ) -> None:
+    assert_backward_products_in_flight(dim, dtype, band, form, grouped, bias, tmp_path)
+
+
+CAPPED = [
+    ("bf16", "none", TAIL, False, None),
+    ("bf16", "causal", TAIL, True, "heads"),
+    ("bf16", "causal", TAIL, True, "rows"),
+    ("bf16", "causal", AUTO, False, "given rows"),
+    ("fp16", "window", CUBIC_TAIL, False, "heads"),
+]
+"""dtype, band, form, grouped and bias of kernels with a row cap."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, pytest.param(96, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), CAPPED)
+def test_the_backward_with_a_row_cap_compiles_with_its_products_in_flight(
+    dim: int, dtype: str, band: str, form: int, grouped: bool, bias: str | None, tmp_path: Path
+) -> None:
+    assert_backward_products_in_flight(dim, dtype, band, form, grouped, bias, tmp_path, capped=True)
+
+
+def assert_backward_products_in_flight(
+    dim: int,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    folder: Path,
+    *,
+    capped: bool = False,
+) -> None:
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
         "DIM": dim,
@@ -115,33 +150,37 @@ def test_the_backward_compiles_with_its_products_in_flight(
         "SUMS": bias == "heads",
         "ROW_SUMS": bias == "rows",
         "GROUPED": grouped,
+        "DELTA": capped,
     }
     constants |= {"VISIBLE": False} if by_row else {}
     absent: dict[str, Any] = {} if bias else {"bias": None}
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
+    absent |= {} if capped else {"delta": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
     spilled = 32 if dim < 128 else 160 if by_row else 128
     width = 64 if dim == 64 else 128
     assert_products_in_flight(
-        hopper_bwd._kernel, rows, width, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+        hopper_bwd._kernel, rows, width, dtype, spilled, folder, described_bias=by_row, **constants, **absent
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (192, 128)])
 @pytest.mark.parametrize(
-    ("dtype", "band", "form", "grouped", "bias", "stored"),
+    ("dtype", "band", "form", "grouped", "bias", "stored", "capped"),
     [
-        ("bf16", "none", FAST, False, None, True),
-        ("bf16", "causal", TAIL, False, None, True),
-        ("bf16", "causal", AUTO, True, "heads", True),
-        ("fp16", "window", ACCURATE, False, "heads", True),
-        ("bf16", "causal", AUTO, True, "rows", True),
-        ("fp16", "none", CUBIC_TAIL, True, "rows", True),
-        ("bf16", "none", FAST, False, None, False),
-        ("bf16", "causal", AUTO, True, "heads", False),
-        ("bf16", "causal", AUTO, True, "rows", False),
+        ("bf16", "none", FAST, False, None, True, False),
+        ("bf16", "causal", TAIL, False, None, True, False),
+        ("bf16", "causal", AUTO, True, "heads", True, False),
+        ("fp16", "window", ACCURATE, False, "heads", True, False),
+        ("bf16", "causal", AUTO, True, "rows", True, False),
+        ("fp16", "none", CUBIC_TAIL, True, "rows", True, False),
+        ("bf16", "none", FAST, False, None, False, False),
+        ("bf16", "causal", AUTO, True, "heads", False, False),
+        ("bf16", "causal", AUTO, True, "rows", False, False),
+        *((*each, True, True) for each in CAPPED if each[4] != "given rows"),
+        ("bf16", "causal", TAIL, True, "rows", False, True),
     ],
 )
 def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
@@ -153,6 +192,7 @@ def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
     grouped: bool,
     bias: str | None,
     stored: bool,
+    capped: bool,
     tmp_path: Path,
 ) -> None:
     """stored: whether dS goes through memory, or dQ is added up."""
@@ -163,6 +203,7 @@ def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
         "SUMS": bias == "heads",
         "ROW_SUMS": by_row and not stored,
         "GROUPED": grouped,
+        "DELTA": capped,
         "STAGES": 2 if dim == 256 else 3,
     }
     constants |= {"VISIBLE": False} if by_row else {}
@@ -170,6 +211,7 @@ def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
     absent |= {"sums": None} if stored else {"ds": None}
+    absent |= {} if capped else {"delta": None}
     tiles: dict[str, int | tuple[int, int]] = {"ds": (64, 64)} if stored else {}
     for name in ("q", "k", "v", "do", "dk", "dv"):
         wide, rest = hopper_bwd_wide._columns(dim if name in ("q", "k", "dk") else value_dim)
@@ -251,6 +293,35 @@ def test_the_forward_of_wide_heads_compiles_with_its_products_in_flight(
     assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, 40 if bias else 0, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dims", "tile"),
+    [
+        pytest.param((64, 64), forward_items.TILES[1, 1], id="64"),
+        pytest.param((96, 96), forward_items.TILES[2, 2], id="96"),
+        pytest.param((128, 128), forward_items.TILES[2, 2], id="128"),
+        pytest.param((128, 128), forward_items.LONG, id="128-long"),
+        pytest.param((192, 128), forward_items.TILES[3, 2], id="192-128"),
+        pytest.param((256, 256), forward_items.TILES[4, 4], id="256"),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), CAPPED)
+def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
+    dims: tuple[int, int],
+    tile: forward_items.Tile,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    tmp_path: Path,
+) -> None:
+    bias = "rows" if bias == "given rows" else bias
+    spilled = {2: 16, 3: 32, 4: 288}[tile.warpgroups] if max(dims) <= 128 else 40
+    given = {"capped": True, "sums": grouped}
+    assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, **given)
+
+
 def assert_forward_products_in_flight(
     dims: tuple[int, int],
     tile: forward_items.Tile,
@@ -260,11 +331,15 @@ def assert_forward_products_in_flight(
     bias: str | None,
     spilled: int,
     folder: Path,
+    *,
+    capped: bool = False,
+    sums: bool = False,
 ) -> None:
-    """dims: head_dim, and value's."""
-    constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows"}
+    """dims: head_dim, and value's. sums: whether those of rows are asked for."""
+    constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows", "CAP": capped}
     constants |= tile.arguments(*dims)
     absent: dict[str, Any] = {} if bias else {"bias": None}
+    absent |= {} if sums else {"sum_out": None}
     tiles: dict[str, int | tuple[int, int]] = {"q": (64, tile.part), "k": (tile.keys, tile.part)}
     tiles |= {"v": (tile.keys, tile.v_part), "out": (64, tile.stored)}
     assert_products_in_flight(hopper_fwd._kernel, tiles, 0, dtype, spilled, folder, **constants, **absent)
@@ -370,7 +445,7 @@ def test_how_many_columns_the_backward_multiplies(
     assert hopper_bwd.columns_of(problem.signature) == columns
     assert problem.grad_out is not None
     grads = tuple(None if given is None else layout_of(given) for given in problem.inputs)
-    plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads)
+    plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads, False)
     assert plan.sums.shape == (2 * 8 * 32, 64 * columns)
     assert plan.finish._grid == (2 * 8 * 32 * launched, 1, 1)
 
@@ -450,6 +525,16 @@ def test_which_kernels_run_on_a_hopper_gpu(
     with pretended():
         for names, name in ((dispatch.FORWARD, forward), (dispatch.BACKWARD, backward)):
             assert dispatch.chosen(names, problem) is dispatch._module(name)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_whether_hopper_gpus_kernels_take_row_caps(on: bool, no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (hopper_fwd, backward_common):
+        monkeypatch.setattr(module, "ROW_CAPS", on)
+    for dim, backward in ((64, hopper_bwd), (128, hopper_bwd), (192, hopper_bwd_wide), (256, hopper_bwd_wide)):
+        problem = problem_on_no_gpu(2048, dim, options={"row_cap": 0.01})
+        problem.row_sums = problem.row_delta = torch.empty(2, 8, 2048, 1, device="meta")
+        assert hopper_fwd.supports(problem) == backward.supports(problem) == on
 
 
 @pytest.mark.parametrize("index", range(40))

@@ -18,15 +18,17 @@ import torch
 from in_interpreter import run_interpreted
 from torch import Tensor
 
+from sigswap.functional.attention import sigmoid_attention
 from sigswap.kernels import reference
 
 pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import backward_common, forward_items
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.hopper import forward_items
+from sigswap.kernels.host import problem as problems
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
 from sigswap.kernels.host.results import empty_row_sums
@@ -592,22 +594,25 @@ def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     monkeypatch.setattr(dispatch, "_usable", dispatch._usable.__wrapped__)  # what another test's GPU can is remembered
-    long = torch.randn(1, 1, 1024, 128).bfloat16()
-    for query, key, names in (
-        (torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), ("forward", "backward")),
-        (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), ("decode", "backward")),
-        (long.expand(1, 20, -1, -1).contiguous(), long.expand(1, 20, -1, -1).contiguous(), ("forward", "backward")),
+    short, few, cached = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16)
+    long = torch.randn(1, 1, 1024, 128).bfloat16().expand(1, 20, -1, -1).contiguous()
+    for query, key, on, forward, backward in (
+        (short, short, True, "triton.forward", "triton.backward"),
+        (few, cached, True, "triton.decode", "triton.backward"),
+        (long, long, True, "hopper.forward", "hopper.backward"),
+        (long, long, False, "triton.forward", "triton.backward"),
     ):
-        problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), Options(0.1, row_cap=0.5))
-        kinds = [
-            dispatch.chosen(names, each).__name__
-            for names, each in (
-                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None)),
-                (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None, row_sums=empty_row_sums(query))),
-                (dispatch.BACKWARD, dataclasses.replace(problem, row_delta=empty_row_sums(query))),
-            )
-        ]
-        assert kinds == [f"sigswap.kernels.triton.{name}" for name in (names[0], *names)]
+        for each in (hopper_fwd, backward_common):
+            monkeypatch.setattr(each, "ROW_CAPS", on)
+        options = Options(0.1, row_cap=0.5 if on else 0.25)  # what was chosen is remembered
+        problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), options)
+        sums = empty_row_sums(query)
+        for names, each, kernel in (
+            (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None), forward),
+            (dispatch.FORWARD, dataclasses.replace(problem, grad_out=None, row_sums=sums), forward),
+            (dispatch.BACKWARD, dataclasses.replace(problem, row_delta=sums), backward),
+        ):
+            assert dispatch.chosen(names, each).__name__ == f"sigswap.kernels.{kernel}"
 
 
 @in_interpreter
@@ -868,6 +873,136 @@ def assert_hopper_forward_no_worse(problem: Problem) -> None:
     assert out.stride() == strides
     assert_no_worse([out], problem)
     assert torch.equal(out, hopper_fwd.forward(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "widths", [(64, 64), (40, 56), (96, 96), (72, 96), (128, 128), (104, 120), (192, 128), (256, 256)]
+)
+@pytest.mark.parametrize("index", range(10))
+def test_random_problems_on_hopper_forward_capped(
+    widths: tuple[int, int], index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and row sums; every other one with the tiles of long sequences, where there are others."""
+    monkeypatch.setattr(forward_items, "_is_long", lambda signature: index % 2 == 0)
+    monkeypatch.setattr(problems, "LOW_CAP_TAIL_KEYS", (2048, 0)[index // 2 % 2])
+    hopper_fwd._plan.cache_clear()
+    problem = capped(hopper_problem(300 + index, forward=True, widths=widths), index)
+    assert_hopper_forward_no_worse(problem)
+    assert torch.equal(with_sums(hopper_fwd, problem)[0], hopper_fwd.forward(problem))
+    if index % 5 == 0:  # sums without a cap
+        problem = dataclasses.replace(problem, options=problem.options._replace(row_cap=0.0))
+        assert torch.equal(with_sums(hopper_fwd, problem)[0], hopper_fwd.forward(problem))
+    hopper_fwd._plan.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("widths", [None, (64, 64), (40, 56), (96, 96), (96, 80), (128, 128)])
+@pytest.mark.parametrize("index", range(12))
+def test_random_problems_on_hopper_backward_capped(
+    widths: tuple[int, int] | None, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward is Triton's."""
+    monkeypatch.setattr(problems, "LOW_CAP_TAIL_KEYS", (2048, 0)[index % 2])
+    flash_fwd._plan.cache_clear()
+    hopper_bwd._plan.cache_clear()
+    problem = capped(hopper_problem(400 + index, widths=widths), index)
+    assert_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
+    flash_fwd._plan.cache_clear()
+    hopper_bwd._plan.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(30))
+def test_random_problems_on_hopper_with_wide_heads_capped(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dS goes through memory at once, by parts, or not."""
+    problem = capped(hopper_problem(500 + index, wide=True), index)
+    units = problem.key.shape[0] * problem.key.shape[1]
+    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    hopper_bwd_wide._plan.cache_clear()
+    results = results_of(flash_fwd, hopper_bwd_wide, problem)
+    hopper_bwd_wide._plan.cache_clear()
+    assert_no_worse(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("bias", [None, "heads", "rows"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dim", "length"), [(64, 4097), (64, 6144), (96, 4160), (128, 4096), (128, 6142), (256, 4096)])
+def test_long_rows_on_hopper_capped(dim: int, length: int, causal: bool, bias: str | None) -> None:
+    """Forward and backward with the row cap that calibration starts decoders at; some rows sum to more, some do not."""
+    torch.manual_seed(dim + length)
+    draw = random.Random(f"{dim} {length} {causal} {bias}")
+    dtype = draw.choice((torch.bfloat16, torch.float16))
+    query, key, value, grad_out = (
+        torch.randn(1, heads, length, dim, device=DEVICE).to(dtype) for heads in (2, 1, 1, 2)
+    )
+    biases = {None: None, "heads": (1, 2, 1, 1), "rows": (1, 2, length, 1)}[bias]
+    given = None if biases is None else (torch.randn(biases, device=DEVICE) - 5).to(dtype)
+    options = Options(dim**-0.5, -5.0 if bias is None else 0.0, is_causal=causal, row_cap=0.01)
+    problem = problem_of(query, key, value, given, None, None, grad_out, options)
+    backward = hopper_bwd if dim <= 128 else hopper_bwd_wide
+    assert_no_worse(results_of(hopper_fwd, backward, problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_hopper_capped_sees_no_future_keys(dim: int) -> None:
+    """Not in what rows sum to, either; nor do keys behind the last one count, of which there are some."""
+    options = Options(dim**-0.5, -4.0, is_causal=True, row_cap=0.02)
+    length = 2100
+    query, key, value = (torch.randn(2, 4, length, dim, device=DEVICE).bfloat16() for _ in range(3))
+    out, row_sums = with_sums(hopper_fwd, Problem(query, key, value, None, None, None, options))
+    for row in (63, 64, 127, 128, 1000):
+        other_key, other_value = key.clone(), value.clone()
+        other_key[:, :, row + 1 :] = 30.0
+        other_value[:, :, row + 1 :] = 1e4
+        other = Problem(query, other_key, other_value, None, None, None, options, row_sums=torch.empty_like(row_sums))
+        other_out = hopper_fwd.forward(other)
+        assert other.row_sums is not None
+        # Large scores of other rows make a warp take the accurate form.
+        for one, two in ((out, other_out), (row_sums, other.row_sums)):
+            one, two = one[:, :, : row + 1].float(), two[:, :, : row + 1].float()
+            assert ((one - two).norm(dim=-1) <= 5e-3 * one.norm(dim=-1)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_hopper_capped_through_the_op(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, in eager and in compiled code, in which delta lies as the compiler likes."""
+    for each in (hopper_fwd, backward_common):
+        monkeypatch.setattr(each, "ROW_CAPS", True)
+    query, key, value = (torch.randn(2, 4, 2051, dim, device=DEVICE).bfloat16().requires_grad_() for _ in range(3))
+    bias = torch.randn(1, 4, 1, 1, device=DEVICE).sub(4).bfloat16().requires_grad_()
+    cap = 0.0171  # no other test's: which kernel runs is remembered
+
+    def attend(*inputs: Tensor) -> Tensor:
+        query, key, value, bias = inputs
+        return sigmoid_attention(query, key, value, bias=bias, is_causal=True, row_cap=cap)
+
+    grad_out = torch.randn_like(value)
+    options = Options(dim**-0.5, is_causal=True, row_cap=cap)
+    problem = problem_of(*(t.detach() for t in (query, key, value, bias)), None, None, grad_out, options)
+    backward = hopper_bwd if dim <= 128 else hopper_bwd_wide
+    below = dataclasses.replace(problem, row_delta=empty_row_sums(problem.query))
+    assert dispatch.chosen(dispatch.FORWARD, dataclasses.replace(problem, grad_out=None)) is hopper_fwd
+    assert dispatch.chosen(dispatch.BACKWARD, below) is backward
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        out = function(query, key, value, bias)
+        grads = torch.autograd.grad(out, (query, key, value, bias), grad_out)
+        assert_no_worse([out.detach(), *grads], problem)
 
 
 @pytest.mark.gpu
