@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from sigswap.kernels.hopper.common import ROW_CAPS, Numbers, log_of_visible, sigmoid
+from sigswap.kernels.hopper.common import Numbers, log_of_visible, sigmoid, takes_row_cap
 from sigswap.kernels.host.launch import describable
 from sigswap.kernels.host.layout import Layout, contiguous_layout, is_aligned, layout_of, new_tensor
 from sigswap.kernels.host.problem import Problem, Signature
@@ -47,7 +47,7 @@ def takes(problem: Problem) -> bool:
     signature, grad_out = problem.signature, problem.grad_out
     if grad_out is None or not all(problem.output_mask[:3]):
         return False
-    if signature.attn_mask is not None or not (ROW_CAPS or problem.is_uncapped):
+    if signature.attn_mask is not None or not takes_row_cap(problem):
         return False
     if (
         abs(problem.options.scale) < 1e-6

@@ -13,10 +13,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sigswap.kernels.host.launch import Described, by_rows
 from sigswap.kernels.host.layout import Layout
+from sigswap.kernels.host.problem import Problem
 from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
-
-ROW_CAPS = False
-"""Whether the Gluon kernels are given problems with a row cap, for which Triton's run else."""
 
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
@@ -58,6 +56,14 @@ class Numbers(Described):
     def describe(self, tensor: Tensor) -> Any:
         shared = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
+
+
+def takes_row_cap(problem: Problem) -> bool:
+    """Whether the problem has no row cap, or is one that these kernels were compared with float64 on an H200 with: as
+    many queries as keys, all or those up to a row's own visible. Triton's kernels take the others."""
+    signature = problem.signature
+    windowed = problem.options.window_left >= 0 or problem.options.window_right >= 0
+    return problem.is_uncapped or (signature.q_len == signature.kv_len and not windowed)
 
 
 @gluon.jit

@@ -33,7 +33,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels.hopper.common import (
-    ROW_CAPS,
     Tiles,
     as_operands,
     cut,
@@ -44,6 +43,7 @@ from sigswap.kernels.hopper.common import (
     start_over_columns,
     store_tile,
     sync,
+    takes_row_cap,
 )
 from sigswap.kernels.hopper.forward_items import (
     item_of,
@@ -79,7 +79,7 @@ def supports(problem: Problem) -> bool:
     operands = signature.query, signature.key, signature.value
     if signature.is_empty or signature.attn_mask is not None or not signature.plain:
         return False
-    if not ROW_CAPS and not problem.is_uncapped:
+    if not takes_row_cap(problem):
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)):
         return False

@@ -317,7 +317,7 @@ def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
     tmp_path: Path,
 ) -> None:
     bias = "rows" if bias == "given rows" else bias
-    spilled = {2: 16, 3: 32, 4: 288}[tile.warpgroups] if max(dims) <= 128 else 40
+    spilled = {2: 16, 3: 32, 4: 320}[tile.warpgroups] if max(dims) <= 128 else 40
     given = {"capped": True, "sums": grouped}
     assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, **given)
 
@@ -527,14 +527,19 @@ def test_which_kernels_run_on_a_hopper_gpu(
             assert dispatch.chosen(names, problem) is dispatch._module(name)
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_whether_hopper_gpus_kernels_take_row_caps(on: bool, no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (hopper_fwd, backward_common):
-        monkeypatch.setattr(module, "ROW_CAPS", on)
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({}, True), ({"is_causal": True}, True), ({"is_causal": True, "window_left": 600}, False)],
+)
+def test_which_row_caps_hopper_gpus_kernels_take(options: dict[str, Any], taken: bool, no_memory: None) -> None:
     for dim, backward in ((64, hopper_bwd), (128, hopper_bwd), (192, hopper_bwd_wide), (256, hopper_bwd_wide)):
-        problem = problem_on_no_gpu(2048, dim, options={"row_cap": 0.01})
-        problem.row_sums = problem.row_delta = torch.empty(2, 8, 2048, 1, device="meta")
-        assert hopper_fwd.supports(problem) == backward.supports(problem) == on
+        problem = problem_on_no_gpu(2048, dim, options=options)
+        assert hopper_fwd.supports(problem)
+        capped = problem_on_no_gpu(2048, dim, options=options | {"row_cap": 0.01})
+        capped.row_sums = capped.row_delta = torch.empty(2, 8, 2048, 1, device="meta")
+        assert hopper_fwd.supports(capped) == taken
+        assert not backward.supports(capped) or taken
+    assert backward.supports(capped) == taken
 
 
 @pytest.mark.parametrize("index", range(40))

@@ -25,9 +25,9 @@ pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
-from sigswap.kernels.hopper import backward_common, forward_items
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
+from sigswap.kernels.hopper import forward_items
 from sigswap.kernels.host import problem as problems
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
@@ -588,6 +588,23 @@ def test_interpreted_capped_packed(index: int) -> None:
     assert_packed_no_worse(capped_packed(random_packed_problem(index), index))
 
 
+@pytest.mark.parametrize(
+    ("programs", "keys", "expected"),
+    [
+        (8, 32768, 33),  # all run at once
+        (64, 32768, 4),
+        (128, 131072, 2),
+        (8, 1024, 4),  # parts are not too short
+        (512, 8192, 4),  # more than run at once: so many that the last are few
+        (512, 1024, 1),
+        (200, 65536, 10),
+        (264, 8192, 1),
+    ],
+)
+def test_over_how_many_programs_decoding_splits_keys(programs: int, keys: int, expected: int) -> None:
+    assert decode.splits_for(programs, keys, at_once=264) == expected
+
+
 @in_interpreter
 def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
@@ -596,15 +613,13 @@ def test_interpreted_capped_is_dispatched_shard0(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatch, "_usable", dispatch._usable.__wrapped__)  # what another test's GPU can is remembered
     short, few, cached = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16)
     long = torch.randn(1, 1, 1024, 128).bfloat16().expand(1, 20, -1, -1).contiguous()
-    for query, key, on, forward, backward in (
-        (short, short, True, "triton.forward", "triton.backward"),
-        (few, cached, True, "triton.decode", "triton.backward"),
-        (long, long, True, "hopper.forward", "hopper.backward"),
-        (long, long, False, "triton.forward", "triton.backward"),
+    for query, key, window, forward, backward in (
+        (short, short, -1, "triton.forward", "triton.backward"),
+        (few, cached, -1, "triton.decode", "triton.backward"),
+        (long, long, -1, "hopper.forward", "hopper.backward"),
+        (long, long, 600, "triton.forward", "triton.backward"),
     ):
-        for each in (hopper_fwd, backward_common):
-            monkeypatch.setattr(each, "ROW_CAPS", on)
-        options = Options(0.1, row_cap=0.5 if on else 0.25)  # what was chosen is remembered
+        options = Options(0.1, row_cap=0.5, window_left=window)
         problem = problem_of(query, key, key, None, None, None, torch.ones_like(query), options)
         sums = empty_row_sums(query)
         for names, each, kernel in (
@@ -980,13 +995,11 @@ def test_hopper_capped_sees_no_future_keys(dim: int) -> None:
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_hopper_capped_through_the_op(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_capped_through_the_op(dim: int) -> None:
     """With gradients, in eager and in compiled code, in which delta lies as the compiler likes."""
-    for each in (hopper_fwd, backward_common):
-        monkeypatch.setattr(each, "ROW_CAPS", True)
     query, key, value = (torch.randn(2, 4, 2051, dim, device=DEVICE).bfloat16().requires_grad_() for _ in range(3))
     bias = torch.randn(1, 4, 1, 1, device=DEVICE).sub(4).bfloat16().requires_grad_()
-    cap = 0.0171  # no other test's: which kernel runs is remembered
+    cap = 0.0171
 
     def attend(*inputs: Tensor) -> Tensor:
         query, key, value, bias = inputs
