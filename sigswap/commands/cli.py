@@ -182,6 +182,13 @@ def convert(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what --calibrate measured: .png, .svg, .pdf or .html.")
     ] = None,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="transformers: add a Python file by which trust_remote_code=True loads the model without sigswap.",
+        ),
+    ] = False,
     pretrained: Pretrained = False,
     example: Example = None,
     force: Annotated[
@@ -231,6 +238,8 @@ def convert(
                 exclude=exclude,
                 strict=strict,
             )
+        if remote_code:
+            _check_remote_code(built)  # before the minutes of calibrating
         calibration = None
         if calibrate is not None:
             batches = None if found is None else make_batches(built, model, found)
@@ -238,7 +247,7 @@ def convert(
             if picture is not None:
                 calibration.save(picture)
         with working(f"Saving to {out}"):
-            sigswap.save(built, out, factory=_factory(built, model))
+            sigswap.save(built, out, factory=_factory(built, model), remote_code=remote_code)
         report = sigswap.report(built)
         if as_json:
             measured = {} if calibration is None else {"calibration": calibration.to_dict()}
@@ -475,6 +484,15 @@ def _parse_bias(text: str) -> str | int | float:
     if text != "visible":
         raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
     return text
+
+
+def _check_remote_code(built: Any) -> None:
+    from sigswap.saving.remote_code import check
+    from sigswap.saving.transformers_hook import is_transformers_model
+
+    if not is_transformers_model(built):
+        raise ArgumentError("{argument} is for transformers models only.", argument="remote_code")
+    check(built)
 
 
 def _held_out(built: Any, spec: str) -> str:

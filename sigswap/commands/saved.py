@@ -79,18 +79,20 @@ def calibrate(
         check_empty(out, force)
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
+        from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.training.calibration_report import check_picture
 
         if picture is not None:
             check_picture(picture)
         found = None if data == "none" else find_samples(Path(data), samples, "--data")
+        with_code = remote_code.is_in(directory)
         with working(f"Loading {directory}"):
             model = sigswap.load(directory, allow_code=allow_code)
         batches = None if found is None else make_batches(model, original or _beside(directory), found, "--data")
         measured = sigswap.calibrate(model, batches, max_length=max_length)
         with working(f"Saving to {out}"):
-            save(model, out)
+            save(model, out, remote_code=with_code)
         if picture is not None:
             measured.save(picture)
         if as_json:
@@ -137,10 +139,12 @@ def distill(
         check_empty(out, force)
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
+        from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.saving.transformers_hook import is_transformers_model
 
         found = find_samples(data, samples, "--data")
+        with_code = remote_code.is_in(directory)
         with working(f"Loading {directory} and {original}"):
             model: Any = sigswap.load(directory, allow_code=allow_code)
             pretrained = original.startswith("timm:")
@@ -157,7 +161,7 @@ def distill(
             tokens=tokenizer, accumulate=accumulate, resume=resume, lift_row_cap=lift_row_cap,
         )  # fmt: skip
         with working(f"Saving to {out}"):
-            save(model, out)
+            save(model, out, remote_code=with_code)
         if as_json:
             losses = {"layerwise": measured.layerwise, "end_to_end": measured.end_to_end}
             print_json({"model": str(directory), "out": str(out), **losses})

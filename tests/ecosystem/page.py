@@ -14,6 +14,7 @@ WORKFLOWS = "tests/ecosystem/test_workflows.py"
 TRAINING = "tests/training/test_weight_decay.py"
 LIGHTNING = "tests/training/test_lightning_hook.py"
 DEPLOYMENT = "tests/ecosystem/test_deployment.py"
+REMOTE = "tests/saving/test_remote_code.py"
 QUANTIZED = "tests/saving/test_quantized.py"
 ADAPTERS = "tests/conversion/test_adapters.py"
 PREFIXES = "tests/saving/test_peft_hook.py"
@@ -142,7 +143,7 @@ def page() -> str:
     sections = {
         "Tools": workflows(),
         "Training": itertools.chain(workflows(TRAINING), workflows(LIGHTNING)),
-        "Deployment": workflows(DEPLOYMENT),
+        "Deployment": itertools.chain(workflows(DEPLOYMENT), workflows(REMOTE)),
         "Quantized": workflows(QUANTIZED),
         "Adapters": adapters(),
         "Wrappers": wrappers(),
