@@ -32,7 +32,8 @@ from sigswap.training import trainer_hook
 from sigswap.training.calibrate import calibrate, rank_sites
 from sigswap.training.calibration_report import CalibrationReport, HeadRecord, SiteRanking
 from sigswap.training.comparison_report import Comparison, DistanceMeasure, LayerMeasure, Measure, PositionMeasure
-from sigswap.training.distill import DistillationReport, distill, param_groups
+from sigswap.training.distill import distill, param_groups
+from sigswap.training.distillation_report import DistillationReport
 from sigswap.training.lightning_hook import lightning_callback
 from sigswap.training.lookups import Lookups
 from sigswap.training.trainer_hook import calibration_callback

@@ -51,13 +51,8 @@ class Report:
 
         Raises ArgumentError for another suffix or a directory that is not there.
         """
-        path = Path(path)
-        if path.suffix.lower() != ".html":
-            raise ArgumentError(f"{path}: the suffix must be .html.", argument="path")
-        if not path.absolute().parent.is_dir():
-            raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.", argument="path")
         each = self._table("each softmax", [(site.path, site) for site in self.sites])
-        files.write_text(path, document("sigswap: softmax and sigmoid attention", [self, each]))
+        write_page(path, "sigswap: softmax and sigmoid attention", [self, each])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
@@ -97,6 +92,21 @@ class Report:
         stream = io.StringIO()
         Console(file=stream, width=140).print(self)
         return stream.getvalue()
+
+
+def write_page(path: str | os.PathLike[str], title: str, parts: Sequence[Any]) -> None:
+    """Writes what :func:`sigswap.page.document` makes of ``parts``. Raises ArgumentError as :meth:`Report.save`."""
+    path = Path(path)
+    check_page(path)
+    files.write_text(path, document(title, parts))
+
+
+def check_page(path: Path) -> None:
+    """Raises ArgumentError unless a page can be written to ``path``, which is better known before there is one."""
+    if path.suffix.lower() != ".html":
+        raise ArgumentError(f"{path}: the suffix must be .html.", argument="path")
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.", argument="path")
 
 
 def folded(sites: Sequence[Any]) -> list[tuple[str, Any]]:

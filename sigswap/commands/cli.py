@@ -81,6 +81,7 @@ def inspect(
     compile: Annotated[
         bool, typer.Option("--compile", help="Show what torch.compile(backend='sigswap') makes of each attention.")
     ] = False,
+    page: saved.Page = None,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -91,8 +92,11 @@ def inspect(
     """
     with failures(as_json, debug):
         import sigswap
+        from sigswap.report import check_page
         from sigswap.saving.checkpoint import saved_conversion
 
+        if page is not None:
+            check_page(page)
         conversion = None if compile else saved_conversion(model)
         if conversion is None:
             with working(f"Building {model}"):
@@ -100,6 +104,8 @@ def inspect(
         if compile:
             with working(f"Compiling {model}"):
                 compiled = sigswap.explain(built, example_inputs(example))
+            if page is not None:
+                compiled.save(page)
             if as_json:
                 print_json({"model": model, **compiled.to_dict()})
             else:
@@ -114,6 +120,8 @@ def inspect(
                 report = sigswap.inspect(
                     built, example_inputs=example_inputs(example), include=include, exclude=exclude
                 )
+        if page is not None:
+            report.save(page)
         if as_json:
             print_json({"model": model, **report.to_dict()})
         else:
@@ -182,6 +190,13 @@ def convert(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what --calibrate measured: .png, .svg, .pdf or .html.")
     ] = None,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="transformers: add a Python file by which trust_remote_code=True loads the model without sigswap.",
+        ),
+    ] = False,
     pretrained: Pretrained = False,
     example: Example = None,
     force: Annotated[
@@ -231,6 +246,8 @@ def convert(
                 exclude=exclude,
                 strict=strict,
             )
+        if remote_code:
+            _check_remote_code(built)  # before the minutes of calibrating
         calibration = None
         if calibrate is not None:
             batches = None if found is None else make_batches(built, model, found)
@@ -238,7 +255,7 @@ def convert(
             if picture is not None:
                 calibration.save(picture)
         with working(f"Saving to {out}"):
-            sigswap.save(built, out, factory=_factory(built, model))
+            sigswap.save(built, out, factory=_factory(built, model), remote_code=remote_code)
         report = sigswap.report(built)
         if as_json:
             measured = {} if calibration is None else {"calibration": calibration.to_dict()}
@@ -390,7 +407,8 @@ def bench(
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures, and the reasons for a '-'.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures. Needs matplotlib.")
+        Path | None,
+        typer.Option("--plot", "--picture", metavar="FILE.png", help="Draw the figures. Needs matplotlib."),
     ] = None,
     profile: Annotated[
         Path | None,
@@ -456,14 +474,22 @@ def demo(
     steps: Annotated[int, typer.Option(min=0, help="Distillation steps.")] = 60,
     seed: Annotated[int, typer.Option(help="Chooses the sentences and their order.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the converted model in this directory.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the comparison: .png, .svg, .pdf or .html.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Convert the pretrained all-MiniLM-L6-v2, calibrate and distill it on real text, save it, load it, compare."""
     with failures(as_json, debug):
         from sigswap.commands.demo import run
+        from sigswap.training.calibration_report import check_picture
 
+        if picture is not None:
+            check_picture(picture)
         result = run(steps=steps, seed=seed, out=out, console=errors)
+        if picture is not None:
+            result.comparison.save(picture)
         if as_json:
             print_json(result.to_dict())
         else:
@@ -479,6 +505,15 @@ def _parse_bias(text: str) -> str | int | float:
     if text != "visible":
         raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
     return text
+
+
+def _check_remote_code(built: Any) -> None:
+    from sigswap.saving.remote_code import check
+    from sigswap.saving.transformers_hook import is_transformers_model
+
+    if not is_transformers_model(built):
+        raise ArgumentError("{argument} is for transformers models only.", argument="remote_code")
+    check(built)
 
 
 def _held_out(built: Any, spec: str) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from sigswap.commands.shared import AllowCode, AsJson, Debug, build, failures, print_json, working
 from sigswap.errors import ArgumentError, Hint
 
+Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as an .html page, too.")]
 Saved = Annotated[Path, typer.Argument(metavar="DIR", help="A converted model that sigswap saved.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory to save to. With --force it may be the same.")]
 Force = Annotated[bool, typer.Option("--force", help="Save to a directory that is not empty; other files there stay.")]
@@ -32,7 +33,7 @@ Length = Annotated[int, typer.Option(min=2, help="Tokens in a block of text, for
 
 def report(
     directory: Saved,
-    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as an .html page, too.")] = None,
+    page: Page = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -79,18 +80,20 @@ def calibrate(
         check_empty(out, force)
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
+        from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.training.calibration_report import check_picture
 
         if picture is not None:
             check_picture(picture)
         found = None if data == "none" else find_samples(Path(data), samples, "--data")
+        with_code = remote_code.is_in(directory)
         with working(f"Loading {directory}"):
             model = sigswap.load(directory, allow_code=allow_code)
         batches = None if found is None else make_batches(model, original or _beside(directory), found, "--data")
         measured = sigswap.calibrate(model, batches, max_length=max_length)
         with working(f"Saving to {out}"):
-            save(model, out)
+            save(model, out, remote_code=with_code)
         if picture is not None:
             measured.save(picture)
         if as_json:
@@ -119,6 +122,9 @@ def distill(
         float | None,
         typer.Option(metavar="FLOAT", help="Raise the row caps to this in the first tenth of the steps; inf: to none."),
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the losses: .png, .svg, .pdf or .html.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where the state is kept; a run that was interrupted goes on from it."),
@@ -137,10 +143,15 @@ def distill(
         check_empty(out, force)
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
+        from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.saving.transformers_hook import is_transformers_model
+        from sigswap.training.calibration_report import check_picture
 
+        if picture is not None:
+            check_picture(picture)
         found = find_samples(data, samples, "--data")
+        with_code = remote_code.is_in(directory)
         with working(f"Loading {directory} and {original}"):
             model: Any = sigswap.load(directory, allow_code=allow_code)
             pretrained = original.startswith("timm:")
@@ -157,7 +168,9 @@ def distill(
             tokens=tokenizer, accumulate=accumulate, resume=resume, lift_row_cap=lift_row_cap,
         )  # fmt: skip
         with working(f"Saving to {out}"):
-            save(model, out)
+            save(model, out, remote_code=with_code)
+        if picture is not None:
+            measured.save(picture)
         if as_json:
             losses = {"layerwise": measured.layerwise, "end_to_end": measured.end_to_end}
             print_json({"model": str(directory), "out": str(out), **losses})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -21,7 +22,7 @@ from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ExampleInputsError, Hint
 from sigswap.page import fragment
 from sigswap.passes.normalize import modules_of, source_of
-from sigswap.report import folded
+from sigswap.report import folded, write_page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +52,10 @@ class CompileReport:
     def count(self, status: str) -> int:
         """How many sites have this status."""
         return sum(site.status == status for site in self.sites)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an .html page, in one file, whose table sorts. Raises ArgumentError as :meth:`sigswap.Report.save`."""
+        write_page(path, "sigswap: compiled attention", [self])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""

@@ -33,7 +33,7 @@ from sigswap.conversion.wrappers import spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
-from sigswap.saving import marks, model_card, schema, sources, transformers_hook, weights
+from sigswap.saving import marks, model_card, remote_code, schema, sources, transformers_hook, weights
 from sigswap.saving.factories import (
     built_on_meta,
     check_buffers,
@@ -67,6 +67,7 @@ def save(
     factory_kwargs: Mapping[str, Any] | None = None,
     processor: Any = None,
     max_shard_size: int | str = "50GB",
+    remote_code: bool = False,
 ) -> None:
     """Saves a converted ``model`` to ``directory``, for :func:`load` and, if transformers', ``from_pretrained``.
 
@@ -88,11 +89,14 @@ def save(
             the files of the directory (or of the cached hub repository) that the model was loaded from are kept.
         max_shard_size: transformers only: weights beyond this size are split into several files. Rank 0 holds as much
             in memory if the model is spread.
+        remote_code: transformers only: write a Python file beside the model, by which ``AutoModel.from_pretrained(...,
+            trust_remote_code=True)`` loads it where sigswap is not installed, too; there it runs in plain PyTorch. For
+            models whose attention is by ``F.scaled_dot_product_attention`` (``attn_implementation="sdpa"``).
 
     Raises:
         NotConvertedError: the model is not converted.
         CheckpointError: the model cannot be built again from what is known of it, or it has no data
-            (meta device), or the directory cannot be written.
+            (meta device), or the directory cannot be written; or ``remote_code`` cannot hold its attention.
         ArgumentError: an argument does not fit the kind of model, or ``directory`` is no path.
     """
     if factory is not None and not isinstance(factory, str):
@@ -109,7 +113,7 @@ def save(
         ranks = Ranks(SAVE, alone=spread_parameter(model) is None)
         ranks.arrive()
         with ranks.all_or_none():
-            gathered, write = _writing(ranks, model, factory, factory_kwargs, processor, max_shard_size)
+            gathered, write = _writing(ranks, model, factory, factory_kwargs, processor, max_shard_size, remote_code)
         ranks.check_same(
             tensors=[(name, tuple(tensor.shape), tensor.dtype) for name, tensor in gathered.state.items()],
             conversion=conversion_of(model).to_dict(),
@@ -117,15 +121,17 @@ def save(
         with ranks.all_or_none():
             try:
                 if ranks.rank == 0:
-                    replace_files(target, functools.partial(_write, model, write, target), _stale)
+                    replace_files(target, functools.partial(_write, model, write, target, remote_code), _stale)
             finally:
                 gathered.drain()
 
 
-def _write(model: nn.Module, write: Callable[[Path], object], target: Path, staging: Path) -> None:
+def _write(model: nn.Module, write: Callable[[Path], object], target: Path, with_code: bool, staging: Path) -> None:
     write(staging)
+    if with_code:
+        remote_code.write(staging, model)
     if transformers_hook.is_transformers_model(model) and model_card.may_write(target):
-        (staging / model_card.FILE).write_text(model_card.model_card(model), encoding="utf-8")
+        (staging / model_card.FILE).write_text(model_card.model_card(model, with_code=with_code), encoding="utf-8")
 
 
 def _writing(
@@ -135,6 +141,7 @@ def _writing(
     factory_kwargs: Mapping[str, Any] | None,
     processor: Any,
     max_shard_size: int | str,
+    with_code: bool,
 ) -> tuple[Gathered, Callable[[Path], object]]:
     """What is to be written, and what writes it, by the arguments of :func:`save`."""
     if not is_converted(model):
@@ -163,11 +170,14 @@ def _writing(
             raise ArgumentError(
                 "{argument} is not for a transformers model: its config.json says how to build it.", argument="factory"
             )
+        if with_code:
+            remote_code.check(model)
         gathered = Gathered(ranks, _state(model) if spread_parameter(model) is not None else {}, {})
         return gathered, functools.partial(_write_transformers, model, processor, max_shard_size, gathered)
     else:
-        if processor is not None:
-            raise ArgumentError("{argument} is for transformers models only.", argument="processor")
+        for name, given in (("processor", processor is not None), ("remote_code", with_code)):
+            if given:
+                raise ArgumentError("{argument} is for transformers models only.", argument=name)
         found = find_factory(model, factory, factory_kwargs)
         buffers = dict(model.named_buffers(remove_duplicate=False))
         gathered = Gathered(ranks, _state(model), {name: buffers[name] for name in found[-1].buffers})
@@ -372,10 +382,12 @@ def _load_transformers(directory: Path, allow_code: bool) -> nn.Module:
     headers = marks.check_directory(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=allow_code)
-        own = sources.custom_class(config, directory) if allow_code else None
+        with_code = allow_code and not marks.is_own_code(getattr(config, "auto_map", None))
+        own = sources.custom_class(config, directory) if with_code else None
         model_class = own or sources.transformers_class(config)
     except Exception as error:  # of a config that is damaged, whatever transformers raises
-        needs = _RUN_CODE if not allow_code and "auto_map" in marks.read_config(directory) else None
+        named = marks.read_config(directory).get("auto_map")
+        needs = _RUN_CODE if not allow_code and named is not None and not marks.is_own_code(named) else None
         raise CheckpointError(f"{config_path}: {_told(error)}", hint=needs) from error
     try:
         model: nn.Module
@@ -517,4 +529,4 @@ def _stale(target: Path, new: Sequence[str]) -> list[str]:
     with suppress(CheckpointError):  # a damaged config.json is nobody's
         if CONFIG in new and marks.read_marks(target) is not None:
             stale += ["config.json", "generation_config.json"]
-    return [name for name in [*stale, CONFIG] if name not in new]
+    return [name for name in [*stale, CONFIG, remote_code.FILE] if name not in new]

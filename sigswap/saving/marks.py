@@ -32,8 +32,16 @@ _NOT_SUMMED = (
     *("quantization_config", "attn_implementation", "transformers_weights"),
     *("_name_or_path", "transformers_version"),
 )
+# No attention: the name is what transformers prints, in its own quotes, when it does not find it. sigswap knows it by
+# its first word, and earlier versions wrote that alone.
+ATTENTION = f"{METHOD} (pip install sigswap, and import it before the model is loaded)"
+ATTENTION_OR_CODE = f"{METHOD} (pip install sigswap, and import it before; or pass trust_remote_code=True)"
 # Not a file: the name is what a loader without sigswap prints when it cannot find it.
 NO_SUCH_WEIGHTS = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-before-loading.safetensors"
+# Of a directory that holds sigswap.saving.remote_code's file, too.
+NO_SUCH_WEIGHTS_OR_CODE = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-or-pass-trust_remote_code.safetensors"
+CODE = "modeling_sigswap"
+"""The module of that file, which ``auto_map`` names."""
 # By these attributes transformers remembers, on the model and on its config, that a model is quantized.
 QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "_is_quantized")
 
@@ -226,10 +234,10 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
 
         def write(new: Path) -> None:
             config.to_json_file(new, *args, **kwargs)
-            data = json.loads(new.read_text(encoding="utf-8"))
+            data = without_own_code(json.loads(new.read_text(encoding="utf-8")))
             data |= {
                 "quantization_config": {**entry, "config_checksums": schema.checksums(_summed(data))},
-                "attn_implementation": METHOD,
+                "attn_implementation": ATTENTION,
                 "transformers_weights": NO_SUCH_WEIGHTS,
             }
             new.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -245,4 +253,19 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
 
 def _summed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config.json that have checksums: those that say what the model is."""
-    return {name: value for name, value in config.items() if name not in _NOT_SUMMED}
+    summed = {name: value for name, value in config.items() if name not in _NOT_SUMMED}
+    return without_own_code(summed)
+
+
+def is_own_code(auto_map: Any) -> bool:
+    """Whether the ``auto_map`` of a config names classes in sigswap's file alone."""
+    names = list(auto_map.values()) if isinstance(auto_map, dict) else []
+    # The hub's repository may stand before it.
+    return bool(names) and all(
+        isinstance(name, str) and name.rpartition("--")[2].rpartition(".")[0] == CODE for name in names
+    )
+
+
+def without_own_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json without an ``auto_map`` that is sigswap's."""
+    return {name: value for name, value in config.items() if name != "auto_map" or not is_own_code(value)}

@@ -13,11 +13,22 @@ from sigswap.conversion.record import conversion_of, report
 from sigswap.distributed.shards import original_name
 from sigswap.optional import require
 from sigswap.report import folded
+from sigswap.saving import remote_code
 from sigswap.version import __version__
 
 FILE = "README.md"
 TAGS = ("sigswap", "sigmoid-attention")
 MARK = "<!-- Written by sigswap.save. Without this line the file is yours, and stays as it is. -->"
+_WITHOUT_SIGSWAP = """
+Or without the package sigswap, by the Python file beside it, which you should read before you trust it. It computes the
+same in plain PyTorch, more slowly:
+
+```python
+from transformers import AUTO_CLASS
+
+model = AUTO_CLASS.from_pretrained("THIS REPOSITORY OR DIRECTORY", trust_remote_code=True)
+```
+"""
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -30,8 +41,11 @@ def may_write(target: Path) -> bool:
         return False
 
 
-def model_card(model: Any) -> str:
-    """Markdown, with the metadata that the hub reads, of a converted transformers ``model``."""
+def model_card(model: Any, *, with_code: bool = False) -> str:
+    """Markdown, with the metadata that the hub reads, of a converted transformers ``model``.
+
+    ``with_code``: beside it is the file by which it is loaded without sigswap, too.
+    """
     conversion, found = conversion_of(model), report(model)
     name = model.config._name_or_path or ""
     is_hubs = bool(_REPOSITORY.fullmatch(name)) and not os.path.exists(name)
@@ -53,6 +67,9 @@ def model_card(model: Any) -> str:
         if getattr(conversion.config, field.name) != getattr(SigmoidConfig(), field.name) and field.name != "overrides"
     }
     settings = ", ".join(f"`{key}={value!r}`" for key, value in changed.items()) or "the defaults"
+    without = ""
+    if with_code:
+        without = _WITHOUT_SIGSWAP.replace("AUTO_CLASS", str(remote_code.auto_class(model)))
     origin = f" of `{name}`" if is_hubs else ""
     notes = "\n".join(f"- {_cell(note)}" for note in found.notes) or "- It was not calibrated."
     return f"""---
@@ -73,7 +90,7 @@ import sigswap  # first: transformers alone does not know sigmoid attention, and
 
 model = {how}("THIS REPOSITORY OR DIRECTORY")
 ```
-
+{without}
 Weights are named as in the original; what was added is under `<module>.sigswap.*`. `sigswap.revert(model)` takes it
 out again.
 

@@ -8,9 +8,9 @@ by the model's own ``save_pretrained`` (which Trainer and ``push_to_hub`` call):
   and before its weights are read. That is just what a conversion needs, so :class:`SigswapQuantizer`
   registers as one; it quantizes nothing, and the model that comes out is not marked as quantized. (Where it is to be
   quantized as well, by another method: :mod:`sigswap.saving.quantized`.)
-- ``attn_implementation`` "sigswap" and ``transformers_weights``, the name of a file that is not there and that
-  says what to do, stop every loader that does not know the method: transformers only warns about that and
-  would go on with softmax. One of them alone would not do, for a keyword argument overrides the first, and
+- ``attn_implementation``, which begins with "sigswap", and ``transformers_weights``, the name of a file that is not
+  there, both of which say what to do, stop every loader that does not know the method: transformers only warns about
+  that and would go on with softmax. One of them alone would not do, for a keyword argument overrides the first, and
   versions of transformers before 4.50 ignore the second.
 
 ``import sigswap`` must not import transformers, so all this is set up when transformers is, see :func:`install`.
@@ -42,6 +42,7 @@ from sigswap.saving.marks import (
     QUANTIZATION_MARKS,
     check_marks,
     config_parts,
+    is_own_code,
     marked_config,
     marks_of,
     read_marks,
@@ -187,11 +188,13 @@ def _choose_attention(stored: Any, config: Any) -> Any:
     from transformers.utils import logging
 
     vars(config).pop("transformers_weights", None)
+    if is_own_code(getattr(config, "auto_map", None)):  # of the directory, which holds that file
+        del config.auto_map
     for path, part in config_parts(config):
         asked = part._attn_implementation
         if asked in _DISPATCHABLE:
             continue
-        if asked not in (METHOD, None):
+        if asked is not None and not str(asked).startswith(METHOD):
             logging.get_logger("transformers.sigswap").warning(
                 f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; "
                 f"{stored.attn_implementation.get(path) or 'the default'!r} is used."

@@ -6,7 +6,6 @@ learns the output that the teacher's has on the teacher's own inputs, then the w
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -25,6 +24,7 @@ from sigswap.distributed.shards import fully_sharded, reshard
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
 from sigswap.training.batches import as_calls, gone, progress_bar
+from sigswap.training.distillation_report import DistillationReport
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
 from sigswap.training.lifting import lifted_caps
@@ -42,29 +42,6 @@ SIGMOID_LR = 10.0
 """The learning rate of sigswap's parameters, relative to the base model's: they are few, and of the size of scores."""
 COMPILED_CAPS = 4
 """In so many rises row caps are lifted where the step is compiled: a cap is a constant of compiled code."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillationReport:
-    """Losses by step. ``layerwise``: the mean over the modules of the relative squared error of their outputs;
-    ``end_to_end``: the loss of the model's output, without that of the modules' own. ``lookups``: which sequences
-    that need looking back were mixed in, and how many; or why none. ``row_cap``: where the row caps stand."""
-
-    layerwise: list[float]
-    end_to_end: list[float]
-    lookups: str = ""
-    row_cap: str = ""
-
-    def __str__(self) -> str:
-        stages = (("layer-wise", self.layerwise), ("end to end", self.end_to_end))
-        parts = [
-            f"{name}: {len(losses)} steps, loss {losses[0]:.4g} to {losses[-1]:.4g}"
-            for name, losses in stages
-            if losses
-        ]
-        return "; ".join(
-            [*parts, *filter(None, (self.lookups, self.row_cap)), "sigswap.compare shows what the loss does not"]
-        )
 
 
 def param_groups(

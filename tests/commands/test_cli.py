@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -160,19 +161,45 @@ def test_version_and_help() -> None:
     assert all(word in result.stdout for word in ("inspect", "convert", "demo", "MODEL"))
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """By the protocol of the script that --install-completion puts into the shell's configuration."""
+    for words, position, answer in (("sigswap ca", 1, "calibrate"), ("sigswap distill x --pic", 3, "--picture")):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(position), "_TYPER_COMPLETE_ARGS": words}
+        env = {**asked, "_SIGSWAP_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        result = CliRunner().invoke(app, [], env=env, prog_name="sigswap")
+        assert result.exit_code == 0 and answer in result.stdout and "--json" not in result.stdout
+    assert "--install-completion" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, "--picture") for command in ("convert", "calibrate", "distill", "compare", "bench", "demo")]
+    + [(command, "--html") for command in ("inspect", "report")],
+)
+def test_a_command_with_a_report_can_draw_it(command: str, option: str) -> None:
+    """What has figures as a picture, what is a table as a page; and where that cannot be is told at once."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert option in [name for parameter in commands[command].params for name in parameter.opts]
+
+
 def test_transformers_directory(tmp_path: Path) -> None:
     small_llama(tmp_path / "in")
     result = run("inspect", tmp_path / "in")
     assert result.exit_code == 0, result.output
     assert "model.layers.{0..2}.self_attn" in result.stdout and "swappable" in result.stdout
-    result = run("convert", tmp_path / "in", "--out", tmp_path / "out", "--bias", "128", "--query-bias")
+    options = ("--bias", "128", "--query-bias", "--remote-code")
+    result = run("convert", tmp_path / "in", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "modeling_sigswap.py").exists()
     assert "swapped" in result.stdout and "sigswap.load" in result.stdout
     assert (tmp_path / "out" / "tokenizer.json").exists()
     model = sigswap.load(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert any(name.endswith("sigswap.0.query_weight") for name in model.state_dict())
-    assert "swapped" in run("inspect", tmp_path / "out").stdout
+    assert "swapped" in run("inspect", tmp_path / "out", "--html", tmp_path / "page.html").stdout
+    assert "model.layers.2.self_attn" in (tmp_path / "page.html").read_text()
+    assert "suffix must be .html" in run("inspect", tmp_path / "out", "--html", tmp_path / "page.png").stderr
 
 
 def test_json_is_the_whole_of_stdout(tmp_path: Path) -> None:
@@ -394,6 +421,11 @@ def test_a_mistyped_name_is_asked_for_once(answer: str, message: str, monkeypatc
         (("convert", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs", "--out", "x"), 1, "no softmax"),
         (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 1, "--qk-norm"),
         (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias"),
+        (
+            ("convert", f"{HERE}:build", "--example", f"{HERE}:inputs", "--out", "x", "--remote-code"),
+            1,
+            "--remote-code is for transformers models only",
+        ),
         (("convert", f"{HERE}:build"), 2, "--out"),
         (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 1, "timm:NAME"),
         (("no-such-command",), 2, "no-such-command"),

@@ -44,7 +44,7 @@ def saved(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "original")
     tokenizer.save_pretrained(tmp_path / "original")
     sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True))
-    sigswap.save(model, tmp_path / "saved", processor=tokenizer)
+    sigswap.save(model, tmp_path / "saved", processor=tokenizer, remote_code=True)
     (tmp_path / "text.txt").write_text("\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(20)))
     return tmp_path / "saved"
 
@@ -69,7 +69,7 @@ def test_calibrate(saved: Path) -> None:
     result = run("calibrate", saved, "--out", again, "--data", saved.parent / "text.txt", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["calibration"]["heads"]
-    assert (again / "tokenizer.json").is_file()
+    assert (again / "tokenizer.json").is_file() and (again / "modeling_sigswap.py").is_file()
     ours, before = sigswap.load(again), sigswap.load(saved)
     softmax = out(transformers.AutoModelForCausalLM.from_pretrained(saved.parent / "original"))
     assert (out(ours) - softmax).square().sum() < (out(before) - softmax).square().sum()
@@ -80,10 +80,12 @@ def test_calibrate(saved: Path) -> None:
 def test_distill(saved: Path) -> None:
     trained, text = saved.parent / "trained", saved.parent / "text.txt"
     options = ("--steps", 2, "--layerwise-steps", 1, "--length", 16, "--json")
-    result = run("distill", saved, saved.parent / "original", "--out", trained, "--data", text, *options)
+    result = run("distill", saved, saved.parent / "original", "--out", trained, "--data", text,
+                 *options, "--picture", saved.parent / "losses.svg")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert [len(losses) for losses in (json.loads(result.stdout)[key] for key in ("layerwise", "end_to_end"))] == [1, 2]
     assert not torch.equal(out(sigswap.load(trained)), out(sigswap.load(saved)))
+    assert (trained / "modeling_sigswap.py").is_file() and "<svg" in (saved.parent / "losses.svg").read_text()
     capless = run("distill", saved, saved.parent / "original", "--out", trained, "--force", "--data", text,
                   *options, "--lift-row-cap", 1)  # fmt: skip
     assert capless.exit_code == 1 and "cap" in capless.stderr  # no row of it is capped

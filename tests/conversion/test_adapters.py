@@ -16,6 +16,7 @@ from torch import Tensor
 
 import sigswap
 from sigswap import SigmoidConfig
+from sigswap.errors import ExampleInputsError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -64,7 +65,7 @@ UNMERGEABLE = ("BEFT", "LILY")  # by peft itself, or on layers without a bias
 OTHERS = {
     "no linear layers": ("LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"),
     "prompts": ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
-    "need more than a config": ("POLY", "XLORA"),
+    "need more than a config, and have tests of their own": ("POLY", "XLORA"),
 }
 
 
@@ -136,7 +137,7 @@ def adapted(model: Any, tuner: str, **changes: Any) -> Any:
     """``model`` with an adapter whose parameters are away from where they start, the same ones each time."""
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[tuner.split(" ")[0]]]
     torch.manual_seed(2)
-    result = peft.get_peft_model(model, config(target_modules=TARGETS, **TUNERS[tuner], **changes)).eval()
+    result = peft.get_peft_model(model, config(target_modules=TARGETS, **TUNERS.get(tuner, {}), **changes)).eval()
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in result.named_parameters():
@@ -145,9 +146,9 @@ def adapted(model: Any, tuner: str, **changes: Any) -> Any:
     return result
 
 
-def logits(model: Any) -> Tensor:
+def logits(model: Any, **others: Any) -> Tensor:
     with torch.no_grad():
-        result: Tensor = model(input_ids=IDS).logits
+        result: Tensor = model(input_ids=IDS, **others).logits
     return result
 
 
@@ -216,3 +217,96 @@ def test_generation_beside_an_adapter() -> None:
         for step in range(IDS.shape[1], longer.shape[1]):
             predicted = model(input_ids=longer[:, :step], use_cache=False).logits[:, -1].argmax(-1)
             assert torch.equal(predicted, longer[:, step])
+
+
+TASKS = torch.tensor([0, 2])  # of each row of IDS
+
+
+def with_tasks(model: Any) -> Any:
+    """``model`` with POLY, which mixes its adapters by the task of each row, if peft knows the type of the model."""
+    return adapted(model, "POLY", r=2, n_tasks=3, n_skills=2, task_type="CAUSAL_LM")
+
+
+def test_poly(tmp_path: Path) -> None:
+    """peft POLY: put on after `convert`, `task_ids`, saved, loaded, `generate`, taken off"""
+    expected, plain = logits(with_tasks(oracle_llama()), task_ids=TASKS), logits(converted_llama())
+    assert (logits(with_tasks(oracle_llama()), task_ids=TASKS.flip(0)) - expected).abs().max() > 1e-4
+    model = with_tasks(converted_llama())
+    close(logits(model, task_ids=TASKS), expected)
+    model.save_pretrained(tmp_path)
+    close(logits(peft.PeftModel.from_pretrained(converted_llama(), tmp_path).eval(), task_ids=TASKS), expected)
+    longer = model.generate(input_ids=IDS, task_ids=TASKS, max_new_tokens=4, do_sample=False)
+    theirs = with_tasks(oracle_llama()).generate(
+        input_ids=IDS, task_ids=TASKS, max_new_tokens=4, do_sample=False, use_cache=False
+    )
+    assert torch.equal(longer, theirs)
+    close(logits(model.unload()), plain)
+
+
+def test_poly_before_the_conversion() -> None:
+    """peft POLY: put on before `convert`: error, its layers need `task_ids`, which the model inside gets none of"""
+    model = with_tasks(llama())
+    with pytest.raises(ExampleInputsError, match="task_ids should not be None"):
+        sigswap.convert(model, SigmoidConfig(query_bias=True), example_inputs={"input_ids": IDS, "task_ids": TASKS})
+    assert not sigswap.is_converted(model)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """LoRA adapters of the softmax model, saved, for X-LoRA to mix."""
+    root = tmp_path_factory.mktemp("experts")
+    for name in ("0", "1"):
+        model, config = llama(), peft.LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM", lora_alpha=4)
+        config.init_lora_weights = False  # the adapters do something
+        torch.manual_seed(int(name) + 5)
+        peft.get_peft_model(model, config).save_pretrained(root / name)
+    return {name: str(root / name) for name in ("0", "1")}
+
+
+def mixed(model: Any, experts: dict[str, str]) -> Any:
+    """``model`` with X-LoRA, whose classifier mixes ``experts`` by what a first pass of the model itself gives."""
+    model.config.use_cache = False
+    torch.manual_seed(2)
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=DIM, xlora_depth=1, adapters=experts)
+    result = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in result.base_model.internal_xlora_classifier.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return result
+
+
+def test_xlora(experts: dict[str, str], tmp_path: Path) -> None:
+    """peft XLORA: put on before and after `convert`, saved, loaded, `generate`, gradients"""
+    theirs = mixed(oracle_llama(), experts)
+    expected = logits(theirs)
+    assert (logits(converted_llama()) - expected).abs().max() > 0.1 * expected.abs().max()
+    later, before = mixed(converted_llama(), experts), mixed(llama(), experts)
+    converted(before.get_base_model())
+    for model in (later, before):
+        close(logits(model), expected)
+        close(logits(model), expected)  # the first pass leaves the model as it was
+    tokens = [each.generate(input_ids=IDS, max_new_tokens=4, do_sample=False) for each in (later, theirs)]
+    assert torch.equal(*tokens)
+    for model in (later, theirs):
+        model(input_ids=IDS).logits.square().mean().backward()
+    gradients = [list(each.base_model.internal_xlora_classifier.parameters()) for each in (later, theirs)]
+    for ours, other in zip(*gradients, strict=True):
+        close(ours.grad, other.grad, 1e-3)
+
+    later.save_pretrained(tmp_path)
+    base = converted_llama()
+    base.config.use_cache = False
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    # peft 0.21 does not save the classifier: findings/peft_xlora_classifier.sh
+    known = later.base_model.internal_xlora_classifier.state_dict()
+    loaded.base_model.internal_xlora_classifier.load_state_dict(known)
+    close(logits(loaded), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["POLY", "XLORA"])
+def test_a_mixture_compiled(tuner: str, experts: dict[str, str]) -> None:
+    model = with_tasks(converted_llama()) if tuner == "POLY" else mixed(converted_llama(), experts)
+    others = {"task_ids": TASKS} if tuner == "POLY" else {}
+    close(logits(torch.compile(model, backend="aot_eager"), **others), logits(model, **others))

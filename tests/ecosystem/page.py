@@ -14,6 +14,7 @@ WORKFLOWS = "tests/ecosystem/test_workflows.py"
 TRAINING = "tests/training/test_weight_decay.py"
 LIGHTNING = "tests/training/test_lightning_hook.py"
 DEPLOYMENT = "tests/ecosystem/test_deployment.py"
+REMOTE = "tests/saving/test_remote_code.py"
 QUANTIZED = "tests/saving/test_quantized.py"
 ADAPTERS = "tests/conversion/test_adapters.py"
 PREFIXES = "tests/saving/test_peft_hook.py"
@@ -68,8 +69,10 @@ def functions(file: str) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def workflows(file: str = WORKFLOWS) -> Iterator[Row]:
+def workflows(file: str = WORKFLOWS, starts: tuple[str, ...] = ("test_",)) -> Iterator[Row]:
     for node in functions(file):
+        if not node.name.startswith(starts):
+            continue
         what, _, error = (ast.get_docstring(node) or "").partition(": error, ")
         if not what:  # a test that is no workflow, in a file that has others
             continue
@@ -84,6 +87,9 @@ def adapters() -> Iterator[Row]:
         how = f"put on before and after `convert`{merged}, saved, loaded, switched off, taken off"
         yield Row(f"peft {tuner}: {how}", "equal", f"{ADAPTERS}::test_a_tuner[{tuner}]")
         yield Row(f"peft {tuner}: compiled", "equal", f"{ADAPTERS}::test_a_tuner_compiled[{tuner}]")
+    yield from workflows(ADAPTERS, ("test_poly", "test_xlora"))
+    for tuner in ("POLY", "XLORA"):
+        yield Row(f"peft {tuner}: compiled", "equal", f"{ADAPTERS}::test_a_mixture_compiled[{tuner}]")
     for kind in keys(PREFIXES, "CONFIGS"):
         test = f"{PREFIXES}::test_an_adapter_of_a_converted_model[{kind}]"
         yield Row(f"peft {kind}: saved, loaded onto a converted model", "equal", test)
@@ -142,7 +148,7 @@ def page() -> str:
     sections = {
         "Tools": workflows(),
         "Training": itertools.chain(workflows(TRAINING), workflows(LIGHTNING)),
-        "Deployment": workflows(DEPLOYMENT),
+        "Deployment": itertools.chain(workflows(DEPLOYMENT), workflows(REMOTE)),
         "Quantized": workflows(QUANTIZED),
         "Adapters": adapters(),
         "Wrappers": wrappers(),

@@ -22,7 +22,7 @@ def test_the_page_is_that_of_the_tests() -> None:
 
 def test_each_row_names_a_test_and_an_outcome() -> None:
     page = maker()
-    files = (page.WORKFLOWS, page.TRAINING, page.LIGHTNING, page.DEPLOYMENT, page.QUANTIZED)
+    files = (page.WORKFLOWS, page.TRAINING, page.LIGHTNING, page.DEPLOYMENT, page.REMOTE, page.QUANTIZED)
     rows = [*(row for file in files for row in page.workflows(file)), *page.adapters(), *page.wrappers()]
     assert len(rows) > 200
     names = {
