@@ -6,6 +6,7 @@ What examples/minilm.py runs is tested by test_demo.py and test_calibrate.py.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,3 +39,16 @@ def test_example(
     assert result.returncode == 0, result.stderr
     assert f"calibration on {batches} batches" in result.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == pictures
+
+
+def test_the_example_of_distillations_speed(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = tmp_path / "speed.json"
+    subprocess.run(
+        [sys.executable, str(EXAMPLES / "distillation_speed.py"), "--small", "--json", str(found)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+        timeout=300,
+    )
+    rows = json.loads(found.read_text())
+    assert set(rows) == {"training", "distillation"} and min(rows.values()) > 0
