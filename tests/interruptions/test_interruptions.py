@@ -5,6 +5,7 @@ A sample; ``python -m tests.interruptions`` takes every line.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import os
@@ -25,7 +26,7 @@ from sigswap.conversion.watch import Watch, _Ops
 from sigswap.errors import SigswapError
 from tests.interruptions.cases import Attention, X, model, process
 from tests.interruptions.check import ERRORS, Attempt, Checked, first_difference, signalled
-from tests.interruptions.share import NAMES, checked, in_forks
+from tests.interruptions.share import NAMES, checked, in_forks, work
 
 SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 """Interruptions of each call; those that look at a model take longer."""
@@ -36,7 +37,7 @@ SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 def test_a_sample(name: str) -> None:
     case = checked(name, turns=1)
     number = SAMPLED_OF_CONVERT if name.startswith(("convert", "inspect")) else SAMPLED
-    problems = [case.problem(attempt) for attempt in itertools.islice(case.attempts(), number)]
+    problems = [case.problem(attempt) for attempt in itertools.islice(case.places.attempts(name), number)]
     assert [problem for problem in problems if problem is not None] == []
 
 
@@ -46,7 +47,7 @@ def test_ctrl_c(name: str) -> None:
     """Real signals, after random times."""
     case, times = checked(name, turns=1), random.Random(0)
     number = 5 if name == "convert" else 20
-    problems = [case.problem(Attempt(times.uniform(0, case.seconds))) for _ in range(number)]
+    problems = [case.problem(Attempt(times.uniform(0, case.places.seconds))) for _ in range(number)]
     assert [problem for problem in problems if problem is not None] == []
 
 
@@ -109,14 +110,28 @@ class _Poisons(Checked):
 
 
 def test_a_fault_is_counted_once() -> None:
-    found = list(in_forks(_Poisons(), [Attempt(float(number)) for number in range(1, 5)]))
-    assert found == [
+    found = list(in_forks("poisons", _Poisons, [Attempt(float(number)) for number in range(1, 5)]))
+    assert [tried.problem for tried in found] == [
         "left behind (it is not used any more)",
         None,
         "poisons, a signal after 3000.00 ms: the process ended with exit code 7",
         None,
     ]
     assert torch._C._len_torch_function_stack() == 0
+
+
+def test_the_long_run_leaves_autograd_to_its_copies(monkeypatch: Any) -> None:
+    """Torch refuses a backward pass in a copy of a process that has run one with threads."""
+    backward, here = torch.autograd.backward, os.getpid()
+
+    def only_in_copies(*arguments: Any, **keywords: Any) -> None:
+        assert os.getpid() != here
+        backward(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.autograd, "backward", only_in_copies)
+    given = argparse.Namespace(count=2, minutes=1.0, turns=1, signals=0, case=["calibrate without data"], line=None)
+    (found,) = work(0, 1, given)
+    assert found[0] == "calibrate without data" and found[1] > 0 and found[4] == []
 
 
 def test_the_first_difference_is_told() -> None:
