@@ -25,7 +25,7 @@ from tests.interruptions.check import Attempt, Checked, CheckedModel, Places
 from tests.interruptions.on_disk import ON_DISK, CheckedFiles
 
 NAMES = (*CASES, *ON_DISK)
-IN_A_ROW = 25
+IN_A_ROW = 50
 """Interruptions of one case, at most, before it is the next one's turn."""
 
 
