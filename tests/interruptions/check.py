@@ -65,12 +65,15 @@ class Checked(ABC):
     def __init__(self, turns: int = 1, places: Places | None = None) -> None:
         self.before = self.fresh()[1]()
         if places is None:
-            lines = sorted(lines_of(self._called, turns))
+            lines = sorted(lines_of(self.fresh()[0], turns))
+            call, state = self.fresh()
             start = time.perf_counter()
-            self._called()
+            call()
             places = Places(lines, time.perf_counter() - start)
         else:
-            self._called()
+            call, state = self.fresh()
+            call()
+        self.after = state()
         self.places = places
 
     def close(self) -> None:  # noqa: B027 most have nothing to remove
@@ -106,11 +109,6 @@ class Checked(ABC):
                 f"from before: {first_difference(self.before, now)}; from after: {first_difference(self.after, now)}"
             )
         return f"{self.name}, {attempt}: the random state has moved" if moved else None
-
-    def _called(self) -> None:
-        call, state = self.fresh()
-        call()
-        self.after = state()
 
 
 class CheckedModel(Checked):

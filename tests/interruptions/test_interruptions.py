@@ -51,6 +51,13 @@ def test_ctrl_c(name: str) -> None:
     assert [problem for problem in problems if problem is not None] == []
 
 
+def test_the_lines_are_those_of_the_call_alone() -> None:
+    """And not those of the look at what it leaves, which loads and saves models."""
+    with contextlib.closing(checked("recover", turns=0)) as case:
+        for attempt in itertools.islice(case.places.attempts("recover"), 5):
+            assert case.problem(attempt) is None and case.came, str(attempt)
+
+
 def test_a_signal_is_seen() -> None:
     came, raised = signalled(lambda: time.sleep(5), 0.01)
     assert came and isinstance(raised, KeyboardInterrupt)
