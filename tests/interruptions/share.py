@@ -65,6 +65,7 @@ def in_forks(
 
 
 def _tried(build: Callable[[], Checked], attempts: Sequence[Attempt], end: float) -> Iterator[Tried]:
+    _one_of_many()
     around = process()
     with contextlib.closing(build()) as each:
         for attempt in attempts:
@@ -77,7 +78,14 @@ def _tried(build: Callable[[], Checked], attempts: Sequence[Attempt], end: float
                 return
 
 
+def _one_of_many() -> None:
+    """Sets this copy to one thread, and to no warnings."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+
+
 def _places(name: str, turns: int) -> Iterator[Places]:
+    _one_of_many()
     with contextlib.closing(checked(name, turns)):  # lines that only a first call runs are none of a later one
         pass
     with contextlib.closing(checked(name, turns)) as each:
@@ -87,8 +95,6 @@ def _places(name: str, turns: int) -> Iterator[Places]:
 def work(share: int, shares: int, given: argparse.Namespace) -> Iterator[tuple[str, int, int, float, list[str]]]:
     """A share of the interruptions: of a case, how many errors and how many signals there were, in how many seconds,
     and what was wrong."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     end = time.monotonic() + 60 * given.minutes
     count = sys.maxsize if given.count is None else -(-given.count // shares)
     names = given.case or NAMES
