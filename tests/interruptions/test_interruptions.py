@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import os
 import random
@@ -24,6 +25,7 @@ from sigswap.conversion.copies import _Placing
 from sigswap.conversion.recording import _GroupedProducts
 from sigswap.conversion.watch import Watch, _Ops
 from sigswap.errors import SigswapError
+from sigswap.saving import factories
 from tests.interruptions.cases import Attention, X, model, process
 from tests.interruptions.check import ERRORS, Attempt, Checked, first_difference, signalled
 from tests.interruptions.share import NAMES, checked, in_forks, work
@@ -96,6 +98,18 @@ def test_an_interruption_as_a_mode_is_left(monkeypatch: Any, mode: type[Any], ki
     with contextlib.suppress(KeyboardInterrupt, SigswapError):
         sigswap.inspect(model(Attention), example_inputs=X)
     assert came and first_difference(around, process()) == "nothing"
+
+
+@pytest.mark.parametrize("name", ["save", "load"])
+def test_an_error_as_the_meta_device_is_left(name: str) -> None:
+    """Another way is tried after it, and that one is not on the meta device."""
+    code, first = inspect.getsourcelines(factories._on_meta)
+    with contextlib.closing(checked(name, turns=2)) as case:
+        inside = [at for at in case.places.lines if at.file == factories.__file__]
+        inside = [at for at in inside if first <= at.number < first + len(code)]
+        assert len(inside) >= 4
+        for at in inside:
+            assert case.problem(Attempt(at, RuntimeError)) is None and case.came, at
 
 
 class _Poisons(Checked):
