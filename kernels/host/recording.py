@@ -29,8 +29,8 @@ def recorded_by(
     record: Callable[[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]], None], *, descriptors: bool
 ) -> Iterator[None]:
     """This thread's launches go to ``record``."""
-    recording.by = Recorder(record, descriptors)
     try:
+        recording.by = Recorder(record, descriptors)
         yield
     finally:
         recording.by = None

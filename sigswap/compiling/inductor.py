@@ -22,6 +22,7 @@ from sigswap.compiling import launches
 from sigswap.compiling.launches import make_launches_visible
 from sigswap.kernels import settings
 from sigswap.passes.lower import lower
+from sigswap.transaction import Transaction
 
 
 class InductorLowering(CustomGraphPass):
@@ -108,13 +109,16 @@ def enable_inductor_lowering() -> Enabled:
     which is the first call of the model, and its first backward pass.
     """
     added = {}
-    for hook, kind in (("pre_grad_custom_pass", InductorLowering), ("post_grad_custom_post_pass", InductorLaunches)):
-        before = getattr(torch._inductor.config, hook)
-        now = with_pass(before, kind)
-        if now is not before:
-            setattr(torch._inductor.config, hook, now)
-            added[hook] = now, before
-    return Enabled(added)
+    kinds = {"pre_grad_custom_pass": InductorLowering, "post_grad_custom_post_pass": InductorLaunches}
+    with Transaction() as undo, undo:
+        for hook, kind in kinds.items():
+            before = getattr(torch._inductor.config, hook)
+            now = with_pass(before, kind)
+            if now is not before:
+                undo.on_failure("inductor's passes", functools.partial(setattr, torch._inductor.config, hook, before))
+                setattr(torch._inductor.config, hook, now)
+                added[hook] = now, before
+        return Enabled(added)
 
 
 def with_pass(present: Any, kind: type[InductorLowering | InductorLaunches]) -> Any:

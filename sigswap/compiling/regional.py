@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sigswap.conversion.record import owners_of
+from sigswap.transaction import Transaction, entries
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -28,7 +29,11 @@ def compile_attention(model: _Model, **options: Any) -> _Model:
     Raises:
         NotConvertedError: The model is not converted.
     """
-    for path, state in owners_of(model).items():
-        model.get_submodule(path).compile(backend="sigswap", **options)
-        state.compiled = True
+    with Transaction() as undo, undo:
+        for path, state in owners_of(model).items():
+            module = model.get_submodule(path)
+            undo.on_failure("what was compiled", entries(vars(module), "_compiled_call_impl"))
+            undo.on_failure("what was compiled", entries(vars(state), "compiled"))
+            state.compiled = True
+            module.compile(backend="sigswap", **options)
     return model

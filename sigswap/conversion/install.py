@@ -29,6 +29,7 @@ from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import ConfigError, ConversionError, Hint
 from sigswap.transaction import Note, Transaction, entries
 
+_TERMS = ("query_weight", "length_share", "offset")  # those that a config can leave open
 _FAST_PATH_BEFORE = "_sigswap_fast_path"  # the attribute of a torch.nn encoder (layer) that holds what was switched off
 # What torch.nn.TransformerEncoder and TransformerEncoderLayer ask before they take the fused inference path, which
 # never calls the attention module in them.
@@ -101,18 +102,23 @@ def open_terms(note: Note, model: nn.Module) -> list[str]:
     for path, made in chosen.items():
         if made is None:
             continue
-        note("the terms", entries(vars(states[path]), "intercepts_products"))
+        keep_terms(note, states[path])
         for site, new in zip(states[path].sites(), made.sites(), strict=True):
-            names = ("query_weight", "length_share", "offset")
-            note("the terms", entries(vars(site), "acts_on_product", *names))
-            note("the terms", entries(site._parameters, *names))
-            for name in names:
+            for name in _TERMS:
                 if getattr(site, name) is None and getattr(new, name) is not None:
                     setattr(site, name, getattr(new, name))
             site.acts_on_product = new.acts_on_product
         states[path].intercepts_products = made.intercepts_products
     model.__dict__[RECORD] = dataclasses.replace(conversion, config=_closed(conversion.config, chosen))
     return [path for path, made in chosen.items() if made is not None]
+
+
+def keep_terms(note: Note, state: OwnerState) -> None:
+    """Notes which terms the attentions of a module have."""
+    note("the terms", entries(vars(state), "intercepts_products"))
+    for site in state.sites():
+        note("the terms", entries(vars(site), "acts_on_product", *_TERMS))
+        note("the terms", entries(site._parameters, *_TERMS))
 
 
 def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState) -> OwnerState | None:

@@ -91,13 +91,18 @@ def _register(note: Note, module: nn.Module, method: str, function: Any, options
     getattr(module, method)(function, **options)
 
 
+def device_mode(note: Note) -> None:
+    """Puts back what ``with torch.device(...)`` could leave behind."""
+    thread_modes.function_modes(note)
+    note("torch.device", entries(vars(_device), "CURRENT_DEVICE"))
+
+
 def thread_state(note: Note) -> None:
     """Puts back what an interruption could leave behind in this thread: modes, hooks, defaults, switches."""
     c: Any = torch._C  # whose stubs do not have all
-    thread_modes.function_modes(note)
+    device_mode(note)
     thread_modes.dispatch_modes(note)
     thread_modes.saved_tensors_hooks(note)
-    note("torch.device", entries(vars(_device), "CURRENT_DEVICE"))
     note("torch's default dtype", functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
     note("torch's overrides", functools.partial(c._set_torch_function_state, c._get_torch_function_state()))
     context_state(note)

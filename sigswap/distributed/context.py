@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sigswap.conversion.keeping import thread_state
 from sigswap.errors import ArgumentError, Hint
 from sigswap.functional.torch_functions import SWAPS
 from sigswap.sequence.active import activated, refuse_parts
 from sigswap.sequence.attention import FORMS, Form, SequenceAttention
 from sigswap.sequence.exchange import SequenceGroup
 from sigswap.sequence.layout import Layout, Segment
+from sigswap.transaction import Transaction
 
 _WHOLE = frozenset(function for function, swap in SWAPS.items() if swap.family not in ("softmax", "log_softmax"))
 """Functions that are attention, whatever they are called for."""
@@ -119,8 +121,10 @@ def context_parallel(
     segments = None if documents is None else _segments(documents)
     total = None if documents is None else documents.shape[-1]
     attention = SequenceAttention(ranks, form=form, causal=causal, documents=segments, total=total)
-    with activated(attention), _Softmax():
-        yield ContextParallel(ranks)
+    with Transaction() as undo, undo:
+        thread_state(undo.on_failure)
+        with activated(attention), _Softmax():
+            yield ContextParallel(ranks)
 
 
 class _Softmax(TorchFunctionMode):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.keeping import device_mode
 from sigswap.conversion.record import Conversion, conversion_of
 from sigswap.conversion.state import OwnerState
 from sigswap.distributed.shards import original_name
@@ -188,8 +189,7 @@ def _build_without_data(factory: Callable[[], nn.Module], name: str) -> nn.Modul
     """What ``factory`` builds, on the meta device; on the CPU, if it needs values to be built."""
     with unmoved_random_state():
         try:
-            with torch.device("meta"):
-                return factory()
+            return _on_meta(factory)
         except SigswapError:
             raise
         except Exception:
@@ -199,6 +199,14 @@ def _build_without_data(factory: Callable[[], nn.Module], name: str) -> nn.Modul
                 raise CheckpointError(
                     f"{{argument}}={name!r} failed: {type(error).__name__}: {error}", argument="factory"
                 ) from error
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` gives on the meta device. If it fails, that is left, wherever the failure came from."""
+    with Transaction() as undo, undo:
+        device_mode(undo.on_failure)
+        with torch.device("meta"):
+            return build()
 
 
 # Loading
@@ -235,8 +243,7 @@ def check_buffers(made: Mapping[str, Mapping[str, Any]], header: Mapping[str, St
 def built_on_meta(factory: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
     """What ``factory`` builds, without data; None if it needs values to be built."""
     try:
-        with torch.device("meta"):
-            return sources.build(factory, kwargs)
+        return _on_meta(functools.partial(sources.build, factory, kwargs))
     except SigswapError:
         raise
     except Exception:

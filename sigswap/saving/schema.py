@@ -276,6 +276,8 @@ def _owner(value: Any, where: str) -> None:
             if family not in _FAMILIES or (field == "calls" and not position.isdecimal()):
                 _wrong(f"{where}.{field}", "name families of calls, and their positions", name)
             index(site, f"{where}.{field}[{name!r}]")
+    if value["sites"] and not any(value.get(field) for field in ("calls", "repeats", "places")):
+        _wrong(f"{where}.places", "name the calls of its sites, which calls does not", value.get("places"))
     for field in ("totals", "places"):
         for family in value.get(field, {}):
             one_of(*_FAMILIES)(family, f"{where}.{field}")

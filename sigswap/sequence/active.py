@@ -26,10 +26,13 @@ def activated(attention: SequenceAttention) -> Iterator[None]:
     """Attention runs by ``attention`` inside."""
     if active.attention is not None:
         raise ContextParallelError("context parallelism is on already: one context_parallel is inside another one.")
-    active.attention = attention
     try:
-        yield
-    finally:
+        try:
+            active.attention = attention
+            yield
+        finally:
+            active.attention = None
+    finally:  # again, for an interruption may have come before that line
         active.attention = None
 
 

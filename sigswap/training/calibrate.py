@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sigswap.config import check_row_cap
 from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import accepts
-from sigswap.conversion.install import open_terms
+from sigswap.conversion.install import keep_terms, open_terms
 from sigswap.conversion.keeping import quiet, thread_state, values_of
 from sigswap.conversion.record import RECORD, conversion_of, note_calibration, owners_of, set_row_cap
 from sigswap.conversion.recording import Inputs
@@ -142,7 +142,7 @@ def calibrate(
     check_batches(ranks, heads, first, device_of(model))
     scaled = [state for state in states.values() if state.layer_scale is not None or state.norm is not None]
     with Transaction() as undo, undo:
-        _unchanged_if_it_fails(undo, part, states)
+        unchanged_if_it_fails(undo, part)
         quiet(undo, model)
         bar = progress_bar(undo, progress and ranks.rank == 0)
         with ranks.all_or_none():
@@ -393,11 +393,13 @@ def _path_of(states: Mapping[str, OwnerState], site: SiteState) -> str:
     return next(path or "the model" for path, state in states.items() if site in state.sites())
 
 
-def _unchanged_if_it_fails(undo: Transaction, model: nn.Module, states: Mapping[str, OwnerState]) -> None:
-    """Notes all that a calibration changes for good."""
+def unchanged_if_it_fails(undo: Transaction, model: nn.Module) -> None:
+    """Notes all that a calibration changes for good of a converted ``model``."""
+    states = owners_of(model)
     thread_state(undo.on_failure)
     undo.on_failure("the record of the conversion", entries(vars(model), RECORD))
     for state in states.values():
+        keep_terms(undo.on_failure, state)
         for site in state.sites():
             undo.on_failure("the row cap", entries(vars(site), "row_cap", "fitted_length"))
     parameters = [parameter for state in states.values() for parameter in state.parameters()]

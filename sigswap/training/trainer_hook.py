@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterable
 from types import ModuleType
 from typing import Any
 
-from sigswap.conversion.record import conversion_of
+from sigswap.conversion.record import conversion_of, converted_part
 from sigswap.conversion.wrappers import unwrapped
 from sigswap.errors import ArgumentError, Hint
 from sigswap.optional import require
-from sigswap.training.calibrate import calibrate
+from sigswap.training.calibrate import calibrate, unchanged_if_it_fails
 from sigswap.training.weight_decay import added_parameters, decayed_parameters, undecayed
+from sigswap.transaction import Transaction
 from sigswap.when_imported import WhenImported
 
 _WRAPPED = "_sigswap_wrapped"
@@ -61,8 +62,11 @@ def calibration_callback(batches: Any = 8, **options: Any) -> Any:
                 return
             before = {id(parameter) for parameter in model.parameters()}
             data = _first(given["train_dataloader"], batches) if isinstance(batches, int) else batches
-            self.report = calibrate(model, data, **options)
-            _train_too(given["optimizer"], model, before)
+            with Transaction() as undo, undo:
+                unchanged_if_it_fails(undo, converted_part(model))
+                report = calibrate(model, data, **options)
+                _train_too(given["optimizer"], model, before)
+            self.report = report
 
     return CalibrationCallback()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from sigswap.conversion.record import owners_of
 from sigswap.conversion.state import OwnerState
 from sigswap.errors import ArgumentError, Hint
+from sigswap.transaction import Transaction, whole
 
 _OF_PARAMETERS = ("params", "param_names")
 _APART = (*_OF_PARAMETERS, "weight_decay", "name")  # in which groups may differ that take the same steps
@@ -50,7 +51,17 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
             argument="optimizer",
             hint=Hint("Call sigswap.exempt_from_decay before the scheduler is made."),
         )
-    for group, target in zip(decayed, free, strict=True):
+    with Transaction() as undo, undo:
+        undo.on_failure("the optimizer's groups", _as_they_are(groups))
+        _move(ours, groups, zip(decayed, free, strict=True))
+    return optimizer
+
+
+def _move(
+    ours: Collection[int], groups: list[dict[str, Any]], pairs: Iterable[tuple[dict[str, Any], dict[str, Any] | None]]
+) -> None:
+    """Moves the parameters ``ours`` from the first group of each pair to the second one, or to a new one."""
+    for group, target in pairs:
         kept = [id(parameter) not in ours for parameter in group["params"]]
         for name in _OF_PARAMETERS:
             if name not in group:
@@ -65,7 +76,18 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
                 groups.append(target)
             elif target is not None:
                 target[name] = [*target.get(name, ()), *moved]
-    return optimizer
+
+
+def _as_they_are(groups: list[dict[str, Any]]) -> Callable[[], None]:
+    """What makes the groups what they are now."""
+    before, each = list(groups), [whole(group) for group in groups]
+
+    def put_back() -> None:
+        groups[:] = before
+        for fields in each:
+            fields()
+
+    return put_back
 
 
 def decayed_parameters(optimizer: Any, model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 import torch._inductor.config as inductor_config
 from graphs import Graphs
 from handwritten import DIM, Grouped, Handwritten, LocalWithSoftcap, NanoGPT, sigmoid
+from interruptions import interrupted, lines_of
 from oracle import sigmoid_oracle
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -228,6 +229,48 @@ def test_compile_attention_of_swin() -> None:
     assert len(ops) == counter.frame_count and not any(
         "sigmoid_probs" in str(n.target) for graph in counter.graphs for n in graph.graph.nodes
     )
+
+
+def test_an_interruption_compiles_all_or_nothing(model: Blocks, x: Tensor) -> None:
+    sigswap.convert(model, example_inputs=(x,))
+    states = [layer.sigswap for layer in model.layers]
+
+    def state() -> list[tuple[bool, bool]]:
+        return [
+            (each.compiled, layer._compiled_call_impl is not None)
+            for each, layer in zip(states, model.layers, strict=True)
+        ]
+
+    def compiled() -> None:
+        for each, layer in zip(states, model.layers, strict=True):
+            each.compiled, layer._compiled_call_impl = False, None
+        sigswap.compile_attention(model)
+
+    for at in lines_of(compiled):
+        came, raised = interrupted(compiled, at, KeyboardInterrupt())
+        assert came and isinstance(raised, KeyboardInterrupt) and len(set(state())) == 1, at
+        assert len(set(state()[0])) == 1, at
+
+
+def test_an_interruption_sets_both_of_inductors_passes_or_none() -> None:
+    hooks = ("pre_grad_custom_pass", "post_grad_custom_post_pass")
+
+    def state() -> list[Any]:
+        return [getattr(inductor_config, hook) for hook in hooks]
+
+    def enabled() -> None:
+        sigswap.enable_inductor_lowering().__enter__()
+
+    before = state()
+    try:
+        for at in lines_of(enabled):
+            for hook, value in zip(hooks, before, strict=True):
+                setattr(inductor_config, hook, value)
+            _, raised = interrupted(enabled, at, KeyboardInterrupt())
+            assert state() == before or None not in state(), (at, raised)
+    finally:
+        for hook, value in zip(hooks, before, strict=True):
+            setattr(inductor_config, hook, value)
 
 
 def test_compile_attention_needs_a_converted_model(model: Blocks) -> None:

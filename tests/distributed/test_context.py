@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from interruptions import interrupted, lines_of
 from ranks import on_ranks
 from spread import by_heads
 from torch import Tensor
 
 import sigswap
 from sigswap.config import SigmoidConfig
+from sigswap.distributed import context
 from sigswap.errors import ArgumentError, ContextParallelError, SigswapError
 from sigswap.functional.attention import FirstToken, attend, sigmoid_attention_varlen
 from sigswap.functional.stand_ins import softmax
-from sigswap.sequence.active import active
+from sigswap.sequence.active import activated, active
 
 BATCH, HEADS, TOKENS, DIM, WIDTH = 2, 4, 24, 8, 6
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8 + [7] * 11, [-1] * 3 + [4] * 8 + [5] * 10 + [-1] * 3])
@@ -237,6 +239,25 @@ def test_what_cannot_run_is_an_error() -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(ArgumentError, match="init_process_group"), sigswap.context_parallel():
         pass
+
+
+def test_an_interruption_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any line that turns it on or off, and inside, where it leaves torch's overrides off."""
+
+    def used() -> None:
+        with activated(cast(Any, object())):
+            pass
+
+    for at in lines_of(used):
+        came, raised = interrupted(used, at, KeyboardInterrupt())
+        assert came and isinstance(raised, KeyboardInterrupt) and active.attention is None, at
+    monkeypatch.setattr(context, "_group", lambda mesh: None)
+    monkeypatch.setattr(context, "SequenceGroup", lambda group: None)
+    with pytest.raises(KeyboardInterrupt), sigswap.context_parallel():
+        torch._C._set_torch_function_state(torch._C._TorchFunctionState.ALL_DISABLED)
+        raise KeyboardInterrupt
+    assert torch._C._get_torch_function_state() == torch._C._TorchFunctionState.ENABLED
+    assert torch._C._len_torch_function_stack() == 0 and active.attention is None
 
 
 def converted(key_heads: int = 2, **fields: Any) -> Any:

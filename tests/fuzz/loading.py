@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import shutil
@@ -54,7 +55,7 @@ def build(dim: int = 16, heads: int = 4) -> nn.Module:
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    """A saved directory of each of the three kinds."""
+    """A saved directory of each of the three kinds, and, where torchao is installed, of a quantized model."""
     config = sigswap.SigmoidConfig(query_bias=True, first_token=True, qk_norm="rms", layer_scale=0.5, row_cap=0.7)
 
     def case(name: str, model: nn.Module, run: Callable[[nn.Module], Tensor], **options: Any) -> Case:
@@ -82,7 +83,16 @@ def cases(folder: Path) -> Iterator[Case]:
         num_key_value_heads=2, max_position_embeddings=32,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(llama).eval()
-    yield case("transformers", sigswap.convert(model, config), lambda model: model(IDS).logits, max_shard_size="20KB")
+    saved = case("transformers", sigswap.convert(model, config), lambda model: model(IDS).logits, max_shard_size="20KB")
+    yield saved
+    if importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        quantization = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        model = transformers.LlamaForCausalLM.from_pretrained(saved.directory, quantization_config=quantization)
+        sigswap.save(model, folder / "quantized")
+        with torch.no_grad():
+            yield Case(folder / "quantized", saved.run, saved.run(model))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with GPUs, autograd has threads, which do not go well with copies
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch

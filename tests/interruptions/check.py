@@ -31,49 +31,69 @@ class Attempt(NamedTuple):
         return f"{self.kind.__name__} at {self.at.file.rpartition('/')[2]}:{self.at.number} (turn {self.at.turn})"
 
 
-class Checked(ABC):
-    """One call, with what it changes before and after it.
+class Places(NamedTuple):
+    """Where a call can be interrupted: at these lines, and for so many seconds."""
 
-    ``turns``: of each line so many runs, and the last.
-    """
+    lines: list[Line]
+    seconds: float
 
-    name: str
-    before: Any
-    after: Any
-
-    def __init__(self, turns: int = 1) -> None:
-        self.before = self.fresh()[1]()
-        self.lines = sorted(lines_of(self._called, turns))
-        start = time.perf_counter()
-        self._called()
-        self.seconds = time.perf_counter() - start
-
-    @abstractmethod
-    def fresh(self) -> tuple[Call, Call]:
-        """The call, on something of its own, and what gives the state of that."""
-
-    def attempts(self, share: int = 0, shares: int = 1, *, signals: int = 0) -> Iterator[Attempt]:
-        """All lines with each error, in a random order that is always the same, and of a hundred so many are signals.
-        A share is a part of them."""
-        rng = random.Random(self.name)
+    def attempts(self, name: str, share: int = 0, shares: int = 1, *, signals: int = 0) -> Iterator[Attempt]:
+        """All lines with each error, in a random order that is always the same for a name, and of a hundred so many
+        are signals. A share is a part of them."""
+        rng = random.Random(name)
         injected = [Attempt(at, kind) for at in self.lines for kind in ERRORS]
         rng.shuffle(injected)
-        times = random.Random(f"{self.name} {share}/{shares}")
+        times = random.Random(f"{name} {share}/{shares}")
         for attempt in injected[share::shares]:
             yield attempt
             while times.random() < signals / 100:
                 yield Attempt(times.uniform(0, 1.1 * self.seconds))
 
+
+class Checked(ABC):
+    """One call, with what it changes before and after it.
+
+    ``turns``: of each line so many runs, and the last. ``places``: what they came to before, in another process.
+    ``came``: whether the last attempt came to an interruption.
+    """
+
+    name: str
+    before: Any
+    after: Any
+    came = False
+
+    def __init__(self, turns: int = 1, places: Places | None = None) -> None:
+        self.before = self.fresh()[1]()
+        if places is None:
+            lines = sorted(lines_of(self.fresh()[0], turns))
+            call, state = self.fresh()
+            start = time.perf_counter()
+            call()
+            places = Places(lines, time.perf_counter() - start)
+        else:
+            call, state = self.fresh()
+            call()
+        self.after = state()
+        self.places = places
+
+    def close(self) -> None:  # noqa: B027 most have nothing to remove
+        """Removes what is on disk."""
+
+    @abstractmethod
+    def fresh(self) -> tuple[Call, Call]:
+        """The call, on something of its own, and what gives the state of that."""
+
     def problem(self, attempt: Attempt) -> str | None:
         """What is wrong after it; None: nothing, or it came to no interruption."""
+        self.came = False
         call, state = self.fresh()
         error = attempt.kind("injected")
         around, numbers = process(), random_numbers()
         if isinstance(attempt.at, Line):
-            came, raised = interrupted(call, attempt.at, error)
+            self.came, raised = interrupted(call, attempt.at, error)
         else:
-            came, raised = signalled(call, attempt.at)
-        if not came:
+            self.came, raised = signalled(call, attempt.at)
+        if not self.came:
             return None
         allowed: Any = SigswapError if isinstance(attempt.at, Line) else (SigswapError, KeyboardInterrupt)
         if raised is not None and raised is not error and not isinstance(raised, allowed):
@@ -90,18 +110,13 @@ class Checked(ABC):
             )
         return f"{self.name}, {attempt}: the random state has moved" if moved else None
 
-    def _called(self) -> None:
-        call, state = self.fresh()
-        call()
-        self.after = state()
-
 
 class CheckedModel(Checked):
     """A case that changes a model."""
 
-    def __init__(self, name: str, turns: int = 1) -> None:
+    def __init__(self, name: str, turns: int = 1, places: Places | None = None) -> None:
         self.name, self.call, self.made = name, CASES[name].call, CASES[name].build()
-        super().__init__(turns)
+        super().__init__(turns, places)
 
     def fresh(self) -> tuple[Call, Call]:
         other = copied(self.made)

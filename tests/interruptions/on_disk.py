@@ -18,7 +18,7 @@ import sigswap
 from sigswap.errors import SigswapError
 from tests.fuzz.loading import HERE, IDS, build
 from tests.interruptions.cases import state_of
-from tests.interruptions.check import Call, Checked, signalled
+from tests.interruptions.check import Call, Checked, Places, signalled
 
 
 def _save(made: nn.Module, target: Path) -> None:
@@ -45,7 +45,7 @@ ON_DISK: dict[str, tuple[Callable[[nn.Module, Path], None], str]] = {
 class CheckedFiles(Checked):
     """A case on disk, in a new folder."""
 
-    def __init__(self, name: str, turns: int = 1) -> None:
+    def __init__(self, name: str, turns: int = 1, places: Places | None = None) -> None:
         self.name = name
         self.call, self.there = ON_DISK[name]
         self.temporary = tempfile.TemporaryDirectory()
@@ -58,7 +58,10 @@ class CheckedFiles(Checked):
             _save(old, self.first / "m")
         if self.there == "a killed save":
             _killed(lambda: _save(self.made, self.first / "m"), self.first)
-        super().__init__(turns)
+        super().__init__(turns, places)
+
+    def close(self) -> None:
+        self.temporary.cleanup()
 
     def fresh(self) -> tuple[Call, Call]:
         shutil.rmtree(self.work, ignore_errors=True)

@@ -5,7 +5,9 @@ A sample; ``python -m tests.interruptions`` takes every line.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import inspect
 import itertools
 import os
 import random
@@ -23,9 +25,10 @@ from sigswap.conversion.copies import _Placing
 from sigswap.conversion.recording import _GroupedProducts
 from sigswap.conversion.watch import Watch, _Ops
 from sigswap.errors import SigswapError
+from sigswap.saving import factories
 from tests.interruptions.cases import Attention, X, model, process
 from tests.interruptions.check import ERRORS, Attempt, Checked, first_difference, signalled
-from tests.interruptions.share import NAMES, checked, in_forks
+from tests.interruptions.share import NAMES, checked, in_forks, work
 
 SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 """Interruptions of each call; those that look at a model take longer."""
@@ -36,7 +39,7 @@ SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 def test_a_sample(name: str) -> None:
     case = checked(name, turns=1)
     number = SAMPLED_OF_CONVERT if name.startswith(("convert", "inspect")) else SAMPLED
-    problems = [case.problem(attempt) for attempt in itertools.islice(case.attempts(), number)]
+    problems = [case.problem(attempt) for attempt in itertools.islice(case.places.attempts(name), number)]
     assert [problem for problem in problems if problem is not None] == []
 
 
@@ -46,8 +49,15 @@ def test_ctrl_c(name: str) -> None:
     """Real signals, after random times."""
     case, times = checked(name, turns=1), random.Random(0)
     number = 5 if name == "convert" else 20
-    problems = [case.problem(Attempt(times.uniform(0, case.seconds))) for _ in range(number)]
+    problems = [case.problem(Attempt(times.uniform(0, case.places.seconds))) for _ in range(number)]
     assert [problem for problem in problems if problem is not None] == []
+
+
+def test_the_lines_are_those_of_the_call_alone() -> None:
+    """And not those of the look at what it leaves, which loads and saves models."""
+    with contextlib.closing(checked("recover", turns=0)) as case:
+        for attempt in itertools.islice(case.places.attempts("recover"), 5):
+            assert case.problem(attempt) is None and case.came, str(attempt)
 
 
 def test_a_signal_is_seen() -> None:
@@ -90,6 +100,18 @@ def test_an_interruption_as_a_mode_is_left(monkeypatch: Any, mode: type[Any], ki
     assert came and first_difference(around, process()) == "nothing"
 
 
+@pytest.mark.parametrize("name", ["save", "load"])
+def test_an_error_as_the_meta_device_is_left(name: str) -> None:
+    """Another way is tried after it, and that one is not on the meta device."""
+    code, first = inspect.getsourcelines(factories._on_meta)
+    with contextlib.closing(checked(name, turns=2)) as case:
+        inside = [at for at in case.places.lines if at.file == factories.__file__]
+        inside = [at for at in inside if first <= at.number < first + len(code)]
+        assert len(inside) >= 4
+        for at in inside:
+            assert case.problem(Attempt(at, RuntimeError)) is None and case.came, at
+
+
 class _Poisons(Checked):
     """Its first attempt leaves a mode behind, its third ends the process."""
 
@@ -109,14 +131,28 @@ class _Poisons(Checked):
 
 
 def test_a_fault_is_counted_once() -> None:
-    found = list(in_forks(_Poisons(), [Attempt(float(number)) for number in range(1, 5)]))
-    assert found == [
+    found = list(in_forks("poisons", _Poisons, [Attempt(float(number)) for number in range(1, 5)]))
+    assert [tried.problem for tried in found] == [
         "left behind (it is not used any more)",
         None,
         "poisons, a signal after 3000.00 ms: the process ended with exit code 7",
         None,
     ]
     assert torch._C._len_torch_function_stack() == 0
+
+
+def test_the_long_run_leaves_autograd_to_its_copies(monkeypatch: Any) -> None:
+    """Torch refuses a backward pass in a copy of a process that has run one with threads."""
+    backward, here = torch.autograd.backward, os.getpid()
+
+    def only_in_copies(*arguments: Any, **keywords: Any) -> None:
+        assert os.getpid() != here
+        backward(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.autograd, "backward", only_in_copies)
+    given = argparse.Namespace(count=2, minutes=1.0, turns=1, signals=0, case=["calibrate without data"], line=None)
+    (found,) = work(0, 1, given)
+    assert found[0] == "calibrate without data" and found[1] > 0 and found[4] == []
 
 
 def test_the_first_difference_is_told() -> None:

@@ -74,6 +74,7 @@ def a_plan() -> dict[str, Any]:
         ("owners.0.sites.0.heads", 2**70, r"sites\[0\]\.heads must be"),
         ("owners.0.sites.0.heads", 3, "must be a multiple of key_heads, 2, not 3"),
         ("owners.0.sites.0.heads", True, r"\.heads must be an integer"),
+        ("owners.0.places", {}, r"owners\[0\]\.places must name the calls of its sites, which calls does not, not {}"),
         ("owners.0.sites.0.head_axis", -1, r"head_axis must be an axis of scores of 4 axes other than -1"),
         ("owners.0.sites.0.head_axis", -5, r"head_axis must be"),
         ("owners.0.sites.0.row_axis", -3, r"row_axis must be another axis than head_axis"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interruptions import interrupted, lines_of
 from torch import Tensor, nn
 
 import sigswap
@@ -100,6 +102,27 @@ def test_what_is_refused() -> None:
         sigswap.exempt_from_decay(optimizer, model())
     with pytest.raises(NotConvertedError):
         sigswap.exempt_from_decay(optimizer, Block())
+
+
+def test_an_interruption_leaves_the_groups_as_they_were_or_moves_all() -> None:
+    each = model()
+
+    def made() -> Any:
+        groups = [{"params": list(part.parameters()), "lr": 0.1 * (1 + i)} for i, part in enumerate(each)]
+        return torch.optim.AdamW(groups, weight_decay=0.5)
+
+    def state(optimizer: Any) -> Any:
+        return [{**group, "params": list(map(id, group["params"]))} for group in optimizer.param_groups]
+
+    after = state(sigswap.exempt_from_decay(made(), each))
+    for at in lines_of(lambda: sigswap.exempt_from_decay(made(), each), turns=2):
+        if at.file.endswith("weight_decay.py"):
+            optimizer = made()
+            before = state(optimizer)
+            came, raised = interrupted(
+                functools.partial(sigswap.exempt_from_decay, optimizer, each), at, KeyboardInterrupt()
+            )
+            assert came and isinstance(raised, KeyboardInterrupt) and state(optimizer) in (before, after), at
 
 
 def trainer(folder: Path, each: nn.Module, **arguments: Any) -> Any:
@@ -198,3 +221,6 @@ def test_an_optimizer_that_decays_all_takes_nothing_more(tmp_path: Path) -> None
         pytest.raises(sigswap.errors.ArgumentError, match="no group without weight decay"),
     ):
         trainer(tmp_path, each, callbacks=[callback], optimizers=(own, None)).train()
+    assert callback.report is None and sigswap.report(each).notes == sigswap.report(decoder(None)).notes
+    for (name, now), (other, before) in zip(each.state_dict().items(), decoder(None).state_dict().items(), strict=True):
+        assert name == other and torch.equal(now, before), name
