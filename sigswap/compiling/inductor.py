@@ -108,8 +108,11 @@ def enable_inductor_lowering() -> Enabled:
     there run first. To be called once, or as ``with sigswap.enable_inductor_lowering(): ...`` around the compilation,
     which is the first call of the model, and its first backward pass.
     """
-    added = {}
-    kinds = {"pre_grad_custom_pass": InductorLowering, "post_grad_custom_post_pass": InductorLaunches}
+    added: dict[str, tuple[Any, Any]] = {}
+    kinds: dict[str, type[InductorLowering | InductorLaunches]] = {
+        "pre_grad_custom_pass": InductorLowering,
+        "post_grad_custom_post_pass": InductorLaunches,
+    }
     with Transaction() as undo, undo:
         for hook, kind in kinds.items():
             before = getattr(torch._inductor.config, hook)

@@ -66,9 +66,9 @@ def _move(
         for name in _OF_PARAMETERS:
             if name not in group:
                 continue
-            pairs = list(zip(kept, group[name], strict=True))
-            moved = [each for keep, each in pairs if not keep]
-            group[name] = [each for keep, each in pairs if keep]
+            each_kept = list(zip(kept, group[name], strict=True))
+            moved = [each for keep, each in each_kept if not keep]
+            group[name] = [each for keep, each in each_kept if keep]
             if target is None and name == "params":
                 label = {"name": f"{group['name']}, no decay"} if "name" in group else {}
                 names: dict[str, Any] = {"param_names": []} if "param_names" in group else {}

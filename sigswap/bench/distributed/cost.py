@@ -1,4 +1,4 @@
-"""What a step costs on more GPUs than there are: bytes, flops and latency, and from these a time.
+"""What a step costs on more GPUs than were measured: bytes, flops and latency, and from these a time.
 
 The bytes are exact, and equal to what :class:`sigswap.bench.distributed.traffic.Traffic` counts. The times are an
 estimate: each exchange takes its bytes over a link's speed and a latency, each block of attention its flops over the
