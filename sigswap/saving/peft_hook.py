@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from sigswap import files
 from sigswap.conversion.record import is_converted
 from sigswap.errors import CheckpointError, Hint
 from sigswap.transaction import Transaction
@@ -86,8 +87,7 @@ def _wrap(peft_model: ModuleType) -> None:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
             config[MARK] = {"sigswap_version": __version__}
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=2, sort_keys=True)
+            files.write_text(path, json.dumps(config, indent=2, sort_keys=True))
         return result
 
     @functools.wraps(from_peft_type)
