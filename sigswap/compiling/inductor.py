@@ -109,9 +109,9 @@ def enable_inductor_lowering() -> Enabled:
     which is the first call of the model, and its first backward pass.
     """
     added = {}
-    kinds = {"pre_grad_custom_pass": InductorLowering, "post_grad_custom_post_pass": InductorLaunches}
+    kinds = (("pre_grad_custom_pass", InductorLowering), ("post_grad_custom_post_pass", InductorLaunches))
     with Transaction() as undo, undo:
-        for hook, kind in kinds.items():
+        for hook, kind in kinds:
             before = getattr(torch._inductor.config, hook)
             now = with_pass(before, kind)
             if now is not before:
