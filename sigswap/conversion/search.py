@@ -14,8 +14,7 @@ from sigswap.conversion.recording import Example, Recording, Run
 from sigswap.errors import ArgumentError, ConversionError, Hint
 from sigswap.report import Report, SiteRecord
 
-# Holders of modules, and of nn.MultiheadAttention's last weight and bias, which it passes to a function.
-_NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.modules.linear.NonDynamicallyQuantizableLinear)
+_NEVER_RUN = (nn.ModuleList, nn.ModuleDict)
 
 
 def search(
@@ -101,6 +100,7 @@ def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
         if path not in executed
         and path.rpartition(".")[0] in executed
         and not isinstance(module, _NEVER_RUN)
+        and not _is_a_layer_of_torch(module)
         and any(True for _ in module.parameters())
     ]
     if not idle:
@@ -110,6 +110,13 @@ def _note_of_idle_modules(model: nn.Module, runs: Sequence[Run]) -> list[str]:
         f"Not run by the example inputs, so not looked at: {shown}. Attention in there stays softmax; add an input "
         "that reaches it."
     ]
+
+
+def _is_a_layer_of_torch(module: nn.Module) -> bool:
+    """One that holds no others: there is no attention in it. (nn.MultiheadAttention passes the weight of its last one
+    to a function; peft keeps a copy of those that it trains whole.)
+    """
+    return type(module).__module__.startswith("torch.nn.modules.") and not any(True for _ in module.children())
 
 
 def _records(sites: Sites, chosen: Sequence[str]) -> list[SiteRecord]:

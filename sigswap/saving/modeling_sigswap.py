@@ -25,7 +25,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,8 @@ class SigmoidAttention:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        config = without_marks(config)
-        super().__init__(config, *args, **kwargs)
+        config, parent = without_marks(config), cast(Any, super())
+        parent.__init__(config, *args, **kwargs)
         install(self, config.sigswap["conversion"])
 
     @classmethod
@@ -111,7 +111,7 @@ class SigmoidAttention:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', with the marks in config.json that say what the attention is."""
-        config, parent = self.config, super()
+        config, parent = self.config, cast(Any, super())
         fields = vars(config)
 
         def to_json_file(path: Any, *others: Any, **options: Any) -> None:
@@ -125,7 +125,7 @@ class SigmoidAttention:
 
         fields["to_json_file"] = to_json_file
         try:
-            return parent.save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            return parent.save_pretrained(*args, **kwargs)
         finally:
             fields.pop("to_json_file", None)
 

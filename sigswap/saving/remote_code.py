@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sigswap.conversion.head_axis import SDPA_HEADS
 from sigswap.conversion.record import conversion_of
-from sigswap.conversion.state import SDPA_HEADS, OwnerPlan
+from sigswap.conversion.state import OwnerPlan
 from sigswap.distributed.shards import original_name
 from sigswap.errors import CheckpointError, Hint
 from sigswap.optional import require

@@ -26,6 +26,10 @@ What works with a converted model, and what is an error and why. Each row comes 
 (`python -m pytest "FILE::TEST"`): "equal" means that values were compared, with an oracle or with plain eager calls.
 `python tests/ecosystem/page.py` writes this page; a test compares it.
 
+The tests run on the newest versions (torch 2.14.1, transformers 5.24, peft 0.21.2, accelerate, timm). On torch 2.11
+with transformers 5.17, torchao 0.18 and onnxruntime 1.32 the rows hold as well; of compiled adapters and wrappers a
+sample was run there, of bitsandbytes and ExecuTorch nothing.
+
 An adapter of peft's that was put onto a converted model has an entry "sigswap" in its `adapter_config.json`. With
 sigswap imported, loading it onto softmax attention is an error; without, peft warns of an entry that it does not know.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ PADDED = torch.ones_like(IDS)
 PADDED[0, :2] = 0
 T5 = {"vocab_size": 31, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 VIT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8}
+COMMIT = "0123456789" * 4
 OTHER = {"first_token": False, "bias": 7, "qk_norm": "layer"}
 EVERYTHING = sigswap.SigmoidConfig(
     query_bias=True, first_token=True, row_cap=0.5, qk_norm="rms", layer_scale=1.0, hybrid_norm=True,
@@ -68,7 +70,8 @@ WRITES = ("llama", "mistral", "t5")
 def converted(name: str) -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(0)
     model, config, inputs = built(name)
-    sigswap.convert(model.eval(), config)
+    left = ["*.1.attention"] if name == "vit" else None  # which stays softmax in both
+    sigswap.convert(model.eval(), config, exclude=left)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if ".sigswap." in key:
@@ -127,6 +130,9 @@ made = AutoModel.from_config(config, trust_remote_code=True)
 made.load_state_dict(model.state_dict())
 moved = model.eval()(**inputs)[0]
 answers["saved again"] = [bool(torch.equal(each.eval()(**inputs)[0], moved)) for each in (again, same, made)]
+hub = AutoModel.from_pretrained("somebody/bert", trust_remote_code=True).eval()
+hub.save_pretrained(root / "from the hub")
+answers["hub"] = [type(hub).__module__, bool(torch.equal(hub(**inputs)[0], moved))]
 model.set_attn_implementation("eager")
 answers["eager"] = told(lambda: model(**inputs))
 causal = transformers.AutoModelForCausalLM
@@ -159,6 +165,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sigswap.save(model, root / "lacks", remote_code=True)
             state = {key: value for key, value in model.state_dict().items() if not key.endswith("0.bias")}
             save_file(state, root / "lacks" / "model.safetensors", {"format": "pt"})
+    in_cache = root / "hub" / "models--somebody--bert"  # as the hub's library keeps what it has downloaded
+    shutil.copytree(root / "bert", in_cache / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("*.pt"))
+    (in_cache / "refs").mkdir()
+    (in_cache / "refs" / "main").write_text(COMMIT)
     (root / "autos.json").write_text(json.dumps(autos))
     program = WITHOUT.replace("# RESULT_OF", inspect.getsource(result_of))
     done = subprocess.run(
@@ -168,6 +178,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={
             **os.environ,
             "HF_MODULES_CACHE": str(root / "modules"),
+            "HF_HUB_CACHE": str(root / "hub"),
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "warning",
         },
@@ -206,6 +217,13 @@ def test_other_ways_without_sigswap(answers: dict[str, Any]) -> None:
     assert answers["saved again"] == [True, True, True]
 
 
+def test_from_the_hub(root: Path, answers: dict[str, Any]) -> None:
+    """a repository of the hub with such files, loaded without sigswap, saved there, loaded with sigswap"""
+    module, equal = answers["hub"]
+    assert module.startswith("transformers_modules.somebody.bert") and equal
+    assert sigswap.is_converted(sigswap.load(root / "from the hub"))
+
+
 def test_what_is_saved_without_sigswap_is_sigmoid_attention_with_it(root: Path) -> None:
     """a model loaded without sigswap, saved there, loaded with sigswap"""
     model = sigswap.load(root / "again")
@@ -213,6 +231,12 @@ def test_what_is_saved_without_sigswap_is_sigmoid_attention_with_it(root: Path) 
     inputs = torch.load(root / "bert" / "inputs.pt")
     expected = sigswap.load(root / "bert").bert(**inputs)
     torch.testing.assert_close(model(**inputs)[0], expected[0])
+    before, after = (json.loads((root / name / "config.json").read_text()) for name in ("bert", "again"))
+    assert {**before, "quantization_config": 0} == {
+        **after,
+        "architectures": before["architectures"],
+        "quantization_config": 0,
+    }
 
 
 def test_it_never_attends_by_softmax(answers: dict[str, Any]) -> None:
