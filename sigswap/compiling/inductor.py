@@ -108,13 +108,10 @@ def enable_inductor_lowering() -> Enabled:
     there run first. To be called once, or as ``with sigswap.enable_inductor_lowering(): ...`` around the compilation,
     which is the first call of the model, and its first backward pass.
     """
-    added: dict[str, tuple[Any, Any]] = {}
-    kinds: dict[str, type[InductorLowering | InductorLaunches]] = {
-        "pre_grad_custom_pass": InductorLowering,
-        "post_grad_custom_post_pass": InductorLaunches,
-    }
+    added = {}
+    kinds = (("pre_grad_custom_pass", InductorLowering), ("post_grad_custom_post_pass", InductorLaunches))
     with Transaction() as undo, undo:
-        for hook, kind in kinds.items():
+        for hook, kind in kinds:
             before = getattr(torch._inductor.config, hook)
             now = with_pass(before, kind)
             if now is not before:

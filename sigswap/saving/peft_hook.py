@@ -19,8 +19,10 @@ from typing import Any
 
 from torch import nn
 
+from sigswap import files
 from sigswap.conversion.record import is_converted
 from sigswap.errors import CheckpointError, Hint
+from sigswap.transaction import Transaction
 from sigswap.version import __version__
 from sigswap.when_imported import WhenImported
 
@@ -51,11 +53,10 @@ _waiting = WhenImported("peft.peft_model", _set_up)
 @contextlib.contextmanager
 def marked(model: object) -> Iterator[None]:
     """While it is open, configs of adapters that are saved are of ``model``, and say so if it is converted."""
-    token = _saving.set(isinstance(model, nn.Module) and is_converted(model))
-    try:
+    with Transaction() as undo, undo:
+        undo.afterwards("whose adapters are saved", functools.partial(_saving.set, _saving.get()))
+        _saving.set(isinstance(model, nn.Module) and is_converted(model))
         yield
-    finally:
-        _saving.reset(token)
 
 
 def _wrap(peft_model: ModuleType) -> None:
@@ -86,8 +87,7 @@ def _wrap(peft_model: ModuleType) -> None:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
             config[MARK] = {"sigswap_version": __version__}
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=2, sort_keys=True)
+            files.write_text(path, json.dumps(config, indent=2, sort_keys=True))
         return result
 
     @functools.wraps(from_peft_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sigswap.errors import CheckpointError, Hint
+from sigswap.transaction import Transaction
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -193,11 +195,10 @@ _complete: contextvars.ContextVar[bool] = contextvars.ContextVar("complete", def
 @contextlib.contextmanager
 def all_of_the_model() -> Iterator[None]:
     """Within it the files that transformers reads have to hold all of the model, in its shapes."""
-    token = _complete.set(True)
-    try:
+    with Transaction() as undo, undo:
+        undo.afterwards("how files are compared", functools.partial(_complete.set, _complete.get()))
+        _complete.set(True)
         yield
-    finally:
-        _complete.reset(token)
 
 
 def check_files(model: nn.Module, paths: Iterable[str | os.PathLike[str]] | None, *, quantized: bool = False) -> None:

@@ -7,7 +7,7 @@ together, and rank 0 reads it and sends each tensor to the others. So a run may 
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sigswap.distributed.shards import put, whole
 from sigswap.errors import ArgumentError, Hint
 from sigswap.training.together import Together
 
+_MAPPINGS = ("optimizer", "settings", "parameters")
 EVERY = 100
 """Steps after which the state is written, besides at an interruption and at the end."""
 
@@ -77,20 +78,21 @@ class Kept:
         hint = Hint("Delete it, or pass another file as {resume}.", {"resume": ""})
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings, values = state["settings"], state["parameters"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            _check(state, self.trained)
+        except Exception as error:  # of a file that is damaged, whatever torch.load raises
             raise ArgumentError(
                 f"{{argument}}={str(self.path)!r} is not the state of a distillation: {error}",
                 argument="resume",
                 hint=hint,
             ) from error
-        shapes, wanted = ({name: p.shape for name, p in each.items()} for each in (values, self.trained))
+        settings, values = state["settings"], state["parameters"]
+        forms, wanted = ({name: (p.shape, p.dtype) for name, p in each.items()} for each in (values, self.trained))
         changed = [
             f"{name} was {settings.get(name)!r} and is {value!r}"
             for name, value in self.settings.items()
             if settings.get(name) != value
         ]
-        if shapes != wanted:
+        if forms != wanted:
             changed.append("other parameters were trained")
         if changed:
             raise ArgumentError(
@@ -99,6 +101,34 @@ class Kept:
                 hint=hint,
             )
         return state
+
+
+def _check(state: Any, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError unless ``state`` is made as :meth:`Kept.write` makes it."""
+
+    def need(right: bool, what: str) -> None:
+        if not right:
+            raise ValueError(f"{what} is not what a distillation writes")
+
+    need(isinstance(state, dict) and state.keys() >= {"losses", "mixer", *_MAPPINGS}, "its content")
+    for name in _MAPPINGS:
+        need(isinstance(state[name], dict), name)
+    need(not any(isinstance(value, Tensor) for value in state["settings"].values()), "settings")
+    for value in state["parameters"].values():
+        need(isinstance(value, Tensor) and not bool(value.isnan().any()), "parameters")
+    losses, mixer, moments = state["losses"], state["mixer"], state["optimizer"].get("state")
+    need(isinstance(losses, list) and len(losses) == 2 and all(isinstance(each, list) for each in losses), "losses")
+    need(all(isinstance(loss, float) and math.isfinite(loss) for each in losses for loss in each), "losses")
+    need(isinstance(mixer, list) and len(mixer) == 2, "mixer")
+    need(all(type(number) is int and number >= 0 for number in mixer), "mixer")
+    need(isinstance(moments, dict), "optimizer")
+    shapes = {parameter.shape for parameter in trained.values()}
+    for number, values in moments.items():
+        need(type(number) is int and 0 <= number < len(trained), "optimizer")
+        need(isinstance(values, dict) and values.keys() == {"step", "exp_avg", "exp_avg_sq"}, "optimizer")
+        for value in values.values():
+            need(isinstance(value, Tensor) and value.is_floating_point(), "optimizer")
+            need(value.dim() == 0 or value.shape in shapes, "optimizer")
 
 
 def state_of(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], kept: bool) -> dict[str, Any]:

@@ -58,10 +58,10 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
 
 
 def _move(
-    ours: Collection[int], groups: list[dict[str, Any]], pairs: Iterable[tuple[dict[str, Any], dict[str, Any] | None]]
+    ours: Collection[int], groups: list[dict[str, Any]], moves: Iterable[tuple[dict[str, Any], dict[str, Any] | None]]
 ) -> None:
     """Moves the parameters ``ours`` from the first group of each pair to the second one, or to a new one."""
-    for group, target in pairs:
+    for group, target in moves:
         kept = [id(parameter) not in ours for parameter in group["params"]]
         for name in _OF_PARAMETERS:
             if name not in group:

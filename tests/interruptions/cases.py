@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import sigswap
 from sigswap.conversion.record import RECORD
 from sigswap.conversion.state import decided_models
 from sigswap.conversion.switches import OBSERVED, SWITCHED
+from sigswap.saving import peft_hook, weights
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 
@@ -179,6 +181,10 @@ def process() -> Any:
         SWITCHED.get(),
         OBSERVED.get(),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._get_torch_function_state(),
+        gc.isenabled(),
+        weights._complete.get(),
+        peft_hook._saving.get(),
     )
 
 

@@ -9,20 +9,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import sigswap
 from sigswap.errors import SigswapError
-from tests.fuzz.loading import HERE, IDS, build
+from tests.fuzz.loading import HERE, IDS, Own, build
 from tests.interruptions.cases import state_of
 from tests.interruptions.check import Call, Checked, Places, signalled
 
 
 def _save(made: nn.Module, target: Path) -> None:
-    sigswap.save(made, target, factory=f"{HERE}:build")
+    sigswap.save(made, target, factory=f"{HERE}:build" if isinstance(made, Own) else None)
 
 
 def _load(made: nn.Module, target: Path) -> None:
@@ -33,13 +33,30 @@ def _recover(made: nn.Module, target: Path) -> None:
     sigswap.recover(target)
 
 
-ON_DISK: dict[str, tuple[Callable[[nn.Module, Path], None], str]] = {
-    "save": (_save, "nothing"),
-    "save over another model": (_save, "a model"),
-    "load": (_load, "a model"),
-    "recover": (_recover, "a killed save"),
+def _llama() -> nn.Module:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, pad_token_id=0, **sizes))
+
+
+class Case(NamedTuple):
+    """``call``, of a model and its directory, what is ``there`` before it, and what the model is before conversion."""
+
+    call: Callable[[nn.Module, Path], None]
+    there: str
+    build: Callable[[], nn.Module] = build
+
+
+ON_DISK = {
+    "save": Case(_save, "nothing"),
+    "save over another model": Case(_save, "a model"),
+    "load": Case(_load, "a model"),
+    "recover": Case(_recover, "a killed save"),
+    "save as transformers does": Case(_save, "a model", _llama),
+    "load as transformers does": Case(_load, "a model", _llama),
 }
-"""Each call, and what there is before it."""
 
 
 class CheckedFiles(Checked):
@@ -47,12 +64,15 @@ class CheckedFiles(Checked):
 
     def __init__(self, name: str, turns: int = 1, places: Places | None = None) -> None:
         self.name = name
-        self.call, self.there = ON_DISK[name]
+        self.call, self.there, build = ON_DISK[name]
         self.temporary = tempfile.TemporaryDirectory()
         self.first, self.work = Path(self.temporary.name, "first"), Path(self.temporary.name, "work")
         torch.manual_seed(0)
         old, self.made = (sigswap.convert(build().eval(), example_inputs=IDS[:, :4]) for _ in range(2))
         self.outputs = {"the old model": _output(old), "the new model": _output(self.made)}
+        _save(
+            self.made, Path(self.temporary.name, "any")
+        )  # by which transformers notes the model's class in its config
         self.first.mkdir()
         if self.there != "nothing":
             _save(old, self.first / "m")
@@ -67,7 +87,11 @@ class CheckedFiles(Checked):
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.first, self.work)
         target = self.work / "m"
-        return lambda: self.call(self.made, target), lambda: (state_of(self.made), *self._found(target))
+        return lambda: self.call(self.made, target), lambda: (self._state(), *self._found(target))
+
+    def _state(self) -> Any:
+        config = getattr(self.made, "config", None)
+        return state_of(self.made), None if config is None else (config.to_dict(), sorted(vars(config)))
 
     def _found(self, target: Path) -> tuple[str, list[str]]:
         """Which model is found, by its name or else after ``recover``, and what is in the folder then."""
@@ -115,5 +139,6 @@ def _killed(call: Callable[[], None], folder: Path) -> None:
 
 def _output(made: nn.Module) -> Tensor:
     with torch.no_grad():
-        output: Tensor = made(IDS[:, :4])
-        return output
+        output: Any = made(IDS[:, :4])
+        found: Tensor = output if isinstance(output, Tensor) else output.logits
+        return found

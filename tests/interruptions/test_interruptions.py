@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import interrupted, lines_of
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +26,7 @@ from sigswap.conversion.copies import _Placing
 from sigswap.conversion.recording import _GroupedProducts
 from sigswap.conversion.watch import Watch, _Ops
 from sigswap.errors import SigswapError
-from sigswap.saving import factories
+from sigswap.saving import factories, peft_hook, weights
 from tests.interruptions.cases import Attention, X, model, process
 from tests.interruptions.check import ERRORS, Attempt, Checked, first_difference, signalled
 from tests.interruptions.share import NAMES, checked, in_forks, work
@@ -37,6 +38,8 @@ SAMPLED, SAMPLED_OF_CONVERT = 12, 4
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample(name: str) -> None:
+    if name.endswith("transformers does"):
+        pytest.importorskip("transformers")
     case = checked(name, turns=1)
     number = SAMPLED_OF_CONVERT if name.startswith(("convert", "inspect")) else SAMPLED
     problems = [case.problem(attempt) for attempt in itertools.islice(case.places.attempts(name), number)]
@@ -110,6 +113,22 @@ def test_an_error_as_the_meta_device_is_left(name: str) -> None:
         assert len(inside) >= 4
         for at in inside:
             assert case.problem(Attempt(at, RuntimeError)) is None and case.came, at
+
+
+@pytest.mark.parametrize("name", ["all of the model", "adapters"])
+def test_an_interruption_ends_what_holds_for_a_call_of_transformers(name: str) -> None:
+    made = model(Attention) if name == "adapters" else None
+    if made is not None:
+        sigswap.convert(made, example_inputs=X)
+
+    def used() -> None:
+        with weights.all_of_the_model() if made is None else peft_hook.marked(made):
+            assert process() != around
+
+    around = process()
+    for at in lines_of(used):
+        _, raised = interrupted(used, at, KeyboardInterrupt())
+        assert isinstance(raised, KeyboardInterrupt) and process() == around, at
 
 
 class _Poisons(Checked):

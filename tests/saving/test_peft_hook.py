@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import interrupted, lines_of
 
 import sigswap
 from sigswap.errors import CheckpointError
+from sigswap.saving import peft_hook
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -68,6 +70,21 @@ def test_an_adapter_of_a_converted_model(kind: str, tmp_path: Path) -> None:
         warnings.filterwarnings("error", "Unexpected keyword")  # peft's, of an entry that it does not know
         loaded = peft.PeftModel.from_pretrained(sigswap.convert(llama()), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_an_interruption_leaves_no_half_of_a_config(tmp_path: Path) -> None:
+    model = peft.get_peft_model(sigswap.convert(llama()), CONFIGS["lora"])
+
+    def save() -> None:
+        with peft_hook.marked(model):
+            model.peft_config["default"].save_pretrained(tmp_path)
+
+    save()
+    for at in lines_of(save):
+        came, raised = interrupted(save, at, KeyboardInterrupt())
+        assert came and isinstance(raised, KeyboardInterrupt), at
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA", at
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"], at
 
 
 def test_a_second_adapter(tmp_path: Path) -> None:

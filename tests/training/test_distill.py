@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import math
+import operator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -414,10 +418,28 @@ def test_an_interrupted_run_goes_on_where_it_was(after: int, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
     with pytest.raises(ArgumentError, match=r"resume=.*holds another run: steps was 4 and is 5"):
         sigswap.distill(model, original, texts(), **{**arguments, "steps": 5}, resume=tmp_path / "run.pt")
-    (tmp_path / "run.pt").write_bytes(b"damaged")
-    with pytest.raises(ArgumentError, match="is not the state of a distillation"):
-        sigswap.distill(model, original, texts(), **arguments, resume=tmp_path / "run.pt")
+    saved = (tmp_path / "run.pt").read_bytes()
+    named = saved.rindex(b"data.pkl")
+    for damaged in (b"damaged", saved[:-9], saved[:named] + b"\xd0" + saved[named + 1 :], *with_other_values(saved)):
+        (tmp_path / "run.pt").write_bytes(damaged)
+        with pytest.raises(ArgumentError, match="is not the state of a distillation"):
+            sigswap.distill(model, original, texts(), **arguments, resume=tmp_path / "run.pt")
     assert_same_weights(model, whole)
+
+
+def with_other_values(saved: bytes) -> Iterator[bytes]:
+    for path, value in (
+        ("losses", None), ("losses.1", {}), ("losses.1", [math.nan]), ("mixer", [0]), ("mixer.0", -1), ("settings", []),
+        ("settings.lr", torch.zeros(2)), ("parameters", 3), ("optimizer", torch.zeros(2)), ("optimizer.state", None),
+        ("optimizer.state.0", []), ("optimizer.state.0.step", 1), ("optimizer.state.0.exp_avg", torch.zeros(77)),
+    ):  # fmt: skip
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        *outer, last = [int(step) if step.isdecimal() else step for step in path.split(".")]
+        holder = functools.reduce(operator.getitem, outer, state)
+        holder[last] = value
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        yield stream.getvalue()
 
 
 def test_comparing_in_a_callback() -> None:
