@@ -15,7 +15,7 @@ from sigswap.masked import MASKED_SCORE
 from sigswap.passes.mask_plan import Boolean, MaskPlan, MaskPlanner
 from sigswap.passes.masks import Masks
 from sigswap.passes.match import BLOCKS_OP, Call, FirstToken, Operand, Refused
-from sigswap.passes.nodes import dtype_of, edited_by, is_floating, memory_of, tensor_at
+from sigswap.passes.nodes import dtype_of, edited_by, input_at, is_floating, memory_of, tensor_at
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
 from sigswap.passes.ops import OPS, Op, op_of, spelling_of
 from sigswap.passes.site import Lowered
@@ -216,8 +216,7 @@ class Emission:
         mask = self.call.mask
         if mask is None or memory_of(mask) in self.masks.edited:
             return object()
-        own: Hashable = (mask.target, *map(str, mask.args)) if op_of(mask).part else mask
-        return self.graph, BLOCKS_OP, own
+        return self.graph, BLOCKS_OP, _part_of(mask)
 
     def _first_token_bias(
         self,
@@ -402,6 +401,14 @@ class Emission:
                 self.graph.erase_node(taken)
                 if not plan.users:
                     self.graph.erase_node(plan)
+
+
+def _part_of(node: Node) -> Hashable:
+    """Equal for nodes that are the same view of a part of the same tensor, or of a part of that."""
+    source = input_at(node)
+    if source is None or not op_of(node).part:
+        return node
+    return _part_of(source), node.target, *map(str, node.args[1:]), str(node.kwargs)
 
 
 def _dtype(node: Node) -> torch.dtype:

@@ -211,7 +211,7 @@ class Masks:
             return known
         from_start = argument(node, 2, "start", 0) in (0, None) and argument(node, 4, "step", 1) == 1
         # From 0 on, half-planes stay what they are; tensors would have to be sliced, too.
-        return known if op_name(node) == "slice" and from_start and not tensors else None
+        return known if op_name(node) in ("slice", "narrow") and from_start and not tensors else None
 
     def _arithmetic(self, node: Node, name: str) -> Known:
         if has_symbol(node) or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:

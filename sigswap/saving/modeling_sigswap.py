@@ -39,6 +39,7 @@ MARKS = ("quantization_config", "attn_implementation", "transformers_weights")
 MISSING = "SIGMOID-ATTENTION-MODEL-do-import-sigswap-or-pass-trust_remote_code.safetensors"
 MASKED_SCORE = -5000.0
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+SOFTMAX = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
 logger = logging.get_logger("transformers.sigswap")
 
 
@@ -310,18 +311,25 @@ class HeadNorm(nn.Module):
 
 
 class Swap(TorchFunctionMode):
-    """While it is active, ``F.scaled_dot_product_attention`` is that of ``state``."""
+    """While it is active, ``F.scaled_dot_product_attention`` is that of ``state``. Notes whether it was called, and
+    whether a softmax was."""
 
     def __init__(self, state: Owner) -> None:
         super().__init__()
-        self.site, self.swapped = state._modules["0"], False
+        self.site, self.swapped, self.softmax = state._modules["0"], False, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.swapped = True
             assert self.site is not None
             return self.site(*args, **(kwargs or {}))
+        self.softmax = self.softmax or func in SOFTMAX
         return func(*args, **(kwargs or {}))
+
+
+def implementation(owner: Any) -> Any:
+    """The attention implementation that the config of ``owner`` names, if it has one."""
+    return getattr(getattr(owner, "config", None), "_attn_implementation", None)
 
 
 ATTENDING: dict[type, type] = {}
@@ -337,7 +345,9 @@ def attending(base: type) -> type:
             mode = Swap(self.sigswap)
             with mode:
                 output = run(self, *args, **kwargs)
-            if not mode.swapped and not self.sigswap.may_skip:
+            # A forward that may attend nothing does not need to: but by softmax it may not either.
+            skipped = self.sigswap.may_skip and not mode.softmax and implementation(self) in (None, "sdpa")
+            if not mode.swapped and not skipped:
                 raise RuntimeError(
                     f"{self.sigswap.path} attended without F.scaled_dot_product_attention, by softmax (was the "
                     f"attention implementation of the model changed?). {INSTALL}"

@@ -56,7 +56,7 @@ def _why_not(plan: OwnerPlan, implementation: str | None) -> str | None:
         return f"attends {len(plan.sites)} times"
     turns = [turns for by_place in [plan.places.get("sdpa", {})] for turns in by_place.values()]
     if not turns:
-        return "computes its scores itself"
+        return "attends by another function, or computes its scores itself"
     site = plan.sites[0]
     if any(each.sites != (0,) for each in turns) or (site.heads > 1 and site.sdpa_head_axis != SDPA_HEADS):
         return "has scores in a layout of its own"

@@ -13,8 +13,9 @@ import torch
 
 import sigswap
 from sigswap.kernels import dispatch, reference, triton
+from sigswap.kernels.host.blocks import all_blocks_of
 from sigswap.kernels.host.problem import Options, Problem, problem_of
-from sigswap.kernels.op import registration
+from sigswap.kernels.op import blocks, registration, varlen
 
 TOY = '''
 """Attention over one key: its probability times its value."""
@@ -141,3 +142,37 @@ def test_narrow_values_get_more_columns(monkeypatch: pytest.MonkeyPatch) -> None
     expected = torch.sigmoid(scores) @ value.double().repeat_interleave(2, 1)
     assert (out.double() - expected).norm() / expected.norm() < 2e-3
     assert out.shape == (2, 4, 7, 5) and out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sums", "blocks", "packed"])
+def test_every_op_copies_narrow_values_beside_odd_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reaches a kernel as it is."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 2, 7, 17).half(), torch.randn(1, 2, 7, 17).half(), torch.randn(1, 2, 7, 8).half()
+    seen = []
+
+    def chosen(names: tuple[str, ...], problem: Problem) -> ModuleType:
+        seen.append(problem.signature.has_narrow_value)
+        return reference
+
+    monkeypatch.setattr(dispatch, "chosen", chosen)
+    monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
+    options = Options(0.25, const_bias=-2.0, visible_bias=False, row_cap=1.0 if kind == "sums" else 0.0)
+    sums = torch.full((1, 2, 7, 1), torch.nan) if kind == "sums" else None
+    if kind == "packed":
+        rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
+        lengths = torch.tensor([0, 7], dtype=torch.int32)
+        out = varlen._forward(dispatch.forward, (*rows, None, lengths, lengths, None, 7, 7), options, None)
+        out = out.transpose(0, 1)[None]
+    elif kind == "blocks":
+        mask = all_blocks_of(torch.ones(1, 1, 7, 7, dtype=torch.bool))
+        out = blocks._forward(dispatch.forward, (query, key, value, None, *mask), options, None)
+    else:
+        out = dispatch.forward(problem_of((query, key, value, None, None, None), options, row_sums=sums))
+    assert seen == [False]
+    p = torch.sigmoid(query.double() @ key.double().mT * 0.25 - 2.0)
+    expected = p @ value.double()
+    if sums is not None:
+        torch.testing.assert_close(sums.double(), p.sum(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+        expected = expected / p.sum(-1, keepdim=True).clamp(min=1.0)
+    torch.testing.assert_close(out.double(), expected, rtol=5e-3, atol=5e-3)

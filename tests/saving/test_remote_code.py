@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 import sigswap
 from sigswap.errors import ArgumentError, CheckpointError
-from sigswap.saving import remote_code
+from sigswap.saving import modeling_sigswap, remote_code
 
 transformers = pytest.importorskip("transformers")
 
@@ -318,4 +320,41 @@ def test_what_it_cannot_hold_is_an_error_that_writes_nothing(tmp_path: Path) -> 
     x = torch.randn(1, 3, 8)
     with pytest.raises(ArgumentError, match="remote_code is for transformers models only"):
         sigswap.save(sigswap.convert(layer, example_inputs=(x, x, x)), tmp_path / "x", remote_code=True)
+    assert not (tmp_path / "x").exists()
+
+
+class Skips(torch.nn.Module):
+    """A module that was seen to attend nothing; ``how`` it attends now."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.config = how, types.SimpleNamespace(_attn_implementation="sdpa" if how != "flash" else how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "sdpa":
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return (x @ x.mT).softmax(-1) @ x if self.how == "softmax" else x
+
+
+@pytest.mark.parametrize(("how", "fails"), [("sdpa", False), ("nothing", False), ("softmax", True), ("flash", True)])
+def test_a_module_that_may_attend_nothing_does_not_attend_by_softmax(how: str, fails: bool) -> None:
+    site = {"heads": 2, "key_heads": 2, "head_dim": 4}
+    plan = {"path": "", "channel_axis": -1, "may_skip": True, "sites": [site], "channels": 4}
+    module: Any = Skips(how)
+    module.add_module("sigswap", modeling_sigswap.Owner(plan, {}))
+    module.__class__ = modeling_sigswap.attending(Skips)
+    x = torch.randn(1, 2, 3, 4)
+    if fails:
+        with pytest.raises(RuntimeError, match="pip install sigswap"):
+            module(x)
+    else:
+        expected = x if how == "nothing" else torch.sigmoid(x @ x.mT / 2 - math.log(3)) @ x
+        torch.testing.assert_close(module(x), expected)
+
+
+def test_a_multihead_attention_of_torch_is_told_by_its_name(tmp_path: Path) -> None:
+    config = transformers.SiglipVisionConfig(**{**VIT, "num_hidden_layers": 1}, patch_size=4)
+    model = sigswap.convert(transformers.SiglipVisionModel(config).eval())
+    with pytest.raises(CheckpointError, match=r"remote_code: .*head\.attention attends by another function"):
+        sigswap.save(model, tmp_path / "x", remote_code=True)
     assert not (tmp_path / "x").exists()
