@@ -45,7 +45,7 @@ def pays(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> bool:
     if max(dim, value.shape[3]) > MAX_HEAD_DIM or query.dtype == torch.float64:
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting() and not hasattr(query, "device_mesh")
+        return not _is_exporting() and not hasattr(query, "device_mesh")
     if type(query) not in _PLAIN or type(attn_mask) not in _PLAIN or torch._C._are_functorch_transforms_active():
         return False
     from sigswap.kernels import dispatch
@@ -75,6 +75,11 @@ def blocks_of_mask(attn_mask: Tensor) -> Blocks:
 
 _known: Any = WeakTensorKeyDictionary()
 """By tensor: of the last view of it that was asked for."""
+
+
+def _is_exporting() -> bool:
+    """torch.compiler.is_exporting(), of which Dynamo makes True in all that it traces (torch 2.11; not in 2.14)."""
+    return torch.compiler._is_exporting_flag
 
 
 def _own(mask: Tensor) -> Tensor:

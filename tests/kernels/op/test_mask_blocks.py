@@ -106,3 +106,16 @@ def test_vmap() -> None:
     found = torch.vmap(torch.ops.sigswap.mask_blocks.default)(masks)
     for index, mask in enumerate(masks):
         assert torch.equal(dense_mask(Blocks(*(each[index] for each in found)), 150, 140), mask)
+
+
+def test_compiled_code_is_not_exported_code() -> None:
+    class Tells(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if mask_blocks._is_exporting() else x
+
+    zero = torch.zeros(1)
+    for _ in range(2):
+        assert torch.compile(Tells(), backend="eager", fullgraph=True)(zero) == 0
+        for strict in (True, False):
+            assert torch.export.export(Tells(), (zero,), strict=strict).module()(zero) == 1
+    assert Tells()(zero) == 0
