@@ -40,7 +40,7 @@ class Emission:
             raise Refused("its output is not in the graph")
         self.graph = source.graph
         self.written: dict[Hashable, Any] = {}  # Written, or the nodes of a mask's blocks
-        self.views = views = Views(self.graph, call.labels, masks.edited, query.device)
+        self.views = views = Views(self.graph, call.labels, masks.edited, query.device, call.path[-1])
         self.output, self.output_views = views.output(call.output)
         self.query = views.base(call.query, upcast=True)
         self.key, self.value = views.key_and_value(call)

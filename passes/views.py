@@ -19,7 +19,7 @@ from torch.fx import Graph, Node, Proxy
 from sigswap.passes.labels import Axes, Label, Labels
 from sigswap.passes.match import Call, Operand, Refused
 from sigswap.passes.nodes import dtype_of, input_at, memory_of, tensor_at
-from sigswap.passes.normalize import same_in, tensor_of
+from sigswap.passes.normalize import same_in, source_of, tensor_of
 from sigswap.passes.ops import op_of
 
 Group = tuple[Label, ...]
@@ -49,11 +49,13 @@ class Groups:
 class Views:
     """The tensors of one attention. Methods raise Refused where a tensor cannot be had, or not be viewed."""
 
-    def __init__(self, graph: Graph, labels: Labels, edited: set[int | None], device: torch.device) -> None:
-        """``graph``: that is written to. ``edited``: the memory that an edit in place writes to, anywhere."""
-        self.graph, self.labels, self.edited, self.device = graph, labels, edited, device
+    def __init__(self, graph: Graph, labels: Labels, edited: set[int | None], device: torch.device, last: Node) -> None:
+        """``graph``: that is written to. ``edited``: the memory that an edit in place writes to, anywhere. ``last``: of
+        the nodes that the op replaces."""
+        self.graph, self.labels, self.edited, self.device, self.last = graph, labels, edited, device, last
         # What is left out above the operands must have run under the same autocast and grad mode as the op will.
-        self.regions = {region_of(node) for node in graph.nodes} - {""}
+        self.switches = [node for node in graph.nodes if region_of(node)]
+        self.regions = {region_of(node) for node in self.switches}
         self.static: dict[Label, bool] = {}  # whether a label has the same size in every call
 
     @property
@@ -104,7 +106,7 @@ class Views:
         """
         best = operand if same_in(operand.node, self.graph) is not None else None
         current, copied = operand, False
-        while not self.regions:
+        while self._runs_like_the_op(current.node):
             node, op, source = current.node, op_of(current.node), input_at(current.node)
             repeats, casts = op.broadcasts or op.name == "repeat_interleave", _is_upcast(node)
             if source is None or not (op.undone or op.copies or casts):
@@ -127,6 +129,15 @@ class Views:
         if best is None:
             raise Refused("its operands are inside of a function that the graph holds as a whole")
         return best
+
+    def _runs_like_the_op(self, node: Node) -> bool:
+        """Whether no autocast or grad mode is switched from where ``node`` was called to where the op will be."""
+        if not self.switches:
+            return True
+        place, end = source_of(node), source_of(self.last)
+        if place is None or end is None or place.graph is not self.graph or end.graph is not self.graph:
+            return False
+        return not any(place < switch < end for switch in self.switches)
 
     def key_and_value(self, call: Call) -> tuple[Operand, Operand]:
         """Both without what repeats their heads, if both are repeated alike."""

@@ -40,3 +40,24 @@ def test_a_copy_without_gradients_stays_without() -> None:
     q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
     Graphs().compile(attention)(q, k, v).sum().backward()
     assert k.grad is None and q.grad is not None
+
+
+def test_repeats_are_left_out_below_a_region_that_is_over() -> None:
+    """As a rotary embedding's tables, which a model makes first, without gradients or autocast."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            table = torch.arange(M).sin()[:, None]
+        with torch.autocast("cpu", enabled=False):
+            table = table + 1
+        k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(B, HEADS, M, D) for x in (k * table, v))
+        return torch.sigmoid(q @ k.mT) @ v
+
+    q = torch.randn(B, HEADS, M, D, requires_grad=True)
+    k, v = (torch.randn(B, HEADS // 2, M, D).requires_grad_() for _ in range(2))
+    graphs = Graphs()
+    grads = torch.autograd.grad(graphs.compile(attention)(q, k, v).sum(), (q, k, v))
+    key = graphs.calls[0].args[1]
+    assert isinstance(key, torch.fx.Node) and key.meta["example_value"].shape == (B, HEADS // 2, M, D)
+    for grad, expected in zip(grads, torch.autograd.grad(attention(q, k, v).sum(), (q, k, v)), strict=True):
+        close(grad, expected, 1e-5)
