@@ -19,7 +19,7 @@ from sigswap.passes.nodes import dtype_of, edited_by, input_at, is_floating, mem
 from sigswap.passes.normalize import rename, same_in, source_of, tensor_of
 from sigswap.passes.ops import OPS, Op, op_of, spelling_of
 from sigswap.passes.site import Lowered
-from sigswap.passes.views import Group, Views, places_of, region_of
+from sigswap.passes.views import Group, Views, places_of
 
 OP = torch.ops.sigswap.sigmoid_attention.default
 FIRST_TOKEN_BIAS = torch.ops.sigswap.first_token_bias.default
@@ -85,13 +85,12 @@ class Emission:
 
     def _check_region(self) -> None:
         """The op is called where the output was: what its inputs met on the way must hold there."""
-        first, node = source_of(self.call.path[0]), same_in(self.output.node, self.graph)
+        first, last = source_of(self.call.path[0]), same_in(self.output.node, self.graph)
+        assert last is not None
         if first is None or first.graph is not self.graph:
             raise Refused("its scores and its output are in different graphs (a checkpoint between them)")
-        while node is not None and node is not first and node.op != "root":
-            if region_of(node):
-                raise Refused("autocast or gradients are switched on or off between its scores and its output")
-            node = node.prev
+        if self.views.switched(first, last):
+            raise Refused("autocast or gradients are switched on or off between its scores and its output")
 
     def _check_edits(self) -> None:
         """No tensor that the op will read may be written to after it was first read."""

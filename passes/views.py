@@ -137,7 +137,11 @@ class Views:
         place, end = source_of(node), source_of(self.last)
         if place is None or end is None or place.graph is not self.graph or end.graph is not self.graph:
             return False
-        return not any(place < switch < end for switch in self.switches)
+        return not self.switched(place, end)
+
+    def switched(self, start: Node, end: Node) -> bool:
+        """Whether autocast or the grad mode is switched between two nodes of the graph."""
+        return any(start < switch < end for switch in self.switches)
 
     def key_and_value(self, call: Call) -> tuple[Operand, Operand]:
         """Both without what repeats their heads, if both are repeated alike."""
