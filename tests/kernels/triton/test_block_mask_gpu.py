@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 
 import sigswap
 from sigswap.kernels.op import mask_blocks
@@ -177,14 +177,9 @@ def test_compiled() -> None:
     tensors = draw(1, 16, 16, ROWS, ROWS, 128, torch.bfloat16)
     block_mask = sigswap.BlockMask.from_mask(mask)
     compiled = torch.compile(lambda q, k, v, m: sigswap.sigmoid_attention(q, k, v, block_mask=m), fullgraph=True)
-    targets: list[object] = []
-
-    def seen(module: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        targets.extend(node.target for node in module.graph.nodes)
-        return compile_fx(module, example_inputs)
-
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     masked = torch.compile(
-        lambda q, k, v, m: sigswap.sigmoid_attention(q, k, v, attn_mask=m), backend=seen, fullgraph=True
+        lambda q, k, v, m: sigswap.sigmoid_attention(q, k, v, attn_mask=m), backend=counter, fullgraph=True
     )
 
     def by_blocks(*inputs: Tensor, **options: Any) -> Tensor:
@@ -195,4 +190,5 @@ def test_compiled() -> None:
 
     assert_right(by_blocks, mask, tensors)
     assert_right(by_tensor, mask, tensors)
+    targets = {node.target for module in counter.graphs for node in module.graph.nodes}
     assert torch.ops.sigswap.mask_blocks.default in targets
