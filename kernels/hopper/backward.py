@@ -45,8 +45,18 @@ from sigswap.kernels.hopper.backward_common import (
     visible_keys,
 )
 from sigswap.kernels.hopper.backward_warps import _KEYS, _STAGES, KEYS, add_queries, compute, load
-from sigswap.kernels.hopper.common import Tiles
+from sigswap.kernels.hopper.common import tiles_like
 from sigswap.kernels.hopper.grad_query import finish_columns_kernel, finish_kernel
+from sigswap.kernels.hopper.packed import (
+    Plan,
+    TileNumbers,
+    most_tiles,
+    place_of_keys,
+    plan_for,
+    programs_at_once,
+    tile_numbers_for,
+    tiles_of,
+)
 from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
@@ -72,6 +82,8 @@ def supports(problem: Problem) -> bool:
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
+    if signature.packed is not None:
+        return True
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
     return sees_every_block(signature, KEYS) and visible_keys(signature) > long * signature.q_len
 
@@ -79,21 +91,33 @@ def supports(problem: Problem) -> bool:
 def backward(problem: Problem) -> Gradients:
     grads, written, layouts = gradients_for(problem)
     grad_out = problem.readable_grad_out()
-    plan = _plan(problem.signature, layout_of(grad_out), layouts, problem.row_delta is not None)
+    row_delta = None if problem.row_delta is None else layout_of(problem.row_delta)
+    plan = _plan(problem.signature, layout_of(grad_out), layouts, row_delta)
     new_query, new_key, new_value, new_bias, _ = written
     assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
-    delta = None if plan.deltas is None else plan.deltas(problem)
-    if plan.rows is None:
-        plan.launch(*described, sums, parts, problem.bias, None, delta)
-        plan.finish(sums, new_query, None)
+    items = tiles = bias = floor = delta = None
+    if plan.packed is not None:
+        items, tiles = plan.packed.items(problem)
+        assert tiles is not None
+        if plan.packed.biases is not None:
+            bias, floor = plan.packed.biases(items, tiles, problem.bias)
+        if plan.packed.deltas is not None:
+            delta, _ = plan.packed.deltas(items, tiles, problem.row_delta)
+    elif plan.rows is not None:
+        numbers, floor = plan.rows.biases(problem, None)
+        bias = plan.rows.described(numbers)
+    if plan.deltas is not None:
+        delta = plan.deltas(problem)
+    if bias is None:
+        plan.launch(*described, sums, parts, problem.bias, None, delta, items)
+        plan.finish(sums, new_query, None, items, tiles)
     else:
-        biases, floor = plan.rows.biases(problem, None)
-        plan.launch(*described, sums, None, plan.rows.described(biases), floor, delta)
-        plan.finish(sums, new_query, new_bias if parts is None else parts)
+        plan.launch(*described, sums, None, bias, floor, delta, items)
+        plan.finish(sums, new_query, new_bias if parts is None else parts, items, tiles)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
         plan.sum_parts(parts, new_bias)
@@ -112,6 +136,14 @@ def columns_of(signature: Signature) -> int:
     return 96 if width == 128 and max(signature.query.shape[3], signature.value.shape[3]) <= 96 else width
 
 
+class _Packed(NamedTuple):
+    """What packed sequences need beside."""
+
+    items: Plan
+    biases: TileNumbers | None
+    deltas: TileNumbers | None
+
+
 class _Plan(NamedTuple):
     described: tuple[Described, ...]
     """query, key, value, grad_out and the gradients of key and value."""
@@ -122,59 +154,78 @@ class _Plan(NamedTuple):
     """Of dQ, as the kernel adds it up."""
     finish: Launch
     rows: RowTiles | None
-    """Where the bias tensor differs between rows."""
+    """Where the bias tensor differs between rows; of packed sequences packed has them."""
+    packed: _Packed | None
     sum_parts: Sum | None
     """Where the gradient of the bias is a sum: of what launch writes, or, of rows' biases, finish."""
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], capped: bool) -> _Plan:
+def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ...], row_delta: Layout | None) -> _Plan:
     grad_query, grad_key, grad_value, grad_bias, _ = grads
     assert grad_query is not None and grad_key is not None and grad_value is not None
     width = columns_of(signature)
     apart = width in APART
     band = signature.band()
+    of_tiles = tiles_of(signature)
     described = (
-        Tiles(signature.query, ROWS),
-        Tiles(signature.key, KEYS),
-        Tiles(signature.value, KEYS),
-        Tiles(grad_out, ROWS),
-        Tiles(grad_key, KEYS // 2),
-        Tiles(grad_value, KEYS // 2),
+        of_tiles(signature.query, ROWS),
+        of_tiles(signature.key, KEYS),
+        of_tiles(signature.value, KEYS),
+        of_tiles(grad_out, ROWS),
+        of_tiles(grad_key, KEYS // 2),
+        of_tiles(grad_value, KEYS // 2),
     )
-    tiles = triton.cdiv(signature.q_len, ROWS)
-    blocks = triton.cdiv(signature.kv_len, KEYS)
-    rows = row_tiles_for(signature)
-    row_sums = rows is not None and grad_bias is not None
-    head_sums = rows is None and grad_bias is not None
+    by_rows = signature.bias is not None and signature.bias.shape[2] > 1
+    packed = _packed_for(signature, by_rows, row_delta) if signature.packed is not None else None
+    rows = row_tiles_for(signature) if packed is None else None
+    row_sums = by_rows and grad_bias is not None
+    head_sums = not by_rows and grad_bias is not None
+    if packed is None:
+        batch, q_len = signature.batch, signature.q_len
+        tiles = triton.cdiv(q_len, ROWS)
+        blocks = triton.cdiv(signature.kv_len, KEYS)
+    else:
+        batch, q_len = 1, signature.query.shape[2]
+        tiles = most_tiles(signature)
+        blocks = packed.items.most
     numbers = ROWS * (width + 1 if row_sums else width)
-    sums = contiguous_layout((signature.batch * signature.heads * tiles, numbers), torch.float32)
+    sums = contiguous_layout((batch * signature.heads * tiles, numbers), torch.float32)
     sum_parts = parts = None
     if grad_bias is not None:
         # One of each row, or of each thread of the two warpgroups.
-        shape = signature.batch, signature.heads, signature.q_len if row_sums else blocks * 256, 1
+        shape = batch, signature.heads, q_len if row_sums else blocks * 256, 1
         if head_sums or grad_bias.shape != shape:
             sum_parts = Sum(grad_bias, shape, signature.device)
             parts = contiguous_layout(shape, torch.float32)
-    units = signature.batch * signature.kv_heads
+    units = batch * signature.kv_heads
     arguments = signature.arguments() | {
         "units": units,
-        "at_once": heads_at_once(signature, blocks, units),
+        "at_once": heads_at_once(signature, blocks, units) if packed is None else programs_at_once(signature),
+        "items": blocks,
+        "all_tiles": tiles,
         "DIM": width,
         "APART": apart,
         "BANDED": band.has_left or band.has_right,
         "SUMS": head_sums,
         "ROW_SUMS": row_sums,
         "GROUPED": signature.heads > signature.kv_heads,
-        "DELTA": capped,
+        "DELTA": row_delta is not None,
     }
     bias: Layout | Described | None = signature.bias
     floor = None
     if rows is not None:
         bias, floor = rows.described, rows.biases.floor
         arguments |= rows.arguments()
-    deltas = deltas_for(signature) if capped else None
-    tensors = (*described, sums, parts if head_sums else None, bias, floor, deltas.described if deltas else None)
+    deltas = deltas_for(signature) if row_delta is not None and packed is None else None
+    delta = None if deltas is None else deltas.described
+    if packed is not None and packed.biases is not None:
+        bias, floor = packed.biases.described, packed.biases.floor
+        arguments |= {"stride_bias_b": 0, "stride_bias_h": int(packed.biases.layout.shape[1] > 1), "VISIBLE": False}
+    if packed is not None and packed.deltas is not None:
+        delta = packed.deltas.described
+    items, all_tiles = (None, None) if packed is None else (packed.items.layout, packed.items.tiles)
+    tensors = (*described, sums, parts if head_sums else None, bias, floor, delta, items)
     launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
@@ -185,21 +236,28 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         of_tile, programs = finish_columns_kernel, programs * (width // columns)
         finish_arguments |= {"FIRST": 64, "COLUMNS": columns}
     finish_arguments |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
-    outputs = sums, grad_query, of_rows
+    outputs = sums, grad_query, of_rows, items, all_tiles
     warps = 4 if width == 96 else 8
     finish = Launch(of_tile, programs, signature.device, outputs, finish_arguments, num_warps=warps)
-    return _Plan(described, deltas, launch, sums, finish, rows, sum_parts)
+    return _Plan(described, deltas, launch, sums, finish, rows, packed, sum_parts)
+
+
+def _packed_for(signature: Signature, by_rows: bool, row_delta: Layout | None) -> _Packed:
+    biases = tile_numbers_for(signature, signature.bias, biases=True) if by_rows else None
+    deltas = None if row_delta is None else tile_numbers_for(signature, row_delta, biases=False)
+    return _Packed(plan_for(signature, KEYS, by_keys=True), biases, deltas)
 
 
 # Device functions.
 
 
 @gluon.jit(do_not_specialize=[
-    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once",
+    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once", "items",
+    "all_tiles",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, stride_bias_b, stride_bias_h,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once,
+    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, plan, stride_bias_b, stride_bias_h,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once, items, all_tiles,
     DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
     ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
@@ -214,25 +272,39 @@ def _kernel(
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
     delta: float32 [B * H, M], if DELTA, where rows have a cap: what is subtracted from dP.
+    plan: of packed sequences, in a GPU's memory for so many items; sums has all_tiles for each head, in whose order
+    bias, floor and delta are.
     """
-    # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
-    blocks = gl.cdiv(kv_len, _KEYS)
-    first = gl.program_id(0) // (at_once * blocks) * at_once
-    among = gl.minimum(at_once, units - first)
-    rest = gl.program_id(0) - first * blocks
-    col0 = rest // among * _KEYS
-    unit = first + rest % among
-    kv_heads = heads // group
-    kv_head = unit % kv_heads
-    batch = unit // kv_heads
-    shift = kv_len - q_len if BOTTOM_RIGHT else 0
-    # The rows that see some of the keys; at least one tile, of which they then see none.
-    begin = 0
-    end = q_len
-    if HAS_RIGHT:
-        begin = gl.minimum(gl.maximum(col0 - shift - right, 0), q_len - 1) // _ROWS * _ROWS
-    if HAS_LEFT:
-        end = gl.minimum(end, gl.minimum(col0 + _KEYS, kv_len) - shift + left)
+    PACKED: gl.constexpr = plan is not None
+    if PACKED:
+        blocks = items
+        (
+            block, kv_head, batch, rows, q_len, k_batch, keys, stored_keys, shift, col0, begin, end, first_tile
+        ) = place_of_keys(
+            plan, gl.program_id(0), units, at_once, left, right, _KEYS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT
+        )  # fmt: skip
+        kv_len = keys
+        bias_batch = 0 * block
+    else:
+        # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
+        blocks = gl.cdiv(kv_len, _KEYS)
+        first = gl.program_id(0) // (at_once * blocks) * at_once
+        among = gl.minimum(at_once, units - first)
+        rest = gl.program_id(0) - first * blocks
+        col0 = rest // among * _KEYS
+        unit = first + rest % among
+        kv_heads = heads // group
+        kv_head = unit % kv_heads
+        batch = unit // kv_heads
+        bias_batch = batch
+        shift = kv_len - q_len if BOTTOM_RIGHT else 0
+        # The rows that see some of the keys; at least one tile, of which they then see none.
+        begin = 0
+        end = q_len
+        if HAS_RIGHT:
+            begin = gl.minimum(gl.maximum(col0 - shift - right, 0), q_len - 1) // _ROWS * _ROWS
+        if HAS_LEFT:
+            end = gl.minimum(end, gl.minimum(col0 + _KEYS, kv_len) - shift + left)
     span = gl.maximum(gl.cdiv(end - begin, _ROWS), 1)
     fast = True
     if FORM == _AUTO and not BIAS_ROWS:
@@ -245,7 +317,7 @@ def _kernel(
             lowest -= gl.log(gl.maximum(count, 1).to(gl.float32))
         own = float("inf")
         for member in range(group):
-            at = batch.to(gl.int64) * stride_bias_b + (kv_head * group + member).to(gl.int64) * stride_bias_h
+            at = bias_batch.to(gl.int64) * stride_bias_b + (kv_head * group + member).to(gl.int64) * stride_bias_h
             own = gl.minimum(own, gl.load(bias + at).to(gl.float32))
         fast = lowest + own >= _FAST_BIAS
     if FORM < _FAST:
@@ -253,10 +325,10 @@ def _kernel(
 
     dtype: gl.constexpr = k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    k_tile = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, k.block_type.shape[3]], k.layout)
-    v_tile = gl.allocate_shared_memory(dtype, [1, 1, 1, _KEYS, k.block_type.shape[3]], v.layout)
-    q_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, k.block_type.shape[3]], q.layout)
-    do_tiles = gl.allocate_shared_memory(dtype, [_STAGES, 1, 1, _ROWS, k.block_type.shape[3]], do.layout)
+    k_tile = gl.allocate_shared_memory(dtype, tiles_like(1, k.block_type), k.layout)
+    v_tile = gl.allocate_shared_memory(dtype, tiles_like(1, v.block_type), v.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, tiles_like(_STAGES, q.block_type), q.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, tiles_like(_STAGES, do.block_type), do.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], dtype)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, _KEYS, _ROWS], ds_layout)
     # What a partition has no use for is not handed to it.
@@ -272,6 +344,14 @@ def _kernel(
         row_tiles = biases
         row_stride_b = stride_bias_b
         row_stride_h = stride_bias_h
+    if not PACKED:
+        of_keys: gl.constexpr = 0
+        of_queries: gl.constexpr = 0
+        of_loads: gl.constexpr = 0
+    else:
+        of_keys = (k_batch, stored_keys, block, first_tile, all_tiles)
+        of_queries = (first_tile, all_tiles)
+        of_loads = (k_batch, rows, keys, first_tile)
     if not DELTA:
         deltas: gl.constexpr = 0
         of_delta: gl.constexpr = 0
@@ -313,20 +393,22 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
+                    FORM, SLOW,
                 )),
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
+                    FORM, SLOW,
                 )),
                 (add_queries, (
                     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
-                    batch, kv_head, heads, group, begin, span, q_len, DIM, ROW_SUMS,
+                    batch, kv_head, heads, group, begin, span, q_len, of_queries, DIM, ROW_SUMS, PACKED,
                 )),
                 (load, (
-                    loading, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
-                    BIAS_ROWS, DELTA,
+                    loading, of_loads, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
+                    BIAS_ROWS, DELTA, PACKED,
                 )),
             ],
             [4, 4, 1],
@@ -336,16 +418,18 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
+                    FORM, SLOW,
                 )),
                 (compute, (
-                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART, VISIBLE,
-                    BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, P_SCALE, FORM, SLOW,
+                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
+                    FORM, SLOW,
                 )),
                 (load, (
-                    loading, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
-                    BIAS_ROWS, DELTA,
+                    loading, of_loads, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
+                    BIAS_ROWS, DELTA, PACKED,
                 )),
             ],
             [4, 1],

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from sigswap.kernels.hopper.common import Numbers, log_of_visible, sigmoid, takes_row_cap
+from sigswap.kernels.hopper.packed import is_long
 from sigswap.kernels.host.launch import describable
 from sigswap.kernels.host.layout import Layout, contiguous_layout, is_aligned, layout_of, new_tensor
 from sigswap.kernels.host.problem import Problem, Signature
@@ -53,7 +54,7 @@ def takes(problem: Problem) -> bool:
         abs(problem.options.scale) < 1e-6
         or signature.is_empty
         or not signature.plain
-        or not signature.tma(signature.q_len)
+        or not (signature.tma(signature.q_len) or is_long(signature))
     ):
         return False
     if limits_of(signature.device).capability >= 100:

@@ -39,9 +39,9 @@ from sigswap.kernels.hopper.common import (
     load_tile,
     start_by_columns,
     start_over_columns,
-    store_tile,
     sync,
 )
+from sigswap.kernels.hopper.packed import load_rows, lowest_of_tiles, store_rows
 from sigswap.kernels.triton.common import _AUTO, _FAST_BIAS, _LOG2E
 
 KEYS, STAGES = 128, 3
@@ -52,16 +52,26 @@ _KEYS, _STAGES = tl.constexpr(KEYS), tl.constexpr(STAGES)
 
 @gluon.jit
 def load(
-    shared, bias, biases, stride_bias_b, stride_bias_h, delta, deltas, heads,
-    BIAS_ROWS: gl.constexpr, DELTA: gl.constexpr,
+    shared, packed, bias, biases, stride_bias_b, stride_bias_h, delta, deltas, heads,
+    BIAS_ROWS: gl.constexpr, DELTA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One warp: all that the others compute with."""
     (
         q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty, batch, kv_head, group, col0, begin, span,
     ) = shared  # fmt: skip
+    if PACKED:
+        k_batch, rows, keys, first_tile = packed
+        first_row = first_tile * _ROWS
+        number_batch = 0
+    else:
+        k_batch = batch
+        rows: gl.constexpr = 0
+        keys: gl.constexpr = 0
+        first_row: gl.constexpr = 0
+        number_batch = batch
     mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
-    load_tile(k, [batch, kv_head, col0, 0], kv_full, k_tile.index(0))
-    load_tile(v, [batch, kv_head, col0, 0], kv_full, v_tile.index(0))
+    load_rows(k, k_batch, kv_head, col0, 0, keys, kv_full, k_tile.index(0), PACKED)
+    load_rows(v, k_batch, kv_head, col0, 0, keys, kv_full, v_tile.index(0), PACKED)
     stage = 0
     phase = 1
     head = kv_head * group
@@ -72,12 +82,13 @@ def load(
         numbers: gl.constexpr = 4 * _ROWS * (BIAS_ROWS + DELTA)
         mbarrier.expect(full.index(stage), q.block_type.nbytes + do.block_type.nbytes + numbers)
         if BIAS_ROWS:
-            place = batch * stride_bias_b + head * stride_bias_h
-            load_tile(bias, [place, start], full.index(stage), biases.index(stage))
+            place = number_batch * stride_bias_b + head * stride_bias_h
+            load_tile(bias, [place, first_row + start], full.index(stage), biases.index(stage))
         if DELTA:
-            load_tile(delta, [batch * heads + head, start], full.index(stage), deltas.index(stage))
-        load_tile(q, [batch, head, start, 0], full.index(stage), q_tiles.index(stage))
-        load_tile(do, [batch, head, start, 0], full.index(stage), do_tiles.index(stage))
+            place = number_batch * heads + head
+            load_tile(delta, [place, first_row + start], full.index(stage), deltas.index(stage))
+        load_rows(q, batch, head, start, 0, rows, full.index(stage), q_tiles.index(stage), PACKED)
+        load_rows(do, batch, head, start, 0, rows, full.index(stage), do_tiles.index(stage), PACKED)
         stage += 1
         start += _ROWS
         if stage == _STAGES:
@@ -119,7 +130,8 @@ def _put(target, sums, factor, CUT: gl.constexpr):
 @gluon.jit
 def add_queries(
     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
-    batch, kv_head, heads, group, begin, span, q_len, DIM: gl.constexpr, ROW_SUMS: gl.constexpr,
+    batch, kv_head, heads, group, begin, span, q_len, packed, DIM: gl.constexpr, ROW_SUMS: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: dS times all the keys, which is added to dQ in memory, and sums of rows of dS."""
     of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -127,11 +139,15 @@ def add_queries(
     no_rows = gl.zeros([_ROWS, DIM], gl.float32, of_rows)
     no_sums = gl.zeros([_ROWS, 8], gl.float32, of_row_sums)
     keys = k_tile.index(0).reshape([_KEYS, DIM])
-    tiles = gl.cdiv(q_len, _ROWS)
     end = begin + span * _ROWS
     start = begin
     head = kv_head * group
-    tile = (batch * heads + head) * tiles + begin // _ROWS
+    if PACKED:
+        first_tile, tiles = packed
+        tile = head * tiles + first_tile + begin // _ROWS
+    else:
+        tiles = gl.cdiv(q_len, _ROWS)
+        tile = (batch * heads + head) * tiles + begin // _ROWS
     slot = 0
     phase = 0
     mbarrier.wait(kv_full, 0)
@@ -159,11 +175,11 @@ def add_queries(
 
 @gluon.jit
 def compute(
-    shared, bias, parts, floor, biases, deltas, ones,
+    shared, packed, bias, parts, floor, biases, deltas, ones,
     PART: gl.constexpr, DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
-    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
-    SLOW: gl.constexpr,
+    ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, PACKED: gl.constexpr, P_SCALE: gl.constexpr,
+    FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: dK and dV of its half of the keys, and, unless dQ is left to add_queries(), APART, its
     part of the columns of dQ."""
@@ -173,7 +189,7 @@ def compute(
         stride_bias_b, stride_bias_h, scale, const_bias, fast,
     ) = shared  # fmt: skip
     HALF: gl.constexpr = _KEYS // 2
-    WIDTH: gl.constexpr = k_tile.shape[4]
+    WIDTH: gl.constexpr = k_tile.shape[-1]
     CUT: gl.constexpr = DIM == 96
     FIRST: gl.constexpr = 64 if CUT else DIM
     FIRST_COLUMNS: gl.constexpr = 64 if CUT else DIM // 2
@@ -209,10 +225,17 @@ def compute(
     end = begin + span * _ROWS
     total = group * span
     head = kv_head * group
-    tiles = gl.cdiv(q_len, _ROWS)
     sums += PART * _ROWS * FIRST_COLUMNS
     start = begin
-    tile = (batch * heads + head) * tiles + begin // _ROWS
+    if PACKED:
+        k_batch, stored_keys, block, first_tile, tiles = packed
+        tile = head * tiles + first_tile + begin // _ROWS
+    else:
+        k_batch = batch
+        stored_keys: gl.constexpr = 0
+        block = col0 // _KEYS
+        tiles = gl.cdiv(q_len, _ROWS)
+        tile = (batch * heads + head) * tiles + begin // _ROWS
     # Not the same number to Triton, which takes names of one number for one variable.
     tile_before = tile + 0
     row_bias = const_bias + 0.0
@@ -220,8 +243,16 @@ def compute(
         bias += batch.to(gl.int64) * stride_bias_b
         row_bias += load_head_bias(bias, head, stride_bias_h)
     if BIAS_ROWS and FORM == _AUTO:
-        place = batch * stride_bias_b + head * stride_bias_h
-        fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
+        if PACKED:
+            last_tile = gl.cdiv(gl.minimum(end, q_len), _ROWS)
+            lowest = lowest_of_tiles(
+                floor + first_tile, head * (stride_bias_h * tiles), group, stride_bias_h * tiles, begin // _ROWS,
+                last_tile, BY_THREAD,
+            )  # fmt: skip
+            fast = lowest >= _FAST_BIAS
+        else:
+            place = batch * stride_bias_b + head * stride_bias_h
+            fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
     if BANDED and not BIAS_ROWS:
         put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
     elif VISIBLE:
@@ -270,7 +301,10 @@ def compute(
     if SUMS:
         sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
         parts += PART * 128 + gl.arange(0, 128, BY_THREAD)
-        parts += ((batch * heads + head).to(gl.int64) * blocks + col0 // _KEYS) * 256
+        if PACKED:
+            parts += (head.to(gl.int64) * blocks + block) * 256
+        else:
+            parts += ((batch * heads + head).to(gl.int64) * blocks + block) * 256
     results = warpgroup_mma_wait(0, deps=dv_tokens + p_operands)
     dv_acc = results[:PIECES]
     start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, tiles - span)
@@ -446,8 +480,11 @@ def compute(
     _put(keys.slice(PART * HALF, HALF, 0), dk_acc, scale, CUT)
     fence_async_shared()
     sync()
-    store_tile(dk, [batch, kv_head, col0, 0], k_tile.index(0).slice(PART * HALF, HALF, 2))
-    store_tile(dv, [batch, kv_head, col0, 0], v_tile.index(0).slice(PART * HALF, HALF, 2))
+    ROWS_AT: gl.constexpr = 3 if PACKED else 2
+    own_dk = k_tile.index(0).slice(PART * HALF, HALF, ROWS_AT)
+    own_dv = v_tile.index(0).slice(PART * HALF, HALF, ROWS_AT)
+    store_rows(dk, k_batch, kv_head, col0, 0, stored_keys, own_dk, PACKED)
+    store_rows(dv, k_batch, kv_head, col0, 0, stored_keys, own_dv, PACKED)
     if SUMS and not GROUPED:
         gl.store(parts, sum_of_ds)
     tma.store_wait(0)

@@ -82,7 +82,7 @@ def supports(problem: Problem) -> bool:
     signature = problem.signature
     if not 128 < max(signature.query.shape[3], signature.value.shape[3]) <= MAX_DIM:
         return False
-    if min(signature.widths) < 128 or not takes(problem):
+    if min(signature.widths) < 128 or signature.packed is not None or not takes(problem):
         return False
     if torch.are_deterministic_algorithms_enabled() and not _units_at_once(signature):
         return False
@@ -109,7 +109,7 @@ def backward(problem: Problem) -> Gradients:
         sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
         for launch in plan.launches:
             launch(*described, None, sums, by_head, bias, floor, delta)
-        plan.finish(sums, new_query, by_row)
+        plan.finish(sums, new_query, by_row, None, None)
     else:
         ds = new_tensor(plan.ds.layout, problem.query.device)
         out, read = plan.ds.written(ds), plan.ds.read(ds)
@@ -209,7 +209,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         sums = contiguous_layout((signature.batch * signature.heads * tiles, numbers), torch.float32)
         finish_arguments = of_queries | {"tiles": tiles, "FIRST": _first_part(width), "COLUMNS": 64}
         chunks = sums.shape[0] * (width // 64)
-        outputs = sums, grad_query, of_rows
+        outputs = sums, grad_query, of_rows, None, None
         finish = Launch(finish_columns_kernel, chunks, signature.device, outputs, finish_arguments, num_warps=4)
     arguments = signature.arguments() | {
         "BANDED": band.has_left or band.has_right,

@@ -66,6 +66,12 @@ def takes_row_cap(problem: Problem) -> bool:
     return problem.is_uncapped or (signature.q_len == signature.kv_len and not windowed)
 
 
+@gluon.constexpr_function
+def tiles_like(number: int, block: Any) -> list[int]:
+    """The shape of so many tiles of a descriptor, one behind the other."""
+    return [number, *block.shape]
+
+
 @gluon.jit
 def cut(tile, CUT: gl.constexpr):
     """The columns of a tile in shared memory; if CUT 64 of them and the next 32, of 65 to 96 that are loaded as 128."""

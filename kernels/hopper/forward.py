@@ -10,6 +10,8 @@
   multiplies. Of three, which take other rows' keys from L2 less often, each starts when it is ready.
 - There are as many programs as multiprocessors. Each goes from item to item, an item being such rows of a head; what
   the next one needs is loaded before the one before has ended.
+- Packed sequences come by a plan (:mod:`sigswap.kernels.hopper.packed`), which says which rows of which sequence an
+  item has.
 - With a row cap each warpgroup sums the probabilities of its rows, and divides them once, at the end.
 - A width that is no power of two, which a tensor's has to be, is held in parts: 192 columns cost no more than that. Up
   to 96 columns are loaded as 128, of which 64 and 32 are multiplied.
@@ -36,22 +38,32 @@ from sigswap.kernels.hopper.common import (
     Tiles,
     as_operands,
     cut,
-    load_tile,
     log_of_visible,
     sigmoid,
     start_by_columns,
     start_over_columns,
-    store_tile,
     sync,
     takes_row_cap,
+    tiles_like,
 )
 from sigswap.kernels.hopper.forward_items import (
+    Order,
     item_of,
     order_for,
     own_items,
     place,
     sees_in_every_item,
     tile_for,
+)
+from sigswap.kernels.hopper.packed import (
+    Plan,
+    is_long,
+    load_rows,
+    place_of_rows,
+    plan_for,
+    programs_at_once,
+    store_rows,
+    tiles_of,
 )
 from sigswap.kernels.host.launch import Launch, describable
 from sigswap.kernels.host.layout import Layout, layout_of
@@ -81,31 +93,36 @@ def supports(problem: Problem) -> bool:
         return False
     if not takes_row_cap(problem):
         return False
-    if not signature.tma(min(signature.q_len, signature.kv_len)):
+    if not signature.tma(min(signature.q_len, signature.kv_len)) and not is_long(signature):
         return False
     if limits_of(signature.device).capability >= 100:
         return False
     narrow = all(each.shape[3] in NARROW for each in operands)
     if not narrow and not all(NARROWEST <= each.shape[3] <= WIDEST for each in operands):
         return False
-    if narrow and min(signature.q_len, signature.kv_len) < FEWEST_NARROW:
+    if narrow and signature.packed is None and min(signature.q_len, signature.kv_len) < FEWEST_NARROW:
         return False
+    if narrow and signature.packed is not None and signature.band().has_right:
+        return False  # 0.46 ms with 24 sequences of 256 to 2048 and 32 heads of 64 on an H200; 0.39 in Triton
     if not all(describable(each) and each.shape[3] % 8 == 0 for each in operands):
         return False
     rows = tile_for(signature).rows
     band = signature.band()
     if band.has_left and band.has_right and band.left + band.right < (2 * rows if narrow else rows):
         return False  # much of what the rows of an item see together is outside for each of them
-    return sees_in_every_item(signature, rows)
+    return signature.packed is not None or sees_in_every_item(signature, rows)
 
 
 def forward(problem: Problem) -> Tensor:
     """Deterministic."""
     row_sums = problem.row_sums
-    plan = _plan(problem.signature, None if row_sums is None else layout_of(row_sums))
-    out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides)
+    of_out = None if problem.out is None else layout_of(problem.out)
+    plan = _plan(problem.signature, of_out, None if row_sums is None else layout_of(row_sums))
+    out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides) if problem.out is None else problem.out
     tensors = problem.query, problem.key, problem.value, out
-    plan.launch(*(by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)), row_sums, problem.bias)
+    described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
+    items = None if plan.items is None else plan.items(problem)[0]
+    plan.launch(*described, row_sums, problem.bias, items)
     return out
 
 
@@ -114,30 +131,41 @@ class _Plan(NamedTuple):
     """query, key, value and out."""
     launch: Launch
     out: Layout
+    items: Plan | None
+    """Of packed sequences."""
 
 
 @functools.lru_cache(MAX_PLANS)
-def _plan(signature: Signature, row_sums: Layout | None) -> _Plan:
-    """row_sums: None: not asked for."""
+def _plan(signature: Signature, out: Layout | None, row_sums: Layout | None) -> _Plan:
+    """out: None: of a new output. row_sums: None: not asked for."""
     tile = tile_for(signature)
-    out = signature.output()
+    out = out or signature.output()
+    tiles = tiles_of(signature)
     described = (
-        Tiles(signature.query, ROWS, tile.part),
-        Tiles(signature.key, tile.keys, tile.part),
-        Tiles(signature.value, tile.keys, tile.v_part),
-        Tiles(out, ROWS, tile.stored),
+        tiles(signature.query, ROWS, tile.part),
+        tiles(signature.key, tile.keys, tile.part),
+        tiles(signature.value, tile.keys, tile.v_part),
+        tiles(out, ROWS, tile.stored),
     )
-    units = signature.batch * signature.heads
-    programs = min(triton.cdiv(signature.q_len, tile.rows) * units, limits_of(signature.device).multiprocessors)
-    order = order_for(signature, tile, programs)
+    multiprocessors = limits_of(signature.device).multiprocessors
+    items = None if signature.packed is None else plan_for(signature, tile.rows)
+    if items is None:
+        units = signature.batch * signature.heads
+        programs = min(triton.cdiv(signature.q_len, tile.rows) * units, multiprocessors)
+        order = order_for(signature, tile, programs)
+    else:
+        units = signature.heads
+        programs = min(items.most * units, multiprocessors)
+        order = Order(4 * programs_at_once(signature), True)
     arguments = signature.arguments() | {
         "units": units,
         "order": -order.at_once if order.to_and_fro else order.at_once,
     }
     arguments |= tile.arguments(signature.query.shape[3], signature.value.shape[3])
     arguments |= output_arguments(arguments, sum=row_sums)
-    tensors = (*described, row_sums, signature.bias)
-    return _Plan(described, Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4), out)
+    tensors = (*described, row_sums, signature.bias, None if items is None else items.layout)
+    launch = Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4)
+    return _Plan(described, launch, out, items)
 
 
 # Device functions.
@@ -212,42 +240,54 @@ def _next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load(
-    shared,
+    shared, plan,
     KEYS: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: all that the others compute with."""
     (
         q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
         units, order, heads, group, q_len, kv_len, shift, left, right, total,
     ) = shared  # fmt: skip
-    of_part: gl.constexpr = q.block_type.shape[3]
-    of_v_part: gl.constexpr = v.block_type.shape[3]
+    PACKED: gl.constexpr = plan is not None
+    of_part: gl.constexpr = q.block_type.shape[-1]
+    of_v_part: gl.constexpr = v.block_type.shape[-1]
     stage = 0
     phase = 1
     q_phase = 1
     for turn in range(own_items(total, order)):
-        batch, head, row0, start, count = place(
-            item_of(turn, order), units, order, heads, q_len, kv_len, shift, left, right,
-            WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
+        if PACKED:
+            q_begin, rows, k_batch, keys, _, head, row0, start, count = place_of_rows(
+                plan, item_of(turn, order), heads, gl.abs(order), left, right,
+                WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
+            )  # fmt: skip
+            batch = q_begin + rows
+        else:
+            batch, head, row0, start, count = place(
+                item_of(turn, order), units, order, heads, q_len, kv_len, shift, left, right,
+                WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            k_batch = batch
+            rows = q_len
+            keys = kv_len
         mbarrier.wait(q_empty, q_phase)
         q_phase ^= 1
         mbarrier.expect(q_full, WARPGROUPS * PARTS * q.block_type.nbytes)
         for j in gl.static_range(PARTS):
             for i in gl.static_range(WARPGROUPS):
-                load_tile(q, [batch, head, row0 + i * _ROWS, j * of_part], q_full, q_tiles.index(i * PARTS + j))
+                q_tile = q_tiles.index(i * PARTS + j)
+                load_rows(q, batch, head, row0 + i * _ROWS, j * of_part, rows, q_full, q_tile, PACKED)
         for _ in range(count):
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), PARTS * k.block_type.nbytes)
             for j in gl.static_range(PARTS):
                 tile = k_tiles.index(stage * PARTS + j)
-                load_tile(k, [batch, head // group, start, j * of_part], k_full.index(stage), tile)
+                load_rows(k, k_batch, head // group, start, j * of_part, keys, k_full.index(stage), tile, PACKED)
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), V_PARTS * v.block_type.nbytes)
             for j in gl.static_range(V_PARTS):
                 tile = v_tiles.index(stage * V_PARTS + j)
-                load_tile(v, [batch, head // group, start, j * of_v_part], v_full.index(stage), tile)
+                load_rows(v, k_batch, head // group, start, j * of_v_part, keys, v_full.index(stage), tile, PACKED)
             start += KEYS
             stage, phase = _next_stage(stage, phase, STAGES)
 
@@ -255,8 +295,8 @@ def _load(
 @gluon.jit
 def _columns(tiles, first, PARTS: gl.constexpr, CUT: gl.constexpr):
     """The columns of a block of rows, part by part: the tiles from the first on."""
-    HEIGHT: gl.constexpr = tiles.shape[3]
-    WIDTH: gl.constexpr = tiles.shape[4]
+    HEIGHT: gl.constexpr = tiles.shape[-2]
+    WIDTH: gl.constexpr = tiles.shape[-1]
     columns = cut(tiles.index(first).reshape([HEIGHT, WIDTH]), CUT)
     for j in gl.static_range(1, PARTS):
         columns += (tiles.index(first + j).reshape([HEIGHT, WIDTH]),)
@@ -284,22 +324,23 @@ def _in_pieces(tile, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    shared, sum_out, bias,
+    shared, sum_out, bias, plan,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
-    VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: its 64 rows of each item."""
     (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-        units, order, heads, q_len, kv_len, shift, left, right, total,
+        units, order, heads, all_rows, all_keys, same_shift, left, right, total,
         stride_bias_b, stride_bias_h, stride_bias_m, stride_sum_b, stride_sum_h, stride_sum_n, scale, const_bias,
         row_cap,
     ) = shared  # fmt: skip
-    KEYS: gl.constexpr = k_tiles.shape[3]
-    of_v_part: gl.constexpr = v_tiles.shape[4]
-    of_store: gl.constexpr = out_tiles.shape[4]
+    PACKED: gl.constexpr = plan is not None
+    KEYS: gl.constexpr = k_tiles.shape[-2]
+    of_v_part: gl.constexpr = v_tiles.shape[-1]
+    of_store: gl.constexpr = out_tiles.shape[-1]
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     of_first: gl.constexpr = 64 if V_CUT else of_v_part
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, of_first, 16])
@@ -321,14 +362,27 @@ def _attend(
     q_phase = 0
     turn_phase = 0
     for turn in range(own_items(total, order)):
-        batch, head, row0, start, count = place(
-            item_of(turn, order), units, order, heads, q_len, kv_len, shift, left, right,
-            WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
+        if PACKED:
+            q_begin, q_len, _, kv_len, shift, head, row0, start, count = place_of_rows(
+                plan, item_of(turn, order), heads, gl.abs(order), left, right,
+                WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
+            )  # fmt: skip
+            batch = q_begin + q_len
+        else:
+            q_len = all_rows
+            kv_len = all_keys
+            shift = same_shift
+            batch, head, row0, start, count = place(
+                item_of(turn, order), units, order, heads, q_len, kv_len, shift, left, right,
+                WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
         own_bias = bias
         head_bias = const_bias + 0.0
         if bias is not None:
-            own_bias += batch.to(gl.int64) * stride_bias_b + head.to(gl.int64) * stride_bias_h
+            if PACKED:
+                own_bias += q_begin.to(gl.int64) * stride_bias_m + head.to(gl.int64) * stride_bias_h
+            else:
+                own_bias += batch.to(gl.int64) * stride_bias_b + head.to(gl.int64) * stride_bias_h
             if not BIAS_ROWS:
                 head_bias += gl.load(own_bias).to(gl.float32)
         row = row0 + row_of_part
@@ -436,7 +490,8 @@ def _attend(
                 HAS_LEFT, HAS_RIGHT, FORM, SLOW,
             )  # fmt: skip
             if sum_out is not None:
-                own_sums = sum_out + batch.to(gl.int64) * stride_sum_b + head.to(gl.int64) * stride_sum_h
+                own_sums = sum_out + head.to(gl.int64) * stride_sum_h
+                own_sums += q_begin.to(gl.int64) * stride_sum_n if PACKED else batch.to(gl.int64) * stride_sum_b
                 gl.store(own_sums + row.to(gl.int64) * stride_sum_n, row_sums, mask=row < q_len)
             if CAP:
                 factor /= gl.maximum(row_sums, row_cap)
@@ -457,7 +512,7 @@ def _attend(
                 fence_async_shared()
                 sync()
                 column = j * of_v_part + i * of_store
-                store_tile(out, [batch, head, row0 + PART * _ROWS, column], out_tiles.index(PART))
+                store_rows(out, batch, head, row0 + PART * _ROWS, column, q_len, out_tiles.index(PART), PACKED)
         if SKIPS:
             for _ in range(count - own_count):
                 mbarrier.wait(k_full.index(stage), phase)
@@ -473,23 +528,25 @@ def _attend(
     "const_bias", "row_cap", "stride_sum_b", "stride_sum_h", "stride_sum_n", "units", "order",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, out, sum_out, bias, stride_sum_b, stride_sum_h, stride_sum_n, stride_bias_b, stride_bias_h, stride_bias_m,
+    q, k, v, out, sum_out, bias, plan, stride_sum_b, stride_sum_h, stride_sum_n, stride_bias_b, stride_bias_h, stride_bias_m,
     heads, group, q_len, kv_len, left, right, scale, const_bias, row_cap, units, order,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
-    """One program: some of the items. sum_out, if given: the rows' sums of p."""
-    KEYS: gl.constexpr = k.block_type.shape[2]
+    """One program: some of the items. sum_out, if given: the rows' sums of p. plan, if given: of packed sequences."""
+    KEYS: gl.constexpr = k.block_type.shape[-2]
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     total = gl.cdiv(q_len, WARPGROUPS * _ROWS) * units
+    if plan is not None:
+        total = gl.load(plan) * units
     dtype: gl.constexpr = k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = gl.allocate_shared_memory(dtype, [WARPGROUPS * PARTS, 1, 1, _ROWS, q.block_type.shape[3]], q.layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES * PARTS, 1, 1, KEYS, k.block_type.shape[3]], k.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES * V_PARTS, 1, 1, KEYS, v.block_type.shape[3]], v.layout)
-    out_tiles = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, _ROWS, out.block_type.shape[3]], out.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, tiles_like(WARPGROUPS * PARTS, q.block_type), q.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, tiles_like(STAGES * PARTS, k.block_type), k.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, tiles_like(STAGES * V_PARTS, v.block_type), v.layout)
+    out_tiles = gl.allocate_shared_memory(dtype, tiles_like(WARPGROUPS, out.block_type), out.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -523,14 +580,16 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
-                (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
+                (_load, (
+                    loading, plan, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
+                )),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -539,18 +598,20 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
-                (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
+                (_load, (
+                    loading, plan, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
+                )),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
@@ -559,22 +620,24 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    computing, sum_out, bias, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
                 (_attend, (
-                    computing, sum_out, bias, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    computing, sum_out, bias, plan, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
                 )),
-                (_load, (loading, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT)),
+                (_load, (
+                    loading, plan, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
+                )),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, 24],

@@ -17,18 +17,33 @@ PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 4}
 _KEYS, _BLOCK = tl.constexpr(KEYS), tl.constexpr(BLOCK)
 
 
+@triton.jit
+def _place(tile, heads, q_len, tiles, plan, all_tiles):
+    """Of a tile of dQ its batch, head and first row, and where rows end: of packed sequences (Plan) the tile's own."""
+    batch = (tile // tiles // heads).to(tl.int64)
+    head = (tile // tiles % heads).to(tl.int64)
+    start = tile % tiles * _ROWS
+    if plan is not None:
+        there = tile % tiles < tl.load(plan + 1)
+        entry = all_tiles + tile % tiles * 8
+        start = tl.load(entry, mask=there, other=0)
+        q_len = start + tl.load(entry + 1, mask=there, other=0)
+    return batch, head, start, q_len
+
+
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
 def finish_kernel(
-    sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
+    sums, dq, db, plan, all_tiles, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
     stride_db_b, stride_db_h, stride_db_m,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of dQ, from the order in which add_tile() put it in memory, and sums of its rows of dS."""
+    """One program: a tile of dQ, from the order in which add_tile() put it in memory, and sums of its rows of dS.
+
+    plan, all_tiles: of packed sequences.
+    """
     stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
     tile = tl.program_id(0)
-    head = (tile // tiles % heads).to(tl.int64)
-    batch = (tile // tiles // heads).to(tl.int64)
-    start = tile % tiles * _ROWS
+    batch, head, start, q_len = _place(tile, heads, q_len, tiles, plan, all_tiles)
     sums += tile.to(tl.int64) * (_ROWS * DIM if db is None else _ROWS * (DIM + 1))
     numbers = tl.load(sums + tl.arange(0, _ROWS * DIM))
     # [half of the columns, warp, eight columns, row, two columns, row and that 8 below, column]
@@ -44,7 +59,7 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles", "scale", "stride_db_b", "stride_db_h", "stride_db_m"])
 def finish_columns_kernel(
-    sums, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
+    sums, dq, db, plan, all_tiles, stride_dq_b, stride_dq_h, stride_dq_n, heads, q_len, tiles, scale,
     stride_db_b, stride_db_h, stride_db_m,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -52,15 +67,13 @@ def finish_columns_kernel(
     """One program: some COLUMNS of a tile of dQ, from the order in which add_tile() put it in memory, and, by the
     first of them, the sums of its rows of dS.
 
-    FIRST: columns that were added as one tile; the rest are another one.
+    FIRST: columns that were added as one tile; the rest are another one. plan, all_tiles: of packed sequences.
     """
     stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
     CHUNKS: tl.constexpr = DIM // COLUMNS
     tile = tl.program_id(0) // CHUNKS
     column0 = tl.program_id(0) % CHUNKS * COLUMNS
-    head = (tile // tiles % heads).to(tl.int64)
-    batch = (tile // tiles // heads).to(tl.int64)
-    start = tile % tiles * _ROWS
+    batch, head, start, q_len = _place(tile, heads, q_len, tiles, plan, all_tiles)
     sums += tile.to(tl.int64) * (_ROWS * DIM if db is None else _ROWS * (DIM + 1))
     width = tl.where(column0 < FIRST, FIRST, DIM - FIRST)
     before = tl.where(column0 < FIRST, 0, FIRST)

@@ -44,6 +44,7 @@ def assert_products_in_flight(
     folder: Path,
     *,
     described_bias: bool = False,
+    packed: bool = False,
     **constants: Any,
 ) -> None:
     """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
@@ -51,12 +52,14 @@ def assert_products_in_flight(
     rows: of a tile of each described tensor, [1, 1, rows, width]; or its rows and columns; dS has no other dimensions.
         Of the other tensors those are given that are not among the constants.
     described_bias: whether the bias comes by tiles of 64 rows, too.
+    packed: whether tiles are of packed sequences.
     spilled: bytes of registers that may be.
     """
-    shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5 if packed else 4)
     of_rows = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     tiles = {name: n if isinstance(n, tuple) else (n, width) for name, n in rows.items()}
-    types = {name: f"tensordesc<{dtype}[1,1,{n},{columns}],{shared!r}>" for name, (n, columns) in tiles.items()}
+    ones = "1,1,1" if packed else "1,1"
+    types = {name: f"tensordesc<{dtype}[{ones},{n},{columns}],{shared!r}>" for name, (n, columns) in tiles.items()}
     if "ds" in tiles:
         of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
@@ -65,6 +68,8 @@ def assert_products_in_flight(
     types["delta"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
+    types |= {"plan": "*i32"} if packed else {}
+    constants |= {} if packed or "plan" not in kernel.arg_names else {"plan": None}
     types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
     source = GluonASTSource(
@@ -140,6 +145,7 @@ def assert_backward_products_in_flight(
     folder: Path,
     *,
     capped: bool = False,
+    packed: bool = False,
 ) -> None:
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
@@ -161,7 +167,16 @@ def assert_backward_products_in_flight(
     spilled = 32 if dim < 128 else 160 if by_row else 128
     width = 64 if dim == 64 else 128
     assert_products_in_flight(
-        hopper_bwd._kernel, rows, width, dtype, spilled, folder, described_bias=by_row, **constants, **absent
+        hopper_bwd._kernel,
+        rows,
+        width,
+        dtype,
+        spilled,
+        folder,
+        described_bias=by_row,
+        packed=packed,
+        **constants,
+        **absent,
     )
 
 
@@ -334,6 +349,7 @@ def assert_forward_products_in_flight(
     *,
     capped: bool = False,
     sums: bool = False,
+    packed: bool = False,
 ) -> None:
     """dims: head_dim, and value's. sums: whether those of rows are asked for."""
     constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows", "CAP": capped}
@@ -342,7 +358,8 @@ def assert_forward_products_in_flight(
     absent |= {} if sums else {"sum_out": None}
     tiles: dict[str, int | tuple[int, int]] = {"q": (64, tile.part), "k": (tile.keys, tile.part)}
     tiles |= {"v": (tile.keys, tile.v_part), "out": (64, tile.stored)}
-    assert_products_in_flight(hopper_fwd._kernel, tiles, 0, dtype, spilled, folder, **constants, **absent)
+    more = constants | absent
+    assert_products_in_flight(hopper_fwd._kernel, tiles, 0, dtype, spilled, folder, packed=packed, **more)
 
 
 def features(dtype: str, band: str, form: int, *, bottom_right: bool) -> dict[str, Any]:
@@ -445,7 +462,7 @@ def test_how_many_columns_the_backward_multiplies(
     assert hopper_bwd.columns_of(problem.signature) == columns
     assert problem.grad_out is not None
     grads = tuple(None if given is None else layout_of(given) for given in problem.inputs)
-    plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads, False)
+    plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads, None)
     assert plan.sums.shape == (2 * 8 * 32, 64 * columns)
     assert plan.finish._grid == (2 * 8 * 32 * launched, 1, 1)
 
