@@ -332,9 +332,9 @@ def sequence(cu_seqlens, number, longest, total):
     Nothing on the host has seen the numbers in cu_seqlens. Whatever they are, the rows are among the tensor's total
     rows, and no more than the longest sequence was said to have, for which tensors and launches are made.
     """
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + number).to(tl.int64), 0), total)
-    end = tl.minimum(tl.load(cu_seqlens + number + 1).to(tl.int64), total)
-    return first, tl.minimum(tl.maximum(end - first, 0), longest).to(tl.int32)
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + number), 0), total)
+    end = tl.maximum(tl.minimum(tl.load(cu_seqlens + number + 1), total), first)
+    return first.to(tl.int64), tl.minimum(end - first, longest).to(tl.int32)
 
 
 @triton.jit

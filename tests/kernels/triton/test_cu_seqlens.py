@@ -48,6 +48,7 @@ WRONG: dict[str, tuple[list[int], list[int]]] = {
     "all far beyond": ([MOST] * 5, [MOST] * 5),
     "all far below": ([LEAST] * 5, [LEAST] * 5),
     "as far apart as can be": ([LEAST, MOST, LEAST, MOST, LEAST], [MOST, LEAST, MOST, LEAST, MOST]),
+    "no sequences": ([0], [0]),
     "of queries alone": ([0, MOST, LEAST, 22, 39], RIGHT_K),
     "of keys alone": (RIGHT_Q, [0, LEAST, MOST, 33, 37]),
 }
@@ -129,7 +130,8 @@ def expected_of(problem: Problem, ends: tuple[list[int], list[int]]) -> list[Seq
             seen &= col <= at
         if options.window_left >= 0:
             seen &= col >= at - options.window_left
-        slope, s = 1.0, options.scale * (q @ k.mT)
+        s = options.scale * (q @ k.mT)
+        slope = torch.ones_like(s)
         if options.softcap:
             tanh = torch.tanh(s / options.softcap)
             slope, s = 1 - tanh * tanh, options.softcap * tanh
