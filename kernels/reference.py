@@ -31,10 +31,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.blocks import dense_mask
 from sigswap.kernels.host.draws import COLUMN, FIRST, LAST, RANGE, SECOND, SHIFT
+from sigswap.kernels.host.lengths import checked_ends
 from sigswap.kernels.host.problem import Gradients, Options, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_output
 
@@ -432,22 +432,9 @@ def _sequences(problem: Problem) -> Iterator[tuple[slice, slice]]:
     """The rows and the keys of each packed sequence. The one place that reads the lengths, and so checks them."""
     assert problem.packed is not None
     cu_q, cu_k, longest_q, longest_k = problem.packed
-    rows = _ranges("q", cu_q, problem.query.shape[2], longest_q)
-    keys = _ranges("k", cu_k, problem.key.shape[2], longest_k)
-    return zip(rows, keys, strict=True)
-
-
-def _ranges(side: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[slice]:
-    ends = cu_seqlens.tolist()
-    ranges = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
-    if ends[0] != 0 or ends[-1] != total or any(where.start > where.stop for where in ranges):
-        raise ArgumentError(
-            f"cu_seqlens_{side} must rise from 0 to {total}, the length of the packed tensor, not be {ends}."
-        )
-    longest = max((where.stop - where.start for where in ranges), default=0)
-    if longest > max_seqlen:
-        raise ArgumentError(f"max_seqlen_{side} is {max_seqlen}, but a sequence of cu_seqlens_{side} has {longest}.")
-    return ranges
+    rows = itertools.pairwise(checked_ends("q", cu_q, longest_q, problem.query.shape[2]))
+    keys = itertools.pairwise(checked_ends("k", cu_k, longest_k, problem.key.shape[2]))
+    return ((slice(*of_rows), slice(*of_keys)) for of_rows, of_keys in zip(rows, keys, strict=True))
 
 
 def _one_sequence(problem: Problem, rows: slice, keys: slice) -> Problem:

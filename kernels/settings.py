@@ -12,6 +12,8 @@ sigmoid_form: Literal["auto", "fast", "accurate"] = "auto"
 (:mod:`sigswap.kernels.triton.common`), which does not show in bfloat16's rounding; else an accurate one."""
 
 check_lengths: bool = os.environ.get("SIGSWAP_CHECK_LENGTHS", "0") not in ("", "0")
-"""Whether calls for packed sequences check the values in cu_seqlens on a GPU, too, before they run: wrong ones read and
-write wrong memory. Each call then waits for the GPU; compiled code does not check. For debugging; the environment
-variable SIGSWAP_CHECK_LENGTHS=1 sets it, too."""
+"""Whether calls for packed sequences check the values in cu_seqlens on a GPU, too, before they run.
+
+An ``ArgumentError`` says which is wrong. Unchecked, wrong ones are brought into range, and results are wrong. Each call
+then waits for the GPU, also in compiled code: there the op checks when it runs, without a guard or a graph break. What
+a CUDA graph captures is not checked. For debugging; the environment variable SIGSWAP_CHECK_LENGTHS=1 sets it, too."""

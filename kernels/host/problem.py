@@ -435,6 +435,8 @@ class Signature:
             "group": self.heads // max(1, self.kv_heads),
             "q_len": self.q_len,
             "kv_len": self.kv_len,
+            "total_q": self.query.shape[2],
+            "total_k": self.key.shape[2],
             "mask_batches": self.attn_mask.shape[0] if self.attn_mask is not None else 1,
             "left": band.left,
             "right": band.right,

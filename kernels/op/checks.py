@@ -94,24 +94,6 @@ def check_varlen(
     _check_options(options, seed, query)
 
 
-def check_lengths(name: str, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
-    """Raises ArgumentError unless the values of ``cu_seqlens`` rise from 0 to ``total``, the packed tensor's length,
-    by at most ``max_seqlen``. ``name``: "q" or "k". Waits for a GPU, once."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        return  # the op says so
-    lengths = cu_seqlens.diff()
-    first, last, least, longest = torch.stack(
-        [cu_seqlens[0], cu_seqlens[-1], *(lengths.aminmax() if len(lengths) else (cu_seqlens[0], cu_seqlens[0]))]
-    ).tolist()
-    if first != 0 or last != total or least < 0:
-        raise ArgumentError(
-            f"cu_seqlens_{name} must rise from 0 to {total}, the length of the packed tensor; it goes from {first} to "
-            f"{last}{', and falls between' if least < 0 else ''}."
-        )
-    if longest > max_seqlen:
-        raise ArgumentError(f"max_seqlen_{name} is {max_seqlen}, but a sequence of cu_seqlens_{name} has {longest}.")
-
-
 def check_row_cap(row_cap: float) -> None:
     if not 0.0 <= row_cap < math.inf:
         raise ArgumentError(f"row_cap must be positive and finite, or 0 for none, not {row_cap}.")

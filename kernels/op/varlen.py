@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sigswap.kernels import settings
+from sigswap.kernels.host.lengths import checked_ends
 from sigswap.kernels.host.problem import Gradients, Options, Packed, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_varlen_output
 from sigswap.kernels.op import checks, vmap
@@ -64,8 +66,13 @@ def sigmoid_attention_varlen(
         [total_q, H, Dv] of query's dtype, contiguous. Rows that see no key are 0.
 
     Raises:
-        ArgumentError: A shape, dtype, device or value is not as above. The values in cu_seqlens_q and cu_seqlens_k
-            are not checked where Triton kernels run, for that would wait for the GPU; wrong ones are not safe there.
+        ArgumentError: A shape, dtype, device or value is not as above. Where Triton kernels run, the values in
+            cu_seqlens_q and cu_seqlens_k are checked only if :data:`sigswap.kernels.settings.check_lengths` is set, for
+            that waits for the GPU. Else they are brought into range: sequence b has the rows from
+            min(max(cu_seqlens_q[b], 0), total_q) up to min(cu_seqlens_q[b + 1], total_q), none if that is less, and
+            max_seqlen_q of them at most; likewise its keys. Rows that no sequence has are uninitialised in the output,
+            and they and such keys in the gradients; so is the gradient of a bias that such rows share. Results of
+            sequences that overlap are undefined.
     """
     if is_plain(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed):
         options = options_of(
@@ -110,6 +117,8 @@ def sigmoid_attention_varlen(
 def _forward(
     run: Callable[[Problem], Tensor], inputs: tuple[Any, ...], options: Options, row_sums: Tensor | None
 ) -> Tensor:
+    if settings.check_lengths:
+        _check_lengths(inputs)
     out = empty_varlen_output(inputs[0], inputs[2])
     problem = _problem(inputs, options)
     problem.out = _heads_first(out)
@@ -134,6 +143,14 @@ def _problem(inputs: Sequence[Any], options: Options) -> Problem:
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     views = _heads_first(query), _heads_first(key), _heads_first(value), _by_rows(bias)
     return Problem(*views, None, seed, options, packed)
+
+
+def _check_lengths(inputs: Sequence[Any]) -> None:
+    query, key, _, _, cu_seqlens_q, cu_seqlens_k, _, max_seqlen_q, max_seqlen_k = inputs
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # there is nothing in the tensors yet
+    checked_ends("q", cu_seqlens_q, max_seqlen_q, query.shape[0])
+    checked_ends("k", cu_seqlens_k, max_seqlen_k, key.shape[0])
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

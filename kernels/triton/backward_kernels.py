@@ -21,6 +21,7 @@ from sigswap.kernels.triton.common import (
     row_biases,
     row_stride,
     rows_of_keys,
+    sequence,
     single,
     store_rows,
     unit_of,
@@ -128,7 +129,7 @@ def keys_kernel(
     stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p, draw_rows,
+    heads, group, q_len, kv_len, total_q, total_k, left, right, scale, softcap, const_bias, dropout_p, draw_rows,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -161,9 +162,8 @@ def keys_kernel(
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
     padded_len = q_len
     if cu_q is not None:
-        q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
-        q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        kv_len = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
+        q_start, q_len = sequence(cu_q, batch, q_len, total_q)
+        k_start, kv_len = sequence(cu_k, batch, kv_len, total_k)
         if col0 >= kv_len:
             return
         q += q_start * stride_q_n
@@ -301,7 +301,7 @@ def rows_kernel(
     stride_delta_b, stride_delta_h, stride_delta_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p,
+    heads, group, q_len, kv_len, total_q, total_k, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -325,9 +325,8 @@ def rows_kernel(
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     head_row = first_row(batch, heads, head, q_len)
     if cu_q is not None:
-        q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
-        q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        kv_len = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
+        q_start, q_len = sequence(cu_q, batch, q_len, total_q)
+        k_start, kv_len = sequence(cu_k, batch, kv_len, total_k)
         if row0 >= q_len:
             return
         q += q_start * stride_q_n

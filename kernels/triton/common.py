@@ -120,7 +120,8 @@ UNSPECIALIZED = (
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "da", "dq", "dk", "dv") for dim in "bhn"),
     *("stride_sum_b", "stride_sum_h", "stride_sum_n", "stride_delta_b", "stride_delta_h", "stride_delta_n"),
     *("stride_floor_b", "stride_floor_h", "stride_out_h"),
-    *("heads", "group", "q_len", "kv_len", "left", "right", "scale", "softcap", "const_bias", "dropout_p", "row_cap"),
+    *("heads", "group", "q_len", "kv_len", "total_q", "total_k", "left", "right", "scale", "softcap", "const_bias"),
+    *("dropout_p", "row_cap"),
     *("stride_split", "splits", "mask_batches", "terms", "terms_per_split", "tiles", "total", "draw_rows"),
 )
 """Scalars whose value (1, a multiple of 16) must not compile another kernel. Strides of operands come in units of 8
@@ -322,6 +323,18 @@ def elements(stride_b, stride_h, stride_n, UNIT: tl.constexpr, WIDE: tl.constexp
 def row_stride(stride, WIDE: tl.constexpr):
     """An output's stride between rows."""
     return tl.cast(stride, tl.int64) if WIDE else stride
+
+
+@triton.jit
+def sequence(cu_seqlens, number, longest, total):
+    """(first row, rows) of one of packed sequences, int64 and int32.
+
+    Nothing on the host has seen the numbers in cu_seqlens. Whatever they are, the rows are among the tensor's total
+    rows, and no more than the longest sequence was said to have, for which tensors and launches are made.
+    """
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + number), 0), total)
+    end = tl.maximum(tl.minimum(tl.load(cu_seqlens + number + 1), total), first)
+    return first.to(tl.int64), tl.minimum(end - first, longest).to(tl.int32)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from sigswap.kernels.triton.common import (
     places_of_rows,
     probabilities,
     row_biases,
+    sequence,
     single,
     store_numbers,
     unit_of,
@@ -203,7 +204,7 @@ def _forward_kernel(
     stride_sum_b, stride_sum_h, stride_sum_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
-    heads, group, q_len, kv_len, left, right, scale, softcap, const_bias, dropout_p, row_cap,
+    heads, group, q_len, kv_len, total_q, total_k, left, right, scale, softcap, const_bias, dropout_p, row_cap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -215,7 +216,8 @@ def _forward_kernel(
     """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses. sum_out, if given, gets
     the rows' sums of p before dropout.
 
-    With cu_q and cu_k (packed sequences) q_len and kv_len are the longest; each sequence has its own.
+    With cu_q and cu_k (packed sequences) q_len and kv_len are the longest, of total_q rows and total_k
+    keys; each sequence has its own.
     """
     scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -231,9 +233,8 @@ def _forward_kernel(
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     head_row = first_row(batch, heads, head, q_len)
     if cu_q is not None:
-        q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
-        q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        kv_len = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
+        q_start, q_len = sequence(cu_q, batch, q_len, total_q)
+        k_start, kv_len = sequence(cu_k, batch, kv_len, total_k)
         if row0 >= q_len:
             return
         q += q_start * stride_q_n

@@ -13,7 +13,15 @@ from sigswap.kernels.host.forms import AUTO
 from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
 from sigswap.kernels.host.problem import Problem, Signature
-from sigswap.kernels.triton.common import _MASKED_SCORE, ROW_BIAS_BLOCK, UNSPECIALIZED, keys_of_rows, row_biases, single
+from sigswap.kernels.triton.common import (
+    _MASKED_SCORE,
+    ROW_BIAS_BLOCK,
+    UNSPECIALIZED,
+    keys_of_rows,
+    row_biases,
+    sequence,
+    single,
+)
 
 
 class Counts(NamedTuple):
@@ -85,7 +93,7 @@ def row_biases_for(signature: Signature) -> RowBiases | None:
 def bias_kernel(
     out, floor, bias, count, cu_q, cu_k, stride_out_h,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_count_b, stride_count_h, stride_count_m,
-    mask_batches, heads, q_len, kv_len, left, right, const_bias,
+    mask_batches, heads, q_len, kv_len, total_q, total_k, left, right, const_bias,
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -104,9 +112,8 @@ def bias_kernel(
     if count is not None:
         count += (batch % mask_batches).to(tl.int64) * stride_count_b + head64 * stride_count_h
     if cu_q is not None:
-        q_start = tl.load(cu_q + batch).to(tl.int64)
-        q_len = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        kv_len = tl.load(cu_k + batch + 1) - tl.load(cu_k + batch)
+        q_start, q_len = sequence(cu_q, batch, q_len, total_q)
+        _, kv_len = sequence(cu_k, batch, kv_len, total_k)
         out += head64 * stride_out_h + q_start
         if bias is not None:
             bias += q_start * stride_bias_m

@@ -18,11 +18,9 @@ from sigswap.errors import ArgumentError
 from sigswap.functional import dropout
 from sigswap.functional.block_mask import BlockMask
 from sigswap.functional.checks import check_block_mask, check_block_sizes, check_dense, check_switches, check_types
-from sigswap.kernels import settings
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import dense, mask_blocks, varlen
 from sigswap.kernels.op.blocks import sigmoid_attention_blocks
-from sigswap.kernels.op.checks import check_lengths
 from sigswap.kernels.op.first_token import first_token_bias
 from sigswap.sequence.active import active, refuse_parts
 from sigswap.sequence.inputs import Inputs
@@ -172,9 +170,12 @@ def sigmoid_attention_varlen(
 
     Raises:
         ArgumentError: An argument is not as above. The message names it. On a GPU the values in cu_seqlens_q and
-            cu_seqlens_k are not checked, for that would wait for the GPU: wrong ones read and write wrong memory.
-            ``sigswap.kernels.settings.check_lengths = True``, or the environment variable SIGSWAP_CHECK_LENGTHS=1, has
-            them checked.
+            cu_seqlens_k are not checked, for that would wait for the GPU; ``sigswap.kernels.settings.check_lengths =
+            True``, or the environment variable SIGSWAP_CHECK_LENGTHS=1, has them checked.
+
+    Wrong values that are not checked reach no memory but the tensors': each sequence is cut at their ends, and after
+    max_seqlen rows or keys. In output and gradients what no sequence has then is not written to: there is what the
+    memory held before. What sequences have that overlap is undefined.
     """
     refuse_parts("sigmoid_attention_varlen")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -189,9 +190,6 @@ def sigmoid_attention_varlen(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; enable_gqa=True lets key and value have fewer."
         )
     window_left, window_right = _window(window)
-    if settings.check_lengths and not torch.compiler.is_compiling():
-        check_lengths("q", cu_seqlens_q, max_seqlen_q, query.shape[0])
-        check_lengths("k", cu_seqlens_k, max_seqlen_k, key.shape[0])
     return varlen.sigmoid_attention_varlen(
         query,
         key,

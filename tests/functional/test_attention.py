@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.functional import stand_ins
-from sigswap.functional.attention import attend, probabilities, sigmoid_attention, sigmoid_attention_varlen
+from sigswap.functional.attention import attend, probabilities, sigmoid_attention
 from tests.support.oracle import sdpa
 
 
@@ -369,35 +369,6 @@ def test_an_argument_of_another_type_is_named(name: str, value: object) -> None:
     given: dict[str, Any] = {"query": x, "key": x, "value": x, name: value}
     with pytest.raises(ArgumentError, match=name):
         sigmoid_attention(given.pop("query"), given.pop("key"), given.pop("value"), **given)
-
-
-@pytest.mark.parametrize(
-    ("ends", "longest", "message"),
-    [
-        ([0, 3, 7], 4, None),
-        ([0, 3, 8], 5, "must rise from 0 to 7"),
-        ([1, 3, 7], 4, "must rise from 0 to 7"),
-        ([0, 5, 3, 7], 5, "falls between"),
-        ([0, 3, 7], 3, "a sequence of cu_seqlens_q has 4"),
-        ([0], 3, "must rise from 0 to 7"),
-    ],
-)
-def test_lengths_are_checked_on_request(
-    ends: list[int], longest: int, message: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before anything runs: on a GPU nothing else looks at them."""
-    monkeypatch.setattr("sigswap.kernels.settings.check_lengths", True)
-    x, cu = torch.randn(7, 1, 4), torch.tensor(ends, dtype=torch.int32)
-    right = torch.tensor([0, 3, 7], dtype=torch.int32)
-    ran: list[object] = []
-    monkeypatch.setattr("sigswap.kernels.op.varlen.sigmoid_attention_varlen", lambda *args, **kwargs: ran.append(args))
-    if message is None:
-        sigmoid_attention_varlen(x, x, x, cu, right, longest, 4)
-        assert ran
-    else:
-        with pytest.raises(ArgumentError, match=message):
-            sigmoid_attention_varlen(x, x, x, cu, right, longest, 4)
-        assert not ran
 
 
 EMPTY = {

@@ -373,7 +373,7 @@ GOOD = packed([5, 3], [4, 6], dtype=torch.float32)
         ({"cu_seqlens_q": cu_seqlens([5, 4])}, "cu_seqlens_q must rise from 0 to 8"),
         ({"cu_seqlens_k": torch.tensor([1, 4, 10]).int()}, "cu_seqlens_k must rise from 0 to 10"),
         ({"cu_seqlens_k": torch.tensor([0, 12, 10]).int()}, "cu_seqlens_k must rise from 0 to 10"),
-        ({"max_seqlen_q": 4}, "max_seqlen_q is 4, but a sequence of cu_seqlens_q has 5"),
+        ({"max_seqlen_q": 4}, "max_seqlen_q is 4, but sequence 0 of cu_seqlens_q has 5"),
         ({"max_seqlen_k": torch.tensor(6)}, "max_seqlen_k must be an int"),
     ],
 )
@@ -381,6 +381,57 @@ def test_argument_errors(changes: dict[str, Any], message: str) -> None:
     ours(GOOD, Options(1.0))
     with pytest.raises(ArgumentError, match=message):
         ours(GOOD._replace(**changes), Options(1.0))
+
+
+@pytest.mark.parametrize("change", [{"cu_seqlens_q": cu_seqlens([5, 4])}, {"cu_seqlens_k": cu_seqlens([3, 6])}])
+def test_ends_are_checked_on_request(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything runs: on a GPU nothing else looks at them."""
+    wrong, ran = GOOD._replace(**change), []
+    for _ in range(2):
+        varlen._forward(ran.append, tuple(wrong), Options(1.0), None)
+    assert len(ran) == 2
+    monkeypatch.setattr("sigswap.kernels.settings.check_lengths", True)
+    with pytest.raises(ArgumentError, match=f"{next(iter(change))} must rise from 0"):
+        varlen._forward(ran.append, tuple(wrong), Options(1.0), None)
+    assert len(ran) == 2
+    varlen._forward(ran.append, tuple(GOOD), Options(1.0), None)
+    assert len(ran) == 3
+
+
+@both
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ends_are_checked_by_the_op(compiled: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So in compiled code, too, without a guard; on a GPU if that is asked for."""
+    inputs = [value.to(device) if isinstance(value, Tensor) else value for value in GOOD]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def attention(cu_seqlens_q: Tensor) -> Tensor:
+        packed = (*inputs[:3], cu_seqlens_q, inputs[5], *inputs[7:])
+        return sigswap.sigmoid_attention_varlen(*packed, enable_gqa=True)
+
+    call = torch.compile(attention, backend=counter, fullgraph=True) if compiled else attention
+    right, wrong = inputs[4], torch.tensor([0, 4, 3], dtype=torch.int32, device=device)
+    call(right)
+    if device == "cuda":
+        call(wrong)
+    monkeypatch.setattr("sigswap.kernels.settings.check_lengths", True)
+    call(right)
+    with pytest.raises(ArgumentError, match=r"cu_seqlens_q .* falls from 4 to 3 at index 2"):
+        call(wrong)
+    assert counter.frame_count == int(compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_what_a_cuda_graph_captures_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigswap.kernels.settings.check_lengths", True)
+    inputs = Packed(*(value.cuda() if isinstance(value, Tensor) else value for value in GOOD))
+    expected = ours(inputs, Options(0.3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ours(inputs, Options(0.3))
+    graph.replay()
+    torch.testing.assert_close(out, expected)
 
 
 def test_argument_errors_of_the_public_function() -> None:
