@@ -157,8 +157,8 @@ def plan_for(signature: Signature, size: int, *, by_keys: bool = False) -> Plan:
     layout = contiguous_layout((_ENTRY * (most + 1),), torch.int32)
     tiles = contiguous_layout((_ENTRY * most_tiles(signature),), torch.int32) if by_keys else None
     arguments = signature.arguments() | {
-        "total_q": total_q,
-        "total_k": total_k,
+        "longest_q": longest_q,
+        "longest_k": longest_k,
         "sequences": sequences,
         "chunks": max(1, triton.cdiv(triton.cdiv(longest_k if by_keys else longest_q, size), _BLOCKS)),
         "most": most,
@@ -176,26 +176,27 @@ def plan_for(signature: Signature, size: int, *, by_keys: bool = False) -> Plan:
 
 
 @triton.jit
-def _sequence(cu, number, inside, total):
-    """The first row of sequences, and how many they have, within the tensor whatever cu holds."""
+def _sequences(cu, number, inside, longest, total):
+    """As triton.common.sequence(), of several."""
     begin = tl.minimum(tl.maximum(tl.load(cu + number, mask=inside, other=0), 0), total)
     end = tl.minimum(tl.maximum(tl.load(cu + number + 1, mask=inside, other=0), begin), total)
-    return begin, end - begin
+    return begin, tl.minimum(end - begin, longest)
 
 
-@triton.jit(do_not_specialize=["total_q", "total_k", "sequences", "chunks", "most", "most_tiles"])
+@triton.jit(do_not_specialize=[
+    "longest_q", "longest_k", "total_q", "total_k", "sequences", "chunks", "most", "most_tiles",
+])  # fmt: skip
 def plan_kernel(
-    plan, tiles, cu_q, cu_k, total_q, total_k, sequences, chunks, most, most_tiles,
+    plan, tiles, cu_q, cu_k, longest_q, longest_k, total_q, total_k, sequences, chunks, most, most_tiles,
     BY_KEYS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: up to 128 items of one sequence, which come behind those of longer ones, and of as long ones before
     it."""
     own = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
-    q_begin, q_len = _sequence(cu_q, own, True, total_q)
-    k_begin, kv_len = _sequence(cu_k, own, True, total_k)
-    most_items = chunks * _AT_ONCE
-    items = tl.minimum(tl.cdiv(kv_len if BY_KEYS else q_len, SIZE), most_items)
+    q_begin, q_len = _sequences(cu_q, own, True, longest_q, total_q)
+    k_begin, kv_len = _sequences(cu_k, own, True, longest_k, total_k)
+    items = tl.cdiv(kv_len if BY_KEYS else q_len, SIZE)
     length = q_len if BY_KEYS else kv_len
     first_item = 0
     first_tile = 0
@@ -203,9 +204,9 @@ def plan_kernel(
     all_tiles = 0
     for first in range(0, sequences, _OTHERS):
         other = first + tl.arange(0, _OTHERS)
-        _, others_q_len = _sequence(cu_q, other, other < sequences, total_q)
-        _, others_kv_len = _sequence(cu_k, other, other < sequences, total_k)
-        others_items = tl.minimum(tl.cdiv(others_kv_len if BY_KEYS else others_q_len, SIZE), most_items)
+        _, others_q_len = _sequences(cu_q, other, other < sequences, longest_q, total_q)
+        _, others_kv_len = _sequences(cu_k, other, other < sequences, longest_k, total_k)
+        others_items = tl.cdiv(others_kv_len if BY_KEYS else others_q_len, SIZE)
         others_length = others_q_len if BY_KEYS else others_kv_len
         before = (others_length > length) | ((others_length == length) & (other < own))
         others_tiles = tl.cdiv(others_q_len, TILE)

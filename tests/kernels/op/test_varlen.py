@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
-from sigswap.kernels import reference
+from sigswap.kernels import dispatch, reference
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op import varlen
 
@@ -541,6 +541,55 @@ def assert_no_worse(inputs: Packed, options: Options) -> None:
 @pytest.mark.parametrize("index", range(6))
 def test_error_is_no_larger_than_naive_pytorchs(index: int) -> None:
     assert_no_worse(*random_case(index, "cpu"))
+
+
+LONG = [700, 1029, 300, 64, 1, 129, 0, 900, 513]
+"""Long enough, together, for the kernels for Hopper GPUs."""
+CROSS_Q, CROSS_K = [700, 1029, 300, 0, 77, 900, 600], [900, 1000, 0, 500, 900, 700, 600]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (40, 56), (96, 96), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("more", "bias", "cross"),
+    [
+        ({}, None, False),
+        ({"is_causal": True}, None, False),
+        ({"is_causal": True}, "heads", False),
+        ({"is_causal": True}, "rows", False),
+        ({"const_bias": -1.5, "visible_bias": False}, "row", False),
+        ({"is_causal": True, "bottom_right": True}, "rows", True),
+        ({"is_causal": True}, "heads", True),
+        ({"window_left": 300, "window_right": 200}, None, False),
+        ({"is_causal": True, "row_cap": 0.01, "const_bias": -3.0}, "heads", False),
+        ({"row_cap": 0.5}, "rows", False),
+    ],
+)
+def test_long_sequences_on_a_hopper_gpu(
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    more: dict[str, Any],
+    bias: str | None,
+    cross: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And in which kernels: of 64 columns with keys hidden to the right the forward stays in Triton, and of more than
+    128 the backward."""
+    torch.manual_seed(0)
+    q_lens, k_lens = (CROSS_Q, CROSS_K) if cross else (LONG, LONG)
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": dim, "value_dim": value_dim, "bias": bias}
+    inputs = packed(q_lens, k_lens, **sizes, dtype=dtype, device="cuda")
+    chosen = []
+    choose = dispatch.chosen
+    monkeypatch.setattr(dispatch, "chosen", lambda *asked: (chosen.append(choose(*asked)), chosen[-1])[1])
+    assert_no_worse(inputs, Options(scale=dim**-0.5, **more))
+    narrow = dim <= 64 and ("is_causal" in more or "window_right" in more)
+    names = ["triton.forward" if narrow else "hopper.forward", "triton.backward" if dim > 128 else "hopper.backward"]
+    windowed = "window_left" in more
+    assert [each.__name__.removeprefix("sigswap.kernels.") for each in chosen] == names or windowed
 
 
 @pytest.mark.gpu

@@ -1,0 +1,216 @@
+"""Plans of packed sequences for Hopper GPUs, made in Triton's interpreter; and which problems the kernels take.
+test_varlen.py runs them."""
+
+from __future__ import annotations
+
+import os
+import random
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from h100 import pretended
+from in_interpreter import run_interpreted
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon")
+
+from test_hopper import assert_backward_products_in_flight, assert_forward_products_in_flight, no_memory
+
+from sigswap.kernels import dispatch
+from sigswap.kernels.hopper import backward as hopper_bwd
+from sigswap.kernels.hopper import forward as hopper_fwd
+from sigswap.kernels.hopper import forward_items, packed
+from sigswap.kernels.host.forms import AUTO, FAST, TAIL
+from sigswap.kernels.host.problem import Options, Packed, Problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TILE = packed.TILE
+
+__all__ = ["no_memory"]
+
+
+def cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+class Sizes:
+    """Random lengths of sequences, and what a plan of them is made with."""
+
+    def __init__(self, index: int) -> None:
+        draw = random.Random(index)
+        sequences = draw.choice((1, 3, 33, 40))
+        self.q_lens = [draw.choice((0, 1, 64, 100, 700, 2000)) for _ in range(sequences)]
+        self.k_lens = self.q_lens if draw.random() < 0.6 else [draw.choice((0, 1, 64, 100, 700)) for _ in self.q_lens]
+        self.size = draw.choice((64, 128, 256))
+        self.by_keys = draw.random() < 0.5
+        self.most = sum(self.k_lens if self.by_keys else self.q_lens) // self.size + sequences
+        self.most_tiles = sum(self.q_lens) // TILE + sequences
+
+
+def plan_of(sizes: Sizes, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The plan and the tiles of dQ, behind each of which are 8 numbers that are -7."""
+    sequences = len(cu_q) - 1
+    longest_q, longest_k = max(sizes.q_lens), max(sizes.k_lens)
+    chunks = max(1, cdiv(cdiv(longest_k if sizes.by_keys else longest_q, sizes.size), 128))
+    plan = torch.full((8 * (sizes.most + 2),), -7, dtype=torch.int32)
+    tiles = torch.full((8 * (sizes.most_tiles + 1),), -7, dtype=torch.int32)
+    packed.plan_kernel[(sequences * chunks,)](
+        plan,
+        tiles if sizes.by_keys else None,
+        cu_q,
+        cu_k,
+        longest_q,
+        longest_k,
+        sum(sizes.q_lens),
+        sum(sizes.k_lens),
+        sequences,
+        chunks,
+        sizes.most,
+        sizes.most_tiles,
+        BY_KEYS=sizes.by_keys,
+        SIZE=sizes.size,
+        TILE=TILE,
+    )
+    return plan.view(-1, 8), tiles.view(-1, 8)
+
+
+def ends(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("index", range(24))
+def test_interpreted_plans_shard1(index: int) -> None:
+    """Sequences come in the order of what their items take, each with all its items; tiles as they are."""
+    sizes = Sizes(index)
+    cu_q, cu_k = ends(sizes.q_lens), ends(sizes.k_lens)
+    plan, tiles = plan_of(sizes, cu_q, cu_k)
+    first_tile = 0
+    sequences, expected_tiles = [], []
+    for number, (q_len, kv_len) in enumerate(zip(sizes.q_lens, sizes.k_lens, strict=True)):
+        begin = int(cu_q[number])
+        items = cdiv(kv_len if sizes.by_keys else q_len, sizes.size)
+        entry = [begin, q_len, int(cu_k[number]), kv_len, items, min(first_tile, sizes.most_tiles - 1)]
+        sequences.append((-(q_len if sizes.by_keys else kv_len), number, entry))
+        expected_tiles += [[begin + at, min(TILE, q_len - at), at, q_len, kv_len] for at in range(0, q_len, TILE)]
+        first_tile += cdiv(q_len, TILE)
+    expected: list[list[int]] = []
+    for _, _, (*entry, items, tile) in sorted(sequences):
+        expected += [[*entry, len(expected), items, tile]] * items
+    assert plan[0, :2].tolist() == [len(expected), len(expected_tiles)]
+    assert plan[1 : 1 + len(expected), :7].tolist() == expected
+    assert (plan[1 + len(expected) :] == -7).all()
+    if sizes.by_keys:
+        assert tiles[: len(expected_tiles), :5].tolist() == expected_tiles
+        assert (tiles[len(expected_tiles) :] == -7).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("index", range(24))
+def test_interpreted_plans_of_wrong_ends_stay_within_the_tensors_shard1(index: int) -> None:
+    sizes = Sizes(index)
+    draw = random.Random(index)
+    totals = sum(sizes.q_lens), sum(sizes.k_lens)
+    wrong = [0, -1, -(2**31), 2**31 - 1, totals[0], totals[1], totals[0] // 2, totals[0] + 1]
+    count = len(sizes.q_lens) + 1
+    cu_q, cu_k = (torch.tensor([draw.choice(wrong) for _ in range(count)], dtype=torch.int32) for _ in range(2))
+    plan, tiles = plan_of(sizes, cu_q, cu_k)
+    items, all_tiles = plan[0, :2].tolist()
+    assert 0 <= items <= sizes.most and 0 <= all_tiles <= sizes.most_tiles
+    assert (plan[-1] == -7).all() and (tiles[-1] == -7).all()
+    for q_begin, q_len, k_begin, kv_len, first, number, tile in plan[1:-1, :7].tolist():
+        if q_begin == -7:
+            continue
+        assert q_begin >= 0 and q_len >= 0 and q_begin + q_len <= totals[0]
+        assert k_begin >= 0 and kv_len >= 0 and k_begin + kv_len <= totals[1]
+        assert first >= 0 and first + number <= sizes.most
+        assert tile >= 0 and (not sizes.by_keys or q_len == 0 or tile + cdiv(q_len, TILE) <= sizes.most_tiles)
+    for row, rows, *_ in tiles[:-1].tolist():
+        assert row == -7 or (row >= 0 and 0 <= rows <= TILE and row + rows <= totals[0])
+
+
+def test_plans_in_the_interpreter() -> None:
+    run_interpreted(__file__, 1)
+
+
+def problem(dim: int = 128, value_dim: int | None = None, *, sequences: int = 4, **more: Any) -> Problem:
+    """Of 4,096 rows in all; for no_memory()."""
+    total, dtype = 4096, more.get("dtype", torch.bfloat16)
+    query, key = (torch.empty(1, heads, total, dim, dtype=dtype, device="meta") for heads in (8, 4))
+    value, grad_out = (torch.empty(1, heads, total, value_dim or dim, dtype=dtype, device="meta") for heads in (4, 8))
+    cu = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+    options = Options(dim**-0.5, **more.get("options", {}))
+    of_sequences = Packed(cu, cu, total // 2, total // 2)
+    needed = (True, True, True, False, False)
+    return Problem(query, key, value, None, None, None, options, of_sequences, grad_out=grad_out, output_mask=needed)
+
+
+@pytest.mark.parametrize(
+    ("given", "forward", "backward"),
+    [
+        (problem(), "hopper.forward", "hopper.backward"),
+        (problem(sequences=16), "hopper.forward", "hopper.backward"),
+        (problem(sequences=17), "triton.forward", "triton.backward"),
+        (problem(64), "hopper.forward", "hopper.backward"),
+        (problem(64, options={"is_causal": True}), "triton.forward", "hopper.backward"),
+        (problem(96, options={"is_causal": True}), "hopper.forward", "hopper.backward"),
+        (problem(256), "hopper.forward", "triton.backward"),
+        (problem(192, 128), "hopper.forward", "triton.backward"),
+        (problem(32), "triton.forward", "triton.backward"),
+        (problem(dtype=torch.float32), "triton.forward", "triton.backward"),
+        (problem(options={"dropout_p": 0.1}), "triton.forward", "triton.backward"),
+    ],
+)
+def test_which_kernels_run_on_a_hopper_gpu(given: Problem, forward: str, backward: str, no_memory: None) -> None:
+    with pretended():
+        for names, name in ((dispatch.FORWARD, forward), (dispatch.BACKWARD, backward)):
+            assert dispatch.chosen(names, given) is dispatch._module(name)
+
+
+def test_plans_are_made_for_the_longest_sequences(no_memory: None) -> None:
+    """Launches and memory are for as many items as there can be."""
+    with pretended():
+        forward = hopper_fwd._plan(problem().signature, None, None)
+        assert forward.items is not None and forward.items.most == 4096 // 128 + 4
+        given = problem()
+        grads = tuple(None if each is None else hopper_fwd.layout_of(each) for each in given.inputs)
+        backward = hopper_bwd._plan(given.signature, hopper_fwd.layout_of(given.query), grads, None)
+    assert backward.packed is not None and backward.packed.items.most == 4096 // 128 + 4
+    assert backward.sums.shape == (8 * (4096 // 64 + 4), 64 * 128)
+    assert backward.launch._grid == ((4096 // 128 + 4) * 4, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, pytest.param(96, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize(
+    ("band", "form", "grouped", "bias", "capped"),
+    [
+        ("none", FAST, False, None, False),
+        ("causal", AUTO, True, "heads", False),
+        ("window", AUTO, False, "rows", False),
+        ("causal", TAIL, True, "rows", True),
+    ],
+)
+def test_the_backward_compiles_with_its_products_in_flight(
+    dim: int, band: str, form: int, grouped: bool, bias: str | None, capped: bool, tmp_path: Path
+) -> None:
+    given = {"capped": capped, "packed": True}
+    assert_backward_products_in_flight(dim, "bf16", band, form, grouped, bias, tmp_path, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [(1, 1), (2, 2), (3, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("band", "form", "bias", "capped"),
+    [("none", FAST, None, False), ("causal", AUTO, "heads", False), ("window", TAIL, "rows", True)],
+)
+def test_the_forward_compiles_with_its_products_in_flight(
+    tile: tuple[int, int], band: str, form: int, bias: str | None, capped: bool, tmp_path: Path
+) -> None:
+    dims = 64 * tile[0], 64 * tile[1]
+    given = {"capped": capped, "sums": capped, "packed": True}
+    tiles = forward_items.TILES[tile]
+    assert_forward_products_in_flight(dims, tiles, "bf16", band, form, bias, 320, tmp_path, **given)
