@@ -28,7 +28,7 @@ from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import backward_common, forward_items, grad_query
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, NO_TANH, SHORT_TANH, TAIL
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
 
@@ -61,7 +61,7 @@ def assert_products_in_flight(
         of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
     types |= dict.fromkeys(("sums", "parts", "bias", "floor", "sum_out"), "*fp32")
-    types |= dict.fromkeys(("scale", "const_bias", "row_cap"), "fp32")
+    types |= dict.fromkeys(("scale", "const_bias", "row_cap", "softcap"), "fp32")
     types["delta"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
@@ -140,6 +140,7 @@ def assert_backward_products_in_flight(
     folder: Path,
     *,
     capped: bool = False,
+    softcapped: bool = False,
 ) -> None:
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
@@ -322,6 +323,46 @@ def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
     assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, **given)
 
 
+SOFTCAPPED = [
+    ("bf16", "none", FAST, False, None),
+    ("bf16", "causal", FAST, True, None),
+    ("bf16", "causal", TAIL, False, None),
+    ("bf16", "window", AUTO, True, "heads"),
+    ("bf16", "causal", AUTO, False, "given rows"),
+    ("fp16", "causal", CUBIC_TAIL, False, "heads"),
+    ("fp16", "none", ACCURATE, True, "given rows"),
+]
+"""dtype, band, form, grouped and bias of kernels with a soft cap."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dims", "tile"),
+    [
+        pytest.param((64, 64), forward_items.TILES[1, 1], id="64"),
+        pytest.param((96, 96), forward_items.TILES[2, 2], id="96"),
+        pytest.param((128, 128), forward_items.TILES[2, 2], id="128"),
+        pytest.param((128, 128), forward_items.LONG, id="128-long"),
+        pytest.param((192, 128), forward_items.TILES[3, 2], id="192-128"),
+        pytest.param((256, 256), forward_items.TILES[4, 4], id="256"),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), SOFTCAPPED)
+def test_the_forward_with_a_soft_cap_compiles_with_its_products_in_flight(
+    dims: tuple[int, int],
+    tile: forward_items.Tile,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    tmp_path: Path,
+) -> None:
+    bias = "rows" if bias == "given rows" else bias
+    spilled = {2: 16, 3: 32, 4: 288}[tile.warpgroups] if max(dims) <= 128 else 40
+    assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, softcapped=True)
+
+
 def assert_forward_products_in_flight(
     dims: tuple[int, int],
     tile: forward_items.Tile,
@@ -334,9 +375,11 @@ def assert_forward_products_in_flight(
     *,
     capped: bool = False,
     sums: bool = False,
+    softcapped: bool = False,
 ) -> None:
     """dims: head_dim, and value's. sums: whether those of rows are asked for."""
     constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows", "CAP": capped}
+    constants["SOFTCAP"] = SHORT_TANH if softcapped else NO_TANH
     constants |= tile.arguments(*dims)
     absent: dict[str, Any] = {} if bias else {"bias": None}
     absent |= {} if sums else {"sum_out": None}

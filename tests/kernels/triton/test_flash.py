@@ -1018,6 +1018,29 @@ def test_hopper_capped_through_the_op(dim: int) -> None:
         assert_no_worse([out.detach(), *grads], problem)
 
 
+def softcapped(problem: Problem, index: int) -> Problem:
+    """With a soft cap that is drawn from the index: of some all scores are below, of some most are above."""
+    cap = random.Random(6000 + index).choice((0.3, 2.0, 50.0))
+    return dataclasses.replace(problem, options=problem.options._replace(softcap=cap))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "widths", [(64, 64), (40, 56), (96, 96), (72, 96), (128, 128), (104, 120), (192, 128), (256, 256)]
+)
+@pytest.mark.parametrize("index", range(16))
+def test_random_problems_on_hopper_forward_with_a_soft_cap(
+    widths: tuple[int, int], index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other one with the tiles of long sequences, where there are others."""
+    monkeypatch.setattr(forward_items, "_is_long", lambda signature: index % 2 == 0)
+    hopper_fwd._plan.cache_clear()
+    assert_hopper_forward_no_worse(softcapped(hopper_problem(600 + index, forward=True, widths=widths), index))
+    hopper_fwd._plan.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
@@ -1092,7 +1115,7 @@ def test_hopper_takes_the_forward_of_long_sequences_and_wide_heads() -> None:
     assert supports(dim=64) and not supports(dim=64, value_dim=128)
     assert supports(options=options._replace(is_causal=True, window_left=200))
     assert not supports(options=options._replace(is_causal=True, window_left=100))
-    assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
+    assert not supports(options=options._replace(dropout_p=0.1)) and supports(options=options._replace(softcap=1.0))
     assert not supports(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
     assert supports(dim=192, value_dim=128) and supports(dim=136) and supports(dim=256) and supports(value_dim=256)
     assert not supports(dim=264) and not supports(dim=256, value_dim=64) and not supports(dim=192, value_dim=100)
