@@ -12,7 +12,8 @@ makes that fast:
 - Of 65 to 96 columns, which are loaded as 128, 64 and 32 are multiplied.
 - The sums of dQ lie in memory as the registers of a matrix product hold them: each thread adds 16 bytes at a time,
   without a way through shared memory, whose bandwidth is the bottleneck. A second kernel puts them in order.
-- Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them.
+- Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them. With a soft
+  cap, which they are added to, they are read from shared memory where probabilities are computed.
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - A bias tensor that differs between rows comes with the queries, worked out before. Its gradient is a product of dS
   with ones, eight columns wide, next to that of dQ: sums over keys cost next to nothing there, and many shuffles in
@@ -76,11 +77,14 @@ APART = (64,)
 
 
 def supports(problem: Problem) -> bool:
-    """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask,
-    dropout and soft cap, where all of query, key and value want gradients."""
+    """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask
+    and dropout, where all of query, key and value want gradients; with a soft cap not where a bias that differs between
+    rows does: the sums of dS, which are those of dX there, are not what it needs."""
     signature = problem.signature
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
+        return False
+    if problem.options.softcap > 0.0 and problem.output_mask[3] and signature.bias.shape[2] > 1:
         return False
     if signature.packed is not None:
         return True
@@ -253,15 +257,15 @@ def _packed_for(signature: Signature, by_rows: bool, row_delta: Layout | None) -
 
 @gluon.jit(do_not_specialize=[
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once", "items",
-    "all_tiles",
+    "all_tiles", "softcap",
 ])  # fmt: skip
 def _kernel(
     q, k, v, do, dk, dv, sums, parts, bias, floor, delta, plan, stride_bias_b, stride_bias_h,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once, items, all_tiles,
+    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once, items, all_tiles, softcap,
     DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
     ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
-    SLOW: gl.constexpr,
+    SLOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -384,7 +388,7 @@ def _kernel(
     computing = (
         dk, dv, sums, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, kv_full, full, empty, ds_full, ds_empty, keys_read,
         batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
-        stride_bias_b, stride_bias_h, scale, const_bias, fast,
+        stride_bias_b, stride_bias_h, scale, const_bias, fast, softcap if SOFTCAP else 0,
     )  # fmt: skip
     loading = (
         q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty, batch, kv_head, group, col0, begin, span,
@@ -395,12 +399,12 @@ def _kernel(
                 (compute, (
                     computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
                     VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW,
+                    FORM, SLOW, SOFTCAP,
                 )),
                 (compute, (
                     computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
                     VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW,
+                    FORM, SLOW, SOFTCAP,
                 )),
                 (add_queries, (
                     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
@@ -420,12 +424,12 @@ def _kernel(
                 (compute, (
                     computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
                     VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW,
+                    FORM, SLOW, SOFTCAP,
                 )),
                 (compute, (
                     computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
                     VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW,
+                    FORM, SLOW, SOFTCAP,
                 )),
                 (load, (
                     loading, of_loads, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,

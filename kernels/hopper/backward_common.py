@@ -12,7 +12,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from sigswap.kernels.hopper.common import Numbers, log_of_visible, sigmoid, takes_row_cap
+from sigswap.kernels.hopper.common import (
+    Numbers,
+    log_of_visible,
+    sigmoid,
+    soft_capped_with_slope,
+    takes_row_cap,
+    takes_soft_cap,
+)
 from sigswap.kernels.hopper.packed import is_long
 from sigswap.kernels.host.launch import describable
 from sigswap.kernels.host.layout import Layout, contiguous_layout, is_aligned, layout_of, new_tensor
@@ -44,16 +51,16 @@ BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 def takes(problem: Problem) -> bool:
     """Whether a backward in Gluon takes the problem, but for its lengths and the widths of its heads: half precision,
-    without mask, dropout and soft cap, where all of query, key and value want gradients."""
+    without mask and dropout, where all of query, key and value want gradients."""
     signature, grad_out = problem.signature, problem.grad_out
     if grad_out is None or not all(problem.output_mask[:3]):
         return False
-    if signature.attn_mask is not None or not takes_row_cap(problem):
+    if signature.attn_mask is not None or not takes_row_cap(problem) or not takes_soft_cap(problem):
         return False
     if (
         abs(problem.options.scale) < 1e-6
         or signature.is_empty
-        or not signature.plain
+        or problem.options.dropout_p > 0.0
         or not (signature.tma(signature.q_len) or is_long(signature))
     ):
         return False
@@ -164,17 +171,47 @@ def probabilities(
     if not BY_ROW:
         x += row_bias
     else:
-        edge = False
-        if HAS_RIGHT:
-            edge = col0 + key.shape[0] - 1 > start + shift + right
-        if HAS_LEFT:
-            edge = edge | (col0 < start + _ROWS - 1 + shift - left)
-        if edge:
-            if HAS_RIGHT:
-                x = gl.where((col0 + key)[:, None] <= (start + shift + right + row)[None, :], x, float("-inf"))
-            if HAS_LEFT:
-                x = gl.where((col0 + key)[:, None] >= (start + shift - left + row)[None, :], x, float("-inf"))
+        x = _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT, HAS_RIGHT)
     return sigmoid(x, fast, FORM, SLOW)
+
+
+@gluon.jit
+def _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """-inf outside the band."""
+    edge = False
+    if HAS_RIGHT:
+        edge = col0 + key.shape[0] - 1 > start + shift + right
+    if HAS_LEFT:
+        edge = edge | (col0 < start + _ROWS - 1 + shift - left)
+    if edge:
+        if HAS_RIGHT:
+            x = gl.where((col0 + key)[:, None] <= (start + shift + right + row)[None, :], x, float("-inf"))
+        if HAS_LEFT:
+            x = gl.where((col0 + key)[:, None] >= (start + shift - left + row)[None, :], x, float("-inf"))
+    return x
+
+
+@gluon.jit
+def soft_capped_probabilities(
+    s, scale, softcap, unit, row_bias, biases, start, col0, key, row, shift, left, right, fast,
+    BANDED: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    FORM: gl.constexpr, SLOW: gl.constexpr,
+):  # fmt: skip
+    """sigmoid(softcap * tanh(scale / softcap * s) + row_bias), and 1 - tanh^2 in float16, which takes fewer registers.
+
+    unit: the form's. biases: of the rows; if BIAS_ROWS [1, rows] that were loaded for the tile, if BANDED in the form's
+    unit already. They are read here, so that no register holds them while products are in flight.
+    """
+    if BIAS_ROWS:
+        numbers = biases._reinterpret(gl.float32, [_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        bias = (numbers.load(gl.SliceLayout(0, s.type.layout)) * unit)[None, :]
+    elif BANDED:
+        bias = biases.load(gl.SliceLayout(0, s.type.layout))[None, :]
+    else:
+        bias = row_bias * unit
+    x, slope = soft_capped_with_slope(s, scale / softcap, softcap * unit, bias)
+    x = _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT, HAS_RIGHT)
+    return sigmoid(x, fast, FORM, SLOW), slope
 
 
 @gluon.jit

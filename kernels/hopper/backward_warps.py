@@ -26,6 +26,7 @@ from sigswap.kernels.hopper.backward_common import (
     next_tile,
     probabilities,
     put_row_biases,
+    soft_capped_probabilities,
     start_at_biases,
     start_at_delta,
     start_of_scores,
@@ -179,14 +180,14 @@ def compute(
     PART: gl.constexpr, DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
     ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, PACKED: gl.constexpr, P_SCALE: gl.constexpr,
-    FORM: gl.constexpr, SLOW: gl.constexpr,
+    FORM: gl.constexpr, SLOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups: dK and dV of its half of the keys, and, unless dQ is left to add_queries(), APART, its
     part of the columns of dQ."""
     (
         dk, dv, sums, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, kv_full, full, empty, ds_full, ds_empty, keys_read,
         batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
-        stride_bias_b, stride_bias_h, scale, const_bias, fast,
+        stride_bias_b, stride_bias_h, scale, const_bias, fast, softcap,
     ) = shared  # fmt: skip
     HALF: gl.constexpr = _KEYS // 2
     WIDTH: gl.constexpr = k_tile.shape[-1]
@@ -202,7 +203,11 @@ def compute(
     of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     of_row_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     dtype: gl.constexpr = k_tile.dtype
-    BY_ROW: gl.constexpr = BANDED or BIAS_ROWS
+    # Scores start from the biases of rows, which with a soft cap are added to its result, in the sigmoid's unit.
+    BY_ROW: gl.constexpr = (BANDED or BIAS_ROWS) and not SOFTCAP
+    PUTS_BIASES: gl.constexpr = BANDED and not BIAS_ROWS
+    # Neither p nor the slope of the soft cap is kept until dP is known, unless the sums of dS do without that slope.
+    SLOPE_FIRST: gl.constexpr = SOFTCAP and not SUMS
     HEAD_BIAS: gl.constexpr = bias is not None and not BIAS_ROWS
     # Of the sums of dQ and, behind it, of dS: a tile's numbers, and where those of dS begin, for this half.
     TILE_SUMS: gl.constexpr = _ROWS * (DIM + 1 if ROW_SUMS else DIM)
@@ -253,8 +258,11 @@ def compute(
         else:
             place = batch * stride_bias_b + head * stride_bias_h
             fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
-    if BANDED and not BIAS_ROWS:
-        put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
+    per_score = 1.0 / gl.where(fast, 0.5, _LOG2E) if SOFTCAP else scale
+    if PUTS_BIASES:
+        put_row_biases(
+            biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+        )
     elif VISIBLE:
         const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
         row_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
@@ -275,10 +283,10 @@ def compute(
     mbarrier.wait(full.index(0), 0)
     rows = cut(q_tiles.index(0).reshape([_ROWS, WIDTH]), CUT)
     grads = cut(do_tiles.index(0).reshape([_ROWS, WIDTH]), CUT)
-    if BIAS_ROWS:
+    if BIAS_ROWS and not SOFTCAP:
         s_start = start_at_biases(biases.index(0), scale, of_scores, HALF)
     else:
-        s_start = start_of_scores(biases, of_scores, HALF, BANDED)
+        s_start = start_of_scores(biases, of_scores, HALF, BY_ROW)
     s_token = start_over_columns(cut(keys.slice(PART * HALF, HALF, 0), CUT), rows, s_start, BY_ROW)
     dp_start = no_scores
     if DELTA:
@@ -286,15 +294,23 @@ def compute(
         dp_start = start_at_delta(deltas.index(0), minus, of_scores)
     dp_token = start_over_columns(cut(values.slice(PART * HALF, HALF, 0), CUT), grads, dp_start, DELTA)
     s = warpgroup_mma_wait(PIECES, deps=[s_token])
-    p = probabilities(
-        s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-        BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
-    )  # fmt: skip
+    if SOFTCAP:
+        p, slope = soft_capped_probabilities(
+            s, scale, softcap, unit, row_bias, biases.index(0) if BIAS_ROWS else biases, start, col0, key, row,
+            shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+        )  # fmt: skip
+    else:
+        p = probabilities(
+            s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
+            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+        )  # fmt: skip
     p_operands = as_operands(_rounded(p, P_SCALE, dtype, DIM), of_keys, of_rest, CUT)
+    if SLOPE_FIRST:
+        slope = (p - p * p) * slope.to(gl.float32)
     dv_tokens = start_by_columns(p_operands, grads, dv_acc, CUT)
     dp = warpgroup_mma_wait(PIECES, deps=[dp_token])
-    ds = (p - p * p) * dp
-    ds_low = _rounded(ds, 1.0, dtype, DIM)
+    ds = slope * dp if SLOPE_FIRST else (p - p * p) * dp
+    ds_low = _rounded(ds * slope.to(gl.float32) if SOFTCAP and SUMS else ds, 1.0, dtype, DIM)
     ds_operands = as_operands(ds_low, of_keys, of_rest, CUT)
     ds_tiles.index(AT).slice(PART * HALF, HALF, 0).store(ds_low)
     sum_of_ds = gl.zeros([128], gl.float32, BY_THREAD)
@@ -313,13 +329,18 @@ def compute(
     if GROUPED and HEAD_BIAS:
         last_head = kv_head * group + group - 1
         row_bias = const_bias + load_head_bias(bias, gl.minimum(head_next, last_head), stride_bias_h)
-    if BANDED and not BIAS_ROWS:
+    if PUTS_BIASES and not SOFTCAP:
         put_row_biases(
             biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
         )
     fence_async_shared()
     sync()
     mbarrier.arrive(ds_full.index(AT))
+    if PUTS_BIASES and SOFTCAP:
+        # All warps have read those of this tile. Another sync() comes before they read these.
+        put_row_biases(
+            biases, start_next, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+        )
 
     # In each turn dK of the tile before, dQ of the one before that, and all else of this one.
     stage = 0
@@ -354,10 +375,10 @@ def compute(
         if ROW_SUMS and not APART:
             own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
             row_token = start_row_sums(own, ones.index(zero), no_sums)
-        if not BIAS_ROWS:
-            s_start = start_of_scores(biases, of_scores, HALF, BANDED)
+        if not BIAS_ROWS or SOFTCAP:
+            s_start = start_of_scores(biases, of_scores, HALF, BY_ROW)
         mbarrier.wait(full.index(stage), phase)
-        if BIAS_ROWS:
+        if BIAS_ROWS and not SOFTCAP:
             s_start = start_at_biases(biases.index(stage), scale, of_scores, HALF)
         rows = cut(q_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
         grads = cut(do_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
@@ -395,15 +416,23 @@ def compute(
             dp_token = start_over_columns(own_values, grads, dp_start, DELTA)
 
         s = warpgroup_mma_wait(PIECES, deps=[s_token])
-        p = probabilities(
-            s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
-        )  # fmt: skip
+        if SOFTCAP:
+            p, slope = soft_capped_probabilities(
+                s, scale, softcap, unit, row_bias, biases.index(stage) if BIAS_ROWS else biases, start, col0, key, row,
+                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            )  # fmt: skip
+        else:
+            p = probabilities(
+                s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
+                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            )  # fmt: skip
         p_operands = as_operands(_rounded(p, P_SCALE, dtype, DIM), of_keys, of_rest, CUT)
+        if SLOPE_FIRST:
+            slope = (p - p * p) * slope.to(gl.float32)
         dv_tokens = start_by_columns(p_operands, grads, dv_acc, CUT)
         dp = warpgroup_mma_wait(PIECES, deps=[dp_token])
-        ds = (p - p * p) * dp
-        ds_low = _rounded(ds, 1.0, dtype, DIM)
+        ds = slope * dp if SLOPE_FIRST else (p - p * p) * dp
+        ds_low = _rounded(ds * slope.to(gl.float32) if SOFTCAP and SUMS else ds, 1.0, dtype, DIM)
         ds_operands = as_operands(ds_low, of_keys, of_rest, CUT)
         # The other warpgroup has read what lies there: dS of two tiles before.
         if APART:
@@ -422,13 +451,18 @@ def compute(
             row_bias = const_bias + load_head_bias(
                 bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h
             )
-        if BANDED and not BIAS_ROWS:
+        if PUTS_BIASES and not SOFTCAP:
             put_row_biases(
                 biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
         fence_async_shared()
         sync()
         mbarrier.arrive(ds_full.index(written))
+        if PUTS_BIASES and SOFTCAP:
+            # All warps have read those of this tile. Another sync() comes before they read these.
+            put_row_biases(
+                biases, start_next, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+            )
         if APART:
             slot ^= 1
             if slot == 0:

@@ -7,7 +7,8 @@ not hold them. Here both warpgroups have the same 64 keys, and different product
   what multiplies queries and output gradients comes from registers, not by way of shared memory, whose bandwidth is a
   bottleneck.
 - What the second needs of the first is the slope of the sigmoid, p(1 - p), which goes through shared memory in
-  float16, times 2^16: so small ones have as many bits as large ones, and more than bfloat16 leaves them.
+  float16, times 2^16: so small ones have as many bits as large ones, and more than bfloat16 leaves them. A soft cap's
+  is part of it.
 - They meet through memory barriers only. While one computes in registers, the other multiplies matrices.
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - dS goes to memory, and a second kernel multiplies it by the keys: dQ. Adding dQ up in memory, as is done for narrower
@@ -77,12 +78,14 @@ more. 512 MiB are 16,384 queries and as many keys of one head; to add dQ up inst
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, where query or value has a head_dim
-    of 129 to 256, and neither one below 65, without mask, dropout and soft cap, where all of query, key and value want
-    gradients."""
+    of 129 to 256, and neither one below 65, without mask and dropout, where all of query, key and value want
+    gradients; with a soft cap not where the bias does: it needs dS, of which only dX is known."""
     signature = problem.signature
     if not 128 < max(signature.query.shape[3], signature.value.shape[3]) <= MAX_DIM:
         return False
     if min(signature.widths) < 128 or signature.packed is not None or not takes(problem):
+        return False
+    if problem.options.softcap > 0.0 and problem.output_mask[3]:
         return False
     if torch.are_deterministic_algorithms_enabled() and not _units_at_once(signature):
         return False
@@ -293,15 +296,16 @@ def _first_part(width: int) -> int:
 
 @gluon.jit(do_not_specialize=[
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "first_unit", "units", "at_once",
+    "softcap",
 ])  # fmt: skip
 def _kernel(
     q, k, v, do, dk, dv, q_rest, k_rest, v_rest, do_rest, dk_rest, dv_rest, ds, sums, parts, bias, floor, delta,
     stride_bias_b, stride_bias_h, heads, group, q_len, kv_len, left, right, scale, const_bias,
-    first_unit, units, at_once,
+    first_unit, units, at_once, softcap,
     VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
     GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of 64 keys of one key head, over all query heads that use it, and what they add to dQ.
 
@@ -433,8 +437,9 @@ def _kernel(
                 k_full, q_full, do_full, do_empty, slopes_full, ds_full,
                 k_read, v_read, batch, kv_head, heads, group, col0, begin, span, q_len, kv_len, shift, left, right,
                 stride_bias_b, stride_bias_h, scale, const_bias, fast,
+                softcap if SOFTCAP else 0,
                 Q_REST, V_REST, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, ROW_SUMS, GROUPED, P_SCALE, FORM,
-                SLOW, STORED,
+                SLOW, STORED, SOFTCAP,
             )),
             (compute_keys, (
                 dk, dk_rest if Q_REST else 0, ds if STORED else 0, sums, parts, k_tile, v_tile, q_tiles, do_tiles,

@@ -25,6 +25,7 @@ from sigswap.kernels.hopper.backward_common import (
     next_tile,
     probabilities,
     put_row_biases,
+    soft_capped_probabilities,
     start_at_biases,
     start_at_delta,
     start_of_scores,
@@ -115,10 +116,10 @@ def compute_values(
     k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, biases,
     k_full, q_full, do_full, do_empty, slopes_full, ds_full, k_read, v_read,
     batch, kv_head, heads, group, col0, begin, span, q_len, kv_len, shift, left, right,
-    stride_bias_b, stride_bias_h, scale, const_bias, fast,
+    stride_bias_b, stride_bias_h, scale, const_bias, fast, softcap,
     Q_REST: gl.constexpr, V_REST: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr,
-    P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, STORED: gl.constexpr,
+    P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, STORED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """The first warpgroup: probabilities, dV, and, unless dS is STORED, the first columns of dQ."""
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -134,7 +135,8 @@ def compute_values(
     as_operand: gl.constexpr = gl.DotOperandLayout(0, of_values, 2)
     as_rest: gl.constexpr = gl.DotOperandLayout(0, of_rest, 2)
     dtype: gl.constexpr = k_tile.dtype
-    BY_ROW: gl.constexpr = BANDED or BIAS_ROWS
+    # Scores start from the biases of rows, which with a soft cap are added to its result, in the sigmoid's unit.
+    BY_ROW: gl.constexpr = (BANDED or BIAS_ROWS) and not SOFTCAP
     HEAD_BIAS: gl.constexpr = bias is not None and not BIAS_ROWS
     TILE_SUMS: gl.constexpr = _ROWS * (DIM + 1 if ROW_SUMS else DIM)
 
@@ -159,8 +161,11 @@ def compute_values(
     if BIAS_ROWS and FORM == _AUTO:
         place = batch * stride_bias_b + head * stride_bias_h
         fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, q_len) >= _FAST_BIAS
+    per_score = 1.0 / gl.where(fast, 0.5, _LOG2E) if SOFTCAP else scale
     if BANDED and not BIAS_ROWS:
-        put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
+        put_row_biases(
+            biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+        )
         sync()
     elif VISIBLE:
         const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
@@ -172,20 +177,29 @@ def compute_values(
     keys = k_tile.index(0).reshape([_KEYS, WIDTH])
     keys_rest = k_tile_rest.index(0).reshape([_KEYS, 64]) if Q_REST else 0
     mbarrier.wait(q_full.index(0), 0)
-    if BIAS_ROWS:
+    if BIAS_ROWS and not SOFTCAP:
         s_start = start_at_biases(biases.index(0), scale, of_scores, _KEYS)
     else:
-        s_start = start_of_scores(biases, of_scores, _KEYS, BANDED)
+        s_start = start_of_scores(biases, of_scores, _KEYS, BY_ROW)
     rows = q_tiles.index(0).reshape([_ROWS, WIDTH])
     rows_rest = q_tiles_rest.index(0).reshape([_ROWS, 64]) if Q_REST else 0
     s_token = _start_product(keys, keys_rest, rows, rows_rest, s_start, BY_ROW, Q_REST)
     s = warpgroup_mma_wait(0, deps=[s_token])
-    p = probabilities(
-        s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-        BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
-    )  # fmt: skip
+    if SOFTCAP:
+        p, slope = soft_capped_probabilities(
+            s, scale, softcap, unit, row_bias, biases.index(0) if BIAS_ROWS else biases, start, col0, key, row,
+            shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+        )  # fmt: skip
+    else:
+        p = probabilities(
+            s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
+            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+        )  # fmt: skip
     p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
-    slopes.index(0).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
+    if SOFTCAP:
+        slopes.index(0).store(((p - p * p) * slope.to(gl.float32) * _SLOPE_SCALE).to(slopes.dtype))
+    else:
+        slopes.index(0).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
     tile_before = tile + 0
     start, tile, head_next = next_tile(start, tile, head, begin, end, tiles - span)
     head = head_next
@@ -193,7 +207,9 @@ def compute_values(
         row_bias = const_bias + load_head_bias(bias, gl.minimum(head, kv_head * group + group - 1), stride_bias_h)
     sync()
     if BANDED and not BIAS_ROWS:
-        put_row_biases(biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT)
+        put_row_biases(
+            biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+        )
         sync()
     mbarrier.arrive(slopes_full.index(0))
 
@@ -217,10 +233,10 @@ def compute_values(
         zero = unknown_zero()
         keys_now = k_tile.index(zero).reshape([_KEYS, WIDTH])
         keys_rest_now = k_tile_rest.index(zero).reshape([_KEYS, 64]) if Q_REST else 0
-        if not BIAS_ROWS:
-            s_start = start_of_scores(biases, of_scores, _KEYS, BANDED)
+        if not BIAS_ROWS or SOFTCAP:
+            s_start = start_of_scores(biases, of_scores, _KEYS, BY_ROW)
         mbarrier.wait(q_full.index(stage), phase)
-        if BIAS_ROWS:
+        if BIAS_ROWS and not SOFTCAP:
             s_start = start_at_biases(biases.index(stage), scale, of_scores, _KEYS)
         rows = q_tiles.index(stage).reshape([_ROWS, WIDTH])
         rows_rest = q_tiles_rest.index(stage).reshape([_ROWS, 64]) if Q_REST else 0
@@ -234,13 +250,22 @@ def compute_values(
             rest_token = warpgroup_mma(p_rest, grads_rest, dv_acc_rest, is_async=True)
 
         s = warpgroup_mma_wait(V_PRODUCTS, deps=[s_token])
-        p = probabilities(
-            s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
-        )  # fmt: skip
+        if SOFTCAP:
+            p, slope = soft_capped_probabilities(
+                s, scale, softcap, unit, row_bias, biases.index(stage) if BIAS_ROWS else biases, start, col0, key, row,
+                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            )  # fmt: skip
+        else:
+            p = probabilities(
+                s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
+                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            )  # fmt: skip
         p_next = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
         # The second warpgroup has read what lies there: this one has waited for dS of that tile.
-        slopes.index(slot).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
+        if SOFTCAP:
+            slopes.index(slot).store(((p - p * p) * slope.to(gl.float32) * _SLOPE_SCALE).to(slopes.dtype))
+        else:
+            slopes.index(slot).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
         tile_now = tile
         start, tile, head = next_tile(start, tile, head, begin, end, tiles - span)
         if GROUPED and HEAD_BIAS:
@@ -257,7 +282,7 @@ def compute_values(
         if BANDED and not BIAS_ROWS:
             # All warps have read those of this tile. Another sync() comes before they read these.
             put_row_biases(
-                biases, start, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
+                biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
             )
         mbarrier.wait(ds_full.index(slot_before), slot_phase_before)
         # Both have read the output gradients of the tile before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import triton.language as tl
@@ -11,15 +12,70 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sigswap.kernels.host.forms import NO_TANH, SHORT_TANH
 from sigswap.kernels.host.launch import Described, by_rows
 from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.host.problem import Problem
-from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, tail_assembly
+from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, TANH_COEFFICIENTS, tail_assembly
 
 _PACK = tl.constexpr(8)
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
 _CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, cubic=True, paired=False))
 _TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+
+
+def soft_cap_assembly(pack: int, *, slope: bool = False) -> str:
+    """PTX of factor * tanh(scale * s) + bias of as many elements s, with a bias each, and one scale and factor.
+
+    tanh is that of triton_common.tanh_assembly(). Its polynomial is one in s, with scale (and factor) in the
+    coefficients: ten instructions less than a warp's part of a tile would have by itself. Whether that is good for all
+    of a warp's elements is known first: so results take the registers of elements, and few branches leave instructions
+    one behind the other, as their cache needs them. It is not where some |scale * s| > 1, nor for a scale of which the
+    ninth power is no float32.
+
+    slope: 1 - tanh^2 is another result, in float16.
+    """
+    each, others = range(pack), pack // 2 if slope else 0
+    s, bias = ([f"${place * pack + others + i}" for i in each] for place in (1, 2))
+    scale, factor = f"${3 * pack + others}", f"${4 * pack + others}"
+    numbers = [f"0f{struct.unpack('>I', struct.pack('>f', number))[0]:08X}" for number in TANH_COEFFICIENTS]
+    lines = ["{ .reg .f32 r, t, m<4>, c<5>, h<2>; .reg .pred large, other;"]
+    lines += [f"abs.f32 m{i}, {s[i]};" for i in range(4)]
+    lines += [f"abs.f32 r, {s[i]}; max.f32 m{i % 4}, m{i % 4}, r;" for i in each[4:]]
+    lines += ["max.f32 m0, m0, m1; max.f32 m2, m2, m3; max.f32 m0, m0, m2;"]
+    lines += [f"abs.f32 r, {scale}; mul.f32 m0, m0, r; setp.gtu.f32 large, m0, 0f3F800000;"]
+    # 2^-12 and 2^10
+    lines += ["setp.lt.f32 other, r, 0f39800000; or.pred large, large, other;"]
+    lines += ["setp.gt.f32 other, r, 0f44800000; or.pred large, large, other;"]
+    lines += ["vote.sync.any.pred large, large, 0xffffffff; @large bra LARGE;"]
+    lines += [f"mul.f32 t, {scale}, {scale}; mul.f32 r, {scale}, {'0f3F800000' if slope else factor};"]
+    lines += [f"mul.f32 c{j}, r, {number}; mul.f32 r, r, t;" for j, number in enumerate(numbers)]
+
+    def keep(i: int) -> list[str]:
+        """The results of the element of which tanh is in t."""
+        kept = [f"fma.rn.f32 ${i}, t, {factor}, {bias[i]};"]
+        if slope:
+            kept += [f"neg.f32 r, t; fma.rn.f32 h{i % 2}, r, t, 0f3F800000;"]
+            kept += [f"cvt.rn.f16x2.f32 ${pack + i // 2}, h1, h0;"] if i % 2 else []
+        return kept
+
+    for i in each:
+        lines += [f"mul.f32 t, {s[i]}, {s[i]}; fma.rn.f32 r, t, c4, c3;"]
+        lines += [f"fma.rn.f32 r, r, t, c{j};" for j in (2, 1, 0)]
+        lines += [f"mul.f32 t, r, {s[i]};", *keep(i)] if slope else [f"fma.rn.f32 ${i}, r, {s[i]}, {bias[i]};"]
+    lines += ["bra DONE;", f"LARGE: mul.f32 c0, {scale}, 0f4038AA3B;"]
+    for i in each:
+        lines += [f"mul.f32 r, {s[i]}, c0; min.NaN.f32 r, r, 0f4266D4CA; ex2.approx.ftz.f32 r, r;"]
+        lines += ["add.f32 r, r, 0f3F800000; rcp.approx.ftz.f32 r, r; fma.rn.f32 t, r, 0fC0000000, 0f3F800000;"]
+        lines += keep(i)
+    return " ".join([*lines, "DONE: }"])
+
+
+_SOFT_CAP_PACK = tl.constexpr(32)
+_SOFT_CAP_ASSEMBLY = tl.constexpr(soft_cap_assembly(32))
+_SOFT_CAP_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 128))
+_SLOPE_ASSEMBLY = tl.constexpr(soft_cap_assembly(32, slope=True))
+_SLOPE_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 48 + ["r"] * 128))
 
 # Triton 3.8 has other names for them.
 sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -72,6 +128,13 @@ def tiles_like(number: int, block: Any) -> list[int]:
     return [number, *block.shape]
 
 
+def takes_soft_cap(problem: Problem) -> bool:
+    """Whether the problem has no soft cap, or one whose tanh is the short one, in half precision, without a row cap
+    beside it. Triton's kernels take the others."""
+    form = problem.signature.tanh_form()
+    return form == NO_TANH or (form == SHORT_TANH and problem.is_uncapped)
+
+
 @gluon.jit
 def cut(tile, CUT: gl.constexpr):
     """The columns of a tile in shared memory; if CUT 64 of them and the next 32, of 65 to 96 that are loaded as 128."""
@@ -119,6 +182,24 @@ def log_of_visible(row, kv_len, shift, left, right, HAS_LEFT: gl.constexpr, HAS_
     if HAS_RIGHT:
         last = gl.minimum(row + shift + right, kv_len - 1)
     return gl.log(gl.maximum(last - first + 1, 1).to(gl.float32))
+
+
+@gluon.jit
+def soft_capped(s, scale, factor, bias):
+    """factor * tanh(scale * s) + bias, of which a thread has a multiple of 32."""
+    return gl.inline_asm_elementwise(
+        _SOFT_CAP_ASSEMBLY, _SOFT_CAP_CONSTRAINTS, [s, bias, scale, factor],
+        dtype=gl.float32, is_pure=True, pack=_SOFT_CAP_PACK,
+    )  # fmt: skip
+
+
+@gluon.jit
+def soft_capped_with_slope(s, scale, factor, bias):
+    """soft_capped(), and 1 - tanh(scale * s)^2 in float16."""
+    return gl.inline_asm_elementwise(
+        _SLOPE_ASSEMBLY, _SLOPE_CONSTRAINTS, [s, bias, scale, factor],
+        dtype=(gl.float32, gl.float16), is_pure=True, pack=_SOFT_CAP_PACK,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -40,10 +40,12 @@ from sigswap.kernels.hopper.common import (
     cut,
     log_of_visible,
     sigmoid,
+    soft_capped,
     start_by_columns,
     start_over_columns,
     sync,
     takes_row_cap,
+    takes_soft_cap,
     tiles_like,
 )
 from sigswap.kernels.hopper.forward_items import (
@@ -86,12 +88,12 @@ _ROWS = tl.constexpr(ROWS)
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the forward: of long sequences in half precision, head_dim 33 to 64 or 65 to 256, and
-    value's in the same range, without mask, dropout and soft cap."""
+    value's in the same range, without mask and dropout."""
     signature = problem.signature
     operands = signature.query, signature.key, signature.value
-    if signature.is_empty or signature.attn_mask is not None or not signature.plain:
+    if signature.is_empty or signature.attn_mask is not None or problem.options.dropout_p > 0.0:
         return False
-    if not takes_row_cap(problem):
+    if not takes_row_cap(problem) or not takes_soft_cap(problem):
         return False
     if not signature.tma(min(signature.q_len, signature.kv_len)) and not is_long(signature):
         return False
@@ -210,11 +212,12 @@ def _row_sums(
 
 @gluon.jit
 def _probabilities(
-    s, scale, row_bias, row, key, last_row, last_key, shift, left, right, fast,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    s, scale, row_bias, row, key, last_row, last_key, shift, left, right, fast, softcap,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """sigmoid(scale * s + row_bias), both in the form's unit; 0 outside the band."""
-    x = s * scale + row_bias[:, None]
+    """sigmoid(scale * s + row_bias), both in the form's unit, or sigmoid(softcap * tanh(scale * s) + row_bias), softcap
+    and row_bias in it; 0 outside the band."""
+    x = soft_capped(s, scale, softcap, row_bias[:, None]) if SOFTCAP else s * scale + row_bias[:, None]
     if HAS_LEFT or HAS_RIGHT:
         edge = False
         if HAS_RIGHT:
@@ -329,13 +332,14 @@ def _attend(
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: its 64 rows of each item."""
     (
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, all_rows, all_keys, same_shift, left, right, total,
         stride_bias_b, stride_bias_h, stride_bias_m, stride_sum_b, stride_sum_h, stride_sum_n, scale, const_bias,
-        row_cap,
+        row_cap, softcap,
     ) = shared  # fmt: skip
     PACKED: gl.constexpr = plan is not None
     KEYS: gl.constexpr = k_tiles.shape[-2]
@@ -405,7 +409,8 @@ def _attend(
             own_count = gl.minimum(count, gl.maximum(gl.cdiv(last_row + 1 + shift + right - start, KEYS), 1))
         unit = gl.where(fast, 0.5, _LOG2E)
         row_bias *= unit
-        own_scale = scale * unit
+        own_scale = scale / softcap if SOFTCAP else scale * unit
+        own_cap = softcap * unit if SOFTCAP else 0
         sums = (gl.zeros([_ROWS, of_first], gl.float32, of_out),) * V_PARTS
         if V_CUT:
             sums += (gl.zeros([_ROWS, 32], gl.float32, of_rest),)
@@ -430,7 +435,7 @@ def _attend(
             mbarrier.arrive(q_empty, pred=own_count == 1)
         p = _probabilities(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
-            HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            own_cap, HAS_LEFT, HAS_RIGHT, FORM, SLOW, SOFTCAP,
         )  # fmt: skip
         if SUMS:
             partial_sums = _partial_sums(p)
@@ -460,7 +465,7 @@ def _attend(
                 mbarrier.arrive(q_empty, pred=i == own_count - 1)  # for the next item's
             p = _probabilities(
                 s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
-                fast, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+                fast, own_cap, HAS_LEFT, HAS_RIGHT, FORM, SLOW, SOFTCAP,
             )  # fmt: skip
             if SUMS:
                 partial_sums += _partial_sums(p)
@@ -526,14 +531,16 @@ def _attend(
 @gluon.jit(do_not_specialize=[
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "heads", "group", "q_len", "kv_len", "left", "right", "scale",
     "const_bias", "row_cap", "stride_sum_b", "stride_sum_h", "stride_sum_n", "units", "order",
+    "softcap",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, out, sum_out, bias, plan, stride_sum_b, stride_sum_h, stride_sum_n, stride_bias_b, stride_bias_h, stride_bias_m,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, row_cap, units, order,
+    q, k, v, out, sum_out, bias, plan, stride_sum_b, stride_sum_h, stride_sum_n, stride_bias_b, stride_bias_h,
+    stride_bias_m, heads, group, q_len, kv_len, left, right, scale, const_bias, row_cap, units, order, softcap,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, V_PARTS: gl.constexpr,
     CUT: gl.constexpr, V_CUT: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
     VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One program: some of the items. sum_out, if given: the rows' sums of p. plan, if given: of packed sequences."""
     KEYS: gl.constexpr = k.block_type.shape[-2]
@@ -570,7 +577,7 @@ def _kernel(
         out, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
         units, order, heads, q_len, kv_len, shift, left, right, total,
         stride_bias_b, stride_bias_h, stride_bias_m, stride_sum_b, stride_sum_h, stride_sum_n, scale, const_bias,
-        row_cap,
+        row_cap, softcap if SOFTCAP else 0,
     )  # fmt: skip
     loading = (
         q, k, v, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -581,11 +588,11 @@ def _kernel(
             [
                 (_attend, (
                     computing, sum_out, bias, plan, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_attend, (
                     computing, sum_out, bias, plan, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_load, (
                     loading, plan, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
@@ -599,15 +606,15 @@ def _kernel(
             [
                 (_attend, (
                     computing, sum_out, bias, plan, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_attend, (
                     computing, sum_out, bias, plan, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_attend, (
                     computing, sum_out, bias, plan, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_load, (
                     loading, plan, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
@@ -621,19 +628,19 @@ def _kernel(
             [
                 (_attend, (
                     computing, sum_out, bias, plan, 0, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_attend, (
                     computing, sum_out, bias, plan, 1, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_attend, (
                     computing, sum_out, bias, plan, 2, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_attend, (
                     computing, sum_out, bias, plan, 3, WARPGROUPS, STAGES, PARTS, V_PARTS, CUT, V_CUT, HELD, TURNS,
-                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW,
+                    VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, CAP, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (_load, (
                     loading, plan, KEYS, WARPGROUPS, STAGES, PARTS, V_PARTS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,

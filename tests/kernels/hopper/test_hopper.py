@@ -23,14 +23,16 @@ try:
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
-from sigswap.kernels import dispatch
+from sigswap.kernels import dispatch, settings
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import backward_common, forward_items, grad_query
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, NO_TANH, SHORT_TANH, TAIL
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.triton import backward as flash_bwd
+from sigswap.kernels.triton import forward as flash_fwd
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -64,7 +66,7 @@ def assert_products_in_flight(
         of_ds = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
     types |= dict.fromkeys(("sums", "parts", "bias", "floor", "sum_out"), "*fp32")
-    types |= dict.fromkeys(("scale", "const_bias", "row_cap"), "fp32")
+    types |= dict.fromkeys(("scale", "const_bias", "row_cap", "softcap"), "fp32")
     types["delta"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
@@ -135,6 +137,27 @@ def test_the_backward_with_a_row_cap_compiles_with_its_products_in_flight(
     assert_backward_products_in_flight(dim, dtype, band, form, grouped, bias, tmp_path, capped=True)
 
 
+SOFTCAPPED = [
+    ("bf16", "none", FAST, False, None),
+    ("bf16", "causal", FAST, True, None),
+    ("bf16", "causal", TAIL, False, None),
+    ("bf16", "window", AUTO, True, "heads"),
+    ("bf16", "causal", AUTO, False, "given rows"),
+    ("fp16", "causal", CUBIC_TAIL, False, "heads"),
+    ("fp16", "none", ACCURATE, True, "given rows"),
+]
+"""dtype, band, form, grouped and bias of kernels with a soft cap."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), SOFTCAPPED)
+def test_the_backward_with_a_soft_cap_compiles_with_its_products_in_flight(
+    dim: int, dtype: str, band: str, form: int, grouped: bool, bias: str | None, tmp_path: Path
+) -> None:
+    assert_backward_products_in_flight(dim, dtype, band, form, grouped, bias, tmp_path, softcapped=True)
+
+
 def assert_backward_products_in_flight(
     dim: int,
     dtype: str,
@@ -146,6 +169,7 @@ def assert_backward_products_in_flight(
     *,
     capped: bool = False,
     packed: bool = False,
+    softcapped: bool = False,
 ) -> None:
     by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
@@ -157,6 +181,7 @@ def assert_backward_products_in_flight(
         "ROW_SUMS": bias == "rows",
         "GROUPED": grouped,
         "DELTA": capped,
+        "SOFTCAP": SHORT_TANH if softcapped else NO_TANH,
     }
     constants |= {"VISIBLE": False} if by_row else {}
     absent: dict[str, Any] = {} if bias else {"bias": None}
@@ -164,7 +189,7 @@ def assert_backward_products_in_flight(
     absent |= {} if by_row and form == AUTO else {"floor": None}
     absent |= {} if capped else {"delta": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    spilled = 32 if dim < 128 else 160 if by_row else 128
+    spilled = 32 if dim < 128 else 160 if by_row or (softcapped and bias == "heads") else 128
     width = 64 if dim == 64 else 128
     assert_products_in_flight(
         hopper_bwd._kernel,
@@ -210,20 +235,60 @@ def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
     capped: bool,
     tmp_path: Path,
 ) -> None:
+    assert_wide_products_in_flight(dim, value_dim, dtype, band, form, grouped, bias, stored, capped, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (192, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "grouped", "bias", "stored"),
+    [*((*each, True) for each in SOFTCAPPED), ("bf16", "causal", TAIL, True, None, False)],
+)
+def test_the_backward_of_wide_heads_with_a_soft_cap_compiles_with_its_products_in_flight(
+    dim: int,
+    value_dim: int,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    stored: bool,
+    tmp_path: Path,
+) -> None:
+    """A bias without gradient."""
+    given = dim, value_dim, dtype, band, form, grouped, bias, stored, False, tmp_path
+    assert_wide_products_in_flight(*given, softcapped=True)
+
+
+def assert_wide_products_in_flight(
+    dim: int,
+    value_dim: int,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    stored: bool,
+    capped: bool,
+    folder: Path,
+    *,
+    softcapped: bool = False,
+) -> None:
     """stored: whether dS goes through memory, or dQ is added up."""
-    by_row = bias == "rows"
+    by_row = bias in ("rows", "given rows")
     constants = features(dtype, band, form, bottom_right=grouped) | {
         "BANDED": band != "none",
         "BIAS_ROWS": by_row,
-        "SUMS": bias == "heads",
-        "ROW_SUMS": by_row and not stored,
+        "SUMS": bias == "heads" and not softcapped,
+        "ROW_SUMS": bias == "rows" and not stored,
         "GROUPED": grouped,
         "DELTA": capped,
+        "SOFTCAP": SHORT_TANH if softcapped else NO_TANH,
         "STAGES": 2 if dim == 256 else 3,
     }
     constants |= {"VISIBLE": False} if by_row else {}
     absent: dict[str, Any] = {} if bias else {"bias": None}
-    absent |= {} if bias == "heads" else {"parts": None}
+    absent |= {} if constants["SUMS"] else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
     absent |= {"sums": None} if stored else {"ds": None}
     absent |= {} if capped else {"delta": None}
@@ -237,7 +302,7 @@ def test_the_backward_of_wide_heads_compiles_with_its_products_in_flight(
             absent[f"{name}_rest"] = None
     spilled = 0 if stored or dim < 256 else 64
     assert_products_in_flight(
-        hopper_bwd_wide._kernel, tiles, 0, dtype, spilled, tmp_path, described_bias=by_row, **constants, **absent
+        hopper_bwd_wide._kernel, tiles, 0, dtype, spilled, folder, described_bias=by_row, **constants, **absent
     )
 
 
@@ -337,6 +402,34 @@ def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
     assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, **given)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dims", "tile"),
+    [
+        pytest.param((64, 64), forward_items.TILES[1, 1], id="64"),
+        pytest.param((96, 96), forward_items.TILES[2, 2], id="96"),
+        pytest.param((128, 128), forward_items.TILES[2, 2], id="128"),
+        pytest.param((128, 128), forward_items.LONG, id="128-long"),
+        pytest.param((192, 128), forward_items.TILES[3, 2], id="192-128"),
+        pytest.param((256, 256), forward_items.TILES[4, 4], id="256"),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), SOFTCAPPED)
+def test_the_forward_with_a_soft_cap_compiles_with_its_products_in_flight(
+    dims: tuple[int, int],
+    tile: forward_items.Tile,
+    dtype: str,
+    band: str,
+    form: int,
+    grouped: bool,
+    bias: str | None,
+    tmp_path: Path,
+) -> None:
+    bias = "rows" if bias == "given rows" else bias
+    spilled = {2: 16, 3: 32, 4: 288}[tile.warpgroups] if max(dims) <= 128 else 40
+    assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, spilled, tmp_path, softcapped=True)
+
+
 def assert_forward_products_in_flight(
     dims: tuple[int, int],
     tile: forward_items.Tile,
@@ -350,9 +443,11 @@ def assert_forward_products_in_flight(
     capped: bool = False,
     sums: bool = False,
     packed: bool = False,
+    softcapped: bool = False,
 ) -> None:
     """dims: head_dim, and value's. sums: whether those of rows are asked for."""
     constants = features(dtype, band, form, bottom_right=False) | {"BIAS_ROWS": bias == "rows", "CAP": capped}
+    constants["SOFTCAP"] = SHORT_TANH if softcapped else NO_TANH
     constants |= tile.arguments(*dims)
     absent: dict[str, Any] = {} if bias else {"bias": None}
     absent |= {} if sums else {"sum_out": None}
@@ -504,7 +599,7 @@ def test_which_wide_heads_the_backward_supports(no_memory: None) -> None:
     assert not supports(dim=128) and not supports(dim=100, value_dim=100) and not supports(dim=196)
     assert not supports(dim=192, value_dim=64) and not supports(dtype=torch.float32) and not supports(dim=264)
     assert not supports(length=255) and not supports(options={"is_causal": True, "window_left": 200})
-    assert not supports(options={"dropout_p": 0.1}) and not supports(options={"softcap": 1.0})
+    assert not supports(options={"dropout_p": 0.1}) and supports(options={"softcap": 1.0})
     assert not supports(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool))
     assert not supports(needed=(True, True, False, False, False))
 
@@ -557,6 +652,44 @@ def test_which_row_caps_hopper_gpus_kernels_take(options: dict[str, Any], taken:
         assert hopper_fwd.supports(capped) == taken
         assert not backward.supports(capped) or taken
     assert backward.supports(capped) == taken
+
+
+@pytest.mark.parametrize(
+    ("dim", "bias", "needed", "forward", "backward"),
+    [
+        (64, None, False, hopper_fwd, hopper_bwd),
+        (96, (1, 8, 1, 1), True, hopper_fwd, hopper_bwd),
+        (128, (1, 8, 2048, 1), False, hopper_fwd, hopper_bwd),
+        (128, (1, 8, 2048, 1), True, hopper_fwd, flash_bwd),
+        (192, None, False, hopper_fwd, hopper_bwd_wide),
+        (256, (1, 8, 2048, 1), False, hopper_fwd, hopper_bwd_wide),
+        (256, (1, 8, 1, 1), True, hopper_fwd, flash_bwd),
+    ],
+)
+def test_which_kernels_take_soft_caps_on_a_hopper_gpu(
+    dim: int, bias: tuple[int, ...] | None, needed: bool, forward: Any, backward: Any, no_memory: None
+) -> None:
+    """needed: the gradient of bias, which those take where they have dS, not only times the soft cap's slope."""
+
+    def chosen(**options: Any) -> tuple[Any, Any]:
+        mask = True, True, True, needed, False
+        given = None if bias is None else torch.empty(bias, device="meta")
+        problem = problem_on_no_gpu(2048, dim, options=options, bias=given, needed=mask)
+        if "row_cap" in options:
+            problem.row_sums = problem.row_delta = torch.empty(2, 8, 2048, 1, device="meta")
+        return dispatch.chosen(dispatch.FORWARD, problem), dispatch.chosen(dispatch.BACKWARD, problem)
+
+    with pretended():
+        assert chosen(softcap=50.0) == chosen(softcap=50.0, is_causal=True) == (forward, backward)
+        assert chosen(softcap=50.0, row_cap=0.01) == chosen(softcap=50.0, dropout_p=0.1) == (flash_fwd, flash_bwd)
+
+
+def test_an_exact_soft_cap_is_left_to_triton(no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "sigmoid_form", "accurate")
+    for dim, backward in ((128, hopper_bwd), (256, hopper_bwd_wide)):
+        for options, taken in (({}, True), ({"softcap": 50.0}, False)):
+            problem = problem_on_no_gpu(2048, dim, options=options)
+            assert hopper_fwd.supports(problem) == backward.supports(problem) == taken
 
 
 @pytest.mark.parametrize("index", range(40))

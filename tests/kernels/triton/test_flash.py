@@ -1018,6 +1018,116 @@ def test_hopper_capped_through_the_op(dim: int) -> None:
         assert_no_worse([out.detach(), *grads], problem)
 
 
+def softcapped(problem: Problem, index: int) -> Problem:
+    """With a soft cap that is drawn from the index: of some all scores are below, of some most are above."""
+    cap = random.Random(6000 + index).choice((0.3, 2.0, 50.0))
+    return dataclasses.replace(problem, options=problem.options._replace(softcap=cap))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "widths", [(64, 64), (40, 56), (96, 96), (72, 96), (128, 128), (104, 120), (192, 128), (256, 256)]
+)
+@pytest.mark.parametrize("index", range(16))
+def test_random_problems_on_hopper_forward_with_a_soft_cap(
+    widths: tuple[int, int], index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other one with the tiles of long sequences, where there are others."""
+    monkeypatch.setattr(forward_items, "_is_long", lambda signature: index % 2 == 0)
+    hopper_fwd._plan.cache_clear()
+    assert_hopper_forward_no_worse(softcapped(hopper_problem(600 + index, forward=True, widths=widths), index))
+    hopper_fwd._plan.cache_clear()
+
+
+def without_bias_gradient(problem: Problem, *, kept: bool = False) -> Problem:
+    """Unless it is that of heads, and kept: then the Hopper kernel computes it."""
+    if problem.bias is None or (kept and problem.bias.shape[2] == 1):
+        return problem
+    return dataclasses.replace(problem, output_mask=(True, True, True, False, False))
+
+
+def assert_gradients_no_worse(results: list[Tensor], problem: Problem) -> None:
+    """As assert_no_worse(), without the gradient of the bias where it is not needed."""
+    naive, exact = (straightforward(problem, dtype) for dtype in (problem.query.dtype, torch.float64))
+    assert_near(results, naive[: len(results)], exact[: len(results)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("widths", [(64, 64), (40, 56), (96, 96), (96, 80), (128, 128), (104, 120)])
+@pytest.mark.parametrize("index", range(24))
+def test_random_problems_on_hopper_backward_with_a_soft_cap(widths: tuple[int, int], index: int) -> None:
+    problem = softcapped(hopper_problem(700 + index, widths=widths), index)
+    problem = without_bias_gradient(problem, kept=True)
+    assert_gradients_no_worse(results_of(flash_fwd, hopper_bwd, problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(60))
+def test_random_problems_on_hopper_with_wide_heads_and_a_soft_cap(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dS goes through memory at once, by parts, or not."""
+    problem = without_bias_gradient(softcapped(hopper_problem(800 + index, wide=True), index))
+    units = problem.key.shape[0] * problem.key.shape[1]
+    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    hopper_bwd_wide._plan.cache_clear()
+    results = results_of(flash_fwd, hopper_bwd_wide, problem)
+    hopper_bwd_wide._plan.cache_clear()
+    assert_gradients_no_worse(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("bias", [None, "heads", "rows"])
+@pytest.mark.parametrize("band", ["full", "causal", "window"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_soft_caps_through_the_op_on_hopper(dim: int, band: str, bias: str | None) -> None:
+    """With gradients, also that of the bias, of grouped heads, whichever kernels take them; some scores are above the
+    cap."""
+    torch.manual_seed(dim)
+    length = 1100 if band == "full" else 2050
+    query, key, value = (
+        torch.randn(1, heads, length, dim, device=DEVICE).bfloat16().requires_grad_() for heads in (4, 2, 2)
+    )
+    shape = {None: None, "heads": (1, 4, 1, 1), "rows": (1, 4, length, 1)}[bias]
+    given = None if shape is None else torch.randn(shape, device=DEVICE).sub(5).bfloat16().requires_grad_()
+    bands: dict[str, dict[str, Any]] = {"full": {}, "causal": {"is_causal": True}}
+    bands["window"] = {"is_causal": True, "window": (800, -1)}
+    out = sigmoid_attention(query, key, value, bias=given, softcap=2.0, enable_gqa=True, **bands[band])
+    inputs = [tensor for tensor in (query, key, value, given) if tensor is not None]
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, grad_out)
+    window = {"window_left": 800} if band == "window" else {}
+    options = Options(dim**-0.5, visible_bias=given is None, is_causal=band != "full", softcap=2.0, **window)
+    detached = [None if tensor is None else tensor.detach() for tensor in (query, key, value, given)]
+    problem = problem_of(*detached, None, None, grad_out, options)
+    assert dispatch.chosen(dispatch.FORWARD, dataclasses.replace(problem, grad_out=None)) is hopper_fwd
+    assert_no_worse([out.detach(), *grads], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_hopper_with_a_soft_cap_sees_no_future_keys(dim: int) -> None:
+    options = Options(dim**-0.5, is_causal=True, softcap=50.0)
+    query, key, value = (torch.randn(2, 4, 2048, dim, device=DEVICE).bfloat16() for _ in range(3))
+    out = hopper_fwd.forward(Problem(query, key, value, None, None, None, options))
+    for row in (63, 64, 127, 128, 1000):
+        other_key, other_value = key.clone(), value.clone()
+        other_key[:, :, row + 1 :] = 30.0
+        other_value[:, :, row + 1 :] = 1e4
+        other = hopper_fwd.forward(Problem(query, other_key, other_value, None, None, None, options))
+        # Large scores of other rows make a warp take the other form of the tanh.
+        one, two = out[:, :, : row + 1].float(), other[:, :, : row + 1].float()
+        assert ((one - two).norm(dim=-1) <= 5e-3 * one.norm(dim=-1)).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
@@ -1092,7 +1202,7 @@ def test_hopper_takes_the_forward_of_long_sequences_and_wide_heads() -> None:
     assert supports(dim=64) and not supports(dim=64, value_dim=128)
     assert supports(options=options._replace(is_causal=True, window_left=200))
     assert not supports(options=options._replace(is_causal=True, window_left=100))
-    assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
+    assert not supports(options=options._replace(dropout_p=0.1)) and supports(options=options._replace(softcap=1.0))
     assert not supports(mask=torch.ones(2, 1, 1, 2048, dtype=torch.bool, device=DEVICE))
     assert supports(dim=192, value_dim=128) and supports(dim=136) and supports(dim=256) and supports(value_dim=256)
     assert not supports(dim=264) and not supports(dim=256, value_dim=64) and not supports(dim=192, value_dim=100)
@@ -1117,7 +1227,7 @@ def test_hopper_takes_long_sequences_unless_all_is_to_be_deterministic() -> None
     assert not supports(rows=512) and not supports(needed=(True, True, False, False, False))
     assert supports(rows=1024) and supports(rows=1024, bias=torch.zeros(1, 8, 1, 1, device="cuda"))
     assert not supports(options=options._replace(is_causal=True, window_left=300))
-    assert not supports(options=options._replace(dropout_p=0.1)) and not supports(options=options._replace(softcap=1.0))
+    assert not supports(options=options._replace(dropout_p=0.1)) and supports(options=options._replace(softcap=1.0))
     assert supports(bias=torch.zeros(1, 8, 4096, 1, device="cuda"))
     assert not supports(mask=torch.ones(2, 1, 1, 4096, dtype=torch.bool, device="cuda"))
     causal = options._replace(is_causal=True)

@@ -1,0 +1,107 @@
+"""The soft cap's assembly computes what it says; here, line by line in NumPy. A GPU's is in test_hopper.py."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+try:
+    from sigswap.kernels.hopper.common import soft_cap_assembly
+except (ImportError, AttributeError) as error:
+    pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
+
+F32 = np.float32
+LANES = 32
+
+
+def run(assembly: str, operands: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """The registers after the lines of PTX; each is an array of a warp's lanes."""
+    registers = {f"${at}": value for at, value in operands.items()}
+
+    def read(name: str) -> np.ndarray:
+        if name.startswith("0f"):
+            return np.full(LANES, struct.unpack(">f", bytes.fromhex(name[2:]))[0], F32)
+        return registers[name]
+
+    text = re.sub(r"\.reg [^;]*;", "", assembly.strip("{} "))
+    lines = [line.strip() for line in re.sub(r"(LARGE|DONE):", r"\1:;", text).split(";") if line.strip()]
+    at = 0
+    while at < len(lines):
+        line = lines[at]
+        at += 1
+        if line.endswith(":"):
+            continue
+        if "bra" in line:
+            condition, _, label = line.rpartition("bra ")
+            if not condition or read(condition.strip()[1:]).any():
+                at = lines.index(f"{label}:")
+            continue
+        name, _, rest = line.partition(" ")
+        target, *sources = (each.strip() for each in rest.split(","))
+        values = [read(each) for each in sources if each != "0xffffffff"]
+        with np.errstate(all="ignore"):
+            registers[target] = OPERATIONS[name](*values)
+    return registers
+
+
+OPERATIONS = {
+    "mul.f32": lambda a, b: a * b,
+    "add.f32": lambda a, b: a + b,
+    "abs.f32": np.abs,
+    "neg.f32": np.negative,
+    "max.f32": np.fmax,
+    "min.NaN.f32": np.minimum,
+    "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
+    "ex2.approx.ftz.f32": np.exp2,
+    "rcp.approx.ftz.f32": np.reciprocal,
+    "setp.gt.f32": np.greater,
+    "setp.lt.f32": np.less,
+    "setp.gtu.f32": lambda a, b: ~(a <= b),
+    "or.pred": np.logical_or,
+    "vote.sync.any.pred": lambda a: np.full(LANES, a.any()),
+    "cvt.rn.f16x2.f32": lambda high, low: np.stack([low, high]).astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("kind", ["small", "large", "one large"])
+@pytest.mark.parametrize("scale", [0.0884 / 50, -0.0625 / 30, 0.0625 / 1000, 1.0, 5000.0, 1e-20])
+@pytest.mark.parametrize("factor", [25.0, 72.0])
+def test_soft_cap_assembly(slope: bool, kind: str, scale: float, factor: float) -> None:
+    draw = np.random.default_rng(0)
+    pack = 8
+    u = draw.uniform(-1, 1, (pack, LANES)) * (6 if kind == "large" else 1)
+    u[0, 0] = 0
+    if kind == "one large":
+        u[5, 7] = -3
+    s, bias = (u / scale).astype(F32), draw.normal(0, 3, (pack, LANES)).astype(F32)
+    found = of_tile(s, bias, scale, factor, slope)
+    tanh = np.tanh(s.astype(np.float64) * float(F32(scale)))
+    # Of the exponential's form the error is absolute.
+    assert (np.abs(found[0] - (factor * tanh + bias)) <= factor * (8e-6 * np.abs(tanh) + 5e-7) + 1e-6).all()
+    if slope:
+        assert (np.abs(found[1] - (1 - tanh**2)) <= 6e-4 * (1 - tanh**2) + 2e-5).all()
+
+
+def test_soft_cap_assembly_keeps_nan_and_infinity() -> None:
+    for numbers, expected in (([np.nan], np.nan), ([np.inf], 50.0), ([-np.inf], -50.0), ([np.nan, np.inf], np.nan)):
+        s = np.ones((8, LANES), F32)
+        s[3, : len(numbers)] = numbers
+        found, _ = of_tile(s, np.zeros_like(s), 0.01, 50.0, False)
+        assert np.array_equal(found[3, 0], F32(expected), equal_nan=True)
+        rest = np.delete(found, 3, 0)
+        assert np.allclose(rest, 50 * np.tanh(0.01), rtol=1e-5)
+
+
+def of_tile(s: np.ndarray, bias: np.ndarray, scale: float, factor: float, slope: bool) -> tuple[np.ndarray, ...]:
+    pack = len(s)
+    others = pack // 2 if slope else 0
+    inputs = [*s, *bias, *[np.full(LANES, scale, F32)] * pack, *[np.full(LANES, factor, F32)] * pack]
+    after = run(soft_cap_assembly(pack, slope=slope), {pack + others + at: value for at, value in enumerate(inputs)})
+    found = np.stack([after[f"${at}"] for at in range(pack)])
+    slopes = np.concatenate([after[f"${pack + at}"] for at in range(others)]) if slope else found
+    return found, slopes
