@@ -351,9 +351,10 @@ def place_of_keys(
     plan, program, units, at_once, left, right,
     KEYS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Of a block of keys: its place among all, and the key head; where the rows of its sequence end, how many there are, and how many of them are loaded: none
-    if no row sees a key, and then no keys either; likewise of keys; the shift, the block's first key, and which rows
-    see some: the first one, a multiple of 64, and behind the last one. And the sequence's first tile."""
+    """Of a program of the backward: its block of keys among all, and the key head; where the rows of the sequence end,
+    how many of them are loaded, and how many there are, and the same of keys: nothing is loaded if no row sees one of
+    the keys. The shift, the block's first key in the sequence, the first row that sees some, down to a multiple of 64,
+    the one behind the last, and the sequence's first tile of dQ."""
     q_begin, q_len, k_begin, kv_len, first, _, first_tile, number, head = place_in(plan, program, units, at_once)
     block = first + number
     col0 = number * KEYS
