@@ -86,9 +86,10 @@ def supports(problem: Problem) -> bool:
         return False
     if problem.options.softcap > 0.0 and problem.output_mask[3] and signature.bias.shape[2] > 1:
         return False
-    if signature.packed is not None:
-        return True
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
+    if signature.packed is not None:
+        band = signature.band()
+        return not (band.has_left and band.has_right) or band.left + band.right + 1 > long
     return sees_every_block(signature, KEYS) and visible_keys(signature) > long * signature.q_len
 
 

@@ -85,9 +85,9 @@ def finish_columns_kernel(
     numbers = numbers.permute(0, 4, 2, 1, 3, 5).reshape(_ROWS, COLUMNS)
     row = start + tl.arange(0, _ROWS)
     column = column0 + tl.arange(0, COLUMNS)
-    dq += batch * stride_dq_b + head * stride_dq_h
+    dq += batch * stride_dq_b + head * stride_dq_h + tl.cast(start, tl.int64) * stride_dq_n
     inside = (row < q_len)[:, None] & (column < HEAD_DIM)[None, :]
-    pointers = dq + (row * stride_dq_n)[:, None] + column[None, :]
+    pointers = dq + (tl.arange(0, _ROWS) * stride_dq_n)[:, None] + column[None, :]
     tl.store(pointers, (numbers * scale).to(dq.dtype.element_ty), mask=inside)
     if db is not None and column0 == 0:
         row_sums = tl.load(sums + _ROWS * DIM + tl.arange(0, _ROWS))

@@ -36,6 +36,9 @@ TILE = 64
 _FAR = 1 << 30
 """Of rows that a descriptor of sequences has, for the hardware. See :class:`Ragged`."""
 
+_TURN = 1 << 34
+"""Elements; _FAR times as many are a multiple of 2^64 bytes."""
+
 _ENTRY, _BLOCKS, _SEQUENCES = 8, 128, 32
 
 _FAR_ROW, _NUMBERS, _AT_ONCE, _OTHERS, _TILE = (tl.constexpr(n) for n in (_FAR, _ENTRY, _BLOCKS, _SEQUENCES, TILE))
@@ -47,7 +50,12 @@ def is_long(signature: Signature) -> bool:
         return False
     sequences = max(signature.batch, 1)
     rows, keys = signature.query.shape[2], signature.key.shape[2]
-    return max(rows, keys) < _FAR and min(rows, keys) >= SHORTEST * sequences
+    if (
+        max(rows, keys) >= _FAR
+        or max(each.strides[2] for each in (signature.query, signature.key, signature.value)) >= _TURN
+    ):
+        return False
+    return min(rows, keys) >= SHORTEST * sequences
 
 
 class Ragged(Tiles):
@@ -63,7 +71,7 @@ class Ragged(Tiles):
         _, heads, _, dim = self.shape
         _, of_head, of_row, _ = self.strides
         self.shape = (_MOST, _MOST, heads, _FAR, dim)
-        self.strides = ((1 << 34) - of_row, of_row, of_head, of_row, 1)
+        self.strides = (_TURN - of_row, of_row, of_head, of_row, 1)
         self.block = (1, *self.block)
 
     def describe(self, tensor: Tensor) -> Any:

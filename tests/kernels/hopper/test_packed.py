@@ -1,5 +1,5 @@
-"""Plans of packed sequences for Hopper GPUs, made in Triton's interpreter; and which problems the kernels take.
-test_varlen.py runs them."""
+"""Plans of packed sequences for Hopper GPUs, and what goes by them, in Triton's interpreter; and which problems the
+kernels take. test_varlen.py runs them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError as error:
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
-from sigswap.kernels.hopper import forward_items, packed
+from sigswap.kernels.hopper import forward_items, grad_query, packed
 from sigswap.kernels.host.forms import AUTO, FAST, TAIL
 from sigswap.kernels.host.problem import Options, Packed, Problem
 
@@ -131,6 +131,82 @@ def test_interpreted_plans_of_wrong_ends_stay_within_the_tensors_shard1(index: i
         assert row == -7 or (row >= 0 and 0 <= rows <= TILE and row + rows <= totals[0])
 
 
+def finished(sums: Tensor, dq: Tensor, tiles: int, **packed_by: Any) -> None:
+    """Puts tiles of dQ of one head of 64 columns, in the order that the kernels add them up in, where they belong."""
+    grad_query.finish_columns_kernel[(tiles,)](
+        sums, dq, None, packed_by.get("plan"), packed_by.get("all_tiles"), 0, 0, dq.stride(0), 1, len(dq), tiles, 1.0,
+        0, 0, 0, HEAD_DIM=64, DIM=64, FIRST=64, COLUMNS=64, UNIT=1, WIDE=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_interpreted_rows_of_dq_2_to_the_31_elements_from_the_first_shard1() -> None:
+    torch.manual_seed(0)
+    sums = torch.randn(9, 64 * 64)
+    near = torch.zeros(9 * 64, 64)
+    memory = torch.empty(9 * 64 << 22, dtype=torch.bfloat16)  # of which few pages are used
+    far = memory.as_strided(near.shape, (1 << 22, 1))
+    finished(sums, near, 9)
+    finished(sums, far, 9)
+    torch.testing.assert_close(far.float(), near, rtol=2**-7, atol=0)  # the interpreter cuts off
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_interpreted_rows_of_dq_of_packed_sequences_shard1() -> None:
+    """Each tile goes to its own sequence, and no further than that; those that no sequence has nowhere."""
+    torch.manual_seed(0)
+    sizes = Sizes(0)
+    sizes.q_lens = sizes.k_lens = [70, 0, 64, 1, 130]
+    sizes.by_keys, sizes.size, sizes.most, sizes.most_tiles = True, 128, 265 // 128 + 5, 265 // 64 + 5
+    plan, all_tiles = plan_of(sizes, ends(sizes.q_lens), ends(sizes.k_lens))
+    sums = torch.randn(sizes.most_tiles, 64 * 64)
+    found, alone = torch.full((265, 64), 7.0), torch.zeros(sizes.most_tiles * 64, 64)
+    finished(sums, alone, sizes.most_tiles)
+    finished(sums, found, sizes.most_tiles, plan=plan, all_tiles=all_tiles)
+    expected = [alone[64 * tile :][:rows] for tile, rows in ((0, 70), (2, 64), (3, 1), (4, 130))]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bottom_right": True, "window_left": 40}])
+@pytest.mark.parametrize("given", [None, 1, 3])
+def test_interpreted_numbers_of_tiles_shard1(options: dict[str, Any], given: int | None) -> None:
+    """Row biases, -1.5 - ln(visible keys) and one that is given for all heads or for each, and zeros behind them."""
+    torch.manual_seed(0)
+    sizes = Sizes(0)
+    sizes.q_lens, sizes.k_lens = [70, 0, 64, 1, 130], [100, 3, 64, 50, 90]
+    sizes.by_keys, sizes.size, sizes.most, sizes.most_tiles = True, 128, 307 // 128 + 5, 265 // 64 + 5
+    plan, all_tiles = plan_of(sizes, ends(sizes.q_lens), ends(sizes.k_lens))
+    bias = None if given is None else torch.randn(given, 265)
+    band = Options(1.0, -1.5, **options)
+    shape = given or 1, sizes.most_tiles, 64
+    out, floor = torch.full(shape, 7.0), torch.full(shape[:2], 7.0)
+    left, right = band.window_left, 0 if band.is_causal else -1
+    packed.numbers_kernel[(shape[0] * shape[1],)](
+        out, floor, bias, plan, all_tiles, sizes.most_tiles, left, right, -1.5, 265 if (given or 1) > 1 else 0, 1,
+        BIASES=True, VISIBLE=True, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, BOTTOM_RIGHT=band.bottom_right, TILE=TILE,
+    )  # fmt: skip
+    expected = torch.zeros(shape)
+    lowest = torch.full(shape[:2], float("inf"))
+    tile = first = 0
+    for q_len, kv_len in zip(sizes.q_lens, sizes.k_lens, strict=True):
+        row, column = torch.arange(q_len)[:, None], torch.arange(kv_len)
+        at = row + (kv_len - q_len if band.bottom_right else 0)
+        visible = torch.ones(q_len, kv_len, dtype=torch.bool)
+        visible &= (column <= at) if band.is_causal else True
+        visible &= (column >= at - left) if left >= 0 else True
+        own = (-1.5 - visible.sum(1).clamp(min=1).double().log()).float().expand(shape[0], -1)
+        own = own if bias is None else own + bias[:, first : first + q_len]
+        for start in range(0, q_len, 64):
+            part = own[:, start : start + 64]
+            expected[:, tile, : part.shape[1]] = part
+            lowest[:, tile] = part.amin(1)
+            tile += 1
+        first += q_len
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(floor, lowest)
+
+
 def test_plans_in_the_interpreter() -> None:
     run_interpreted(__file__, 1)
 
@@ -161,6 +237,8 @@ def problem(dim: int = 128, value_dim: int | None = None, *, sequences: int = 4,
         (problem(32), "triton.forward", "triton.backward"),
         (problem(dtype=torch.float32), "triton.forward", "triton.backward"),
         (problem(options={"dropout_p": 0.1}), "triton.forward", "triton.backward"),
+        (problem(options={"is_causal": True, "window_left": 100}), "triton.forward", "triton.backward"),
+        (problem(options={"is_causal": True, "window_left": 600}), "hopper.forward", "hopper.backward"),
     ],
 )
 def test_which_kernels_run_on_a_hopper_gpu(given: Problem, forward: str, backward: str, no_memory: None) -> None:
