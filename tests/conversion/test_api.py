@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,24 @@ def test_presets() -> None:
 def test_bad_configs(fields: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigError):
         SigmoidConfig(**fields)
+
+
+def test_a_float_bias_that_may_be_a_number_of_keys_is_told() -> None:
+    inputs = torch.zeros(B, M, H * D), torch.zeros(B, N, H * D)
+    for config in (
+        SigmoidConfig(bias=128.0),
+        SigmoidConfig(overrides={"*": {"learn_bias": False}, "": {"bias": 17.0}}),
+    ):
+        with pytest.warns(UserWarning, match=r"bias=1\d+\.0 is a float.*bias=1\d+\."):
+            sigswap.convert(Attention("sdpa"), config, example_inputs=inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for config in (SigmoidConfig(bias=128), SigmoidConfig(bias=16.0)):
+            sigswap.convert(Attention("sdpa"), config, example_inputs=inputs)
+        model = Attention("sdpa")
+        with pytest.raises(UserWarning):
+            sigswap.convert(model, SigmoidConfig(bias=128.0), example_inputs=inputs)
+        assert type(model) is Attention and not sigswap.is_converted(model)
 
 
 def test_config_is_plain_data() -> None:
