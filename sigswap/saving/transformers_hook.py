@@ -51,7 +51,7 @@ from sigswap.saving.marks import (
 )
 from sigswap.saving.model_card import TAGS
 from sigswap.saving.weights import check_files
-from sigswap.transaction import Transaction, entries
+from sigswap.transaction import Note, Transaction, entries, whole
 from sigswap.when_imported import WhenImported
 
 _TARGET = "transformers.modeling_utils"
@@ -65,6 +65,13 @@ def is_transformers_model(model: object) -> bool:
     """Whether ``model`` is a transformers model, without importing transformers."""
     module = sys.modules.get(_TARGET)
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def keep_configs(note: Note, model: Any) -> None:
+    """Notes what the configs of ``model`` hold: save_pretrained writes the model's class and dtype into them."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if hasattr(config, "__dict__"):
+            note("the model's config", whole(vars(config)))
 
 
 def writes_quantized(model: Any) -> bool:
