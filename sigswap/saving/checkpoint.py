@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
-from sigswap.conversion.wrappers import spread_parameter, wrappers_of
+from sigswap.conversion.wrappers import check_module, spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
@@ -106,8 +106,7 @@ def save(
             "name.",
             argument="factory",
         )
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
+    check_module(model)
     target = directory_at(directory)
 
     with Transaction() as undo, undo:
