@@ -218,6 +218,9 @@ def rebased(conversion: Conversion, model: Any) -> Conversion:
             dataclasses.replace(owner, path=moved(owner.path)) for owner in conversion.owners if owner.path in kept
         ),
         guarded=tuple(moved(path) for path in conversion.guarded if moved(path) in modules),
+        attn_implementations={
+            moved(path): name for path, name in conversion.attn_implementations.items() if moved(path) in modules
+        },
         report=dataclasses.replace(
             conversion.report,
             sites=[dataclasses.replace(site, path=moved(site.path)) for site in conversion.report.sites],

@@ -201,12 +201,19 @@ def _choose_attention(stored: Any, config: Any) -> Any:
         asked = part._attn_implementation
         if asked in _DISPATCHABLE:
             continue
+        named = stored.attn_implementation.get(path)
+        if named is not None and "/" in named:  # code of the hub's, which nobody who loads the directory has asked for
+            logging.get_logger("transformers.sigswap").warning(
+                f"sigswap: the directory names {named!r}, code of a hub's, for attention that stayed softmax; the "
+                "default is used."
+            )
+            named = None
         if asked is not None and not str(asked).startswith(METHOD):
             logging.get_logger("transformers.sigswap").warning(
-                f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; "
-                f"{stored.attn_implementation.get(path) or 'the default'!r} is used."
+                f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; {named or 'the default'!r} is "
+                "used."
             )
-        part._attn_implementation_internal = stored.attn_implementation.get(path)
+        part._attn_implementation_internal = named
     return config
 
 

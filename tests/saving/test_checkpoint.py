@@ -958,6 +958,31 @@ def test_a_transformers_directory_names_its_own_files_only(tmp_path: Path) -> No
         sigswap.load(tmp_path / "n")
 
 
+def test_a_transformers_directory_names_no_code_of_a_hub(tmp_path: Path) -> None:
+    """transformers would fetch such a kernel, and run it."""
+    model = converted_bert()
+    sigswap.save(model, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["attn_implementation"][""] = "somebody/kernel"
+    del config["quantization_config"]["checksums"]
+    path.write_text(json.dumps(config))
+    loaded = sigswap.load(tmp_path / "m")
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_another_head_has_its_attention_implementation_back(tmp_path: Path) -> None:
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL_BERT)).eval()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_attention_2"
+    sigswap.save(sigswap.convert(model), tmp_path / "m")
+    loaded = transformers.BertModel.from_pretrained(tmp_path / "m")
+    assert loaded.config._attn_implementation == "sdpa"
+    assert sigswap.revert(loaded).config._attn_implementation == "flash_attention_2"
+
+
 def test_a_field_of_a_transformers_config_that_was_changed_is_named(tmp_path: Path) -> None:
     sigswap.save(converted_bert("BertModel"), tmp_path)
     path = tmp_path / "config.json"
