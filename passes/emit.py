@@ -265,9 +265,11 @@ class Emission:
         bias = self._sum_of(plan.row_biases, q)
         if not plan.padding:
             return bias, self._attn_mask(plan, q), None
-        key = self._identity(plan)
+        key, here = self._identity(plan), same_in(self.output.node, self.graph)
+        assert here is not None
         written = self.masks.written.get(key)  # layers often share it all
-        if written is None or not written[0].node < same_in(self.output.node, self.graph):
+        # Autocast may round what is written out in it, and without gradients it has none.
+        if written is None or not written[0].node < here or self.views.switched(written[0].node, here):
             attn_mask, padding = self._attn_mask(plan, q), self._all_of(plan.padding, q)
             assert attn_mask is not None and padding is not None
             counted = self._visible_bias(padding, attn_mask, plan) if self._counts else None
@@ -327,8 +329,7 @@ class Emission:
     def _identity(self, plan: MaskPlan) -> Hashable:
         """Equal for attentions whose masks, written out, would be equal."""
         masks = [*((term, False) for term in plan.terms), *plan.tensors, *plan.padding]
-        # What is edited in between, or was made without gradients, is not the same.
-        if self.views.regions or any(memory_of(operand.node) in self.masks.edited for operand, _ in masks):
+        if any(memory_of(operand.node) in self.masks.edited for operand, _ in masks):  # perhaps in between
             return object()
         places = places_of(self.groups.scores)
         spelled = [

@@ -126,7 +126,8 @@ class MaskPlanner:
         if same_in(term.node, self.views.graph) is not None:
             term = self.views.base(term)  # without copies of it
         # A number that varies proves nothing; where gradients are switched off on the way, the bias may have none.
-        if has_symbol(term.node) or self.views.may_lack_gradients or memory_of(term.node) in self.masks.edited:
+        varies = has_symbol(term.node) or memory_of(term.node) in self.masks.edited
+        if varies or not self.views.has_the_ops_gradients(term.node):
             return None
         for content, conditions in self._readings(term):
             masks = [Operand(each.condition.node, each.own) for each in conditions if self._band(each)[0] == "tensor"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from sigswap.passes.ops import op_of
 
 Group = tuple[Label, ...]
 """The labels of one axis of the op's tensors."""
-_GRADIENTS = frozenset({"_set_grad_enabled", "_enter_inference_mode"})
+_GRADIENTS = frozenset({"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"})
 # Calls that change what a call between them does.
 _REGIONS = _GRADIENTS | {"_enter_autocast", "_exit_autocast"}
 
@@ -55,7 +55,6 @@ class Views:
         self.graph, self.labels, self.edited, self.device, self.last = graph, labels, edited, device, last
         # What is left out above the operands must have run under the same autocast and grad mode as the op will.
         self.switches = [node for node in graph.nodes if region_of(node)]
-        self.regions = {region_of(node) for node in self.switches}
         self.static: dict[Label, bool] = {}  # whether a label has the same size in every call
 
     @property
@@ -63,12 +62,7 @@ class Views:
         """Whether autocast may be on where the op is called."""
         kind = self.device.type
         enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return bool(self.regions - _GRADIENTS) or enabled
-
-    @property
-    def may_lack_gradients(self) -> bool:
-        """Whether gradients may be switched off somewhere."""
-        return bool(self.regions & _GRADIENTS)
+        return enabled or any(region_of(node) not in _GRADIENTS for node in self.switches)
 
     def groups(self, call: Call, output: Operand, key: Operand, value: Operand) -> Groups:
         """The labels of the op's axes. The queries that share a key are the inner part of the heads.
@@ -106,7 +100,7 @@ class Views:
         """
         best = operand if same_in(operand.node, self.graph) is not None else None
         current, copied = operand, False
-        while self._runs_like_the_op(current.node):
+        while self.runs_like_the_op(current.node):
             node, op, source = current.node, op_of(current.node), input_at(current.node)
             repeats, casts = op.broadcasts or op.name == "repeat_interleave", _is_upcast(node)
             if source is None or not (op.undone or op.copies or casts):
@@ -130,18 +124,22 @@ class Views:
             raise Refused("its operands are inside of a function that the graph holds as a whole")
         return best
 
-    def _runs_like_the_op(self, node: Node) -> bool:
-        """Whether no autocast or grad mode is switched from where ``node`` was called to where the op will be."""
-        if not self.switches:
+    def runs_like_the_op(self, node: Node, switches: Set[str] = _REGIONS) -> bool:
+        """Whether no autocast or grad mode is switched between where ``node`` is called and where the op will be."""
+        if not any(region_of(switch) in switches for switch in self.switches):
             return True
         place, end = source_of(node), source_of(self.last)
         if place is None or end is None or place.graph is not self.graph or end.graph is not self.graph:
             return False
-        return not self.switched(place, end)
+        return not self.switched(min(place, end), max(place, end), switches)
 
-    def switched(self, start: Node, end: Node) -> bool:
+    def has_the_ops_gradients(self, node: Node) -> bool:
+        """Whether the grad mode is not switched between where ``node`` is called and where the op will be."""
+        return self.runs_like_the_op(node, _GRADIENTS)
+
+    def switched(self, start: Node, end: Node, switches: Set[str] = _REGIONS) -> bool:
         """Whether autocast or the grad mode is switched between two nodes of the graph."""
-        return any(start < switch < end for switch in self.switches)
+        return any(start < switch < end for switch in self.switches if region_of(switch) in switches)
 
     def key_and_value(self, call: Call) -> tuple[Operand, Operand]:
         """Both without what repeats their heads, if both are repeated alike."""
@@ -155,9 +153,9 @@ class Views:
     def output(self, output: Operand) -> tuple[Operand, list[Node]]:
         """The output, or a view that is its only use and has plain axes; and the views up to it."""
         seen = [output]
-        while len(seen[-1].node.users) == 1 and not self.regions:
+        while len(seen[-1].node.users) == 1:
             user = next(iter(seen[-1].node.users))
-            if not op_of(user).undone or op_of(user).broadcasts:
+            if not op_of(user).undone or op_of(user).broadcasts or not self.runs_like_the_op(user):
                 break
             axes = self.labels.through(user, seen[-1].node, seen[-1].axes)
             if axes is None:

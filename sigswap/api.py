@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +95,13 @@ def convert(
     config = SigmoidConfig() if config is None else config
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
+    too_high = config.saturated_bias()
+    if too_high is not None:
+        warnings.warn(
+            f"bias={too_high!r} is a float, and added to every score as it is, so that each visible key has the weight "
+            f"1. If -ln of a number of keys is meant, pass an int, bias={too_high:.0f}.",
+            stacklevel=2,
+        )
     _check_convertible(model)
     check_undistributed(model, "be converted", in_parts=True)
     check_unreduced(model, "be converted")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from sigswap.errors import ConfigError
 
 _OVERRIDABLE = ("bias", "learn_bias", "query_bias", "first_token", "qk_norm", "layer_scale", "hybrid_norm", "row_cap")
+_SATURATED = 16.0  # sigmoid(16) is 1 in float32, but for the last bit
 OPEN = ("query_bias", "first_token")
 """The fields that may be None: left to a calibration, which knows what the model is."""
 _NEWER: dict[str, Any] = {"first_token": False, "row_cap": None}
@@ -29,7 +30,7 @@ class SigmoidConfig:
     Attributes:
         bias: ``b0``. ``"visible"``: ``-ln(n_i)``, where ``n_i`` is the number of keys visible to row i;
             an ``int`` n: ``-ln(n)`` for every row (the paper's: n is the training length);
-            a ``float``: that very number for every row.
+            a ``float``: that very number for every row. So ``128`` is -4.85, and ``128.0`` is 128.
         learn_bias: adds ``c_h``, one trainable number per head, 0 at first.
         query_bias: adds ``w_h . q_i``, one trainable vector [head_dim] per head, 0 at first. ``None``: not for now;
             :func:`sigswap.calibrate` adds it to a decoder, unless ``bias`` is a number or ``learn_bias`` is off.
@@ -123,6 +124,11 @@ class SigmoidConfig:
             if fnmatchcase(path, pattern):
                 fields.update(changes)
         return SigmoidConfig(**fields)
+
+    def saturated_bias(self) -> float | None:
+        """A bias that is so high that each visible key has the weight 1: a number of keys that was meant, perhaps."""
+        biases = [self.bias, *(fields["bias"] for fields in self.overrides.values() if "bias" in fields)]
+        return next((bias for bias in biases if isinstance(bias, float) and bias > _SATURATED), None)
 
     def open_fields(self) -> list[str]:
         """Those that are left to a calibration. A bias that is a number, or not learned, is a recipe of the user's."""

@@ -224,7 +224,7 @@ def convert(
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
         from sigswap.saving.checkpoint import saved_conversion
-        from sigswap.training.calibration_report import check_picture
+        from sigswap.training.pictures import check_picture
 
         if picture is not None:  # what can be told before the minutes of loading, converting and calibrating
             check_picture(picture)
@@ -319,7 +319,7 @@ def compare(
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
         from sigswap.saving.transformers_hook import is_transformers_model
-        from sigswap.training.calibration_report import check_picture
+        from sigswap.training.pictures import check_picture
 
         for path in (json_file, picture):  # before the minutes of comparing
             if path is not None and not path.resolve().parent.is_dir():
@@ -483,7 +483,7 @@ def demo(
     """Convert the pretrained all-MiniLM-L6-v2, calibrate and distill it on real text, save it, load it, compare."""
     with failures(as_json, debug):
         from sigswap.commands.demo import run
-        from sigswap.training.calibration_report import check_picture
+        from sigswap.training.pictures import check_picture
 
         if picture is not None:
             check_picture(picture)

@@ -82,7 +82,7 @@ def calibrate(
         from sigswap.commands.batch_files import find_samples, make_batches
         from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
-        from sigswap.training.calibration_report import check_picture
+        from sigswap.training.pictures import check_picture
 
         if picture is not None:
             check_picture(picture)
@@ -146,7 +146,7 @@ def distill(
         from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.saving.transformers_hook import is_transformers_model
-        from sigswap.training.calibration_report import check_picture
+        from sigswap.training.pictures import check_picture
 
         if picture is not None:
             check_picture(picture)

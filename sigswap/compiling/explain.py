@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import os
 import sys
@@ -13,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map_only
 
 from sigswap.compiling.backend import swap_and_lower
 from sigswap.config import SigmoidConfig
 from sigswap.conversion.example_inputs import resolve_inputs
+from sigswap.conversion.keeping import thread_state
+from sigswap.conversion.untouched import Untouched
 from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ExampleInputsError, Hint
 from sigswap.page import fragment
 from sigswap.passes.normalize import modules_of, source_of
 from sigswap.report import folded, write_page
+from sigswap.transaction import Transaction
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,9 +125,13 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     if parameter is not None:
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(parameter.device), (args, kwargs))
     torch._dynamo.reset()
+    values = [(buffer.detach(), buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
-        with torch.no_grad():
-            torch.compile(model, backend=record)(*args, **kwargs)
+        with Transaction() as undo, undo:
+            thread_state(undo.afterwards)
+            undo.afterwards("the values of buffers", functools.partial(_put_back, values))
+            with Untouched(model).keep(), torch.no_grad():
+                torch.compile(model, backend=record)(*args, **kwargs)
     except Exception as error:
         raise ExampleInputsError(
             f"{type(model).__name__} could not be compiled and run on the example inputs "
@@ -132,6 +141,12 @@ def explain(model: nn.Module, example_inputs: Any = None) -> CompileReport:
     finally:
         torch._dynamo.reset()
     return CompileReport(sites, graphs)
+
+
+def _put_back(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for buffer, value in values:
+        with torch.no_grad(), _unsafe_preserve_version_counter(buffer):
+            buffer.copy_(value)
 
 
 def _path(node: torch.fx.Node | None, paths: Mapping[int, str]) -> str:

@@ -49,11 +49,21 @@ class HeadAxis:
 
         Values that are sharded over the ranks of tensor parallelism are taken for the heads of this rank.
 
-        Raises UnknownCallError if ``like`` has another number of heads, in a form that ``unmerged`` does not allow.
+        Raises UnknownCallError if ``like`` has another number of heads, in a form that ``unmerged`` does not allow, or
+        another head_dim.
         """
         values = of_this_rank(values, like)
         heads = values.shape[0]
         axis = self.axis
+        if like.dim() < -min(axis or 0, dim_axis or 0):
+            raise UnknownCallError(
+                f"an attention whose heads were on axis {axis} has the shape {list(like.shape)} now."
+            )
+        if dim_axis is not None and like.shape[dim_axis] != values.shape[-1]:
+            raise UnknownCallError(
+                f"an attention that had a head_dim of {values.shape[-1]} on axis {dim_axis} when it was converted has "
+                f"the shape {list(like.shape)} now."
+            )
         if heads == 1:
             axis = None
             values = values[0]

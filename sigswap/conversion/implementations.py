@@ -138,9 +138,15 @@ def _equal(outputs: list[Tensor] | None, wanted: list[Tensor]) -> bool:
 
 
 def set_implementations(model: nn.Module, implementations: Mapping[str, str], note: Note | None = None) -> None:
-    """Past the checks of the model's own method: flash attention need not be installed to be put back."""
+    """Past the checks of the model's own method: flash attention need not be installed to be put back.
+
+    What is no longer in the model is left out.
+    """
+    modules = dict(model.named_modules())
     for path, implementation in implementations.items():
-        config: Any = model.get_submodule(path).config
+        config: Any = getattr(modules.get(path), "config", None)
+        if config is None:
+            continue
         # Not the property _attn_implementation, which sets the parts' as well.
         if note is not None:
             note("the attention implementation", entries(vars(config), "_attn_implementation_internal"))

@@ -26,7 +26,7 @@ from sigswap.conversion.replaced import watch_for_exchanges
 from sigswap.conversion.state import OwnerState, decided_models
 from sigswap.conversion.switches import Group, Switch
 from sigswap.conversion.wrappers import check_undistributed
-from sigswap.errors import ConfigError, ConversionError, Hint
+from sigswap.errors import AlreadyConvertedError, ConfigError, ConversionError, Hint
 from sigswap.transaction import Note, Transaction, entries
 
 _TERMS = ("query_weight", "length_share", "offset")  # those that a config can leave open
@@ -241,6 +241,10 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
             f"{where}: accelerate offloads its weights together with those of the modules in it "
             "(preload_module_classes), of which sigswap's parameters would be missing.",
             hint=Hint("Convert the model before it is dispatched."),
+        )
+    if isinstance(owner._modules.get("sigswap"), OwnerState):
+        raise AlreadyConvertedError(
+            f"{where} is converted already.", hint=Hint("A factory has to build a new, unconverted model in each call.")
         )
     if hasattr(owner, "sigswap"):
         raise ConversionError(

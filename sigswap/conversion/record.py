@@ -14,7 +14,8 @@ from sigswap.config import SigmoidConfig, check_row_cap
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.mode import base_class
 from sigswap.conversion.state import OwnerPlan, OwnerState
-from sigswap.errors import AlreadyConvertedError, ArgumentError, ConfigError, Hint, NotConvertedError
+from sigswap.conversion.wrappers import check_module
+from sigswap.errors import AlreadyConvertedError, ConfigError, Hint, NotConvertedError
 from sigswap.report import Report
 from sigswap.transaction import Transaction, entries
 
@@ -121,7 +122,8 @@ def set_row_cap(model: nn.Module, row_cap: float | Mapping[str, float | None] | 
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model``, or a module in it, has been converted."""
+    """Whether ``model``, or a module in it, has been converted. Raises ArgumentError if it is no module."""
+    check_module(model)
     return any(base_class(module) is not None for module in model.modules())
 
 
@@ -130,8 +132,7 @@ def check_unconverted(model: Any, to_do: str) -> None:
 
     ``to_do``: what the user is to revert it for, "to convert it in another way" say.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument="model")
+    check_module(model)
     if is_converted(model):
         raise AlreadyConvertedError(
             f"{type(model).__name__} is converted already.", hint=Hint(f"Call sigswap.revert first {to_do}.")
@@ -143,6 +144,7 @@ def converted_part(model: nn.Module) -> nn.Module:
 
     What is around it (a wrapper, a LightningModule, an nn.Sequential) does not matter to those who run nothing.
     """
+    check_module(model)
     parts = [module for module in model.modules() if RECORD in vars(module)]
     return parts[0] if len(parts) == 1 else model
 
@@ -171,6 +173,7 @@ def conversion_of(model: nn.Module) -> Conversion:
 
 def owners_of(model: nn.Module) -> dict[str, OwnerState]:
     """What sigswap added to each converted module of ``model``, by the module's path. Raises NotConvertedError."""
+    check_module(model)
     states = {path: module.sigswap for path, module in model.named_modules() if base_class(module) is not None}
     if not states:
         raise NotConvertedError(f"{type(model).__name__} is not converted.", hint=_CONVERT)

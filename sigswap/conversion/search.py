@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -37,6 +37,9 @@ def search(
                 argument=name,
                 hint=Hint(f"Pass {{{name}}}.", {name: f"[{patterns!r}]"}),
             )
+        several = isinstance(patterns, Collection) and not isinstance(patterns, bytes)
+        if patterns is not None and not (several and all(isinstance(pattern, str) for pattern in patterns)):
+            raise ArgumentError(f"{{argument}} must be a list of patterns, not {patterns!r}.", argument=name)
     notes = [*change.note]
     runs = []
     recording.form = change.form

@@ -315,10 +315,13 @@ class OwnerState(nn.Module):
         if isinstance(output, tuple | list):
             items = [self.finish(output[0]), *output[1:]]
             return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
+        axis, channels = self.plan.channel_axis, self.plan.channels
+        if output.dim() < -axis or output.shape[axis] != channels:
+            raise self.other_path(f"gave an output of shape {list(output.shape)}, which had {channels} channels")
         if self.norm is not None:
-            output = self.norm(output.movedim(self.plan.channel_axis, -1)).movedim(-1, self.plan.channel_axis)
+            output = self.norm(output.movedim(axis, -1)).movedim(-1, axis)
         if self.layer_scale is not None:
-            scale = self.layer_scale.view(-1, *[1] * (-1 - self.plan.channel_axis))
+            scale = self.layer_scale.view(-1, *[1] * (-1 - axis))
             output = output * scale.to(output.dtype)
         return output
 
@@ -545,11 +548,11 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, axes: AxisPlan, unmerged: Unmerged) -> Tensor:
+        weight = axes.head_axis.spread(self.weight, x, dim_axis=axes.dim_axis, unmerged=unmerged)
         moved = x.movedim(axes.dim_axis, -1)
         norm = F.rms_norm if self.kind == "rms" else F.layer_norm
         wide = moved if x.dtype == torch.float64 else moved.float()
         normed = norm(wide, moved.shape[-1:], eps=torch.finfo(torch.float32).eps).movedim(-1, axes.dim_axis)
-        weight = axes.head_axis.spread(self.weight, x, dim_axis=axes.dim_axis, unmerged=unmerged)
         return (normed * weight).to(x.dtype) * axes.scale
 
     def extra_repr(self) -> str:

@@ -45,6 +45,12 @@ class Wrapper(NamedTuple):
     spelled: str
 
 
+def check_module(model: object, name: str = "model") -> None:
+    """Raises ArgumentError about the argument ``name`` unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{{argument}} must be a torch.nn.Module, not a {type(model).__name__}.", argument=name)
+
+
 def wrapper_of(model: nn.Module) -> Wrapper | None:
     """``model`` as a wrapper; None if it is none. Packages that are not imported are not imported for it."""
     for kind, classes in _KINDS.items():
@@ -58,7 +64,8 @@ def wrapper_of(model: nn.Module) -> Wrapper | None:
 
 
 def wrappers_of(model: nn.Module) -> Iterator[Wrapper]:
-    """The wrappers around a model, from the outermost on."""
+    """The wrappers around a model, from the outermost on. Raises ArgumentError if it is no module."""
+    check_module(model)
     wrapper = wrapper_of(model)
     while wrapper is not None:
         yield wrapper
@@ -78,6 +85,7 @@ def runnable(model: nn.Module, name: str = "model") -> nn.Module:
 
     Raises ArgumentError about the argument ``name`` where the model inside has not got its parameters.
     """
+    check_module(model, name)
     for wrapper in wrappers_of(model):
         if wrapper.kind == "sharded":
             raise ArgumentError(

@@ -68,7 +68,8 @@ def sigmoid_attention(
         key: [..., H, N, D], of query's dtype. Leading dimensions broadcast.
         value: [..., H, N, Dv], of query's dtype.
         bias: ``None``: -ln(n) in each row, where n is the number of keys that the row sees. A ``float``: that
-            number in every row. A tensor: it broadcasts to [..., H, M, 1], and has a gradient.
+            number in every row. A tensor: it broadcasts to [..., H, M, 1], and has a gradient. An int
+            is an error: in :class:`sigswap.SigmoidConfig` it is a number of keys n, whose bias is ``-math.log(n)``.
         attn_mask: Broadcasts to [..., H, M, N]. Bool: True is visible. Floating point: added to the scores;
             at or below -5000 is masked; has a gradient. ``torch.nn.attention.bias.CausalBias`` works, too.
         is_causal: Row i sees the keys 0 ... i. Not together with attn_mask.
@@ -157,7 +158,8 @@ def sigmoid_attention_varlen(
         max_seqlen_k: The length of the longest sequence in key and value, or more.
         bias: ``None``: -ln(n) in each row, where n is the number of keys that the row sees. A ``float``: that
             number in every row. A tensor: it broadcasts to [total_q, H], so that [H] is a number per head; it has a
-            gradient.
+            gradient. An int is an error: in :class:`sigswap.SigmoidConfig` it is a number of keys n, whose bias is
+            ``-math.log(n)``.
         is_causal: Row i of a sequence sees its keys 0 ... i, or with ``bottom_right`` 0 ... i + N - M, for M rows
             and N keys.
         bottom_right: Aligns the causal mask and the window of each sequence so that its last row is at its last key,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
-from sigswap.conversion.wrappers import spread_parameter, wrappers_of
+from sigswap.conversion.wrappers import check_module, spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
 from sigswap.optional import require
@@ -105,11 +106,14 @@ def save(
             "name.",
             argument="factory",
         )
+    check_module(model)
     target = directory_at(directory)
 
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
         model = _savable(model)
+        if transformers_hook.is_transformers_model(model):
+            transformers_hook.keep_configs(undo.on_failure, model)
         ranks = Ranks(SAVE, alone=spread_parameter(model) is None)
         ranks.arrive()
         with ranks.all_or_none():
@@ -172,6 +176,13 @@ def _writing(
             )
         if with_code:
             remote_code.check(model)
+        _check_shard_size(max_shard_size)
+        for part in _parts(processor):
+            if not callable(getattr(part, "save_pretrained", None)):
+                raise ArgumentError(
+                    f"{{argument}} must be a tokenizer or processor of transformers, or a list of such, not {part!r}.",
+                    argument="processor",
+                )
         gathered = Gathered(ranks, _state(model) if spread_parameter(model) is not None else {}, {})
         return gathered, functools.partial(_write_transformers, model, processor, max_shard_size, gathered)
     else:
@@ -235,9 +246,10 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the model; the message names
             the file and the field or the tensor. Or ``allow_code`` is needed.
-        ArgumentError: a ``dtype`` for quantized weights.
+        ArgumentError: a ``dtype`` for quantized weights, or one that is not of floats; or no such ``device``.
     """
     directory = directory_at(directory)
+    _check_place(device, dtype)
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
         try:
@@ -252,6 +264,16 @@ def load(
                 )
             model = model.to(dtype)
         return model.to(device).eval() if device is not None else model.eval()
+
+
+def _check_place(device: Any, dtype: Any) -> None:
+    """Before a model is loaded for a device that is not there."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise ArgumentError(f"{{argument}} must be a torch.dtype of floats, not {dtype!r}.", argument="dtype")
+    try:
+        torch.empty(0, device="cpu" if device is None else device)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"{{argument}}={device!r} cannot be used: {error}", argument="device") from error
 
 
 def _load(directory: Path, allow_code: bool) -> nn.Module:
@@ -327,21 +349,40 @@ def _write_transformers(
 ) -> None:
     if processor is None:
         _copy_companions(model, staging)
-    for part in processor if isinstance(processor, list | tuple) else (processor,):
-        if part is not None:
+    try:
+        for part in _parts(processor):
             part.save_pretrained(staging)
-    if not gathered.state:
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
-    else:
-        with tempfile.TemporaryDirectory(dir=staging) as folder, transformers_hook.as_one_process(model):
-            state = gathered.write_folder(Path(folder))
-            model.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=state)
+        if not gathered.state:
+            model.save_pretrained(staging, max_shard_size=max_shard_size)
+        else:
+            with tempfile.TemporaryDirectory(dir=staging) as folder, transformers_hook.as_one_process(model):
+                state = gathered.write_folder(Path(folder))
+                model.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=state)
+    except (SigswapError, SafetensorError, OSError):
+        raise
+    except Exception as error:  # of a config that JSON cannot hold, say
+        raise CheckpointError(f"transformers could not save the model: {type(error).__name__}: {error}") from error
     if not (staging / "config.json").is_file():
         raise CheckpointError(
             "transformers saves a model that is whole on each rank on rank 0 alone.",
             hint=Hint("Call sigswap.save on rank 0 of torch.distributed."),
         )
     marks.note_files(staging)
+
+
+def _parts(processor: Any) -> list[Any]:
+    given = processor if isinstance(processor, list | tuple) else (processor,)
+    return [part for part in given if part is not None]
+
+
+def _check_shard_size(size: int | str) -> None:
+    """As transformers has it: a number of bytes, or one with KB, MB, GB or TB."""
+    is_text = isinstance(size, str) and re.fullmatch(r"\s*\d*\.?\d+\s*[KMGT]B\s*", size, re.IGNORECASE)
+    if not is_text and not isinstance(size, int | float):
+        raise ArgumentError(
+            f"{{argument}} must be a number of bytes, or one with a unit such as '5GB', not {size!r}.",
+            argument="max_shard_size",
+        )
 
 
 def _copy_companions(model: Any, staging: Path) -> None:

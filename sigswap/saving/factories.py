@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sigswap.conversion import accelerate_hooks
-from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.install import apply_conversion, installed
 from sigswap.conversion.keeping import device_mode
 from sigswap.conversion.record import Conversion, conversion_of
 from sigswap.conversion.state import OwnerState
@@ -40,6 +40,8 @@ def find_factory(
             raise ArgumentError(
                 f"{{argument}}={factory!r} must be 'module:function' or 'timm:NAME'.", argument="factory"
             )
+        if not isinstance(kwargs, Mapping | None):
+            raise ArgumentError(f"{{argument}} must be a mapping, not {kwargs!r}.", argument="factory_kwargs")
         kwargs = dict(kwargs or {})
         try:
             to_json(kwargs)
@@ -116,7 +118,11 @@ def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Differen
     that no state_dict has, such as a table that the last run has left; any other difference is an error.
     """
     built = _build_without_data(lambda: sources.build(factory, kwargs), factory)
-    apply_conversion(built, conversion_of(model))
+    with installed(built, conversion_of(model)):  # for it may be one that others have, too
+        return _difference(model, built, factory, kwargs)
+
+
+def _difference(model: nn.Module, built: nn.Module, factory: str, kwargs: dict[str, Any]) -> Difference:
     other_model = f"{factory!r}{f' with factory_kwargs={kwargs}' if kwargs else ''} builds another model than this one"
     ours, theirs = _tensors(model), _tensors(built)
     free, free_there = unsaved_buffers(model), unsaved_buffers(built)
@@ -241,13 +247,14 @@ def check_buffers(made: Mapping[str, Mapping[str, Any]], header: Mapping[str, St
 
 
 def built_on_meta(factory: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
-    """What ``factory`` builds, without data; None if it needs values to be built."""
+    """What ``factory`` builds, without data; None if it needs values to be built, or returns what was built before."""
     try:
-        return _on_meta(functools.partial(sources.build, factory, kwargs))
+        made = _on_meta(functools.partial(sources.build, factory, kwargs))
     except SigswapError:
         raise
     except Exception:
         return None
+    return made if any(parameter.is_meta for parameter in made.parameters()) else None
 
 
 def finish(

@@ -218,6 +218,9 @@ def rebased(conversion: Conversion, model: Any) -> Conversion:
             dataclasses.replace(owner, path=moved(owner.path)) for owner in conversion.owners if owner.path in kept
         ),
         guarded=tuple(moved(path) for path in conversion.guarded if moved(path) in modules),
+        attn_implementations={
+            moved(path): name for path, name in conversion.attn_implementations.items() if moved(path) in modules
+        },
         report=dataclasses.replace(
             conversion.report,
             sites=[dataclasses.replace(site, path=moved(site.path)) for site in conversion.report.sites],
@@ -230,8 +233,6 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
     """While it is open, ``config.save_pretrained`` writes a config.json with the marks; the config stays clean."""
 
     def to_json_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        del config.__dict__["to_json_file"]  # else it would be serialized
-
         def write(new: Path) -> None:
             config.to_json_file(new, *args, **kwargs)
             data = without_own_code(json.loads(new.read_text(encoding="utf-8")))
@@ -242,7 +243,11 @@ def marked_config(config: Any, entry: dict[str, Any]) -> Iterator[None]:
             }
             new.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-        files.write_whole(path, write)
+        del config.__dict__["to_json_file"]  # else it would be serialized
+        try:
+            files.write_whole(path, write)
+        finally:  # for the next: transformers writes a second one beside the parts of a model that is spread
+            config.__dict__["to_json_file"] = to_json_file
 
     with Transaction() as undo, undo:
         undo.afterwards("the method of the config", lambda: config.__dict__.pop("to_json_file", None))

@@ -72,10 +72,11 @@ def replace_files(target: Path, write: Callable[[Path], object], stale: Stale) -
         target = directory_at(target).resolve()
         if target.exists() and not target.is_dir():
             raise CheckpointError(f"{target} is a file, and not a directory.")
-        target.parent.mkdir(parents=True, exist_ok=True)
         warn_of_leftovers(target)
         work = Work(_home(target) / f"{_prefix(target)}{secrets.token_hex(4)}", target)
         with Transaction() as undo, undo:
+            undo.on_failure("the folders around it", _made_folders(target.parent))
+            target.parent.mkdir(parents=True, exist_ok=True)
             undo.afterwards("the work folder", work.close)
             work.create()
             write(work.new)
@@ -129,6 +130,17 @@ class Work:
         """Unlocks the folder, and removes it unless it holds what is needed."""
         if not self.is_moving():
             self.remove()
+        self.unlock()
+
+    def take(self) -> bool:
+        """Locks a folder that was left; False if somebody is at work in it."""
+        with suppress(FileNotFoundError):  # of version 0.1
+            self._handle = os.open(self._lock, os.O_RDWR)
+            return files.lock(self._handle)
+        return True
+
+    def unlock(self) -> None:
+        """Lets others work in the folder."""
         if self._handle >= 0:
             files.unlock(self._handle)
             handle, self._handle = self._handle, -1
@@ -251,7 +263,7 @@ class Work:
 
     def hold(self) -> None:
         """Waits until no other save moves files of the target, and keeps others from it."""
-        if os.name != "nt":  # Windows opens no folders
+        if os.name != "nt" and self.target.is_dir():  # Windows opens no folders
             self._target_handle = os.open(self.target, os.O_RDONLY)
             files.lock(self._target_handle, wait=True)
 
@@ -325,25 +337,49 @@ def recover(directory: str | os.PathLike[str], *, undo: bool = False) -> list[st
     target, done = directory_at(directory).resolve(), []
     for work in leftovers(target):
         try:
-            came_in = work.is_moving() and work.journal().whole and not os.path.lexists(work.new)
-            if not work.is_moving():
-                done.append(f"{work.path} held nothing that was needed, and is removed.")
-            elif undo and not came_in:  # what came in at once may have been changed since
-                work.go_back()
-                done.append(f"{target} is as it was before the save that was interrupted.")
-            elif work.journal().whole and os.path.lexists(work.new) and os.path.lexists(target):
-                raise CheckpointError(
-                    f"{target} was made after the save that was interrupted, whose model is complete, and is kept, in "
-                    f"{work.new}.",
-                    hint=Hint("Move that folder to where you want it, or pass {undo} to remove it.", {"undo": "True"}),
-                )
-            else:
-                work.go_on()
-                done.append(f"{target} holds the model whose save was interrupted.")
-            work.remove()
+            with Transaction() as steps, steps:
+                steps.afterwards("the lock of the work folder", work.unlock)
+                if work.take() and os.path.lexists(work.path):
+                    steps.afterwards("the lock", work.let_go)
+                    work.hold()
+                    done.append(_recovered(work, undo))
         except OSError as error:
             raise CheckpointError(f"{target}: {error}. Everything is kept, in it and in {work.path}.") from error
     return done
+
+
+def _recovered(work: Work, undo: bool) -> str:
+    """Ends the moves of a work folder that nobody else is at work in, and removes it; says what was done."""
+    target = work.target
+    came_in = work.is_moving() and work.journal().whole and not os.path.lexists(work.new)
+    if not work.is_moving():
+        what = f"{work.path} held nothing that was needed, and is removed."
+    elif undo and not came_in:  # what came in at once may have been changed since
+        work.go_back()
+        what = f"{target} is as it was before the save that was interrupted."
+    elif work.journal().whole and os.path.lexists(work.new) and os.path.lexists(target):
+        raise CheckpointError(
+            f"{target} was made after the save that was interrupted, whose model is complete, and is kept, in "
+            f"{work.new}.",
+            hint=Hint("Move that folder to where you want it, or pass {undo} to remove it.", {"undo": "True"}),
+        )
+    else:
+        work.go_on()
+        what = f"{target} holds the model whose save was interrupted."
+    work.remove()
+    return what
+
+
+def _made_folders(folder: Path) -> Callable[[], None]:
+    """What removes those of ``folder`` and the folders around it that are not there now, if they are empty."""
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+
+    def put_back() -> None:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+
+    return put_back
 
 
 def _home(target: Path) -> Path:

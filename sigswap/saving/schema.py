@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sigswap.config import SigmoidConfig
 from sigswap.conversion.record import Conversion
 from sigswap.conversion.state import NOT_ATTENTION
 from sigswap.errors import CheckpointError, ConfigError, Hint
@@ -65,9 +66,13 @@ def conversion_from(data: Any, where: str) -> Conversion:
     if len(set(paths)) < len(paths):
         _wrong(f"{where}.owners", "name each module once", paths)
     try:
-        return Conversion.from_dict(data)
+        conversion = Conversion.from_dict(data)
+        products = [_acts_on_products(conversion.config.for_path(path)) for path in paths]
     except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+    for index, (owner, acts) in enumerate(zip(data["owners"], products, strict=True)):
+        _check_calls(owner, acts, f"{where}.owners[{index}]")
+    return conversion
 
 
 def checksums(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -289,13 +294,33 @@ def _owner(value: Any, where: str) -> None:
                 _wrong(f"{place}.sites", "have as many turns as the most of counts", turns["sites"])
 
 
+def _acts_on_products(config: SigmoidConfig) -> bool:
+    return bool(config.query_bias) or config.qk_norm is not None
+
+
+def _check_calls(owner: Mapping[str, Any], acts_on_products: bool, where: str) -> None:
+    """Each site must have a call that is its attention, and, where that is needed, one that is its product."""
+    named: dict[str, set[int]] = {}
+    for field in ("calls", "repeats"):
+        for name, site in owner[field].items():
+            named.setdefault(name.partition(":")[0], set()).add(site)
+    for family, places in owner.get("places", {}).items():
+        named.setdefault(family, set()).update(*(turns["sites"] for turns in places.values()))
+    attended = set().union(*(sites for family, sites in named.items() if family not in ("product", "shift")))
+    for index, site in enumerate(owner["sites"]):
+        if index not in attended:
+            raise CheckpointError(f"{where}.sites[{index}]: no call in places or calls is the attention's.")
+        if acts_on_products and site["product"] is not None and index not in named.get("product", ()):
+            raise CheckpointError(f"{where}.sites[{index}]: no call in places or calls is its product's.")
+
+
 _OWNER = record(
     {
         "path": text,
         "sites": array(_site),
         "calls": mapping(integer(NOT_ATTENTION)),
         "repeats": mapping(integer(NOT_ATTENTION)),
-        "channel_axis": integer(-MOST_AXES, -1),
+        "channel_axis": one_of(-1, -3),  # -3: of images
         "channels": optional(integer(1)),
         "totals": mapping(array(integer(0), 1)),
         "may_skip": boolean,

@@ -51,7 +51,7 @@ from sigswap.saving.marks import (
 )
 from sigswap.saving.model_card import TAGS
 from sigswap.saving.weights import check_files
-from sigswap.transaction import Transaction, entries
+from sigswap.transaction import Note, Transaction, entries, whole
 from sigswap.when_imported import WhenImported
 
 _TARGET = "transformers.modeling_utils"
@@ -65,6 +65,13 @@ def is_transformers_model(model: object) -> bool:
     """Whether ``model`` is a transformers model, without importing transformers."""
     module = sys.modules.get(_TARGET)
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def keep_configs(note: Note, model: Any) -> None:
+    """Notes what the configs of ``model`` hold: save_pretrained writes the model's class and dtype into them."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if hasattr(config, "__dict__"):
+            note("the model's config", whole(vars(config)))
 
 
 def writes_quantized(model: Any) -> bool:
@@ -194,12 +201,19 @@ def _choose_attention(stored: Any, config: Any) -> Any:
         asked = part._attn_implementation
         if asked in _DISPATCHABLE:
             continue
+        named = stored.attn_implementation.get(path)
+        if named is not None and "/" in named:  # code of the hub's, which nobody who loads the directory has asked for
+            logging.get_logger("transformers.sigswap").warning(
+                f"sigswap: the directory names {named!r}, code of a hub's, for attention that stayed softmax; the "
+                "default is used."
+            )
+            named = None
         if asked is not None and not str(asked).startswith(METHOD):
             logging.get_logger("transformers.sigswap").warning(
-                f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; "
-                f"{stored.attn_implementation.get(path) or 'the default'!r} is used."
+                f"sigswap: attn_implementation={asked!r} cannot run sigmoid attention; {named or 'the default'!r} is "
+                "used."
             )
-        part._attn_implementation_internal = stored.attn_implementation.get(path)
+        part._attn_implementation_internal = named
     return config
 
 

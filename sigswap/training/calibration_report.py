@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import io
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigswap import files
-from sigswap.errors import ArgumentError
-from sigswap.optional import require
-from sigswap.page import document, fragment
+from sigswap.page import fragment
+from sigswap.training.pictures import save_picture
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -94,13 +91,13 @@ class CalibrationReport:
 
         Raises ArgumentError for another suffix or a directory that is not there, and SigswapError without matplotlib.
         """
-        path = Path(path)
-        check_picture(path)
-        suffix = path.suffix.lower()
-        if suffix == ".html":
-            files.write_text(path, self._page())
-        else:
-            files.write_bytes(path, self._picture(suffix[1:]))
+        save_picture(
+            path,
+            self._figure,
+            shown="heat maps, layers by heads",
+            title=f"sigswap: calibration on {self.batches} batches",
+            parts=[self, self._each_head(), *self._each_length()],
+        )
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
@@ -139,7 +136,7 @@ class CalibrationReport:
             sites.setdefault((head.path, head.site), []).append(head)
         return sites
 
-    def _picture(self, kind: str) -> bytes:
+    def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
         sites = self._sites()
@@ -158,15 +155,7 @@ class CalibrationReport:
             axis.set_yticks(range(len(names)), names, fontsize=8)
             axis.set_xticks(range(width) if width <= 16 else range(0, width, width // 8))
             figure.colorbar(image, ax=axis, extend="max")
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=150)
-        return stream.getvalue()
-
-    def _page(self) -> str:
-        picture = base64.b64encode(self._picture("png")).decode()
-        title = f"sigswap: calibration on {self.batches} batches"
-        shown = "heat maps, layers by heads"
-        return document(title, [self, self._each_head(), *self._each_length()], (shown, picture))
+        return figure
 
     def _each_head(self) -> Table:
         from rich.table import Table
@@ -192,19 +181,6 @@ class CalibrationReport:
             counts = map(str, (each.site, each.least, each.most, each.rows))
             table.add_row(each.path or "(the model)", *counts, _number(each.error), _number(each.row_sum))
         return [table] if self.lengths else []
-
-
-def check_picture(path: Path) -> None:
-    """Raises unless :meth:`CalibrationReport.save` can write ``path``, which is better known before a calibration.
-
-    Raises ArgumentError for another suffix than .png, .svg, .pdf and .html, or a directory that is not there, and
-    SigswapError if matplotlib is not installed.
-    """
-    if path.suffix.lower() not in (".png", ".svg", ".pdf", ".html"):
-        raise ArgumentError(f"{path}: the picture's suffix must be .png, .svg, .pdf or .html.", argument="path")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.", argument="path")
-    require("matplotlib", "plot")
 
 
 @dataclasses.dataclass(frozen=True)

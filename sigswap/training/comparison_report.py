@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import io
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sigswap import files
-from sigswap.page import document, fragment
-from sigswap.training.calibration_report import check_picture
+from sigswap.page import fragment
+from sigswap.training.pictures import save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
 
 Kind = Literal["language model", "encoder-decoder", "token predictor", "classifier", "encoder"]
@@ -99,13 +97,13 @@ class Comparison:
 
         Raises ArgumentError for another suffix or a directory that is not there, and SigswapError without matplotlib.
         """
-        path = Path(path)
-        check_picture(path)
-        suffix = path.suffix.lower()
-        if suffix == ".html":
-            files.write_text(path, self._page())
-        else:
-            files.write_bytes(path, self._picture(suffix[1:]))
+        save_picture(
+            path,
+            self._figure,
+            shown="recall by distance, loss by position, layers",
+            title=f"sigswap: a converted {self.kind} and its original",
+            parts=[self],
+        )
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
@@ -151,7 +149,7 @@ class Comparison:
         Console(file=stream, width=140).print(self)
         return stream.getvalue()
 
-    def _picture(self, kind: str) -> bytes:
+    def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
         panels = []
@@ -163,9 +161,7 @@ class Comparison:
         figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
         for axis, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             draw(axis)
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=150)
-        return stream.getvalue()
+        return figure
 
     def _draw_distances(self, axis: Axes) -> None:
         x = [far.distance for far in self.by_distance]
@@ -198,11 +194,6 @@ class Comparison:
         axis.set(yscale="log", xlabel="converted module", ylabel="sum of a row")
         axis.set_title("row sums by layer")
         axis.legend()
-
-    def _page(self) -> str:
-        picture = base64.b64encode(self._picture("png")).decode()
-        shown = "recall by distance, loss by position, layers"
-        return document(f"sigswap: a converted {self.kind} and its original", [self], (shown, picture))
 
 
 def _written(value: float, unit: str) -> str:

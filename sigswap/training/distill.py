@@ -19,7 +19,7 @@ from sigswap.conversion.keeping import gradients_enabled, in_eval_mode, thread_s
 from sigswap.conversion.record import owners_of, part_to_pass, report
 from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
-from sigswap.conversion.wrappers import check_undistributed, runnable, spread_parameter, wrappers_of
+from sigswap.conversion.wrappers import check_module, check_undistributed, runnable, spread_parameter, wrappers_of
 from sigswap.distributed.shards import fully_sharded, reshard
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import compiled
@@ -193,11 +193,11 @@ def distill(
         CalibrationError: a model fails on a batch, the loss is not finite, a module of ``model`` is not in the
             teacher, or the teacher's output is of another shape (a teacher with another vocabulary).
     """
+    _check_arguments(locals())
     _check_runnable(model, teacher, compile)
     model, teacher = runnable(model), None if teacher is None else runnable(teacher, "teacher")
     reshard(model)
     states = owners_of(model)
-    _check_arguments(locals())
     among = together(model, group)
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]
@@ -296,6 +296,9 @@ def _caps_of(states: Mapping[str, OwnerState]) -> str:
 
 def _check_runnable(model: nn.Module, teacher: nn.Module | None, compile: bool) -> None:
     """Raises ArgumentError where no training is possible, or what is given is compiled."""
+    check_module(model)
+    if teacher is not None:
+        check_module(teacher, "teacher")
     for name, module in (("model", model), ("teacher", teacher)):
         if module is not None and any(wrapper.kind == "compiled" for wrapper in wrappers_of(module)):
             raise ArgumentError(
@@ -346,6 +349,10 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     cap = given["lift_row_cap"]
     if cap is not None and (not isinstance(cap, int | float) or isinstance(cap, bool) or not cap > 0):
         raise ArgumentError(f"{{argument}} must be a number above 0, not {cap!r}.", argument="lift_row_cap")
+    if given["callback"] is not None and not callable(given["callback"]):
+        raise ArgumentError(f"{{argument}} must be a function, not {given['callback']!r}.", argument="callback")
+    if not isinstance(given["resume"], str | os.PathLike | None):
+        raise ArgumentError(f"{{argument}} must be the path of a file, not {given['resume']!r}.", argument="resume")
     for name in ("checkpointing", "compile"):
         if not isinstance(given[name], bool):
             raise ArgumentError(f"{{argument}} must be True or False, not {given[name]!r}.", argument=name)

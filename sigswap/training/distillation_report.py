@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sigswap import files
-from sigswap.page import document
-from sigswap.training.calibration_report import check_picture
+from sigswap.training.pictures import save_picture
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -33,15 +29,13 @@ class DistillationReport:
 
         Raises ArgumentError for another suffix or a directory that is not there, and SigswapError without matplotlib.
         """
-        path = Path(path)
-        check_picture(path)
-        suffix = path.suffix.lower()
-        if suffix == ".html":
-            drawn = ("losses by step", base64.b64encode(self._picture("png")).decode())
-            tables = [self._table(name, losses) for name, losses in self._stages()]
-            files.write_text(path, document("sigswap: distillation", [str(self), *tables], drawn))
-        else:
-            files.write_bytes(path, self._picture(suffix[1:]))
+        save_picture(
+            path,
+            self._figure,
+            shown="losses by step",
+            title="sigswap: distillation",
+            parts=[str(self), *(self._table(name, losses) for name, losses in self._stages())],
+        )
 
     def __str__(self) -> str:
         parts = [
@@ -56,7 +50,7 @@ class DistillationReport:
         stages = (("layer-wise", self.layerwise), ("end to end", self.end_to_end))
         return [(name, losses) for name, losses in stages if losses]
 
-    def _picture(self, kind: str) -> bytes:
+    def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
         stages = self._stages()
@@ -65,9 +59,7 @@ class DistillationReport:
         for axis, (name, losses) in zip(axes, stages, strict=False):
             axis.plot(range(1, len(losses) + 1), losses, marker="." if len(losses) < 20 else None)
             axis.set(title=name, xlabel="step", ylabel="loss", ylim=(0.0, None))
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=150)
-        return stream.getvalue()
+        return figure
 
     @staticmethod
     def _table(name: str, losses: list[float]) -> Table:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,53 @@ def test_bad_configs(fields: dict[str, Any]) -> None:
         SigmoidConfig(**fields)
 
 
+def test_a_float_bias_that_may_be_a_number_of_keys_is_told() -> None:
+    inputs = torch.zeros(B, M, H * D), torch.zeros(B, N, H * D)
+    for config in (
+        SigmoidConfig(bias=128.0),
+        SigmoidConfig(overrides={"*": {"learn_bias": False}, "": {"bias": 17.0}}),
+    ):
+        with pytest.warns(UserWarning, match=r"bias=1\d+\.0 is a float.*bias=1\d+\."):
+            sigswap.convert(Attention("sdpa"), config, example_inputs=inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for config in (SigmoidConfig(bias=128), SigmoidConfig(bias=16.0)):
+            sigswap.convert(Attention("sdpa"), config, example_inputs=inputs)
+        model = Attention("sdpa")
+        with pytest.raises(UserWarning):
+            sigswap.convert(model, SigmoidConfig(bias=128.0), example_inputs=inputs)
+        assert type(model) is Attention and not sigswap.is_converted(model)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        sigswap.convert,
+        sigswap.inspect,
+        sigswap.revert,
+        sigswap.report,
+        sigswap.is_converted,
+        sigswap.calibrate,
+        sigswap.rank_sites,
+        sigswap.compare,
+        sigswap.param_groups,
+        sigswap.set_row_cap,
+        sigswap.shard_heads,
+        sigswap.compile_attention,
+    ],
+)
+def test_what_is_no_module_is_told(function: Any) -> None:
+    second = {"calibrate": ([],), "rank_sites": ([],), "param_groups": (1e-3,), "set_row_cap": (1.0,)}
+    for model in ("model", None, [nn.Linear(1, 1)]):
+        with pytest.raises(errors.ArgumentError, match=r"model must be a torch\.nn\.Module, not a "):
+            function(model, *second.get(function.__name__, ()))
+
+
+def test_softmax_of_no_module_is_told() -> None:
+    with pytest.raises(errors.ArgumentError, match=r"model must be a torch\.nn\.Module"), sigswap.softmax(5):  # type: ignore[arg-type]
+        pass
+
+
 def test_config_is_plain_data() -> None:
     config = SigmoidConfig(bias=-2.0, qk_norm="rms", overrides={"a.*": {"bias": 64}})
     assert SigmoidConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -244,6 +292,9 @@ def test_overrides_include_exclude() -> None:
         sigswap.convert(model, example_inputs=(x, y), include=["third"])
     with pytest.raises(errors.ArgumentError, match="list"):
         sigswap.convert(model, example_inputs=(x, y), include="first")
+    for none in (5, [5], iter(["first"]), torch.zeros(2)):  # an iterator would be at its end after the first module
+        with pytest.raises(errors.ArgumentError, match="exclude must be a list of patterns, not"):
+            sigswap.convert(model, example_inputs=(x, y), exclude=none)  # type: ignore[arg-type]
     with pytest.raises(errors.ConversionError, match="third"):
         sigswap.convert(model, SigmoidConfig(overrides={"third": {"bias": 9}}), example_inputs=(x, y))
     with pytest.raises(errors.NoAttentionError, match="exclude"):

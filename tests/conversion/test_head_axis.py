@@ -64,3 +64,39 @@ def test_fewer_heads_with_biases_that_have_none() -> None:
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+
+
+class Own(nn.Module):
+    """Query and key may lose some of head_dim, the output some of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head_dim, self.last = nn.Linear(16, 48), HEAD_DIM, 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        query, key = (each.view(2, -1, HEADS, HEAD_DIM)[..., : self.head_dim].transpose(1, 2) for each in (query, key))
+        value = value.view(2, -1, HEADS, HEAD_DIM).transpose(1, 2)
+        out = torch.softmax(query @ key.mT, -1) @ value
+        return out.transpose(1, 2).flatten(2)[..., : self.last]
+
+
+@pytest.mark.parametrize("config", [{"query_bias": True}, {"qk_norm": "rms"}, {"qk_norm": "layer"}])
+@pytest.mark.parametrize("head_dim", [1, 2])
+def test_another_head_dim_than_was_converted(config: dict[str, Any], head_dim: int) -> None:
+    x = torch.randn(2, 5, 16)
+    model = sigswap.convert(Own().eval(), sigswap.SigmoidConfig(**config), example_inputs=x)
+    model.head_dim = head_dim
+    with pytest.raises(sigswap.errors.UnknownCallError, match="had a head_dim of 4 on axis -1 when it was converted"):
+        model(x)
+
+
+@pytest.mark.parametrize("config", [{"layer_scale": 0.5}, {"hybrid_norm": True}])
+@pytest.mark.parametrize("last", [1, 8])
+def test_other_channels_than_were_converted(config: dict[str, Any], last: int) -> None:
+    """One channel would be spread over all."""
+    x = torch.randn(2, 5, 16)
+    model = sigswap.convert(Own().eval(), sigswap.SigmoidConfig(**config), example_inputs=x)
+    model.last = last
+    with pytest.raises(sigswap.errors.UnknownCallError, match="which had 16 channels when it was converted"):
+        model(x)

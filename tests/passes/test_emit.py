@@ -65,18 +65,28 @@ def test_keys_are_counted_exactly_under_autocast(inside: bool) -> None:
     torch.testing.assert_close(seen[0][:, 0, 0, 0], -torch.tensor([n, 259.0]).log(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("case", ["plain", "edited", "crossed", "half edited"])
+@pytest.mark.parametrize("case", ["plain", "edited", "crossed", "half edited", "region over", "region between"])
 def test_layers_count_the_keys_that_they_share_once(case: str) -> None:
     """If nothing changes in between, and where it was counted comes first."""
 
+    def made_without_gradients(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x * torch.arange(1, M + 1, dtype=x.dtype)[:, None]
+
     def layers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, padding: Tensor, normalise: Any) -> Tensor:
-        weights = []
-        for _ in range(2):
+        weights, outputs = [], []
+        q = made_without_gradients(q) if case == "region over" else q
+        for number in range(2):
             weights.append(normalise(q @ k.mT + torch.where(padding, bias, -math.inf), -1))
             if case == "edited":
                 bias.mul_(2.0)
             elif case == "half edited":
                 padding[0, ..., 3:7].fill_(False)
+            if case.startswith("region"):
+                outputs.append(weights[number] @ (v.flip(2) if number else v))
+                q = made_without_gradients(q) if case == "region between" else q
+        if outputs:
+            return outputs[0] - outputs[1]
         if case == "crossed":
             return weights[1] @ v - weights[0] @ v.flip(2)
         return weights[0] @ v - weights[1] @ v.flip(2)
@@ -87,9 +97,11 @@ def test_layers_count_the_keys_that_they_share_once(case: str) -> None:
     graphs = Graphs()
     close(graphs.compile(layers)(*inputs, padding, handwritten.softmax), expected)
     assert len(graphs.calls) == 2
-    if case == "plain":
-        first, second = graphs.calls
-        assert first.args[3] is second.args[3] and first.args[4] is second.args[4]
+    first, second = graphs.calls
+    if case in ("plain", "region over", "region between"):
+        assert first.args[3] is not None and first.args[4] is not None  # the padding is apart
+        shared = first.args[3] is second.args[3] and first.args[4] is second.args[4]
+        assert shared == (case != "region between")
 
 
 class Dropped(Handwritten):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import handwritten
+import pytest
 import torch
 from compare import close, oracle_of
-from graphs import Graphs
+from graphs import Graphs, calls_in
 from handwritten import HEADS, Handwritten
 from torch import Tensor
 
@@ -31,15 +34,18 @@ def test_half_precision_stays_half() -> None:
     close(actual.detach(), oracle_of(model)(x.double()).detach(), 3e-2)
 
 
-def test_a_copy_without_gradients_stays_without() -> None:
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_copy_without_gradients_stays_without(off: Any) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.no_grad():
+        with off():
             copied = k.clone()
         return torch.sigmoid(q @ copied.mT) @ v
 
-    q, k, v = (torch.randn(B, HEADS, M, D).requires_grad_() for _ in range(3))
-    Graphs().compile(attention)(q, k, v).sum().backward()
-    assert k.grad is None and q.grad is not None
+    q, k, v = (torch.randn(B, HEADS, M, D) for _ in range(3))
+    assert not Graphs().compile(attention)(q, k.requires_grad_(), v).requires_grad
+    if off is torch.no_grad:  # an inference tensor is not to be kept for a backward
+        Graphs().compile(attention)(q.requires_grad_(), k, v).sum().backward()
+        assert k.grad is None and q.grad is not None
 
 
 def test_repeats_are_left_out_below_a_region_that_is_over() -> None:
@@ -61,3 +67,29 @@ def test_repeats_are_left_out_below_a_region_that_is_over() -> None:
     assert isinstance(key, torch.fx.Node) and key.meta["example_value"].shape == (B, HEADS // 2, M, D)
     for grad, expected in zip(grads, torch.autograd.grad(attention(q, k, v).sum(), (q, k, v)), strict=True):
         close(grad, expected, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["before", "between", "after"])
+def test_views_of_the_output_are_taken_with_it_up_to_a_region(case: str) -> None:
+    """As of one whose batch and heads are merged: then the op has them apart."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if case == "before":
+            with torch.no_grad():
+                q = q * torch.arange(M).cos()[:, None]
+        out = torch.bmm(torch.sigmoid(torch.bmm(q, k.mT) - 2.0), v)
+        if case == "between":
+            with torch.no_grad():
+                return out.view(B, HEADS, M, D)
+        out = out.view(B, HEADS, M, D)
+        if case == "after":
+            with torch.no_grad():
+                return out * 2.0
+        return out
+
+    inputs = [torch.randn(B * HEADS, M, D).requires_grad_() for _ in range(3)]
+    actual, expected = Graphs().compile(attention)(*inputs), attention(*inputs)
+    assert actual.requires_grad == expected.requires_grad
+    close(actual.detach(), expected.detach(), 1e-5)
+    (((q, *_), _),) = calls_in(attention, *inputs)
+    assert q.shape[:2] == ((1, B * HEADS) if case == "between" else (B, HEADS))

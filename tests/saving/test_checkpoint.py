@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap import SigmoidConfig
-from sigswap.errors import ArgumentError, CheckpointError, NotConvertedError
+from sigswap.errors import AlreadyConvertedError, ArgumentError, CheckpointError, NotConvertedError
 from sigswap.saving import checkpoint, sources
 
 transformers = pytest.importorskip("transformers")
@@ -265,6 +265,8 @@ def test_arguments_that_are_tuples_and_functions_that_are_made_anew(tmp_path: Pa
         ({"factory": f"{HERE}:build_something_else"}, ArgumentError, "returned a str"),
         ({"factory": f"{HERE}:build", "factory_kwargs": {"dim": 32}}, CheckpointError, "embed.weight"),
         ({"factory": f"{HERE}:build", "factory_kwargs": {"heads": {1}}}, ArgumentError, "JSON"),
+        ({"factory": f"{HERE}:build", "factory_kwargs": 5}, ArgumentError, "factory_kwargs must be a mapping, not 5"),
+        ({"factory": f"{HERE}:converted_own"}, AlreadyConvertedError, "build a new, unconverted model in each call"),
         ({"factory_kwargs": {}}, ArgumentError, "needs a factory"),
         ({"factory": f"{HERE}:build", "processor": object()}, ArgumentError, "processor"),
     ],
@@ -275,6 +277,67 @@ def test_save_errors_leave_nothing(
     with pytest.raises(error, match=message):
         sigswap.save(converted_own(), tmp_path / "m", **arguments)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"processor": [None, 5]}, ArgumentError, "processor must be a tokenizer or processor .*, not 5"),
+        ({"max_shard_size": "lots"}, ArgumentError, "max_shard_size must be .* such as '5GB', not 'lots'"),
+        ({"max_shard_size": None}, ArgumentError, "not None"),
+        ({}, CheckpointError, "transformers could not save the model: TypeError: .*not JSON serializable"),
+    ],
+)
+def test_a_transformers_model_that_is_not_saved_stays_as_it_was(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """Its config, which gets the class and the dtype of what is saved, and the folders around the directory, too."""
+    model = converted_bert()
+    model.config.unheard_of = object() if not arguments else 1
+    before = dict(vars(model.config))
+    with pytest.raises(error, match=message):
+        sigswap.save(model, tmp_path / "runs" / "last" / "m", **arguments)
+    assert os.listdir(tmp_path) == [] and vars(model.config) == before
+
+
+def test_no_module(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"model must be a torch\.nn\.Module, not a dict"):
+        sigswap.save({}, tmp_path)  # type: ignore[arg-type]
+
+
+SHARED: list[nn.Module] = []
+
+
+def build_shared() -> nn.Module:
+    return SHARED[0]
+
+
+def test_a_factory_may_return_what_was_built_before(tmp_path: Path) -> None:
+    SHARED[:] = [build()]
+    model = converted_own()
+    sigswap.save(model, tmp_path / "m", factory=f"{HERE}:build_shared")
+    assert type(SHARED[0]) is Attention and not sigswap.is_converted(SHARED[0])
+    loaded = sigswap.load(tmp_path / "m", allow_code=True)
+    assert loaded is SHARED[0] and torch.equal(loaded(WORDS), model(WORDS))
+    with pytest.raises(CheckpointError, match=r"is converted already\. A factory has to build a new"):
+        sigswap.load(tmp_path / "m", allow_code=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "gpu"}, "device='gpu' cannot be used: Expected one of cpu"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used"),
+        ({"device": []}, r"device=\[\] cannot be used"),
+        ({"dtype": "float16"}, "dtype must be a torch.dtype of floats, not 'float16'"),
+        ({"dtype": torch.int8}, "not torch.int8"),
+    ],
+)
+def test_a_place_that_is_not_there_is_told_before_anything_is_read(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        sigswap.load(tmp_path / "nothing", **arguments)
 
 
 def test_unconverted_and_meta_models_are_refused(tmp_path: Path) -> None:
@@ -893,6 +956,31 @@ def test_a_transformers_directory_names_its_own_files_only(tmp_path: Path) -> No
     (tmp_path / "n" / "adapter_config.json").write_text('{"base_model_name_or_path": "other"}')
     with pytest.raises(CheckpointError, match="names another model"):
         sigswap.load(tmp_path / "n")
+
+
+def test_a_transformers_directory_names_no_code_of_a_hub(tmp_path: Path) -> None:
+    """transformers would fetch such a kernel, and run it."""
+    model = converted_bert()
+    sigswap.save(model, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["attn_implementation"][""] = "somebody/kernel"
+    del config["quantization_config"]["checksums"]
+    path.write_text(json.dumps(config))
+    loaded = sigswap.load(tmp_path / "m")
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_another_head_has_its_attention_implementation_back(tmp_path: Path) -> None:
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL_BERT)).eval()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_attention_2"
+    sigswap.save(sigswap.convert(model), tmp_path / "m")
+    loaded = transformers.BertModel.from_pretrained(tmp_path / "m")
+    assert loaded.config._attn_implementation == "sdpa"
+    assert sigswap.revert(loaded).config._attn_implementation == "flash_attention_2"
 
 
 def test_a_field_of_a_transformers_config_that_was_changed_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +206,48 @@ def test_a_first_save_that_was_killed_when_it_was_complete(tmp_path: Path, kill:
     kill(tmp_path / "n", 1)
     recover(tmp_path / "n")
     assert content(tmp_path / "n") == NEW
+
+
+def test_recover_waits_for_a_save_that_moves_files(tmp_path: Path, kill: Callable[[Path, int], None]) -> None:
+    """Which ends, too, what was killed before it: two at it at once could lose files."""
+    target = tmp_path / "m"
+    old_in(target)
+    kill(target, 3)
+    half_moved, saving = content(target), Work(tmp_path / "another", target)
+    saving.hold()
+    thread = threading.Thread(target=recover, args=(target,))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive() and content(target) == half_moved
+    saving.let_go()
+    thread.join(30)
+    assert not thread.is_alive() and content(target) == {**NEW, "notes.txt": "mine"}
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_save_that_began_while_it_was_looked_at_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looking(folder: Path) -> None:
+        write(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(Work, "in_use", lambda work: False)
+            assert recover(tmp_path / "m") == [] and folder.is_dir()
+
+    replace_files(tmp_path / "m", looking, stale)
+    assert content(tmp_path / "m") == NEW
+
+
+def test_folders_that_were_made_for_a_save_go_with_it(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        (tmp_path / "a" / "b" / "mine").mkdir()
+        raise disk_full()
+
+    with pytest.raises(CheckpointError, match="as it was before"):
+        replace_files(tmp_path / "a" / "b" / "c" / "d" / "m", fails, stale)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "mine"]
+    replace_files(tmp_path / "x" / "y" / "m", write, stale)
+    assert content(tmp_path / "x" / "y" / "m") == NEW and os.listdir(tmp_path / "x" / "y") == ["m"]
 
 
 def test_a_save_that_runs_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -62,9 +62,20 @@ def a_plan() -> dict[str, Any]:
         "totals": {},
         "may_skip": False,
         "place": [],
-        "places": {"softmax": {"a.py:3": {"sites": [0], "counts": [1]}}},
+        "places": {
+            "softmax": {"a.py:3": {"sites": [0], "counts": [1]}},
+            "product": {"a.py:2": {"sites": [0], "counts": [1]}, "a.py:4": {"sites": [-1], "counts": [1]}},
+        },
     }
-    return {**copy.deepcopy(SAVED["conversion"]), "owners": [owner]}
+    data = {**copy.deepcopy(SAVED["conversion"]), "owners": [owner]}
+    return {**data, "config": {**data["config"], "query_bias": True}}
+
+
+def test_a_product_needs_no_call_where_nothing_acts_on_it() -> None:
+    data = a_plan()
+    data["config"] |= {"query_bias": False, "qk_norm": None}
+    del data["owners"][0]["places"]["product"]
+    assert schema.conversion_from(data, "conversion").owners[0].sites[0].product is not None
 
 
 @pytest.mark.parametrize(
@@ -93,8 +104,11 @@ def a_plan() -> dict[str, Any]:
         ("owners.0.places.softmax.a.py:3.sites", [0, -1], "as many turns"),
         ("owners.0.places.gelu", {}, "must be one of"),
         ("owners.0.calls", {"softmax": 0}, "name families of calls"),
+        ("owners.0.places.softmax", {}, r"owners\[0\]\.sites\[0\]: no call in places or calls is the attention's"),
+        ("owners.0.places.softmax.a.py:3.sites", [-1], r"sites\[0\]: no call in places or calls is the attention's"),
+        ("owners.0.places.product.a.py:2.sites", [-1], r"sites\[0\]: no call in places or calls is its product's"),
         ("owners.0.path", ["attn"], r"path must be a string"),
-        ("owners.0.channel_axis", 0, "channel_axis must be"),
+        ("owners.0.channel_axis", -2, "channel_axis must be one of -1, -3"),
         ("owners", [], "owners must be a list of 1"),
         ("config.layer_scale", float("inf"), r"config\.layer_scale must be a finite number"),
         ("config.overrides", {"*": {"bias": "seen"}}, r"overrides\['\*'\]\.bias must be"),

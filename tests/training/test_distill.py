@@ -523,11 +523,16 @@ def test_wrong_options() -> None:
         ({"accumulate": 0}, "accumulate must be a number of batches, 1 or more"),
         ({"autocast": torch.float16}, "autocast must be None or torch.bfloat16"),
         ({"checkpointing": 1}, "checkpointing must be True or False"),
+        ({"compile": torch.zeros(2)}, "compile must be True or False"),
+        ({"callback": 5}, "callback must be a function, not 5"),
+        ({"resume": 5}, "resume must be the path of a file, not 5"),
         ({"lookups": 2.0}, "lookups must be a share"),
         ({"resume": "/no/such/directory/run.pt"}, "there is no directory"),
     ):
         with pytest.raises(ArgumentError, match=message):
             sigswap.distill(model, original, texts(), steps=1, progress=False, **wrong)
+    with pytest.raises(ArgumentError, match=r"teacher must be a torch\.nn\.Module, not a str"):
+        sigswap.distill(model, "original", texts(), steps=1, progress=False)  # type: ignore[arg-type]
 
 
 def test_where_no_training_is_possible() -> None:
