@@ -84,7 +84,8 @@ def supports(problem: Problem) -> bool:
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
-    if problem.options.softcap > 0.0 and problem.output_mask[3] and signature.bias.shape[2] > 1:
+    by_rows = signature.bias is not None and signature.bias.shape[2] > 1
+    if problem.options.softcap > 0.0 and problem.output_mask[3] and by_rows:
         return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
     if signature.packed is not None:

@@ -66,9 +66,9 @@ def load(
         number_batch = 0
     else:
         k_batch = batch
-        rows: gl.constexpr = 0
-        keys: gl.constexpr = 0
-        first_row: gl.constexpr = 0
+        rows = 0
+        keys = 0
+        first_row = 0
         number_batch = batch
     mbarrier.expect(kv_full, k.block_type.nbytes + v.block_type.nbytes)
     load_rows(k, k_batch, kv_head, col0, 0, keys, kv_full, k_tile.index(0), PACKED)
@@ -237,7 +237,7 @@ def compute(
         tile = head * tiles + first_tile + begin // _ROWS
     else:
         k_batch = batch
-        stored_keys: gl.constexpr = 0
+        stored_keys = 0
         block = col0 // _KEYS
         tiles = gl.cdiv(q_len, _ROWS)
         tile = (batch * heads + head) * tiles + begin // _ROWS
