@@ -21,7 +21,7 @@ import torch
 from forked import Died, forked
 
 from tests.interruptions.cases import CASES, process
-from tests.interruptions.check import Attempt, Checked, CheckedModel, Places
+from tests.interruptions.check import Attempt, Checked, CheckedModel, Places, first_difference
 from tests.interruptions.on_disk import ON_DISK, CheckedFiles
 
 NAMES = (*CASES, *ON_DISK)
@@ -70,9 +70,10 @@ def _tried(build: Callable[[], Checked], attempts: Sequence[Attempt], end: float
     with contextlib.closing(build()) as each:
         for attempt in attempts:
             problem = each.problem(attempt)
-            poisoned = process() != around
+            left = first_difference(around, process())
+            poisoned = left != "nothing"
             if poisoned and problem is None:
-                problem = f"{each.name}, {attempt}: the process is not as it was"
+                problem = f"{each.name}, {attempt}: the process is not as it was: {left}"
             yield Tried(problem, each.came, poisoned)
             if poisoned or time.monotonic() >= end:
                 return
