@@ -298,7 +298,7 @@ class Signature:
         return None
 
     def cu_layouts(self) -> tuple[Layout | None, Layout | None]:
-        """cu_seqlens are contiguous. Whether they are aligned does not matter to loads of single numbers."""
+        """cu_seqlens are contiguous. Whether they are aligned does not matter: no thread loads two numbers at a time."""
         layout = contiguous_layout((2,)) if self.packed is not None else None
         return layout, layout
 
