@@ -257,6 +257,10 @@ def problem(dim: int = 128, value_dim: int | None = None, *, sequences: int = 4,
         (problem(options={"dropout_p": 0.1}), "triton.forward", "triton.backward"),
         (problem(options={"is_causal": True, "window_left": 100}), "triton.forward", "triton.backward"),
         (problem(options={"is_causal": True, "window_left": 600}), "hopper.forward", "hopper.backward"),
+        *(
+            (problem(dim, options={"window_left": 300, "window_right": 200}), forward, "triton.backward")
+            for dim, forward in ((64, "triton.forward"), (96, "hopper.forward"), (256, "hopper.forward"))
+        ),
     ],
 )
 def test_which_kernels_run_on_a_hopper_gpu(given: Problem, forward: str, backward: str, no_memory: None) -> None:
