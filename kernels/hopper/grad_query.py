@@ -139,10 +139,10 @@ def product_kernel(
             acc_rest = tl.dot(tile.T, k_rest.load([batch, head // group, col0, COLUMNS]).reshape(_KEYS, 64), acc_rest)
         if ROW_SUMS:
             sums += tl.sum(tile.to(tl.float32), 0)
-    dq += batch.to(tl.int64) * stride_dq_b + head.to(tl.int64) * stride_dq_h
+    dq += batch.to(tl.int64) * stride_dq_b + head.to(tl.int64) * stride_dq_h + tl.cast(start, tl.int64) * stride_dq_n
     row = start + tl.arange(0, _BLOCK)
     column = tl.arange(0, COLUMNS)
-    rows = dq + (row * stride_dq_n)[:, None]
+    rows = dq + (tl.arange(0, _BLOCK) * stride_dq_n)[:, None]
     inside = (row < q_len)[:, None]
     tl.store(rows + column[None, :], (acc * scale).to(dq.dtype.element_ty), mask=inside & (column < HEAD_DIM)[None, :])
     if REST:

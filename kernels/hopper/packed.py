@@ -48,14 +48,15 @@ def is_long(signature: Signature) -> bool:
     """Whether packed sequences are long enough, as far as can be known without looking at their lengths."""
     if signature.packed is None or not signature.descriptors or signature.element_size != 2:
         return False
-    sequences = max(signature.batch, 1)
+    if signature.batch == 0:  # no program would make the plan
+        return False
     rows, keys = signature.query.shape[2], signature.key.shape[2]
     if (
         max(rows, keys) >= _FAR
         or max(each.strides[2] for each in (signature.query, signature.key, signature.value)) >= _TURN
     ):
         return False
-    return min(rows, keys) >= SHORTEST * sequences
+    return min(rows, keys) >= SHORTEST * signature.batch
 
 
 class Ragged(Tiles):
@@ -159,8 +160,10 @@ class Plan(NamedTuple):
 def plan_for(signature: Signature, size: int, *, by_keys: bool = False) -> Plan:
     """by_keys: an item is so many keys, whose program adds to dQ; else so many rows."""
     assert signature.packed is not None
-    sequences, longest_q, longest_k = signature.packed
     total_q, total_k = signature.query.shape[2], signature.key.shape[2]
+    sequences, longest_q, longest_k = signature.packed
+    # None is longer than all together, whatever was said: else there would be programs without end.
+    longest_q, longest_k = min(longest_q, total_q), min(longest_k, total_k)
     most = (total_k if by_keys else total_q) // size + sequences
     layout = contiguous_layout((_ENTRY * (most + 1),), torch.int32)
     tiles = contiguous_layout((_ENTRY * most_tiles(signature),), torch.int32) if by_keys else None
@@ -205,7 +208,12 @@ def plan_kernel(
     q_begin, q_len = _sequences(cu_q, own, True, longest_q, total_q)
     k_begin, kv_len = _sequences(cu_k, own, True, longest_k, total_k)
     items = tl.cdiv(kv_len if BY_KEYS else q_len, SIZE)
+    own_tiles = tl.cdiv(q_len, TILE) if BY_KEYS else 0
+    if (chunk > 0) & (tl.maximum(items, own_tiles) <= chunk * _AT_ONCE):
+        return
     length = q_len if BY_KEYS else kv_len
+    # Of wrong cu_seqlens sequences may overlap, so that there are too many items and tiles: all are counted up to where
+    # the plan ends, which also keeps sums within their type, and the last sequence gets what is left.
     first_item = 0
     first_tile = 0
     all_items = 0
@@ -218,19 +226,19 @@ def plan_kernel(
         others_length = others_q_len if BY_KEYS else others_kv_len
         before = (others_length > length) | ((others_length == length) & (other < own))
         others_tiles = tl.cdiv(others_q_len, TILE)
-        first_item += tl.sum(tl.where(before, others_items, 0))
-        first_tile += tl.sum(tl.where(other < own, others_tiles, 0))
-        all_items += tl.sum(others_items)
-        all_tiles += tl.sum(others_tiles)
+        first_item = tl.minimum(first_item + tl.sum(tl.where(before, others_items, 0)), most)
+        first_tile = tl.minimum(first_tile + tl.sum(tl.where(other < own, others_tiles, 0)), most_tiles)
+        all_items = tl.minimum(all_items + tl.sum(others_items), most)
+        all_tiles = tl.minimum(all_tiles + tl.sum(others_tiles), most_tiles)
     if tl.program_id(0) == 0:
-        tl.store(plan, tl.minimum(all_items, most))
-        tl.store(plan + 1, tl.minimum(all_tiles, most_tiles))
+        tl.store(plan, all_items)
+        tl.store(plan + 1, all_tiles)
     if BY_KEYS:
-        # Of wrong cu_seqlens sequences may overlap, so that there are too many tiles.
-        q_len = tl.where(first_tile + tl.cdiv(q_len, TILE) <= most_tiles, q_len, 0)
+        q_len = tl.where(first_tile + own_tiles <= most_tiles, q_len, 0)
+    items = tl.minimum(items, most - first_item)
     item = chunk * _AT_ONCE + tl.arange(0, _AT_ONCE)
     entry = plan + (1 + first_item + item) * _NUMBERS
-    inside = (item < items) & (first_item + items <= most)
+    inside = item < items
     tl.store(entry, q_begin, mask=inside)
     tl.store(entry + 1, q_len, mask=inside)
     tl.store(entry + 2, k_begin, mask=inside)
@@ -239,13 +247,13 @@ def plan_kernel(
     tl.store(entry + 5, items, mask=inside)
     tl.store(entry + 6, tl.minimum(first_tile, most_tiles - 1), mask=inside)
     if tiles is not None:
-        own_tiles = tl.cdiv(q_len, TILE)
+        own_tiles = tl.minimum(own_tiles, most_tiles - first_tile)
         for first in range(chunk * _AT_ONCE, own_tiles, chunks * _AT_ONCE):
             tile = first + tl.arange(0, _AT_ONCE)
             at = tiles + (first_tile + tile) * _NUMBERS
             there = tile < own_tiles
             tl.store(at, q_begin + tile * TILE, mask=there)
-            tl.store(at + 1, tl.minimum(q_len - tile * TILE, TILE), mask=there)
+            tl.store(at + 1, tl.minimum(tl.maximum(q_len - tile * TILE, 0), TILE), mask=there)
             tl.store(at + 2, tile * TILE, mask=there)
             tl.store(at + 3, q_len, mask=there)
             tl.store(at + 4, kv_len, mask=there)

@@ -298,7 +298,7 @@ class Signature:
         return None
 
     def cu_layouts(self) -> tuple[Layout | None, Layout | None]:
-        """cu_seqlens are contiguous. Whether they are aligned does not matter to loads of single numbers."""
+        """cu_seqlens are contiguous. Whether they are aligned does not matter: no thread loads two numbers at once."""
         layout = contiguous_layout((2,)) if self.packed is not None else None
         return layout, layout
 
@@ -336,7 +336,9 @@ class Signature:
 
     def band(self) -> Band:
         """The band, without the sides that hide no key (e.g. a causal mask when decoding one token)."""
-        shift, left, right = self.options.band(self.q_len, self.kv_len)
+        # None of packed sequences is longer than all together, whatever was said to be the longest.
+        q_len, kv_len = min(self.q_len, self.query.shape[2]), min(self.kv_len, self.key.shape[2])
+        shift, left, right = self.options.band(q_len, kv_len)
         has_left, has_right = left is not None, right is not None
         if self.packed is None:  # else each sequence has its own lengths
             has_left = left is not None and self.q_len - 1 + shift - left > 0

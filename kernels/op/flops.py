@@ -22,7 +22,9 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> int:
 def _packed(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, keys: Tensor, longest: tuple[int, int]) -> int:
     """The same of each sequence; where the lengths are not known (fake tensors), all are the longest."""
     known = type(rows) is Tensor and not rows.is_meta
-    pairs = int((rows.diff() * keys.diff()).sum()) if known else (rows.shape[0] - 1) * longest[0] * longest[1]
+    # In 64 bits: a sequence of 46,341 rows and keys has more pairs than an int32 holds.
+    own = rows.diff().long() * keys.diff() if known else None
+    pairs = (rows.shape[0] - 1) * longest[0] * longest[1] if own is None else int(own.sum())
     return 2 * query.shape[1] * pairs * (query.shape[-1] + value.shape[-1])
 
 

@@ -20,6 +20,8 @@ try:
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
@@ -120,15 +122,32 @@ def test_interpreted_plans_of_wrong_ends_stay_within_the_tensors_shard1(index: i
     items, all_tiles = plan[0, :2].tolist()
     assert 0 <= items <= sizes.most and 0 <= all_tiles <= sizes.most_tiles
     assert (plan[-1] == -7).all() and (tiles[-1] == -7).all()
-    for q_begin, q_len, k_begin, kv_len, first, number, tile in plan[1:-1, :7].tolist():
-        if q_begin == -7:
-            continue
+    assert (plan[1 + items :] == -7).all()
+    for at, (q_begin, q_len, k_begin, kv_len, first, number, tile) in enumerate(plan[1 : 1 + items, :7].tolist()):
+        assert first <= at < first + number  # those that no sequence writes would be -7
         assert q_begin >= 0 and q_len >= 0 and q_begin + q_len <= totals[0]
         assert k_begin >= 0 and kv_len >= 0 and k_begin + kv_len <= totals[1]
         assert first >= 0 and first + number <= sizes.most
         assert tile >= 0 and (not sizes.by_keys or q_len == 0 or tile + cdiv(q_len, TILE) <= sizes.most_tiles)
-    for row, rows, *_ in tiles[:-1].tolist():
-        assert row == -7 or (row >= 0 and 0 <= rows <= TILE and row + rows <= totals[0])
+    if sizes.by_keys:
+        assert (tiles[all_tiles:] == -7).all()
+        for row, rows, *_ in tiles[:all_tiles].tolist():
+            assert row >= 0 and 0 <= rows <= TILE and row + rows <= totals[0]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_interpreted_plan_of_wrong_ends_with_2_to_the_31_tiles_shard1() -> None:
+    """Every other one of 601 sequences has all 2^29 rows and keys. The first program counts them, and has all items."""
+    total, most = 1 << 29, 10
+    cu = torch.tensor([0, total] * 301, dtype=torch.int32)
+    plan, tiles = (torch.full((most + 2, 8), -7, dtype=torch.int32) for _ in range(2))
+    packed.plan_kernel[(1,)](
+        plan, tiles, cu, cu, total, total, total, total, 601, 1, most, most, BY_KEYS=True, SIZE=128, TILE=TILE
+    )
+    assert plan[0, :2].tolist() == [most, most]
+    assert plan[1 : 1 + most, :7].tolist() == [[0, 0, 0, total, 0, most, 0]] * most
+    assert tiles[:most, :5].tolist() == [[64 * at, 0, 64 * at, 0, total] for at in range(most)]
+    assert (plan[-1] == -7).all() and (tiles[most:] == -7).all()
 
 
 def finished(sums: Tensor, dq: Tensor, tiles: int, **packed_by: Any) -> None:
@@ -149,6 +168,20 @@ def test_interpreted_rows_of_dq_2_to_the_31_elements_from_the_first_shard1() -> 
     finished(sums, near, 9)
     finished(sums, far, 9)
     torch.testing.assert_close(far.float(), near, rtol=2**-7, atol=0)  # the interpreter cuts off
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_interpreted_products_2_to_the_31_elements_from_the_first_shard1() -> None:
+    """dS times the keys, of rows that are as far apart as int32 holds for those of a block."""
+    torch.manual_seed(0)
+    ds, keys = torch.randn(64, 640), torch.randn(1, 1, 64, 64)
+    dq = torch.empty(576 << 22, dtype=torch.bfloat16).as_strided((576, 64), (1 << 22, 1))
+    grad_query.product_kernel[(5,)](
+        TensorDescriptor.from_tensor(ds, [64, 128]), TensorDescriptor.from_tensor(keys, [1, 1, 64, 64]), None, dq,
+        None, 0, 0, dq.stride(0), 0, 0, 0, 1, 1, 576, 64, 0, 0, 0.5, 0, 1,
+        HEAD_DIM=64, DIM=64, HAS_LEFT=False, HAS_RIGHT=False, BOTTOM_RIGHT=False, ROW_SUMS=False, UNIT=1, WIDE=False,
+    )  # fmt: skip
+    torch.testing.assert_close(dq.float(), 0.5 * ds[:, :576].mT @ keys[0, 0], rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -229,6 +262,7 @@ def problem(dim: int = 128, value_dim: int | None = None, *, sequences: int = 4,
         (problem(), "hopper.forward", "hopper.backward"),
         (problem(sequences=16), "hopper.forward", "hopper.backward"),
         (problem(sequences=17), "triton.forward", "triton.backward"),
+        (problem(sequences=0), "triton.forward", "triton.backward"),
         (problem(64), "hopper.forward", "hopper.backward"),
         (problem(64, options={"is_causal": True}), "triton.forward", "hopper.backward"),
         (problem(96, options={"is_causal": True}), "hopper.forward", "hopper.backward"),
@@ -239,6 +273,10 @@ def problem(dim: int = 128, value_dim: int | None = None, *, sequences: int = 4,
         (problem(options={"dropout_p": 0.1}), "triton.forward", "triton.backward"),
         (problem(options={"is_causal": True, "window_left": 100}), "triton.forward", "triton.backward"),
         (problem(options={"is_causal": True, "window_left": 600}), "hopper.forward", "hopper.backward"),
+        *(
+            (problem(dim, options={"window_left": 300, "window_right": 200}), forward, "triton.backward")
+            for dim, forward in ((64, "triton.forward"), (96, "hopper.forward"), (256, "hopper.forward"))
+        ),
     ],
 )
 def test_which_kernels_run_on_a_hopper_gpu(given: Problem, forward: str, backward: str, no_memory: None) -> None:
@@ -258,6 +296,18 @@ def test_plans_are_made_for_the_longest_sequences(no_memory: None) -> None:
     assert backward.packed is not None and backward.packed.items.most == 4096 // 128 + 4
     assert backward.sums.shape == (8 * (4096 // 64 + 4), 64 * 128)
     assert backward.launch._grid == ((4096 // 128 + 4) * 4, 1, 1)
+
+
+@pytest.mark.parametrize(("by_keys", "grid"), [(False, 4), (True, 4)])
+def test_longest_lengths_above_all_rows_add_no_programs(by_keys: bool, grid: int, no_memory: None) -> None:
+    given = problem()
+    assert given.packed is not None
+    given.packed = given.packed._replace(longest_q=1 << 40, longest_k=1 << 40)
+    with pretended():
+        plan = packed.plan_for(given.signature, 128, by_keys=by_keys)
+    assert plan.launch._grid == (grid, 1, 1)
+    longest = dict(zip(packed.plan_kernel.arg_names[4:], plan.launch._rest, strict=True))
+    assert longest["longest_q"] == longest["longest_k"] == 4096
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Which form of the sigmoid a signature asks for."""
+"""Which form of the sigmoid a signature asks for, and which band."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sigswap.kernels.host.forms import ACCURATE, CUBIC_TAIL, FAST, TAIL
-from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.host.problem import Band, Options, Packed, Problem
 
 
 def test_forms_of_the_sigmoid_with_a_low_row_cap() -> None:
@@ -26,3 +26,14 @@ def test_forms_of_the_sigmoid_with_a_low_row_cap() -> None:
     assert forms(0.01, 2048) == (ACCURATE, TAIL) == forms(0.01, 2048, bias=True) == forms(0.01, 9999)
     assert forms(0.01, 2048, torch.float16) == (ACCURATE, CUBIC_TAIL)
     assert forms(0.01, 2048, torch.float32) == (ACCURATE, ACCURATE)
+
+
+def test_bands_of_packed_sequences_are_no_wider_than_all_of_them() -> None:
+    """Sums with them stay within int32, whatever was said to be the longest."""
+    query = torch.empty(1, 1, 300, 64, device="meta")
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    for longest in (300, 2**31 - 1):
+        options = Options(1.0, window_left=2**31 - 1, window_right=2**31 - 1)
+        packed = Packed(cu, cu, longest, longest)
+        signature = Problem(query, query, query, None, None, None, options, packed).signature
+        assert signature.band() == Band(600, 600, True, True)

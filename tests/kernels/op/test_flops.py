@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sigswap
+from sigswap.kernels.op import flops
 
 
 def counted(run: Callable[[], object]) -> int:
@@ -39,3 +40,12 @@ def test_packed_sequences() -> None:
 
     assert counted(forward) == 2 * 2 * pairs * 16
     assert counted(lambda: forward().sum().backward()) == 2 * 2 * pairs * (16 + 40)
+
+
+def test_packed_sequences_of_more_than_2_to_the_31_pairs() -> None:
+    query = torch.empty(0, 2, 8)
+    lengths = torch.tensor([0, 65536, 65536 + 50000], dtype=torch.int32)
+    given = query, query, query, None, lengths, lengths, None, 65536, 65536
+    pairs = 65536**2 + 50000**2
+    assert flops._forward_packed(*given) == 2 * 2 * pairs * 16
+    assert flops._backward_packed(query, *given) == 2 * 2 * pairs * 40
