@@ -563,6 +563,7 @@ CROSS_Q, CROSS_K = [700, 1029, 300, 0, 77, 900, 600], [900, 1000, 0, 500, 900, 7
         ({"is_causal": True, "bottom_right": True}, "rows", True),
         ({"is_causal": True}, "heads", True),
         ({"window_left": 300, "window_right": 200}, None, False),
+        ({"is_causal": True, "window_left": 600}, "rows", False),
         ({"is_causal": True, "row_cap": 0.01, "const_bias": -3.0}, "heads", False),
         ({"row_cap": 0.5}, "rows", False),
     ],
@@ -587,7 +588,7 @@ def test_long_sequences_on_a_hopper_gpu(
     monkeypatch.setattr(dispatch, "chosen", lambda *asked: (chosen.append(choose(*asked)), chosen[-1])[1])
     assert_no_worse(inputs, Options(scale=dim**-0.5, **more))
     narrow = dim <= 64 and ("is_causal" in more or "window_right" in more)
-    no_backward = dim > 128 or "window_left" in more
+    no_backward = dim > 128 or "window_right" in more
     names = ["triton.forward" if narrow else "hopper.forward", "triton.backward" if no_backward else "hopper.backward"]
     assert [each.__name__.removeprefix("sigswap.kernels.") for each in chosen] == names
 
