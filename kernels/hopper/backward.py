@@ -84,8 +84,7 @@ def supports(problem: Problem) -> bool:
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
         return False
-    by_rows = signature.bias is not None and signature.bias.shape[2] > 1
-    if problem.options.softcap > 0.0 and problem.output_mask[3] and by_rows:
+    if problem.options.softcap > 0.0 and problem.output_mask[3] and signature.biased_by_rows:
         return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
     if signature.packed is not None:
@@ -182,11 +181,10 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         of_tiles(grad_key, KEYS // 2),
         of_tiles(grad_value, KEYS // 2),
     )
-    by_rows = signature.bias is not None and signature.bias.shape[2] > 1
-    packed = _packed_for(signature, by_rows, row_delta) if signature.packed is not None else None
+    packed = _packed_for(signature, row_delta) if signature.packed is not None else None
     rows = row_tiles_for(signature) if packed is None else None
-    row_sums = by_rows and grad_bias is not None
-    head_sums = not by_rows and grad_bias is not None
+    row_sums = signature.biased_by_rows and grad_bias is not None
+    head_sums = not signature.biased_by_rows and grad_bias is not None
     if packed is None:
         batch, q_len = signature.batch, signature.q_len
         tiles = triton.cdiv(q_len, ROWS)
@@ -248,8 +246,8 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     return _Plan(described, deltas, launch, sums, finish, rows, packed, sum_parts)
 
 
-def _packed_for(signature: Signature, by_rows: bool, row_delta: Layout | None) -> _Packed:
-    biases = tile_numbers_for(signature, signature.bias, biases=True) if by_rows else None
+def _packed_for(signature: Signature, row_delta: Layout | None) -> _Packed:
+    biases = tile_numbers_for(signature, signature.bias, biases=True) if signature.biased_by_rows else None
     deltas = None if row_delta is None else tile_numbers_for(signature, row_delta, biases=False)
     return _Packed(plan_for(signature, KEYS, by_keys=True), biases, deltas)
 

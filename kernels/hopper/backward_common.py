@@ -130,7 +130,7 @@ class RowTiles(NamedTuple):
 
 def row_tiles_for(signature: Signature) -> RowTiles | None:
     """None: no bias tensor differs between rows."""
-    if signature.bias is None or signature.bias.shape[2] == 1:
+    if not signature.biased_by_rows:
         return None
     biases = row_biases_for(signature)
     assert biases is not None

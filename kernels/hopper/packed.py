@@ -3,7 +3,7 @@
 - A plan says of which sequence an item of the forward is, or a program of the backward. A small kernel makes it from
   cu_seqlens, so that no launch waits for their values. Wrong ones are cut off at the tensors' ends.
 - The longest sequence comes first, so that all programs end at the same time. Of a sequence as many heads are mixed as
-  fill the GPU twice, what takes longest first: so what runs at the same time reads the same rows and keys, from L2.
+  fill the GPU a few times, what takes longest first: so what runs at once reads the same rows and keys, from L2.
 - Descriptors have bounds: beyond them rows are zeros, and are not written. :class:`Ragged` ones, after the idea of
   ``triton.tools.ragged_tma``, have those of the sequence that a tile is loaded for. So the kernels need no masks.
 """
@@ -35,6 +35,9 @@ TILE = 64
 
 _FAR = 1 << 30
 """Of rows that a descriptor of sequences has, for the hardware. See :class:`Ragged`."""
+
+_MOST = 0x7FFF0000
+"""Of a dimension, whose bound is never met."""
 
 _TURN = 1 << 34
 """Elements; _FAR times as many are a multiple of 2^64 bytes."""
@@ -78,10 +81,6 @@ class Ragged(Tiles):
     def describe(self, tensor: Tensor) -> Any:
         shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
         return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block), shared)
-
-
-_MOST = 0x7FFF0000
-"""Of a dimension, whose bound is never met."""
 
 
 def tiles_of(signature: Signature) -> type[Tiles]:

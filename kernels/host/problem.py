@@ -318,6 +318,11 @@ class Signature:
         return self.attn_mask is not None and self.attn_mask.shape[2] > 1
 
     @property
+    def biased_by_rows(self) -> bool:
+        """Whether there is a bias tensor that differs between rows."""
+        return self.bias is not None and self.bias.shape[2] > 1
+
+    @property
     def plain(self) -> bool:
         """Nothing that takes registers per score: no dropout, no softcap, no mask but one that all rows share."""
         return not self.masked_by_rows and self.options.dropout_p == 0.0 and self.options.softcap == 0.0
@@ -332,7 +337,7 @@ class Signature:
         """Whether each row has a bias of its own, not one for the head."""
         band = self.band()
         visible = self.options.visible_bias and (band.has_left or band.has_right or self.counted)
-        return visible or (self.bias is not None and self.bias.shape[2] > 1)
+        return visible or self.biased_by_rows
 
     def band(self) -> Band:
         """The band, without the sides that hide no key (e.g. a causal mask when decoding one token)."""
@@ -451,7 +456,7 @@ class Signature:
             "VALUE_DIM": self.value.shape[3],
             "BLOCK_D": block_d,
             "BLOCK_DV": block_dv,
-            "BIAS_ROWS": self.bias is not None and self.bias.shape[2] > 1,
+            "BIAS_ROWS": self.biased_by_rows,
             # A mask that all rows share is loaded as one row per tile.
             "MASK_ROWS": self.attn_mask is not None and self.attn_mask.shape[2] > 1,
             "VISIBLE": options.visible_bias,
