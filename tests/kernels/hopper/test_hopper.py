@@ -267,8 +267,7 @@ def test_the_forward_of_wide_heads_compiles_with_its_products_in_flight(
     assert_forward_products_in_flight(dims, tile, dtype, band, form, bias, 40 if bias else 0, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+of_each_tile = pytest.mark.parametrize(
     ("dims", "tile"),
     [
         pytest.param((64, 64), forward_items.TILES[1, 1], id="64"),
@@ -279,6 +278,10 @@ def test_the_forward_of_wide_heads_compiles_with_its_products_in_flight(
         pytest.param((256, 256), forward_items.TILES[4, 4], id="256"),
     ],
 )
+
+
+@pytest.mark.slow
+@of_each_tile
 @pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), CAPPED)
 def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
     dims: tuple[int, int],
@@ -297,17 +300,7 @@ def test_the_forward_with_a_row_cap_compiles_with_its_products_in_flight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dims", "tile"),
-    [
-        pytest.param((64, 64), forward_items.TILES[1, 1], id="64"),
-        pytest.param((96, 96), forward_items.TILES[2, 2], id="96"),
-        pytest.param((128, 128), forward_items.TILES[2, 2], id="128"),
-        pytest.param((128, 128), forward_items.LONG, id="128-long"),
-        pytest.param((192, 128), forward_items.TILES[3, 2], id="192-128"),
-        pytest.param((256, 256), forward_items.TILES[4, 4], id="256"),
-    ],
-)
+@of_each_tile
 @pytest.mark.parametrize(("dtype", "band", "form", "grouped", "bias"), SOFTCAPPED)
 def test_the_forward_with_a_soft_cap_compiles_with_its_products_in_flight(
     dims: tuple[int, int],
