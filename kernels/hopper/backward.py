@@ -17,7 +17,8 @@ makes that fast:
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - A bias tensor that differs between rows comes with the queries, worked out before. Its gradient is a product of dS
   with ones, eight columns wide, next to that of dQ: sums over keys cost next to nothing there, and many shuffles in
-  registers. It is added up in memory as dQ is.
+  registers. It is added up in memory as dQ is. With a soft cap dS lies in memory with the cap's slope in it, which that
+  gradient has not: then it is shuffles after all.
 
 The sums are added in no fixed order: two runs differ by rounding. ``torch.use_deterministic_algorithms`` avoids that.
 """
@@ -78,13 +79,10 @@ APART = (64,)
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, head_dim 33 to 128, without mask
-    and dropout, where all of query, key and value want gradients; with a soft cap not where a bias that differs between
-    rows does: the sums of dS, which are those of dX there, are not what it needs."""
+    and dropout, where all of query, key and value want gradients."""
     signature = problem.signature
     width, value_width = signature.widths
     if width != value_width or width not in LONG or not takes(problem) or torch.are_deterministic_algorithms_enabled():
-        return False
-    if problem.options.softcap > 0.0 and problem.output_mask[3] and signature.biased_by_rows:
         return False
     long = LONG[width][0 if signature.bias is None else 1 if signature.bias.shape[2] == 1 else 2]
     if signature.packed is not None:
@@ -362,7 +360,7 @@ def _kernel(
     else:
         deltas = gl.allocate_shared_memory(gl.float32, [_STAGES, 1, _ROWS], delta.layout)
         of_delta = delta
-    if not ROW_SUMS:
+    if SOFTCAP or not ROW_SUMS:
         ones: gl.constexpr = 0
     else:
         SUMMED: gl.constexpr = _KEYS if APART else _KEYS // 2
@@ -408,7 +406,7 @@ def _kernel(
                 )),
                 (add_queries, (
                     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
-                    batch, kv_head, heads, group, begin, span, q_len, of_queries, DIM, ROW_SUMS, PACKED,
+                    batch, kv_head, heads, group, begin, span, q_len, of_queries, DIM, ROW_SUMS, PACKED, SOFTCAP,
                 )),
                 (load, (
                     loading, of_loads, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,

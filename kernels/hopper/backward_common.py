@@ -244,6 +244,15 @@ def add_row_sums(sums, tile, layout: gl.constexpr):
 
 
 @gluon.jit
+def add_sums_of_rows(sums, ds):
+    """Adds the sums over keys of a tile [64, 64] to memory, those of each warp's 16 keys: many shuffles, but of numbers
+    that no product has at hand."""
+    of_warps = gl.sum(gl.sum(ds.reshape([4, 2, 8, _ROWS]), 1), 1)
+    row = gl.arange(0, _ROWS, gl.SliceLayout(0, of_warps.type.layout))[None, :]
+    gl.atomic_add(sums + (row + gl.full([4, _ROWS], 0, gl.int32, of_warps.type.layout)), of_warps, sem="relaxed")
+
+
+@gluon.jit
 def lowest_bias(floor, place, group, stride_h, begin, end, q_len):
     """The least bias of the rows begin to end of some heads."""
     blocks = gl.cdiv(q_len, _ROW_BIAS_BLOCK)

@@ -18,6 +18,7 @@ from sigswap.kernels.hopper.backward_common import (
     _ROWS,
     BY_THREAD,
     add_row_sums,
+    add_sums_of_rows,
     add_tile,
     end_of_head,
     load_head_bias,
@@ -132,9 +133,10 @@ def _put(target, sums, factor, CUT: gl.constexpr):
 def add_queries(
     sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
     batch, kv_head, heads, group, begin, span, q_len, packed, DIM: gl.constexpr, ROW_SUMS: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: dS times all the keys, which is added to dQ in memory, and sums of rows of dS."""
+    """A warpgroup: dS times all keys, which is added to dQ in memory, and, without a soft cap, sums of rows of dS."""
+    ROW_PRODUCT: gl.constexpr = ROW_SUMS and not SOFTCAP
     of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     of_row_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     no_rows = gl.zeros([_ROWS, DIM], gl.float32, of_rows)
@@ -157,7 +159,7 @@ def add_queries(
         ds = ds_tiles.index(slot)
         place = sums + tile.to(gl.int64) * (_ROWS * (DIM + 1 if ROW_SUMS else DIM))
         token = warpgroup_mma(ds.permute((1, 0)), keys, no_rows, use_acc=False, is_async=True)
-        if ROW_SUMS:
+        if ROW_PRODUCT:
             row_token = start_row_sums(ds, ones.index(0), no_sums)
             dq, row_sums = warpgroup_mma_wait(0, deps=[token, row_token])
         else:
@@ -165,7 +167,7 @@ def add_queries(
         sync()
         mbarrier.arrive(ds_empty.index(slot))
         add_tile(place, dq, of_rows)
-        if ROW_SUMS:
+        if ROW_PRODUCT:
             add_row_sums(place + _ROWS * DIM, row_sums, of_row_sums)
         start, tile, head = next_tile(start, tile, head, begin, end, tiles - span)
         slot ^= 1
@@ -206,8 +208,10 @@ def compute(
     # Scores start from the biases of rows, which with a soft cap are added to its result, in the sigmoid's unit.
     BY_ROW: gl.constexpr = (BANDED or BIAS_ROWS) and not SOFTCAP
     PUTS_BIASES: gl.constexpr = BANDED and not BIAS_ROWS
-    # Neither p nor the slope of the soft cap is kept until dP is known, unless the sums of dS do without that slope.
-    SLOPE_FIRST: gl.constexpr = SOFTCAP and not SUMS
+    # Neither p nor the soft cap's slope is kept until dP is known, unless dS is summed, which is without that slope.
+    SLOPE_FIRST: gl.constexpr = SOFTCAP and not SUMS and not ROW_SUMS
+    SLOPE_LAST: gl.constexpr = SOFTCAP and (SUMS or ROW_SUMS)
+    ROW_PRODUCT: gl.constexpr = ROW_SUMS and not SOFTCAP
     HEAD_BIAS: gl.constexpr = bias is not None and not BIAS_ROWS
     # Of the sums of dQ and, behind it, of dS: a tile's numbers, and where those of dS begin, for this half.
     TILE_SUMS: gl.constexpr = _ROWS * (DIM + 1 if ROW_SUMS else DIM)
@@ -310,7 +314,9 @@ def compute(
     dv_tokens = start_by_columns(p_operands, grads, dv_acc, CUT)
     dp = warpgroup_mma_wait(PIECES, deps=[dp_token])
     ds = slope * dp if SLOPE_FIRST else (p - p * p) * dp
-    ds_low = _rounded(ds * slope.to(gl.float32) if SOFTCAP and SUMS else ds, 1.0, dtype, DIM)
+    if ROW_SUMS and SOFTCAP:
+        add_sums_of_rows(sums + tile.to(gl.int64) * TILE_SUMS + ROW_SUMS_AT, ds)
+    ds_low = _rounded(ds * slope.to(gl.float32) if SLOPE_LAST else ds, 1.0, dtype, DIM)
     ds_operands = as_operands(ds_low, of_keys, of_rest, CUT)
     ds_tiles.index(AT).slice(PART * HALF, HALF, 0).store(ds_low)
     sum_of_ds = gl.zeros([128], gl.float32, BY_THREAD)
@@ -372,7 +378,7 @@ def compute(
                 ds_tiles.index(slot).permute((1, 0)), keys_now.slice(PART * FIRST_COLUMNS, COLUMNS, 1), no_rows,
                 use_acc=False, is_async=True,
             )  # fmt: skip
-        if ROW_SUMS and not APART:
+        if ROW_PRODUCT and not APART:
             own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
             row_token = start_row_sums(own, ones.index(zero), no_sums)
         if not BIAS_ROWS or SOFTCAP:
@@ -396,12 +402,12 @@ def compute(
         else:
             awaited = dk_tokens + ds_operands
             awaited += (dq_token,)
-            if ROW_SUMS:
+            if ROW_PRODUCT:
                 awaited += (row_token,)
             results = warpgroup_mma_wait(PIECES, deps=awaited)
             dk_acc = results[:PIECES]
             sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
-            if ROW_SUMS:
+            if ROW_PRODUCT:
                 add_row_sums(sums_before + ROW_SUMS_AT, results[2 * PIECES + 1], of_row_sums)
             add_tile(sums_before, results[2 * PIECES], of_rows)
             # The rows of the tile before and dS of the one before that are read.
@@ -432,7 +438,9 @@ def compute(
         dv_tokens = start_by_columns(p_operands, grads, dv_acc, CUT)
         dp = warpgroup_mma_wait(PIECES, deps=[dp_token])
         ds = slope * dp if SLOPE_FIRST else (p - p * p) * dp
-        ds_low = _rounded(ds * slope.to(gl.float32) if SOFTCAP and SUMS else ds, 1.0, dtype, DIM)
+        if ROW_SUMS and SOFTCAP:
+            add_sums_of_rows(sums + tile.to(gl.int64) * TILE_SUMS + ROW_SUMS_AT, ds)
+        ds_low = _rounded(ds * slope.to(gl.float32) if SLOPE_LAST else ds, 1.0, dtype, DIM)
         ds_operands = as_operands(ds_low, of_keys, of_rest, CUT)
         # The other warpgroup has read what lies there: dS of two tiles before.
         if APART:
@@ -488,7 +496,7 @@ def compute(
         dk_acc = results[:PIECES]
         sums_before = sums + tile_before.to(gl.int64) * TILE_SUMS
         add_tile(sums_before, results[2 * PIECES], of_rows)
-        if ROW_SUMS:
+        if ROW_PRODUCT:
             own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
             row_sums = warpgroup_mma_wait(0, deps=[start_row_sums(own, ones.index(0), no_sums)])
             add_row_sums(sums_before + ROW_SUMS_AT, row_sums, of_row_sums)
@@ -500,7 +508,7 @@ def compute(
         dq_tile = warpgroup_mma_wait(0, deps=[dq_token])
         sums += tile.to(gl.int64) * TILE_SUMS
         add_tile(sums, dq_tile, of_rows)
-        if ROW_SUMS:
+        if ROW_PRODUCT:
             own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
             row_sums = warpgroup_mma_wait(0, deps=[start_row_sums(own, ones.index(0), no_sums)])
             add_row_sums(sums + ROW_SUMS_AT, row_sums, of_row_sums)

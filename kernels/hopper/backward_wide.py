@@ -8,7 +8,7 @@ not hold them. Here both warpgroups have the same 64 keys, and different product
   bottleneck.
 - What the second needs of the first is the slope of the sigmoid, p(1 - p), which goes through shared memory in
   float16, times 2^16: so small ones have as many bits as large ones, and more than bfloat16 leaves them. A soft cap's
-  is part of it.
+  is part of it, or, where dS is summed for a bias, goes beside it.
 - They meet through memory barriers only. While one computes in registers, the other multiplies matrices.
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - dS goes to memory, and a second kernel multiplies it by the keys: dQ. Adding dQ up in memory, as is done for narrower
@@ -79,13 +79,15 @@ more. 512 MiB are 16,384 queries and as many keys of one head; to add dQ up inst
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, where query or value has a head_dim
     of 129 to 256, and neither one below 65, without mask and dropout, where all of query, key and value want
-    gradients; with a soft cap not where the bias does: it needs dS, of which only dX is known."""
+    gradients; with a soft cap not where a bias does that differs between rows, whose sums are not those of dX, nor
+    where any does and dQ is added up, for which there are too few registers."""
     signature = problem.signature
     if not 128 < max(signature.query.shape[3], signature.value.shape[3]) <= MAX_DIM:
         return False
     if min(signature.widths) < 128 or signature.packed is not None or not takes(problem):
         return False
-    if problem.options.softcap > 0.0 and problem.output_mask[3]:
+    bias = signature.bias if problem.output_mask[3] else None
+    if problem.options.softcap > 0.0 and bias is not None and (bias.shape[2] > 1 or not _units_at_once(signature)):
         return False
     if torch.are_deterministic_algorithms_enabled() and not _units_at_once(signature):
         return False
@@ -439,14 +441,14 @@ def _kernel(
                 stride_bias_b, stride_bias_h, scale, const_bias, fast,
                 softcap if SOFTCAP else 0,
                 Q_REST, V_REST, VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, ROW_SUMS, GROUPED, P_SCALE, FORM,
-                SLOW, STORED, SOFTCAP,
+                SLOW, STORED, SOFTCAP, SUMS,
             )),
             (compute_keys, (
                 dk, dk_rest if Q_REST else 0, ds if STORED else 0, sums, parts, k_tile, v_tile, q_tiles, do_tiles,
                 k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones, deltas,
                 k_full, v_full, q_full, do_full, q_empty, slopes_full, ds_full,
                 k_read, v_read, batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, scale,
-                Q_REST, V_REST, SUMS, ROW_SUMS, GROUPED, DELTA, STORED,
+                Q_REST, V_REST, SUMS, ROW_SUMS, GROUPED, DELTA, STORED, SOFTCAP,
             )),
             (load, (
                 q, k, v, do, q_rest if Q_REST else 0, k_rest if Q_REST else 0, v_rest if V_REST else 0,

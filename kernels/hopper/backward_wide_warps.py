@@ -120,6 +120,7 @@ def compute_values(
     Q_REST: gl.constexpr, V_REST: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr,
     P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, STORED: gl.constexpr, SOFTCAP: gl.constexpr,
+    SUMS: gl.constexpr,
 ):  # fmt: skip
     """The first warpgroup: probabilities, dV, and, unless dS is STORED, the first columns of dQ."""
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -196,10 +197,12 @@ def compute_values(
             BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
         )  # fmt: skip
     p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
-    if SOFTCAP:
+    if SOFTCAP and not SUMS:
         slopes.index(0).store(((p - p * p) * slope.to(gl.float32) * _SLOPE_SCALE).to(slopes.dtype))
     else:
         slopes.index(0).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
+    if SOFTCAP and SUMS:
+        slopes.index(1).store(slope)
     tile_before = tile + 0
     start, tile, head_next = next_tile(start, tile, head, begin, end, tiles - span)
     head = head_next
@@ -214,7 +217,8 @@ def compute_values(
     mbarrier.arrive(slopes_full.index(0))
 
     # In each turn dV and dQ of the tile before, and all else of this one.
-    # slopes and dS have two slots.
+    # slopes and dS have two slots. Where dS is summed, which is without the soft cap's slope, that is in the second one
+    # of slopes, and both are one tile's.
     stage = 0
     phase = 0
     slot = 0
@@ -262,7 +266,11 @@ def compute_values(
             )  # fmt: skip
         p_next = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
         # The second warpgroup has read what lies there: this one has waited for dS of that tile.
-        if SOFTCAP:
+        if SOFTCAP and SUMS:
+            mbarrier.wait(ds_full.index(slot_before), slot_phase_before)  # now that of the tile before
+            slopes.index(0).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
+            slopes.index(1).store(slope)
+        elif SOFTCAP:
             slopes.index(slot).store(((p - p * p) * slope.to(gl.float32) * _SLOPE_SCALE).to(slopes.dtype))
         else:
             slopes.index(slot).store(((p - p * p) * _SLOPE_SCALE).to(slopes.dtype))
@@ -338,7 +346,7 @@ def compute_keys(
     k_full, v_full, q_full, do_full, q_empty, slopes_full, ds_full, k_read, v_read,
     batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, scale,
     Q_REST: gl.constexpr, V_REST: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr,
-    DELTA: gl.constexpr, STORED: gl.constexpr,
+    DELTA: gl.constexpr, STORED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: dS, dK, and the other columns of dQ, unless dS is STORED."""
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -390,7 +398,7 @@ def compute_keys(
     dp = warpgroup_mma_wait(0, deps=[dp_token])
     mbarrier.wait(slopes_full.index(0), 0)
     ds = slopes.index(0).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
-    ds_low = ds.to(dtype)
+    ds_low = (ds * slopes.index(1).load(of_scores).to(gl.float32)).to(dtype) if SOFTCAP and SUMS else ds.to(dtype)
     ds_operand = gl.convert_layout(ds_low, as_operand)
     ds_tiles.index(0).store(ds_low)
     sum_of_ds = gl.zeros([128], gl.float32, BY_THREAD)
@@ -466,8 +474,12 @@ def compute_keys(
         dp = warpgroup_mma_wait(0, deps=[dp_token])
 
         mbarrier.wait(slopes_full.index(slot), slot_phase)
-        ds = slopes.index(slot).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
-        ds_low = ds.to(dtype)
+        if SOFTCAP and SUMS:
+            ds = slopes.index(0).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
+            ds_low = (ds * slopes.index(1).load(of_scores).to(gl.float32)).to(dtype)
+        else:
+            ds = slopes.index(slot).load(of_scores).to(gl.float32) * (1.0 / _SLOPE_SCALE) * dp
+            ds_low = ds.to(dtype)
         ds_next = gl.convert_layout(ds_low, as_operand)
         ds_tiles.index(slot).store(ds_low)
         if SUMS:
