@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 import sys
 from pathlib import Path
@@ -365,6 +366,25 @@ def test_programs_end_at_the_same_time_under_a_causal_mask(batch: int, heads: in
     assert forward_items.longest(order, times, batch * heads, 132) <= 1.03 * mean
     if length >= 4096:
         assert order.at_once * length <= 132 * tile.rows  # and read the keys of few heads
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"),
+    [(4, 16, 4096), (1, 16, 16384), (4, 21, 4096), (16, 16, 1024), (9, 13, 2000), (1, 1, 8192), (5, 1, 3000)],
+)
+def test_programs_of_the_backward_end_at_the_same_time_under_a_causal_mask(batch: int, heads: int, length: int) -> None:
+    """Each multiprocessor takes the next program when it has ended one, which takes longer the more rows see its
+    keys."""
+    query = torch.empty(1, dtype=torch.bfloat16).expand(batch, heads, length, 128)
+    signature = Problem(query, query, query, None, None, None, Options(scale=1.0, is_causal=True)).signature
+    units, blocks = batch * heads, -(-length // hopper_bwd.KEYS)
+    at_once = backward_common.heads_at_once(signature, blocks, units)
+    groups = [min(at_once, units - first) for first in range(0, units, at_once)]
+    ends = [0] * 132
+    times = [2 * (blocks - block) + 3 for among in groups for block in range(blocks) for _ in range(among)]
+    for time in times:
+        heapq.heapreplace(ends, ends[0] + time)
+    assert max(ends) <= max(1.04 * sum(times) / 132, times[0])
 
 
 @pytest.mark.parametrize(
