@@ -265,8 +265,9 @@ def compute(
     per_score = 1.0 / gl.where(fast, 0.5, _LOG2E) if SOFTCAP else scale
     if PUTS_BIASES:
         put_row_biases(
-            biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
-        )
+            biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
+            HAS_RIGHT, APART,
+        )  # fmt: skip
     elif VISIBLE:
         const_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
         row_bias -= gl.log(gl.maximum(kv_len, 1).to(gl.float32))
@@ -301,12 +302,12 @@ def compute(
     if SOFTCAP:
         p, slope = soft_capped_probabilities(
             s, scale, softcap, unit, row_bias, biases.index(0) if BIAS_ROWS else biases, start, col0, key, row,
-            shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
         )  # fmt: skip
     else:
         p = probabilities(
             s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
         )  # fmt: skip
     p_operands = as_operands(_rounded(p, P_SCALE, dtype, DIM), of_keys, of_rest, CUT)
     if SLOPE_FIRST:
@@ -337,16 +338,18 @@ def compute(
         row_bias = const_bias + load_head_bias(bias, gl.minimum(head_next, last_head), stride_bias_h)
     if PUTS_BIASES and not SOFTCAP:
         put_row_biases(
-            biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
-        )
+            biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
+            HAS_RIGHT, APART,
+        )  # fmt: skip
     fence_async_shared()
     sync()
     mbarrier.arrive(ds_full.index(AT))
     if PUTS_BIASES and SOFTCAP:
         # All warps have read those of this tile. Another sync() comes before they read these.
         put_row_biases(
-            biases, start_next, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
-        )
+            biases, start_next, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
+            HAS_RIGHT, APART,
+        )  # fmt: skip
 
     # In each turn dK of the tile before, dQ of the one before that, and all else of this one.
     stage = 0
@@ -425,12 +428,12 @@ def compute(
         if SOFTCAP:
             p, slope = soft_capped_probabilities(
                 s, scale, softcap, unit, row_bias, biases.index(stage) if BIAS_ROWS else biases, start, col0, key, row,
-                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
             )  # fmt: skip
         else:
             p = probabilities(
                 s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW,
+                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
             )  # fmt: skip
         p_operands = as_operands(_rounded(p, P_SCALE, dtype, DIM), of_keys, of_rest, CUT)
         if SLOPE_FIRST:
@@ -461,16 +464,18 @@ def compute(
             )
         if PUTS_BIASES and not SOFTCAP:
             put_row_biases(
-                biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
-            )
+                biases, start_next, row_bias, scale, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
+                HAS_RIGHT, APART,
+            )  # fmt: skip
         fence_async_shared()
         sync()
         mbarrier.arrive(ds_full.index(written))
         if PUTS_BIASES and SOFTCAP:
             # All warps have read those of this tile. Another sync() comes before they read these.
             put_row_biases(
-                biases, start_next, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT
-            )
+                biases, start_next, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
+                HAS_RIGHT, APART,
+            )  # fmt: skip
         if APART:
             slot ^= 1
             if slot == 0:

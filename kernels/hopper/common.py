@@ -16,12 +16,64 @@ from sigswap.kernels.host.forms import NO_TANH, SHORT_TANH
 from sigswap.kernels.host.launch import Described, by_rows
 from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.host.problem import Problem
-from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, TANH_COEFFICIENTS, tail_assembly
+from sigswap.kernels.triton.common import _AUTO, _CUBIC_TAIL, _FAST, _TAIL, TANH_COEFFICIENTS
 
-_PACK = tl.constexpr(8)
-_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, paired=False))
-_CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(8, cubic=True, paired=False))
-_TAIL_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+BY_ROW, BY_KEY = ((0, 1, 4, 5), (2, 3, 6, 7)), ((0, 2), (1, 3), (4, 6), (5, 7))
+"""Which of eight scores that a thread has one behind the other are of one row, in a tile [rows, keys]; in one [keys,
+rows]. Those may share a reciprocal: a score that is not a number spoils no other row."""
+
+
+def tail_assembly(pack: int, sharing: tuple[tuple[int, ...], ...], *, cubic: bool = False) -> str:
+    """PTX of a tail form of the sigmoid, from y = x log2 e, of as many elements. -inf gives 0.
+
+    As triton_common.tail_assembly(), but what the form is not good for is worked out from the same powers, so that all
+    elements stay in their registers. Half of the powers are on their way before it is known which branch is taken, the
+    other half beside what becomes of the first ones: 560 TFLOP/s at head_dim 64 and 16,384 keys on an H200, 522 with
+    all of them before, 533 with none.
+    """
+    each, early = range(pack), pack // 2
+    source = [f"${pack + i}" for i in each]
+    lines = [f"{{ .reg .f32 t<{pack}>, d<4>, r, s; .reg .b32 u<4>; .reg .pred large;"]
+    powers = [f"ex2.approx.ftz.f32 t{i}, {source[i]};" for i in each]
+    lines += powers[:early]
+    # As unsigned integers, floats up to -5 (0xC0A00000) are above all others, and NaN.
+    lines += [f"min.u32 u{i}, {source[i]}, {source[i + 4]};" for i in range(4)]
+    lines += [f"min.u32 u{i % 4}, u{i % 4}, {source[i]};" for i in each[8:]]
+    lines += ["min.u32 u0, u0, u1; min.u32 u2, u2, u3; min.u32 u0, u0, u2;"]
+    # The vote makes the branch the whole warp's: none diverges.
+    lines += ["setp.lt.u32 large, u0, 0xC0A00000;", "vote.sync.any.pred large, large, 0xffffffff;", "@large bra LARGE;"]
+    for i in each:  # t - t^2, or t - t (t - t^2)
+        lines += powers[i : i + 1] if i >= early else []
+        lines += [f"neg.f32 r, t{i}; fma.rn.f32 ${i}, t{i}, r, t{i};"]
+        lines += [f"fma.rn.f32 ${i}, ${i}, r, t{i};"] if cubic else []
+    lines += ["bra DONE;", "LARGE:", *powers[early:], *_exact(pack, sharing)]
+    return " ".join([*lines, "DONE: }"])
+
+
+def exact_assembly(pack: int, sharing: tuple[tuple[int, ...], ...]) -> str:
+    """PTX of the sigmoid from y = x log2 e, to 1e-6, of as many elements. -inf gives 0."""
+    lines = [f"{{ .reg .f32 t<{pack}>, d<4>, r, s;"]
+    lines += [f"ex2.approx.ftz.f32 t{i}, ${pack + i};" for i in range(pack)]
+    return " ".join([*lines, *_exact(pack, sharing), "}"])
+
+
+def _exact(pack: int, sharing: tuple[tuple[int, ...], ...]) -> list[str]:
+    """t / (1 + t). Of t up to 2^30, so that the product of four sums is a number."""
+    lines = []
+    for group in [[first + i for i in group] for first in range(0, pack, 8) for group in sharing]:
+        for n, i in enumerate(group):
+            lines += [f"min.NaN.f32 t{i}, t{i}, 0f4E800000; add.f32 d{n}, t{i}, 0f3F800000;"]
+        for n in range(0, len(group), 2):  # each times the sum of the other one
+            a, b = group[n : n + 2]
+            lines += [f"mul.f32 t{a}, t{a}, d{n + 1}; mul.f32 t{b}, t{b}, d{n};"]
+        if len(group) == 2:
+            lines += ["mul.f32 r, d0, d1; rcp.approx.ftz.f32 r, r;"]
+        else:  # s and r become the reciprocals of the first and the second pair's product
+            lines += ["mul.f32 r, d0, d1; mul.f32 s, d2, d3;"]
+            lines += ["mul.f32 d0, r, s; rcp.approx.ftz.f32 d0, d0; mul.f32 s, s, d0; mul.f32 r, r, d0;"]
+        for n, i in enumerate(group):
+            lines += [f"mul.f32 ${i}, t{i}, {'s' if n < 2 and len(group) == 4 else 'r'};"]
+    return lines
 
 
 def soft_cap_assembly(pack: int, *, slope: bool = False) -> str:
@@ -71,6 +123,18 @@ def soft_cap_assembly(pack: int, *, slope: bool = False) -> str:
     return " ".join([*lines, "DONE: }"])
 
 
+_LN2 = tl.constexpr(0.6931471805599453)
+# Of tiles [rows, keys], and of [keys, rows].
+_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32, BY_ROW))
+_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(32, BY_KEY))
+_SHORT_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY))
+_CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32, BY_ROW, cubic=True))
+_CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(32, BY_KEY, cubic=True))
+_SHORT_CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY, cubic=True))
+_EXACT_ASSEMBLY = tl.constexpr(exact_assembly(8, BY_ROW))
+_EXACT_ASSEMBLY_BY_KEY = tl.constexpr(exact_assembly(8, BY_KEY))
+_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
+_SHORT_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _SOFT_CAP_PACK = tl.constexpr(32)
 _SOFT_CAP_ASSEMBLY = tl.constexpr(soft_cap_assembly(32))
 _SOFT_CAP_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 128))
@@ -173,15 +237,27 @@ def start_by_columns(operands, second, sums, CUT: gl.constexpr):
 
 
 @gluon.jit
-def log_of_visible(row, kv_len, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """ln(max(n_i, 1)) of rows, n_i being the number of keys that a row sees."""
+def log_of_visible(
+    row, kv_len, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHORT: gl.constexpr = False
+):
+    """ln(max(n_i, 1)) of rows, n_i being the number of keys that a row sees.
+
+    SHORT: in few instructions, to 1e-6 of itself.
+    """
     first = gl.full(row.shape, 0, gl.int32, row.type.layout)
     last = first + (kv_len - 1)
     if HAS_LEFT:
         first = gl.maximum(row + shift - left, 0)
     if HAS_RIGHT:
         last = gl.minimum(row + shift + right, kv_len - 1)
-    return gl.log(gl.maximum(last - first + 1, 1).to(gl.float32))
+    count = gl.maximum(last - first + 1, 1).to(gl.float32)
+    if SHORT:
+        log2 = gl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [count], dtype=gl.float32, is_pure=True, pack=1
+        )
+        return log2 * _LN2
+    else:
+        return gl.log(count)
 
 
 @gluon.jit
@@ -203,32 +279,45 @@ def soft_capped_with_slope(s, scale, factor, bias):
 
 
 @gluon.jit
-def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr):
+def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr, BY_KEY: gl.constexpr, SHORT: gl.constexpr):
     """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form.
 
-    fast: if FORM is AUTO, whether the form is FAST, else it is SLOW, which ACCURATE stands for, too.
+    x: of a product's tile, [rows, keys] or, BY_KEY, [keys, rows]. fast: if FORM is AUTO, whether the form is FAST, else
+    it is SLOW, which ACCURATE stands for, too. SHORT: of few scores at a time, BY_KEY, for which there are registers.
     """
     if FORM == _FAST:
-        p = _sigmoid(x, _FAST)
+        p = _fast_sigmoid(x)
     elif FORM == _AUTO:
-        p = _sigmoid(x, _FAST) if fast else _sigmoid(x, SLOW)
+        p = _fast_sigmoid(x) if fast else _slow_sigmoid(x, SLOW, BY_KEY, SHORT)
     else:
-        p = _sigmoid(x, SLOW)
+        p = _slow_sigmoid(x, SLOW, BY_KEY, SHORT)
     return p
 
 
 @gluon.jit
-def _sigmoid(x, FORM: gl.constexpr):
-    if FORM == _FAST:
-        tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
-        return 0.5 + 0.5 * tanh
-    elif FORM == _TAIL:
-        return gl.inline_asm_elementwise(
-            _TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
-        )
+def sigmoid_of_rows(x, fast):
+    """Of a number of each row, in the form's unit."""
+    return _fast_sigmoid(x) if fast else 1 / (1 + gl.exp2(-x))
+
+
+@gluon.jit
+def _fast_sigmoid(x):
+    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+    return 0.5 + 0.5 * tanh
+
+
+@gluon.jit
+def _slow_sigmoid(x, FORM: gl.constexpr, BY_KEY: gl.constexpr, SHORT: gl.constexpr):
+    if FORM == _TAIL:
+        own: gl.constexpr = _TAIL_ASSEMBLY_BY_KEY if BY_KEY else _TAIL_ASSEMBLY
+        assembly: gl.constexpr = _SHORT_TAIL_ASSEMBLY_BY_KEY if SHORT else own
     elif FORM == _CUBIC_TAIL:
-        return gl.inline_asm_elementwise(
-            _CUBIC_TAIL_ASSEMBLY, _TAIL_CONSTRAINTS, [x], dtype=gl.float32, is_pure=True, pack=_PACK
-        )
+        own: gl.constexpr = _CUBIC_TAIL_ASSEMBLY_BY_KEY if BY_KEY else _CUBIC_TAIL_ASSEMBLY
+        assembly: gl.constexpr = _SHORT_CUBIC_TAIL_ASSEMBLY_BY_KEY if SHORT else own
     else:
-        return 1 / (1 + gl.exp2(-x))
+        assembly: gl.constexpr = _EXACT_ASSEMBLY_BY_KEY if BY_KEY else _EXACT_ASSEMBLY
+    FEW: gl.constexpr = SHORT or (FORM != _TAIL and FORM != _CUBIC_TAIL)
+    return gl.inline_asm_elementwise(
+        assembly, _SHORT_CONSTRAINTS if FEW else _CONSTRAINTS, [x],
+        dtype=gl.float32, is_pure=True, pack=8 if FEW else 32,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from sigswap.kernels.hopper.common import (
     cut,
     log_of_visible,
     sigmoid,
+    sigmoid_of_rows,
     soft_capped,
     start_by_columns,
     start_over_columns,
@@ -67,7 +68,7 @@ def _row_sums(
         first = gl.maximum(first, row + shift - left)
     if HAS_RIGHT:
         last = gl.minimum(last, row + shift + right + 1)
-    behind = gl.maximum(last - first, 0).to(gl.float32) * sigmoid(row_bias, fast, FORM, SLOW)
+    behind = gl.maximum(last - first, 0).to(gl.float32) * sigmoid_of_rows(row_bias, fast)
     return gl.convert_layout(gl.sum(partial, 1), row.type.layout) - behind
 
 
@@ -90,7 +91,7 @@ def _probabilities(
                 x = gl.where(key[None, :] <= (row + shift + right)[:, None], x, float("-inf"))
             if HAS_LEFT:
                 x = gl.where(key[None, :] >= (row + shift - left)[:, None], x, float("-inf"))
-    return sigmoid(x, fast, FORM, SLOW)
+    return sigmoid(x, fast, FORM, SLOW, False, False)
 
 
 @gluon.jit

@@ -49,11 +49,8 @@ _ROW_BIAS_BLOCK = tl.constexpr(ROW_BIAS_BLOCK)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def tail_assembly(pack: int, *, cubic: bool = False, paired: bool = True) -> str:
-    """PTX of a tail form, from y = x log2 e, of as many elements.
-
-    paired: where it takes the accurate form, two elements share a reciprocal. Then -inf gives 2^-60, else 0.
-    """
+def tail_assembly(pack: int, *, cubic: bool = False) -> str:
+    """PTX of a tail form, from y = x log2 e, of as many elements. -inf gives 2^-60 where it takes the accurate form."""
     each = range(pack)
     source = [f"${pack + i}" for i in each]
     lines = [f"{{ .reg .f32 t<{pack}>, r; .reg .b32 u; .reg .pred large;"]
@@ -65,10 +62,7 @@ def tail_assembly(pack: int, *, cubic: bool = False, paired: bool = True) -> str
     lines += [f"min.u32 u, {source[0]}, {source[1]};", *(f"min.u32 u, u, {source[i]};" for i in each[2:])]
     # The vote makes the branch the whole warp's: none diverges.
     lines += ["setp.lt.u32 large, u, 0xC0A00000;", "vote.sync.any.pred large, large, 0xffffffff;", "@!large bra DONE;"]
-    for i in () if paired else each:
-        lines += [f"neg.f32 t{i}, {source[i]}; ex2.approx.ftz.f32 t{i}, t{i}; add.f32 t{i}, t{i}, 0f3F800000;"]
-        lines += [f"rcp.approx.ftz.f32 ${i}, t{i};"]
-    for i in range(0, pack, 2) if paired else ():  # as in sigmoid()
+    for i in range(0, pack, 2):  # as in sigmoid()
         for k in (i, i + 1):
             lines += [f"max.NaN.f32 t{k}, {source[k]}, 0fC2700000; neg.f32 t{k}, t{k};"]
             lines += [f"ex2.approx.ftz.f32 t{k}, t{k}; add.f32 t{k}, t{k}, 0f3F800000;"]

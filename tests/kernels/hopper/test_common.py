@@ -1,16 +1,18 @@
-"""The soft cap's assembly computes what it says; here, line by line in NumPy. A GPU's is in test_hopper.py."""
+"""The assembly of the soft cap and of the sigmoid computes what it says; here, line by line in NumPy. test_flash.py has
+a GPU's."""
 
 from __future__ import annotations
 
 import re
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 try:
-    from sigswap.kernels.hopper.common import soft_cap_assembly
+    from sigswap.kernels.hopper.common import BY_KEY, BY_ROW, exact_assembly, soft_cap_assembly, tail_assembly
 except (ImportError, AttributeError) as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
@@ -23,7 +25,7 @@ def run(assembly: str, operands: dict[int, np.ndarray]) -> dict[str, np.ndarray]
     registers = {f"${at}": value for at, value in operands.items()}
 
     def read(name: str) -> np.ndarray:
-        if name.startswith("0f"):
+        if name.startswith(("0f", "0x")):
             return np.full(LANES, struct.unpack(">f", bytes.fromhex(name[2:]))[0], F32)
         return registers[name]
 
@@ -55,6 +57,8 @@ OPERATIONS = {
     "neg.f32": np.negative,
     "max.f32": np.fmax,
     "min.NaN.f32": np.minimum,
+    "min.u32": lambda a, b: np.minimum(a.view(np.uint32), b.view(np.uint32)).view(F32),
+    "setp.lt.u32": lambda a, b: a.view(np.uint32) < b.view(np.uint32),
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
     "ex2.approx.ftz.f32": np.exp2,
     "rcp.approx.ftz.f32": np.reciprocal,
@@ -105,3 +109,52 @@ def of_tile(s: np.ndarray, bias: np.ndarray, scale: float, factor: float, slope:
     found = np.stack([after[f"${at}"] for at in range(pack)])
     slopes = np.concatenate([after[f"${pack + at}"] for at in range(others)]) if slope else found
     return found, slopes
+
+
+def sigmoid_of(assembly: str, y: np.ndarray) -> np.ndarray:
+    """y: [elements, lanes]."""
+    pack = len(y)
+    registers = run(assembly, {pack + i: each for i, each in enumerate(y)})
+    return np.stack([registers[f"${i}"] for i in range(pack)])
+
+
+@pytest.mark.parametrize("sharing", [BY_ROW, BY_KEY])
+@pytest.mark.parametrize(("pack", "cubic"), [(32, False), (32, True), (8, False), (8, True)])
+@pytest.mark.parametrize("kind", ["small", "large", "one large", "huge"])
+def test_tail_assembly(sharing: tuple[tuple[int, ...], ...], pack: int, cubic: bool, kind: str) -> None:
+    y = np.random.default_rng(0).uniform(-40, -5.0001, (pack, LANES)).astype(F32)
+    y[1, 2] = -np.inf
+    if kind == "one large":
+        y[5, 7] = 3
+    elif kind != "small":
+        y[:, 9] = np.linspace(-50, 20 if kind == "large" else 2000, pack)
+    found = sigmoid_of(tail_assembly(pack, sharing, cubic=cubic), y)
+    exact = 1 / (1 + np.exp2(-y.astype(np.float64)))
+    allowed = np.exp2((3 if cubic else 2) * y.astype(np.float64)) if kind == "small" else 0
+    assert (np.abs(found - exact) <= (allowed + 1e-6) * exact).all()
+    assert found[1, 2] == 0
+
+
+@pytest.mark.parametrize("sharing", [BY_ROW, BY_KEY])
+def test_exact_assembly(sharing: tuple[tuple[int, ...], ...]) -> None:
+    y = np.random.default_rng(0).uniform(-100, 100, (8, LANES)).astype(F32)
+    y[:, 0] = [-np.inf, np.inf, 0, -126, 129, 3e38, -3e38, 30]
+    found = sigmoid_of(exact_assembly(8, sharing), y)
+    exact = 1 / (1 + np.exp2(-np.clip(y.astype(np.float64), -1000, 1000)))
+    assert (np.abs(found - exact) <= 1e-6 * exact + 2e-38).all()
+    assert found[0, 0] == 0
+
+
+@pytest.mark.parametrize("assembly", [tail_assembly, exact_assembly])
+@pytest.mark.parametrize("sharing", [BY_ROW, BY_KEY])
+@pytest.mark.parametrize("broken", range(8))
+def test_a_score_that_is_nan_spoils_no_other_row(
+    assembly: Any, sharing: tuple[tuple[int, ...], ...], broken: int
+) -> None:
+    """Of a product's tile a thread has pairs of columns, each in two rows that are 8 apart."""
+    y = np.full((8, LANES), -3, F32)
+    y[broken] = np.nan
+    found = np.isnan(sigmoid_of(assembly(8, sharing), y)).any(1)
+    of_row = [i // 2 % 2 if sharing == BY_ROW else (i % 2, i // 4) for i in range(8)]
+    assert found[broken]
+    assert all(of_row[i] == of_row[broken] for i in range(8) if found[i])
