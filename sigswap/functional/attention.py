@@ -36,6 +36,7 @@ class FirstToken(NamedTuple):
 
 
 Window = int | tuple[int | None, int | None]
+_LONGEST = 2**63 - 1
 _broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 
 
@@ -461,7 +462,11 @@ def _window(window: Window | None) -> tuple[int, int]:
         raise ArgumentError(f"window must be None, an int, or a tuple (left, right), not {window!r}.")
     try:
         left, right = (
-            -1 if side is None else side if isinstance(side, int | torch.SymInt) else operator.index(side)
+            -1
+            if side is None
+            else _within_int64(side)
+            if isinstance(side, int | torch.SymInt)
+            else operator.index(side)
             for side in sides
         )
     except TypeError as error:
@@ -469,6 +474,11 @@ def _window(window: Window | None) -> tuple[int, int]:
     if left < -1 or right < -1:
         raise ArgumentError(f"window must hold numbers >= 0, or None or -1 for no limit, not {window!r}.")
     return left, right
+
+
+def _within_int64(side: int) -> int:
+    """The op's schema has no longer ones; a side as long as this hides nothing."""
+    return side if torch.compiler.is_compiling() or not isinstance(side, int) else min(side, _LONGEST)
 
 
 def _length(name: str, length: int) -> int:
@@ -514,7 +524,7 @@ def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             raise ArgumentError(
                 f"query, key and value have {heads} heads; enable_gqa=True lets key and value have fewer than query."
             )
-        head_shape = (max(heads),)
+        head_shape = (different.pop() if different else 1,)  # 0, too, is what 1 broadcasts to
     if query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         return (*query.shape[:-3], *head_shape)  # torch.broadcast_shapes would take longer than all the rest
     try:
