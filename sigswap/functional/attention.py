@@ -461,14 +461,7 @@ def _window(window: Window | None) -> tuple[int, int]:
     if not isinstance(sides, tuple) or len(sides) != 2:
         raise ArgumentError(f"window must be None, an int, or a tuple (left, right), not {window!r}.")
     try:
-        left, right = (
-            -1
-            if side is None
-            else _within_int64(side)
-            if isinstance(side, int | torch.SymInt)
-            else operator.index(side)
-            for side in sides
-        )
+        left, right = (-1 if side is None else _side(side) for side in sides)
     except TypeError as error:
         raise ArgumentError(f"window must hold integers, or None for no limit, not {window!r}.") from error
     if left < -1 or right < -1:
@@ -476,8 +469,9 @@ def _window(window: Window | None) -> tuple[int, int]:
     return left, right
 
 
-def _within_int64(side: int) -> int:
-    """The op's schema has no longer ones; a side as long as this hides nothing."""
+def _side(side: Any) -> int:
+    """Whatever is an integer, of 64 bits at most, as the op has it: a side as long as that hides nothing."""
+    side = side if isinstance(side, int | torch.SymInt) else operator.index(side)
     return side if torch.compiler.is_compiling() or not isinstance(side, int) else min(side, _LONGEST)
 
 
