@@ -172,7 +172,7 @@ def _packed(
     draws = None
     if options.dropout_p > 0.0:
         first = sequence * query.shape[1] + _count(query.shape[1], query)[:, None, None]
-        draws = (first * max_seqlen_q + row)[None], column
+        draws = (first * torch.sym_min(max_seqlen_q, query.shape[0]) + row)[None], column
     kept = _kept(seed, draws, options, query)
     query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
     return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)

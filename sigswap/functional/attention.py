@@ -166,7 +166,7 @@ def sigmoid_attention_varlen(
         bottom_right: Aligns the causal mask and the window of each sequence so that its last row is at its last key,
             as decoding with a cache needs (and as ``flash_attn_varlen_func`` does).
         scale, dropout_p, softcap, window, enable_gqa, row_cap: As those of :func:`sigmoid_attention`. With dropout, a
-            sequence draws what it would draw in a batch padded to max_seqlen_q.
+            sequence draws what it would draw in a batch padded to max_seqlen_q, or to total_q, if that is less.
 
     Returns:
         [total_q, H, Dv], of query's dtype (autocast's dtype under autocast). A row that sees no key is 0.

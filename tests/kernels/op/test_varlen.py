@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -266,6 +267,21 @@ def test_dropout_is_that_of_the_padded_batch() -> None:
     batch = torch.ops.sigswap.sigmoid_attention(q, k, v, None, visible, inputs.seed, scale=0.3, dropout_p=0.4)
     for b, length in enumerate(lengths):
         torch.testing.assert_close(out[starts[b] : starts[b + 1]], batch[b, :, :length].transpose(0, 1))
+
+
+@both
+def test_no_sequence_is_longer_than_all_together(device: str) -> None:
+    """Whatever is said to be the longest: not for what dropout draws, nor for how many programs are launched."""
+    lengths = [5, 0, 11]
+    inputs = packed(lengths, lengths, seed=3, dtype=torch.float32, device=device)
+    grad_out = torch.randn(16, 4, 8, device=device)
+    for options in (Options(0.3, dropout_p=0.4), Options(0.3, is_causal=True)):
+        run = functools.partial(ours, options=options)
+        huge, fitting = (
+            with_gradients(run, inputs._replace(max_seqlen_q=most, max_seqlen_k=most), grad_out)
+            for most in (2**31 - 1, 16)
+        )
+        assert all(torch.equal(one, other) for one, other in zip(huge, fitting, strict=True))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -35,6 +35,7 @@ from sigswap.kernels.host.results import empty_row_sums
 from sigswap.kernels.triton import backward as flash_bwd
 from sigswap.kernels.triton import decode, row_caps, short_masked, sums
 from sigswap.kernels.triton import forward as flash_fwd
+from sigswap.kernels.triton.dropout import draws_for
 
 CUDA = torch.cuda.is_available()
 ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -676,6 +677,17 @@ def test_interpreted_softcap_keeps_nan_and_precision_settings_do_not_raise_shard
 @shards(12)
 def test_interpreted_packed(index: int) -> None:
     assert_packed_no_worse(random_packed_problem(index))
+
+
+def test_dropout_draws_for_rows_that_packed_sequences_have() -> None:
+    """Not for those that they would have if all were as long as the longest."""
+    ends = torch.arange(1001, dtype=torch.int32)
+    ends[-1] = 5000
+    rows = torch.randn(1, 2, 5000, 8)
+    options = Options(0.3, dropout_p=0.1)
+    problem = Problem(rows, rows, rows, None, None, torch.tensor([1]), options, Packed(ends, ends, 4001, 4001))
+    draws = draws_for(problem.signature)
+    assert draws is not None and draws.layout.shape == (2, 2 * 5000)
 
 
 @pytest.mark.gpu
