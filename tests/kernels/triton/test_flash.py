@@ -674,6 +674,24 @@ def test_interpreted_softcap_keeps_nan_and_precision_settings_do_not_raise_shard
 
 
 @in_interpreter
+@pytest.mark.parametrize("cap", [30.0, 1e5])
+def test_interpreted_softcap_far_above_the_scores_shard2(cap: float) -> None:
+    """An error of tanh that is small beside 1 is not beside a score, once it is multiplied by the cap."""
+    query, key, value, grad_out = (torch.randn(1, 1, 20, 16) for _ in range(4))
+    options = Options(0.25, softcap=cap)
+    problem = problem_of(query, key, value, None, None, None, grad_out, options)
+    leaves = [x.double().requires_grad_() for x in (query, key, value)]
+    scores = cap * torch.tanh(0.25 * leaves[0] @ leaves[1].mT / cap)
+    expected = (scores - math.log(20)).sigmoid() @ leaves[2]
+    grads = torch.autograd.grad(expected, leaves, grad_out.double())
+    for out in (flash_fwd.forward(problem), decode.forward(problem)):
+        torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6)
+    for found, exact in zip(flash_bwd.backward(problem), grads, strict=False):
+        assert found is not None
+        torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
+
+
+@in_interpreter
 @shards(12)
 def test_interpreted_packed(index: int) -> None:
     assert_packed_no_worse(random_packed_problem(index))
