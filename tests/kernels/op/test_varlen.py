@@ -23,6 +23,7 @@ from sigswap.kernels.op import varlen
 OP = torch.ops.sigswap.sigmoid_attention_varlen.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_varlen_backward.default
 CUDA = torch.cuda.is_available()
+ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
 both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 
@@ -565,7 +566,7 @@ CROSS_Q, CROSS_K = [700, 1029, 300, 0, 77, 900, 600], [900, 1000, 0, 500, 900, 7
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (40, 56), (96, 96), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -607,6 +608,23 @@ def test_long_sequences_on_a_hopper_gpu(
     no_backward = dim > 128 or "window_right" in more
     names = ["triton.forward" if narrow else "hopper.forward", "triton.backward" if no_backward else "hopper.backward"]
     assert [each.__name__.removeprefix("sigswap.kernels.") for each in chosen] == names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("more", [{}, {"window_left": 100}, {"is_causal": True, "bottom_right": True}])
+def test_rows_that_see_no_key_may_be_nan_on_a_hopper_gpu(more: dict[str, Any]) -> None:
+    """Those of items of which no row sees one. With the window the last 412 of the first sequence see none, with the
+    causal mask the first 512."""
+    q_lens, k_lens = [1024, 700], [512, 0] if more else [1212, 0]
+    inputs = packed(q_lens, k_lens, head_dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    before = ours(inputs, Options(0.1, **more))
+    query = inputs.query.clone()
+    query[1024:] = torch.nan
+    if more:
+        query[slice(832, 1024) if "window_left" in more else slice(0, 320)] = torch.nan
+    after = ours(inputs._replace(query=query), Options(0.1, **more))
+    assert torch.equal(before, after) and not after[1024:].any() and after[:1024].any()
 
 
 @pytest.mark.gpu
