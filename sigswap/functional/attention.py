@@ -471,8 +471,8 @@ def _window(window: Window | None) -> tuple[int, int]:
 
 def _side(side: Any) -> int:
     """Whatever is an integer, of 64 bits at most, as the op has it: a side as long as that hides nothing."""
-    side = side if isinstance(side, int | torch.SymInt) else operator.index(side)
-    return side if torch.compiler.is_compiling() or not isinstance(side, int) else min(side, _LONGEST)
+    whole: int = side if isinstance(side, int | torch.SymInt) else operator.index(side)
+    return whole if torch.compiler.is_compiling() or not isinstance(whole, int) else min(whole, _LONGEST)
 
 
 def _length(name: str, length: int) -> int:
