@@ -156,7 +156,7 @@ def kept(seed: Tensor, row: Tensor, column: Tensor, dropout_p: float) -> Tensor:
     Returns:
         bool, of the shape of both.
     """
-    first, second = philox(seed, row)
+    first, second = philox(seed.reshape(()), row)
     x = (((column * COLUMN) & _WORD) ^ first) * FIRST & _WORD
     x = (x ^ (x >> SHIFT) ^ second) * SECOND & _WORD
     return x >= int(min(torch.tensor(dropout_p, dtype=torch.float32).item() * RANGE, LAST))

@@ -194,9 +194,11 @@ def tiles_like(number: int, block: Any) -> list[int]:
 
 def takes_soft_cap(problem: Problem) -> bool:
     """Whether the problem has no soft cap, or one whose tanh is the short one, in half precision, without a row cap
-    beside it. Triton's kernels take the others."""
-    form = problem.signature.tanh_form()
-    return form == NO_TANH or (form == SHORT_TANH and problem.is_uncapped)
+    beside it. Triton's kernels take the others, and caps of thousands far above all scores: with a scale below 2^-12 of
+    the cap the tanh here is off by 2e-7, which the cap multiplies."""
+    form, options = problem.signature.tanh_form(), problem.options
+    exact = options.softcap <= 1024 or options.softcap <= abs(options.scale) * 4096
+    return form == NO_TANH or (form == SHORT_TANH and problem.is_uncapped and exact)
 
 
 @gluon.jit

@@ -126,6 +126,7 @@ def load(
                 plan, item_of(turn, order), heads, gl.abs(order), left, right,
                 WARPGROUPS * _ROWS, KEYS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT,
             )  # fmt: skip
+            rows = gl.where(keys > 0, rows, 0)  # of rows that see no key zeros: what is in them may be NaN
             batch = q_begin + rows
         else:
             batch, head, row0, start, count = place(

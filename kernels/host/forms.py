@@ -17,5 +17,5 @@ ACCURATE, TAIL, FAST, AUTO, CUBIC_TAIL = 0, 1, 2, 3, 4
 rows all have a bias of at least FAST_BIAS, else SLOW."""
 
 NO_TANH, EXACT_TANH, SHORT_TANH = 0, 1, 2
-"""Values of the kernels' SOFTCAP: none; tanh to 1e-7; tanh to 7e-6 of itself, which half precision does not show, and
-without a special instruction where the scores of a whole warp's part of a tile are below the cap."""
+"""Values of the kernels' SOFTCAP: none; tanh to 3e-7 of itself; tanh to 7e-6 of itself, which half precision does not
+show, and without a special instruction where the scores of a whole warp's part of a tile are below the cap."""

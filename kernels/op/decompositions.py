@@ -74,6 +74,8 @@ def _forward(call: Callable[..., _Call], packed: bool, *, sums: bool) -> Callabl
         out = out.to(query.dtype)
         if packed:
             out, totals = _packed_again(out), None if totals is None else _packed_again(totals)
+        else:  # as the op stores it: a program may view it with the heads merged
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
         return (out, totals) if sums else out
 
     return forward
@@ -138,7 +140,7 @@ def _dense(
         if attn_mask.shape[0] != 1 and attn_mask.shape[0] != batch:
             attn_mask = attn_mask.repeat(batch // attn_mask.shape[0], 1, 1, 1)
         # In float32: -5000 is no bfloat16.
-        seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float() > MASKED_SCORE
+        seen = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask.float() <= MASKED_SCORE)  # NaN is seen
         added = None if attn_mask.dtype == torch.bool else attn_mask
     row, column = _count(rows, query)[:, None], _count(keys, query)
     seen = _in_band(seen, row + (keys - rows if options.bottom_right else 0), column, options)
@@ -170,7 +172,7 @@ def _packed(
     draws = None
     if options.dropout_p > 0.0:
         first = sequence * query.shape[1] + _count(query.shape[1], query)[:, None, None]
-        draws = (first * max_seqlen_q + row)[None], column
+        draws = (first * torch.sym_min(max_seqlen_q, query.shape[0]) + row)[None], column
     kept = _kept(seed, draws, options, query)
     query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
     return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)

@@ -159,7 +159,8 @@ def _first_visible(
         return (None if window_left < 0 else low.clamp(max=keys - 1)), (high - low + 1).clamp(min=0)
     seen = None
     if attn_mask is not None:
-        seen = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask <= MASKED_SCORE)
+        # In float32, as the op compares: -5000 is no bfloat16.
+        seen = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask.float() <= MASKED_SCORE)
     if padding is not None:
         seen = padding if seen is None else seen & padding
     assert seen is not None
@@ -210,7 +211,7 @@ def _mask_at(mask: Tensor, first: Tensor | None, batch: int, rows: int, keys: in
         leading = [f if m == 1 else m for m, f in zip(mask.shape[:3], first.shape[:3], strict=True)]
         picked = mask.expand(*leading, keys).gather(-1, first.expand(*leading, 1))
     picked = picked.to(wide)
-    return picked.masked_fill(picked <= MASKED_SCORE, 0.0)
+    return picked.masked_fill(picked.float() <= MASKED_SCORE, 0.0)
 
 
 library.define(

@@ -56,7 +56,7 @@ def pays(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> bool:
 def blocks_of_mask(attn_mask: Tensor) -> Blocks:
     """The blocks of a bool tensor [b, h, M, N] on a GPU. They are found again once the mask has changed."""
     own = _own(attn_mask)
-    if torch.compiler.is_compiling() or type(own) is not Tensor:
+    if torch.compiler.is_compiling() or type(own) is not Tensor or _is_watched():
         return _found(own)
     if own.is_inference() or (own.is_cuda and torch.cuda.is_current_stream_capturing()):
         # The one does not say when it changes; a graph that is captured may run on other numbers later.
@@ -68,7 +68,8 @@ def blocks_of_mask(attn_mask: Tensor) -> Blocks:
     key = own.storage_offset(), own.shape, strides, own._version, stream
     known = _known.get(base)
     if known is None or known[0] != key:
-        known = _known[base] = (key, _found(own))
+        with torch.inference_mode(False):  # a training step may be the next that asks: it saves them for its backward
+            known = _known[base] = (key, _found(own))
     blocks: Blocks = known[1]
     return blocks
 
@@ -80,6 +81,13 @@ _known: Any = WeakTensorKeyDictionary()
 def _is_exporting() -> bool:
     """torch.compiler.is_exporting(), of which Dynamo makes True in all that it traces (torch 2.11; not in 2.14)."""
     return torch.compiler._is_exporting_flag
+
+
+def _is_watched() -> bool:
+    """Whether someone looks at the ops that run, who may write them down as a program for other masks: one that found
+    no op there would have the blocks of this mask in it."""
+    included = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    return torch._C._len_torch_dispatch_stack() > 0 or included or torch._C._get_tracing_state() is not None
 
 
 def _own(mask: Tensor) -> Tensor:

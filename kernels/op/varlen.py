@@ -57,7 +57,8 @@ def sigmoid_attention_varlen(
             cu_seqlens_q[b + 1] - 1. From 0 to total_q; a sequence may have no rows.
         cu_seqlens_k: int32 [batch + 1], likewise of keys, from 0 to total_k.
         seed: int64, one element; dropout draws from it. Needed if dropout_p > 0, else ignored. A sequence
-            draws what it would draw in a batch padded to max_seqlen_q (:mod:`sigswap.kernels.host.draws`).
+            draws what it would draw in a batch padded to max_seqlen_q, or to total_q, if that is less
+            (:mod:`sigswap.kernels.host.draws`).
         max_seqlen_q: At least the rows of the longest sequence.
         max_seqlen_k: At least the keys of the longest sequence.
         scale: This and all that follow: as those of ``sigmoid_attention``.
@@ -140,7 +141,9 @@ def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], opti
 
 def _problem(inputs: Sequence[Any], options: Options) -> Problem:
     query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k = inputs
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    # None is longer than all together, whatever was said: launches would have programs without end.
+    longest = min(max_seqlen_q, query.shape[0]), min(max_seqlen_k, key.shape[0])
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, *longest)
     views = _heads_first(query), _heads_first(key), _heads_first(value), _by_rows(bias)
     return Problem(*views, None, seed, options, packed)
 

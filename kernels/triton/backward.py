@@ -60,7 +60,7 @@ def backward(
         row_bias, floor = bias, None
         if plan.row_biases is not None:
             row_bias, floor = plan.row_biases(problem, count)
-        draws = None if plan.draws is None or seed is None else plan.draws(seed)
+        draws = None if plan.draws is None or seed is None else plan.draws(seed, problem.cu_seqlens[0])
         walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         outputs = new_key, new_value, *((new_query, row_sums) if plan.rows is None else (None, None))
         sides = rest[0] if rest else row_bias, floor, attn_mask, draws

@@ -26,7 +26,7 @@ from sigswap.kernels.triton.common import (
     store_rows,
     unit_of,
 )
-from sigswap.kernels.triton.dropout import drawn_rows, first_row, kept, row_draws, scale_of
+from sigswap.kernels.triton.dropout import drawn_rows, first_place, first_row, kept, row_draws, scale_of
 
 # Device functions. In the kernel of dK and dV tiles of scores are [keys, rows], else [rows, keys].
 
@@ -67,7 +67,7 @@ def _score_gradients(
 def _accumulate_keys(
     dk, dv, keys, values, col0, active, q, do, delta, dq_out, sum_out, stride_q_n, stride_do_n, stride_delta_n,
     stride_dq_n, stride_sum_n, bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, draws, draw_rows,
-    head_row, q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
+    drawn, q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -101,7 +101,7 @@ def _accumulate_keys(
             row_delta = load_numbers(delta, row, q_len, stride_delta_n)[None, :]
         first_word, second_word = None, None
         if DROPOUT:
-            first_word, second_word = drawn_rows(draws, draw_rows, head_row, row[None, :], row[None, :] < q_len)
+            first_word, second_word = drawn_rows(draws, draw_rows, drawn, row[None, :], row[None, :] < q_len)
         p, ds, dx = _score_gradients(
             s, dp, row_delta, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, first_word,
             second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, col0 + BLOCK_N > kv_len,
@@ -193,7 +193,7 @@ def keys_kernel(
     for member in range(0, group):
         head = kv_head * group + member
         head64 = head.to(tl.int64)
-        head_row = first_row(batch, heads, head, padded_len)
+        drawn = first_place(head, total_q, q_start) if cu_q is not None else first_row(batch, heads, head, q_len)
         q_head, do_head = q, do
         if not TMA:
             q_head += batch64 * stride_q_b + head64 * stride_q_h
@@ -232,7 +232,7 @@ def keys_kernel(
                 dk, dv, keys, values, col0, fast, q_head, do_head, delta_head, dq_head, sum_head,
                 stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch, head,
                 mask_head, stride_mask_m, stride_mask_n,
-                draws, draw_rows, head_row, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
+                draws, draw_rows, drawn, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT,
                 SOFTCAP,
                 DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
@@ -241,7 +241,7 @@ def keys_kernel(
             dk, dv = _accumulate_keys(
                 dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, delta_head,
                 dq_head, sum_head, stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head,
-                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n, draws, draw_rows, head_row, q_len,
+                bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n, draws, draw_rows, drawn, q_len,
                 kv_len, shift, left, right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
                 HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,

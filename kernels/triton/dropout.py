@@ -13,6 +13,7 @@ from sigswap.kernels.host.draws import COLUMN, FIRST, LAST, RANGE, SECOND, SHIFT
 from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
 from sigswap.kernels.host.problem import Signature
+from sigswap.kernels.triton.common import sequence
 
 _COLUMN, _FIRST, _SECOND = tl.constexpr(COLUMN), tl.constexpr(FIRST), tl.constexpr(SECOND)
 _SHIFT = tl.constexpr(SHIFT)
@@ -21,7 +22,8 @@ BLOCK = 256
 
 
 class Draws(NamedTuple):
-    """Draws the two words of each row: int32 [2, rows].
+    """Draws the two words of each row: int32 [2, rows]. Rows are those of [B, H, M], or, of packed sequences, of
+    [H, total]: as many as there are, however short most sequences are beside the longest.
 
     For kernels that walk over rows: there each thread would draw those of all the rows of a tile, forty
     multiplications for each.
@@ -30,9 +32,9 @@ class Draws(NamedTuple):
     launch: Launch
     layout: Layout
 
-    def __call__(self, seed: Tensor) -> Tensor:
+    def __call__(self, seed: Tensor, cu_q: Tensor | None) -> Tensor:
         out = new_tensor(self.layout, seed.device)
-        self.launch(seed, out)
+        self.launch(seed, out, cu_q)
         return out
 
 
@@ -40,17 +42,27 @@ def draws_for(signature: Signature) -> Draws | None:
     """None: there is no dropout."""
     if signature.options.dropout_p == 0.0:
         return None
-    rows = signature.batch * signature.heads * signature.q_len
+    batch, heads, _, _ = signature.query.shape  # of packed sequences 1
+    rows = batch * heads * signature.query.shape[2]
     layout = contiguous_layout((2, rows))
-    tensors = (contiguous_layout((1,), torch.int64), layout)
-    arguments = {"rows": rows, "BLOCK": BLOCK}
-    return Draws(Launch(draws_kernel, triton.cdiv(rows, BLOCK), signature.device, tensors, arguments), layout)
+    blocks = triton.cdiv(rows, BLOCK)
+    if signature.packed is not None:
+        blocks = triton.cdiv(signature.q_len, BLOCK) * signature.batch * heads
+    tensors = (contiguous_layout((1,), torch.int64), layout, signature.cu_layouts()[0])
+    arguments = {"rows": rows, "heads": heads, "q_len": signature.q_len, "total_q": signature.query.shape[2]}
+    return Draws(Launch(draws_kernel, blocks, signature.device, tensors, arguments | {"BLOCK": BLOCK}), layout)
 
 
 @triton.jit
 def first_row(batch, heads, head, q_len):
     """(b H + h) M."""
     return (batch.to(tl.int64) * heads + head) * q_len
+
+
+@triton.jit
+def first_place(head, total_q, start):
+    """Where what was drawn for a packed sequence's rows of a head begins."""
+    return head.to(tl.int64) * total_q + start
 
 
 @triton.jit
@@ -84,10 +96,22 @@ def scale_of(dropout_p):
     return tl.where(dropout_p < 1.0, 1.0 / tl.maximum(1.0 - dropout_p, 1e-30), 0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def draws_kernel(seed, out, rows, BLOCK: tl.constexpr):
-    """out: int32 [2, rows]."""
+@triton.jit(do_not_specialize=["rows", "heads", "q_len", "total_q"])
+def draws_kernel(seed, out, cu_q, rows, heads, q_len, total_q, BLOCK: tl.constexpr):
+    """out: int32 [2, rows]. With cu_q (packed sequences) q_len is the longest, of total_q rows of each head."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first_word, second_word = row_draws(seed, 0, row)
-    tl.store(out + row, first_word.to(tl.int32, bitcast=True), mask=row < rows)
-    tl.store(out + rows + row, second_word.to(tl.int32, bitcast=True), mask=row < rows)
+    first, place, inside = 0, row, row < rows
+    if cu_q is not None:
+        blocks = tl.cdiv(q_len, BLOCK)
+        head = (tl.program_id(0) // blocks) % heads
+        number = tl.program_id(0) // blocks // heads
+        start, length = sequence(cu_q, number, q_len, total_q)
+        row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+        first, place, inside = (
+            first_row(number, heads, head, q_len),
+            first_place(head, total_q, start) + row,
+            row < length,
+        )
+    first_word, second_word = row_draws(seed, first, row)
+    tl.store(out + place, first_word.to(tl.int32, bitcast=True), mask=inside)
+    tl.store(out + rows + place, second_word.to(tl.int32, bitcast=True), mask=inside)

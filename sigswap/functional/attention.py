@@ -36,6 +36,7 @@ class FirstToken(NamedTuple):
 
 
 Window = int | tuple[int | None, int | None]
+_LONGEST = 2**63 - 1
 _broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 
 
@@ -165,7 +166,7 @@ def sigmoid_attention_varlen(
         bottom_right: Aligns the causal mask and the window of each sequence so that its last row is at its last key,
             as decoding with a cache needs (and as ``flash_attn_varlen_func`` does).
         scale, dropout_p, softcap, window, enable_gqa, row_cap: As those of :func:`sigmoid_attention`. With dropout, a
-            sequence draws what it would draw in a batch padded to max_seqlen_q.
+            sequence draws what it would draw in a batch padded to max_seqlen_q, or to total_q, if that is less.
 
     Returns:
         [total_q, H, Dv], of query's dtype (autocast's dtype under autocast). A row that sees no key is 0.
@@ -460,15 +461,18 @@ def _window(window: Window | None) -> tuple[int, int]:
     if not isinstance(sides, tuple) or len(sides) != 2:
         raise ArgumentError(f"window must be None, an int, or a tuple (left, right), not {window!r}.")
     try:
-        left, right = (
-            -1 if side is None else side if isinstance(side, int | torch.SymInt) else operator.index(side)
-            for side in sides
-        )
+        left, right = (-1 if side is None else _side(side) for side in sides)
     except TypeError as error:
         raise ArgumentError(f"window must hold integers, or None for no limit, not {window!r}.") from error
     if left < -1 or right < -1:
         raise ArgumentError(f"window must hold numbers >= 0, or None or -1 for no limit, not {window!r}.")
     return left, right
+
+
+def _side(side: Any) -> int:
+    """Whatever is an integer, of 64 bits at most, as the op has it: a side as long as that hides nothing."""
+    whole: int = side if isinstance(side, int | torch.SymInt) else operator.index(side)
+    return whole if torch.compiler.is_compiling() or not isinstance(whole, int) else min(whole, _LONGEST)
 
 
 def _length(name: str, length: int) -> int:
@@ -514,7 +518,7 @@ def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             raise ArgumentError(
                 f"query, key and value have {heads} heads; enable_gqa=True lets key and value have fewer than query."
             )
-        head_shape = (max(heads),)
+        head_shape = (different.pop() if different else 1,)  # 0, too, is what 1 broadcasts to
     if query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         return (*query.shape[:-3], *head_shape)  # torch.broadcast_shapes would take longer than all the rest
     try:

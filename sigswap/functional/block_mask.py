@@ -134,7 +134,8 @@ class BlockMask:
     def _of(cls, sizes: tuple[int, ...], part: Callable[[int, int], Tensor], device: torch.device) -> BlockMask:
         if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ArgumentError(f"The sizes of a mask by blocks must be positive integers, not {list(sizes)}.")
-        with torch.no_grad():
+        # Not as inference tensors: a mask made while a model is evaluated may be trained with, and is saved then.
+        with torch.inference_mode(False), torch.no_grad():
             return cls(blocks_of((sizes[0], sizes[1], sizes[2], sizes[3]), part, device), sizes[2], sizes[3])
 
     @property

@@ -22,6 +22,8 @@ def check_types(tensors: dict[str, Any], scale: Any, dropout_p: Any, softcap: An
     for name, number in (("scale", scale), ("dropout_p", dropout_p), ("softcap", softcap), ("row_cap", row_cap)):
         if number is not None and not isinstance(number, _NUMBERS):
             raise ArgumentError(f"{name} must be a number, not {number!r}.")
+        if isinstance(number, Tensor) and (number.numel() != 1 or number.is_complex()):
+            raise ArgumentError(f"{name} must be a number, not a tensor {list(number.shape)} of {number.dtype}.")
     if dropout_p is None:
         raise ArgumentError("dropout_p must be a number, not None.")
 

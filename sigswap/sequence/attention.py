@@ -248,9 +248,10 @@ class SequenceAttention:
         known = self._places.get((layout, band, whole, device))
         if known is None:
             chunks = (Chunk(0, layout.total, 0),) if whole else layout.chunks(self.ranks.rank)
-            known = self._places[layout, band, whole, device] = _places(
-                chunks, band, self._segments(layout), layout.total, device
-            )
+            with torch.inference_mode(False):  # they are kept, and a training step saves them for its backward
+                known = self._places[layout, band, whole, device] = _places(
+                    chunks, band, self._segments(layout), layout.total, device
+                )
         return known
 
     def _first_keys(self, inputs: Inputs, layout: Layout, band: Band, places: _Places, whole: bool) -> Tensor:

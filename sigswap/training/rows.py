@@ -177,7 +177,7 @@ class PendingSoftmax:
 
 
 def seen(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else ~(mask <= MASKED_SCORE)
+    return mask if mask.dtype == torch.bool else ~(mask.float() <= MASKED_SCORE)  # -5000 is no bfloat16
 
 
 @dataclasses.dataclass(frozen=True)

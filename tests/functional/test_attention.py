@@ -48,6 +48,8 @@ def assert_near(actual: Any, expected: Any) -> None:
         ((1, 3, 5, 8), (2, 1, 7, 8), (2, 3, 7, 3)),
         ((2, 3, 5, 8), (7, 8), (3, 7, 3)),
         ((2, 1, 3, 5, 8), (1, 4, 1, 7, 8), (3, 7, 3)),
+        ((2, 0, 5, 8), (2, 1, 7, 8), (2, 1, 7, 3)),
+        ((0, 3, 5, 8), (1, 1, 7, 8), (3, 7, 3)),
     ],
 )
 def test_shapes_are_those_of_sdpa(query: tuple, key: tuple, value: tuple) -> None:
@@ -362,6 +364,9 @@ def test_keys_and_values_are_grouped_each_by_itself() -> None:
         ("dropout_p", "0.1"),
         ("softcap", [3.0]),
         ("row_cap", "1"),
+        ("scale", torch.ones(2)),
+        ("dropout_p", torch.zeros(0)),
+        ("softcap", torch.tensor(1j)),
     ],
 )
 def test_an_argument_of_another_type_is_named(name: str, value: object) -> None:

@@ -101,6 +101,17 @@ def test_attention_is_that_under_the_mask(options: dict[str, Any]) -> None:
     torch.testing.assert_close(out, probs @ value)
 
 
+def test_one_that_evaluation_made_is_trained_with() -> None:
+    with torch.inference_mode():
+        made = BlockMask.from_function(documents, None, None, ROWS, KEYS)
+    query, key, value = (x.requires_grad_() for x in draw())
+    out = sigswap.sigmoid_attention(query, key, value, block_mask=made)
+    seen = dense(documents)
+    scores = query @ key.mT / 4 - seen.sum(-1, keepdim=True).clamp(min=1).double().log()
+    expected = torch.autograd.grad(((scores.sigmoid() * seen) @ value).sum(), (query, key, value))
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), (query, key, value)), expected)
+
+
 def test_leading_dimensions_grouped_heads_and_dropout() -> None:
     query, key, value = draw(kv_heads=2, value_heads=2)
     block_mask, mask = BlockMask.from_function(documents, None, None, ROWS, KEYS), dense(documents)

@@ -110,7 +110,7 @@ def _drawn(rng: random.Random, limits: Limits, *, packed: bool = False) -> Dense
         tensor(heads, rows, value_dim, rng.choice((1.0, loud))),
         scale=rng.choice((max(1, dim) ** -0.5, max(1, dim) ** -0.5, 0.3, -0.5, 0.0)),
     )
-    problem.softcap = rng.choice((0.0, 0.0, 0.0, 1.5, 30.0))
+    problem.softcap = rng.choice((0.0, 0.0, 0.0, 0.0, 1.5, 30.0, 1e5))
     problem.row_cap = rng.choice((0.0, 0.0, 0.05, 0.5, 1.0, 3.0))
     problem.dropout_p = rng.choice((0.0, 0.0, 0.0, 0.0, 0.1, 0.5, 1.0))
     sides = (None, None, None, 0, 2, 9, 10**9)
@@ -211,7 +211,7 @@ def _packed(rng: random.Random, limits: Limits) -> float:
         [0, *each, total] for each, total in zip(ends, (drawn.query.shape[2], drawn.key.shape[2]), strict=True)
     )
     longest_q, longest_k = (max(b - a for a, b in itertools.pairwise(cu)) for cu in (cu_q, cu_k))
-    spare = rng.choice((0, 0, 3))
+    spare = rng.choice((0, 0, 3, 10**9))
     if bias == "tensor":
         shape = rng.choice(((1, 1, 1, 1), (1, 1, drawn.query.shape[2], 1), (1, *drawn.query.shape[1:3], 1)))
         drawn.bias, drawn.visible_bias = torch.randn(shape, device=limits.device), False

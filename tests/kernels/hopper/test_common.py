@@ -1,5 +1,5 @@
 """The assembly of the soft cap and of the sigmoid computes what it says; here, line by line in NumPy. test_flash.py has
-a GPU's."""
+a GPU's. And which caps the kernels take."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from sigswap.kernels.host.problem import Options, Problem
 
 pytest.importorskip("triton")
 try:
-    from sigswap.kernels.hopper.common import BY_KEY, BY_ROW, exact_assembly, soft_cap_assembly, tail_assembly
+    from sigswap.kernels.hopper.common import (
+        BY_KEY,
+        BY_ROW,
+        exact_assembly,
+        soft_cap_assembly,
+        tail_assembly,
+        takes_soft_cap,
+    )
 except (ImportError, AttributeError) as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
@@ -99,6 +109,15 @@ def test_soft_cap_assembly_keeps_nan_and_infinity() -> None:
         assert np.array_equal(found[3, 0], F32(expected), equal_nan=True)
         rest = np.delete(found, 3, 0)
         assert np.allclose(rest, 50 * np.tanh(0.01), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cap", "taken"), [(0.1, 30.0, True), (0.1, 1e5, False), (-0.1, 1e4, False), (100.0, 1e5, True)]
+)
+def test_caps_far_above_all_scores_are_left_to_others(scale: float, cap: float, taken: bool) -> None:
+    """The error of the exponential's form is one of the cap."""
+    rows = torch.empty(1, 1, 256, 64, dtype=torch.bfloat16)
+    assert takes_soft_cap(Problem(rows, rows, rows, None, None, None, Options(scale, softcap=cap))) == taken
 
 
 def of_tile(s: np.ndarray, bias: np.ndarray, scale: float, factor: float, slope: bool) -> tuple[np.ndarray, ...]:

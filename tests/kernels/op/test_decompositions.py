@@ -137,6 +137,13 @@ def test_dropout_draws_the_ops_numbers(packed: bool) -> None:
     torch.testing.assert_close(TABLE[op](*inputs, scale=0.3, dropout_p=0.4), op(*inputs, scale=0.3, dropout_p=0.4))
 
 
+def test_a_nan_in_a_mask_is_none_that_hides() -> None:
+    query = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
+    mask[..., 1] = torch.nan
+    assert TABLE[OPS.sigmoid_attention.default](query, query, query, None, mask, scale=0.3).isnan().all()
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
     low = [x.bfloat16() for x in (query, key, value)]
@@ -160,6 +167,20 @@ def test_all_that_differentiates_a_call_is_written_out() -> None:
     assert "sigswap" not in graph.code
     other = inputs(2, 11)
     torch.testing.assert_close(graph(*other), loss_and_grads(*other))
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_the_output_lies_as_the_ops(cap: float | None) -> None:
+    """So that a view of it with the heads merged, as in many models, is one in the program, too."""
+
+    class Merged(torch.nn.Module):
+        def forward(self, query: Tensor) -> Tensor:
+            return sigswap.sigmoid_attention(query, query, query, row_cap=cap).transpose(1, 2).view(2, 5, 24)
+
+    query = torch.randn(2, 3, 5, 8)
+    program = torch.export.export(Merged(), (query,)).run_decompositions(sigswap.decompositions())
+    assert "sigswap" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(query), Merged()(query))
 
 
 def test_composite_ops_are_written_out_in_exported_programs() -> None:

@@ -510,6 +510,20 @@ def test_a_window_as_long_as_integers_get_is_none() -> None:
     tensors = [torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3)]
     wide = dense.sigmoid_attention(*tensors, scale=1.0, window_left=sys.maxsize, window_right=sys.maxsize)
     assert torch.equal(wide, dense.sigmoid_attention(*tensors, scale=1.0))
+    tensors = [each.float() for each in tensors]
+    with torch.autocast("cpu"):  # by the dispatcher, which takes no longer ones
+        longer, none = (sigswap.sigmoid_attention(*tensors, window=window) for window in (2**70, None))
+    assert torch.equal(longer, none)
+
+
+def test_a_seed_of_any_shape() -> None:
+    query = torch.randn(1, 2, 6, 8, requires_grad=True)
+    results = []
+    for shape in ((), (1,), (1, 1, 1, 1, 1, 1)):
+        seed = torch.tensor(3).view(shape)
+        out = dense.sigmoid_attention(query, query, query, None, None, seed, scale=1.0, dropout_p=0.4)
+        results.append(torch.cat((out, *torch.autograd.grad(out.sum(), query))))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_what_is_no_number_or_no_float_type_is_an_error() -> None:

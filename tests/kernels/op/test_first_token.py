@@ -97,6 +97,19 @@ def test_causal_with_softcap_and_offset() -> None:
     torch.testing.assert_close(out, p @ v.repeat_interleave(2, 1))
 
 
+def test_a_bfloat16_mask_is_compared_in_float32() -> None:
+    """As the op does, so that both see the same keys: -4992 is bfloat16's neighbour of -5000."""
+    q, k, v, share, rest = tensors()
+    q, k = q * 0, k * 0
+    mask = torch.zeros(B, 1, M, N, dtype=torch.float64)
+    mask[..., 0] = -4992.0
+    mask[..., 1] = -1e4
+    out = attend(q, k, v, attn_mask=mask.bfloat16(), enable_gqa=True, first_token=FirstToken(share, rest))
+    visible = torch.arange(N) != 1
+    p = oracle(q, k, visible.expand(B, H, M, N), share, rest, mask.masked_fill(~visible, 0.0))
+    torch.testing.assert_close(out, p @ v.repeat_interleave(H // HK, 1))
+
+
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_probabilities(dim: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sigswap.errors import ArgumentError
 from sigswap.kernels.host.blocks import Blocks, dense_mask
 from sigswap.kernels.op import mask_blocks
+from sigswap.kernels.op.blocks import sigmoid_attention_blocks
 from sigswap.kernels.op.mask_blocks import blocks_of_mask, pays
 
 
@@ -83,6 +87,34 @@ def test_inference_tensors_do_not_say_when_they_change(looks: list[Tensor]) -> N
         mask.logical_not_()
         assert_right(mask)
     assert len(looks) == 2
+
+
+def test_blocks_that_evaluation_found_are_trained_with() -> None:
+    mask, query = a_mask()[..., :140, :], torch.randn(2, 1, 140, 8, requires_grad=True)
+    with torch.inference_mode():
+        blocks_of_mask(mask)
+    out = sigmoid_attention_blocks(query, query, query, None, blocks_of_mask(mask), scale=0.3)
+    (grad,) = torch.autograd.grad(out.sum(), query)
+    same = query.detach().double().requires_grad_()
+    probs = torch.sigmoid(0.3 * same @ same.mT - mask.sum(-1, keepdim=True).clamp(min=1).log()) * mask
+    (expected,) = torch.autograd.grad((probs @ same).sum(), same)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["make_fx", "make_fx before dispatch", "torch.jit.trace"])
+def test_a_program_that_is_written_down_finds_the_blocks_of_other_masks(by: str) -> None:
+    def visible(mask: Tensor) -> Tensor:
+        return blocks_of_mask(mask).visible + 0
+
+    mask, other = a_mask(), a_mask()
+    visible(mask)  # which remembers them
+    if by == "torch.jit.trace":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program: Any = torch.jit.trace(visible, (mask,), check_trace=False)
+    else:
+        program = make_fx(visible, pre_dispatch=by.endswith("dispatch"))(mask)
+    assert torch.equal(program(other), other.sum(-1, dtype=torch.int32))
 
 
 def test_no_gpu_no_plan() -> None:

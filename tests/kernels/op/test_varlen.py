@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from sigswap.kernels.op import varlen
 OP = torch.ops.sigswap.sigmoid_attention_varlen.default
 BACKWARD = torch.ops.sigswap.sigmoid_attention_varlen_backward.default
 CUDA = torch.cuda.is_available()
+ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
 both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 
@@ -266,6 +268,21 @@ def test_dropout_is_that_of_the_padded_batch() -> None:
     batch = torch.ops.sigswap.sigmoid_attention(q, k, v, None, visible, inputs.seed, scale=0.3, dropout_p=0.4)
     for b, length in enumerate(lengths):
         torch.testing.assert_close(out[starts[b] : starts[b + 1]], batch[b, :, :length].transpose(0, 1))
+
+
+@both
+def test_no_sequence_is_longer_than_all_together(device: str) -> None:
+    """Whatever is said to be the longest: not for what dropout draws, nor for how many programs are launched."""
+    lengths = [5, 0, 11]
+    inputs = packed(lengths, lengths, seed=3, dtype=torch.float32, device=device)
+    grad_out = torch.randn(16, 4, 8, device=device)
+    for options in (Options(0.3, dropout_p=0.4), Options(0.3, is_causal=True)):
+        run = functools.partial(ours, options=options)
+        huge, fitting = (
+            with_gradients(run, inputs._replace(max_seqlen_q=most, max_seqlen_k=most), grad_out)
+            for most in (2**31 - 1, 16)
+        )
+        assert all(torch.equal(one, other) for one, other in zip(huge, fitting, strict=True))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -551,7 +568,7 @@ CROSS_Q, CROSS_K = [700, 1029, 300, 0, 77, 900, 600], [900, 1000, 0, 500, 900, 7
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (40, 56), (96, 96), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -593,6 +610,23 @@ def test_long_sequences_on_a_hopper_gpu(
     no_backward = dim > 128 or "window_right" in more
     names = ["triton.forward" if narrow else "hopper.forward", "triton.backward" if no_backward else "hopper.backward"]
     assert [each.__name__.removeprefix("sigswap.kernels.") for each in chosen] == names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("more", [{}, {"window_left": 100}, {"is_causal": True, "bottom_right": True}])
+def test_rows_that_see_no_key_may_be_nan_on_a_hopper_gpu(more: dict[str, Any]) -> None:
+    """Those of items of which no row sees one. With the window the last 412 of the first sequence see none, with the
+    causal mask the first 512."""
+    q_lens, k_lens = [1024, 700], [512, 0] if more else [1212, 0]
+    inputs = packed(q_lens, k_lens, head_dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    before = ours(inputs, Options(0.1, **more))
+    query = inputs.query.clone()
+    query[1024:] = torch.nan
+    if more:
+        query[slice(832, 1024) if "window_left" in more else slice(0, 320)] = torch.nan
+    after = ours(inputs._replace(query=query), Options(0.1, **more))
+    assert torch.equal(before, after) and not after[1024:].any() and after[:1024].any()
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ from sigswap.kernels.host.results import empty_row_sums
 from sigswap.kernels.triton import backward as flash_bwd
 from sigswap.kernels.triton import decode, row_caps, short_masked, sums
 from sigswap.kernels.triton import forward as flash_fwd
+from sigswap.kernels.triton.dropout import draws_for
 
 CUDA = torch.cuda.is_available()
 ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -673,9 +674,38 @@ def test_interpreted_softcap_keeps_nan_and_precision_settings_do_not_raise_shard
 
 
 @in_interpreter
+@pytest.mark.parametrize("cap", [30.0, 1e5])
+def test_interpreted_softcap_far_above_the_scores_shard2(cap: float) -> None:
+    """An error of tanh that is small beside 1 is not beside a score, once it is multiplied by the cap."""
+    query, key, value, grad_out = (torch.randn(1, 1, 20, 16) for _ in range(4))
+    options = Options(0.25, softcap=cap)
+    problem = problem_of(query, key, value, None, None, None, grad_out, options)
+    leaves = [x.double().requires_grad_() for x in (query, key, value)]
+    scores = cap * torch.tanh(0.25 * leaves[0] @ leaves[1].mT / cap)
+    expected = (scores - math.log(20)).sigmoid() @ leaves[2]
+    grads = torch.autograd.grad(expected, leaves, grad_out.double())
+    for out in (flash_fwd.forward(problem), decode.forward(problem)):
+        torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6)
+    for found, exact in zip(flash_bwd.backward(problem), grads, strict=False):
+        assert found is not None
+        torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
+
+
+@in_interpreter
 @shards(12)
 def test_interpreted_packed(index: int) -> None:
     assert_packed_no_worse(random_packed_problem(index))
+
+
+def test_dropout_draws_for_rows_that_packed_sequences_have() -> None:
+    """Not for those that they would have if all were as long as the longest."""
+    ends = torch.arange(1001, dtype=torch.int32)
+    ends[-1] = 5000
+    rows = torch.randn(1, 2, 5000, 8)
+    options = Options(0.3, dropout_p=0.1)
+    problem = Problem(rows, rows, rows, None, None, torch.tensor([1]), options, Packed(ends, ends, 4001, 4001))
+    draws = draws_for(problem.signature)
+    assert draws is not None and draws.layout.shape == (2, 2 * 5000)
 
 
 @pytest.mark.gpu
