@@ -150,7 +150,7 @@ class _ObservingMode(SwapMode):
             return product
         if site.query_weight is not None:
             normed, _, _ = site.transformed_factors(query, key, plan)
-            self.query = normed.movedim(plan.query.dim_axis, -1) / plan.query.scale
+            self.query = plan.ordered(normed.movedim(plan.query.dim_axis, -1) / plan.query.scale)
         return super()._product(site, func, args, kwargs)
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
