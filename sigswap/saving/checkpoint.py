@@ -32,7 +32,7 @@ from sigswap.conversion.keeping import thread_state
 from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
 from sigswap.conversion.wrappers import check_module, spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
-from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
+from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError, check_flag
 from sigswap.optional import require
 from sigswap.saving import marks, model_card, remote_code, schema, sources, transformers_hook, weights
 from sigswap.saving.factories import (
@@ -246,9 +246,11 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the model; the message names
             the file and the field or the tensor. Or ``allow_code`` is needed.
-        ArgumentError: a ``dtype`` for quantized weights, or one that is not of floats; or no such ``device``.
+        ArgumentError: a ``dtype`` for quantized weights, or one that is not of floats; no such ``device``; or an
+            ``allow_code`` that is not True or False.
     """
     directory = directory_at(directory)
+    check_flag("allow_code", allow_code)  # "no" would be taken for a yes
     _check_place(device, dtype)
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
@@ -278,7 +280,7 @@ def _check_place(device: Any, dtype: Any) -> None:
 
 def _load(directory: Path, allow_code: bool) -> nn.Module:
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory.", hint=_recovery(directory))
+        raise CheckpointError(f"{directory} is not a directory.", hint=_recovery(directory) or _of_the_hub(directory))
     before = _stamps(directory)
     with unmoved_random_state():
         if (directory / CONFIG).is_file():
@@ -289,7 +291,10 @@ def _load(directory: Path, allow_code: bool) -> nn.Module:
             raise CheckpointError(
                 f"{directory} holds no model saved by sigswap: there is no {CONFIG}, and no config.json with "
                 'quantization_config.quant_method "sigswap".',
-                hint=_recovery(directory),
+                hint=_recovery(directory)
+                or Hint(
+                    "sigswap.convert converts a model, which transformers or timm loads, and sigswap.save saves it."
+                ),
             )
     if _stamps(directory) != before:
         raise CheckpointError(f"{directory} was saved to while it was being loaded.", hint=Hint("Load it again."))
@@ -540,6 +545,13 @@ def _told(error: Exception) -> str:
 def _recovery(directory: Path) -> Hint | None:
     """What to do if a save to ``directory`` was killed."""
     return recover_hint(directory) if leftovers(directory) else None
+
+
+def _of_the_hub(directory: Path) -> Hint | None:
+    """What to do if ``directory`` may be the name of a model on the hub."""
+    if directory.exists() or directory.is_absolute() or len(directory.parts) > 2:
+        return None
+    return Hint("A model of the hub is loaded by transformers' from_pretrained, once sigswap is imported.")
 
 
 def _stamps(directory: Path) -> list[tuple[str, int, int]]:

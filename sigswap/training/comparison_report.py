@@ -8,6 +8,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+from sigswap.errors import ArgumentError
 from sigswap.page import fragment
 from sigswap.training.pictures import save_picture
 
@@ -77,11 +78,14 @@ class Comparison:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __getitem__(self, name: str) -> Measure:
-        """The measure of this name, or whose name starts so. Raises KeyError."""
+        """The measure of this name, or whose name starts so. Raises ArgumentError."""
         for measure in self.measures:
             if measure.name == name or measure.name.startswith(f"{name},"):
                 return measure
-        raise KeyError(name)
+        known = [measure.name for measure in self.measures]
+        raise ArgumentError(
+            f"{{argument}}={name!r} is no measure of this comparison; they are {known}.", argument="name"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""

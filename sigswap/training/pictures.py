@@ -13,6 +13,7 @@ from sigswap import files
 from sigswap.errors import ArgumentError
 from sigswap.optional import require
 from sigswap.page import document
+from sigswap.report import path_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def save_picture(
     If that is an .html, a page as of :func:`sigswap.page.document` with ``title``, the figure, which shows what
     ``shown`` says, and ``parts``. Raises as :func:`check_picture`, before anything is drawn.
     """
-    path = Path(path)
+    path = path_of(path)
     check_picture(path)
     kind, stream = path.suffix.lower().removeprefix("."), io.BytesIO()
     draw().savefig(stream, format="png" if kind == "html" else kind, dpi=150)

@@ -299,6 +299,8 @@ def test_overrides_include_exclude() -> None:
     for none in (5, [5], iter(["first"]), torch.zeros(2)):  # an iterator would be at its end after the first module
         with pytest.raises(errors.ArgumentError, match="exclude must be a list of patterns, not"):
             sigswap.convert(model, example_inputs=(x, y), exclude=none)  # type: ignore[arg-type]
+    with pytest.raises(errors.ArgumentError, match="strict must be True or False, not 'no'"):
+        sigswap.convert(model, example_inputs=(x, y), strict="no")  # type: ignore[arg-type]
     with pytest.raises(errors.ConversionError, match="third"):
         sigswap.convert(model, SigmoidConfig(overrides={"third": {"bias": 9}}), example_inputs=(x, y))
     with pytest.raises(errors.NoAttentionError, match="exclude"):

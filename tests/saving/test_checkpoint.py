@@ -410,8 +410,20 @@ def test_damage_is_reported_with_its_place(tmp_path: Path, damage: Any, message:
 def test_load_of_what_is_no_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a directory"):
         sigswap.load(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="holds no model saved by sigswap"):
+    with pytest.raises(CheckpointError, match=r"is not a directory\. A model of the hub is loaded by transformers'"):
+        sigswap.load("owner/name")
+    with pytest.raises(CheckpointError, match=r"holds no model saved by sigswap.*\. sigswap.convert converts a model"):
         sigswap.load(tmp_path)
+    with pytest.raises(ArgumentError, match=r"must be the path of a directory, not a Linear\.$"):  # not its whole repr
+        sigswap.load(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_string_does_not_allow_code(tmp_path: Path) -> None:
+    """``"no"`` is true in Python."""
+    saved_own(tmp_path / "m")
+    for given in ("no", 1, None):
+        with pytest.raises(ArgumentError, match="allow_code must be True or False, not"):
+            sigswap.load(tmp_path / "m", allow_code=given)  # type: ignore[arg-type]
 
 
 # Saving over something
