@@ -45,6 +45,7 @@ from sigswap.saving.factories import (
 )
 from sigswap.saving.gathered import Gathered
 from sigswap.saving.rebuilt import Difference, from_json, to_json
+from sigswap.saving.reparametrized import check_names
 from sigswap.saving.replacing import directory_at, leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.transaction import Transaction
 from sigswap.version import __version__
@@ -176,6 +177,7 @@ def _writing(
             )
         if with_code:
             remote_code.check(model)
+        check_names(model)
         _check_shard_size(max_shard_size)
         for part in _parts(processor):
             if not callable(getattr(part, "save_pretrained", None)):
