@@ -197,7 +197,7 @@ class _ObservingMode(SwapMode):
             observer.sums(pending.site).add_mass(pending.by_head(pending.softmax()), pending.counted_rows())
 
         def with_value(p: Tensor, value: Tensor) -> Tensor:
-            factor = p.to(value.dtype).reshape(factors[index].shape)
+            factor = pending.as_factor(p.to(value.dtype), factors[index])
             return product(*((factor, value) if index == 0 else (value, factor)))
 
         # The row of each element of the output, whatever its layout: the product of the row's number at the first key
