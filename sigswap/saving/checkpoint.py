@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
-from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
+from sigswap.conversion.record import Conversion, conversion_of, is_converted, owners_of, part_to_pass
 from sigswap.conversion.wrappers import check_module, spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError, check_flag
@@ -155,6 +155,13 @@ def _writing(
             argument="model",
             hint=Hint("Call sigswap.convert(model) before sigswap.save."),
         )
+    planned = {owner.path for owner in conversion_of(model).owners}
+    for path in owners_of(model):
+        if path not in planned:
+            raise CheckpointError(
+                f"{path} is a converted module that was not there when the model was converted (a copy, say).",
+                hint=Hint("Keep the state_dict, revert and convert the model, and load the state_dict into it again."),
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and not _fetches_offloaded(model):
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -1101,3 +1102,19 @@ def test_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="too long"):
         sigswap.load(tmp_path / ("x" * 300))
+
+
+def test_a_converted_module_that_was_copied_to_another_place(tmp_path: Path) -> None:
+    """Nothing would convert it where the directory is loaded; converted anew it is part of the model."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0) for _ in range(2)))
+    x = torch.randn(2, 5, 8)
+    model = sigswap.convert(layers.eval(), example_inputs=x)
+    model.append(copy.deepcopy(model[0]))
+    model[2].self_attn.sigswap.site(0).bias.data.fill_(0.5)
+    with pytest.raises(CheckpointError, match=r"2\.self_attn is a converted module that was not there"):
+        sigswap.save(model, tmp_path / "m", factory=f"{__name__}:never")
+    assert not list(tmp_path.iterdir())
+    state, expected = model.state_dict(), model(x)
+    sigswap.convert(sigswap.revert(model), example_inputs=x).load_state_dict(state)
+    assert torch.equal(model(x), expected)
