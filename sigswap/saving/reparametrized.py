@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from sigswap.errors import CheckpointError, Hint
 
-_HOOKS = (prune.BasePruningMethod, SpectralNorm, WeightNorm)  # type: ignore[attr-defined]  # torch re-exports it
+_HOOKS = (prune.BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def check_names(model: Any) -> None:
