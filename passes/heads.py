@@ -261,7 +261,7 @@ def with_heads(factors: Factors, head: HeadLayout) -> Product:
         factor(factors.query, 0, factors.query_arg, factors.query_dim_axis),
         factor(factors.key, 1, 1 - factors.query_arg, factors.key_dim_axis),
         shape[factors.query_dim_axis] if shape else 0,
-        factors.query_in_order and ordered,
+        factors.row_order if ordered else None,
     )
 
 

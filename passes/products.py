@@ -77,7 +77,7 @@ class Factors:
     query_axis: int | None
     batch_axes: dict[int, tuple[int, int]]  # axis of the output -> (axis of the query, axis of the key)
     row_axes: dict[int, int]  # axis of the output -> axis of the query alone
-    query_in_order: bool
+    row_order: tuple[int, ...] | None  # of the query without the axis that is summed over, for the output's
     plain: bool = True  # of two tensors, summed over one axis
     path: list[Step] = dataclasses.field(default_factory=list)  # from the product down to the softmax's scores
 
@@ -134,9 +134,14 @@ def _contracted_product(node: Node, key_axis: int) -> Factors | str:
         max(rows, default=None),
         {i: (query.index(c), key.index(c)) for i, c in enumerate(out) if c in query and c in key},
         rows,
-        query_in_order=[c for c in query if c not in contracted] == [c for c in out if c != name],
+        _order([c for c in query if c not in contracted], [c for c in out if c != name]),
         plain=not several and len(contracted) == 1,
     )
+
+
+def _order(names: list[Hashable], wanted: list[Hashable]) -> tuple[int, ...] | None:
+    """Where each of ``wanted`` is in ``names``; None: they are not the same ones."""
+    return tuple(map(names.index, wanted)) if len(names) == len(wanted) and set(names) == set(wanted) else None
 
 
 def _query_and_key(node: Node, key_axis: int) -> Contraction | None:
@@ -180,8 +185,8 @@ def _summed_product(node: Node, key_axis: int) -> Factors | str:
         else:
             batch[out_axis] = (axis, axis)
     row = max(rows, default=None)
-    # The factors are spread over axes of size 1, so the query is not in order.
-    return Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch, rows, False)
+    # The factors are spread over axes of size 1, so the query has axes that the output does not have.
+    return Factors(node, query, key, query_arg, contracted, contracted, key_axis, row, batch, rows, None)
 
 
 def is_parameter(node: Node) -> bool:

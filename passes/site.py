@@ -48,7 +48,8 @@ class Product:
     """The product of query and key.
 
     ``key_axis``: of the product. ``path``: the nodes through which it flows, from after it to the softmax's scores.
-    ``rows_in_order``: the query without head_dim reshapes to the scores without their key axis.
+    ``row_order``: the axes of the query without head_dim, in the order in which they reshape to the scores without
+    their key axis; None: in none.
     """
 
     node: Node
@@ -57,7 +58,7 @@ class Product:
     query: Factor
     key: Factor
     head_dim: int
-    rows_in_order: bool
+    row_order: tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)

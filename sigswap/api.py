@@ -35,6 +35,7 @@ from sigswap.errors import (
     Hint,
     NoAttentionError,
     UnswappableSiteError,
+    check_flag,
 )
 from sigswap.report import Report
 from sigswap.saving import sources
@@ -95,6 +96,7 @@ def convert(
     config = SigmoidConfig() if config is None else config
     if not isinstance(config, SigmoidConfig):
         raise ArgumentError(f"{{argument}} must be a SigmoidConfig, not a {type(config).__name__}.", argument="config")
+    check_flag("strict", strict)
     too_high = config.saturated_bias()
     if too_high is not None:
         warnings.warn(
@@ -241,6 +243,7 @@ def compare(
             model's positions.
         CalibrationError: a model fails on a batch, or the two give outputs of different shapes.
     """
+    check_flag("allow_code", allow_code)
     if isinstance(original, str | os.PathLike):
         original = _opened(os.fspath(original), allow_code)
     elif original is not None and not isinstance(original, nn.Module):

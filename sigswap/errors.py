@@ -73,6 +73,12 @@ class ArgumentError(SigswapError, ValueError):
     """An argument of a sigswap function is of the wrong type, shape, dtype, device or value."""
 
 
+def check_flag(argument: str, value: object) -> None:
+    """Raises ArgumentError unless ``value`` is True or False: a string such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{{argument}} must be True or False, not {value!r}.", argument=argument)
+
+
 class ConfigError(SigswapError, ValueError):
     """A :class:`sigswap.SigmoidConfig` holds a value that is not allowed, or cannot be applied to a site."""
 

@@ -96,9 +96,16 @@ class Report:
 
 def write_page(path: str | os.PathLike[str], title: str, parts: Sequence[Any]) -> None:
     """Writes what :func:`sigswap.page.document` makes of ``parts``. Raises ArgumentError as :meth:`Report.save`."""
-    path = Path(path)
+    path = path_of(path)
     check_page(path)
     files.write_text(path, document(title, parts))
+
+
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a Path. Raises ArgumentError if it is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"{{argument}} must be the path of a file, not a {type(path).__name__}.", argument="path")
+    return Path(path)
 
 
 def check_page(path: Path) -> None:

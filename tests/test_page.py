@@ -73,6 +73,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         REPORT.save(tmp_path / "report.png")
     with pytest.raises(ArgumentError, match="no directory"):
         REPORT.save(tmp_path / "missing" / "report.html")
+    with pytest.raises(ArgumentError, match="path must be the path of a file, not a NoneType"):
+        REPORT.save(None)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 

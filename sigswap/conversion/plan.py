@@ -324,8 +324,11 @@ def _product_plan(product: Product) -> ProductPlan:
         rank = factor.node.meta["val"].dim()
         return AxisPlan(factor.dim_axis - rank, HeadAxis.of(factor.head, rank), factor.scale)
 
-    query, key = product.query, product.key
-    return ProductPlan(query.position, key.position, axes(query), axes(key), product.rows_in_order)
+    query, key, order = product.query, product.key, product.row_order
+    in_order = order == tuple(range(len(order or ())))
+    return ProductPlan(
+        query.position, key.position, axes(query), axes(key), in_order, row_order=None if in_order else order
+    )
 
 
 def _channels(owner: nn.Module, output: Tensor | None) -> tuple[int, int | None]:

@@ -59,13 +59,38 @@ class AxisPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ProductPlan:
-    """The product of query and key at a site that computes its own scores."""
+    """The product of query and key at a site that computes its own scores.
+
+    ``rows_in_order``: the query without head_dim reshapes to the scores without their key axis; or else it does with
+    its axes in ``row_order``, if there is one (``einsum("bqhd,bkhd->bhqk")``: 0, 2, 1).
+    """
 
     query_arg: int
     key_arg: int
     query: AxisPlan
     key: AxisPlan
     rows_in_order: bool
+    row_order: tuple[int, ...] | None = None
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """``x``, with the axes of the query without head_dim, and others behind them, so that it does."""
+        if self.row_order is None:
+            return x
+        return x.permute(*self.row_order, *range(len(self.row_order), x.dim()))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {"query_arg": self.query_arg, "key_arg": self.key_arg, "rows_in_order": self.rows_in_order}
+        order = {} if self.row_order is None else {"row_order": self.row_order}
+        return {**data, "query": self.query.to_dict(), "key": self.key.to_dict(), **order}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ProductPlan:
+        factors = {name: AxisPlan(**HeadAxis.from_fields(data[name], "")) for name in ("query", "key")}
+        order = data.get("row_order")
+        return cls(**{**data, **factors, "row_order": None if order is None else tuple(order)})
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update({"row_order": None, **state})  # pickles from before have none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +124,13 @@ class SitePlan:
         if self.scores is None:
             del data["scores"]
         if self.product is not None:
-            data["product"] |= {"query": self.product.query.to_dict(), "key": self.product.key.to_dict()}
+            data["product"] = self.product.to_dict()
         newer = {"extra": (0, 0), "weighted": False, "undivided": False}  # left out where version 0.1 can do without
         return {name: value for name, value in data.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
-        product = data["product"]
-        if product is not None:
-            factors = {name: AxisPlan(**HeadAxis.from_fields(product[name], "")) for name in ("query", "key")}
-            product = ProductPlan(**{**product, **factors})
+        product = None if data["product"] is None else ProductPlan.from_dict(data["product"])
         scores, extra = data.get("scores"), tuple(data.get("extra", (0, 0)))
         plain = {"product": product, "scores": None if scores is None else tuple(scores), "extra": extra}
         return cls(**{**HeadAxis.from_fields(data, "", "sdpa_"), **plain})
@@ -390,7 +412,8 @@ class SiteState(nn.Module):
                 argument="query_bias" if config.query_bias else "qk_norm",
                 hint=leave_out,
             )
-        if config.query_bias and plan.product is not None and not plan.product.rows_in_order:
+        product = plan.product
+        if config.query_bias and product is not None and not product.rows_in_order and product.row_order is None:
             raise ConfigError(
                 f"{path or 'the model'}: {{argument}} cannot follow the queries from their product to the softmax.",
                 argument="query_bias",
@@ -529,7 +552,7 @@ class SiteState(nn.Module):
         if self.query_weight is not None:
             weight = plan.query.head_axis.spread(self.query_weight, query, dim_axis=plan.query.dim_axis)
             # w_h acts on the query itself, not on what the module has already multiplied by the scale.
-            query_bias = (query * weight).sum(plan.query.dim_axis) / plan.query.scale
+            query_bias = plan.ordered((query * weight).sum(plan.query.dim_axis) / plan.query.scale)
         return query, key, query_bias
 
     def extra_repr(self) -> str:

@@ -29,10 +29,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
-from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
+from sigswap.conversion.record import Conversion, conversion_of, is_converted, owners_of, part_to_pass
 from sigswap.conversion.wrappers import check_module, spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
-from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError
+from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError, check_flag
 from sigswap.optional import require
 from sigswap.saving import marks, model_card, remote_code, schema, sources, transformers_hook, weights
 from sigswap.saving.factories import (
@@ -45,6 +45,7 @@ from sigswap.saving.factories import (
 )
 from sigswap.saving.gathered import Gathered
 from sigswap.saving.rebuilt import Difference, from_json, to_json
+from sigswap.saving.reparametrized import check_names
 from sigswap.saving.replacing import directory_at, leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.transaction import Transaction
 from sigswap.version import __version__
@@ -154,6 +155,13 @@ def _writing(
             argument="model",
             hint=Hint("Call sigswap.convert(model) before sigswap.save."),
         )
+    planned = {owner.path for owner in conversion_of(model).owners}
+    for path in owners_of(model):
+        if path not in planned:
+            raise CheckpointError(
+                f"{path} is a converted module that was not there when the model was converted (a copy, say).",
+                hint=Hint("Keep the state_dict, revert and convert the model, and load the state_dict into it again."),
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and not _fetches_offloaded(model):
             raise CheckpointError(
@@ -176,6 +184,7 @@ def _writing(
             )
         if with_code:
             remote_code.check(model)
+        check_names(model)
         _check_shard_size(max_shard_size)
         for part in _parts(processor):
             if not callable(getattr(part, "save_pretrained", None)):
@@ -246,9 +255,11 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the model; the message names
             the file and the field or the tensor. Or ``allow_code`` is needed.
-        ArgumentError: a ``dtype`` for quantized weights, or one that is not of floats; or no such ``device``.
+        ArgumentError: a ``dtype`` for quantized weights, or one that is not of floats; no such ``device``; or an
+            ``allow_code`` that is not True or False.
     """
     directory = directory_at(directory)
+    check_flag("allow_code", allow_code)  # "no" would be taken for a yes
     _check_place(device, dtype)
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)
@@ -278,7 +289,7 @@ def _check_place(device: Any, dtype: Any) -> None:
 
 def _load(directory: Path, allow_code: bool) -> nn.Module:
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory.", hint=_recovery(directory))
+        raise CheckpointError(f"{directory} is not a directory.", hint=_recovery(directory) or _of_the_hub(directory))
     before = _stamps(directory)
     with unmoved_random_state():
         if (directory / CONFIG).is_file():
@@ -289,7 +300,10 @@ def _load(directory: Path, allow_code: bool) -> nn.Module:
             raise CheckpointError(
                 f"{directory} holds no model saved by sigswap: there is no {CONFIG}, and no config.json with "
                 'quantization_config.quant_method "sigswap".',
-                hint=_recovery(directory),
+                hint=_recovery(directory)
+                or Hint(
+                    "sigswap.convert converts a model, which transformers or timm loads, and sigswap.save saves it."
+                ),
             )
     if _stamps(directory) != before:
         raise CheckpointError(f"{directory} was saved to while it was being loaded.", hint=Hint("Load it again."))
@@ -540,6 +554,13 @@ def _told(error: Exception) -> str:
 def _recovery(directory: Path) -> Hint | None:
     """What to do if a save to ``directory`` was killed."""
     return recover_hint(directory) if leftovers(directory) else None
+
+
+def _of_the_hub(directory: Path) -> Hint | None:
+    """What to do if ``directory`` may be the name of a model on the hub."""
+    if directory.exists() or directory.is_absolute() or len(directory.parts) > 2:
+        return None
+    return Hint("A model of the hub is loaded by transformers' from_pretrained, once sigswap is imported.")
 
 
 def _stamps(directory: Path) -> list[tuple[str, int, int]]:

@@ -50,7 +50,8 @@ def directory_at(directory: str | os.PathLike[str]) -> Path:
     lead in a circle."""
     text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ArgumentError(f"{{argument}} must be the path of a directory, not {directory!r}.", argument="directory")
+        given = repr(directory) if isinstance(text, str | bytes) else f"a {type(directory).__name__}"
+        raise ArgumentError(f"{{argument}} must be the path of a directory, not {given}.", argument="directory")
     try:
         Path(text).resolve()
     except RuntimeError as error:  # of Python before 3.13

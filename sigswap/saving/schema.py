@@ -218,10 +218,14 @@ def _product(value: Any, where: str) -> None:
     for name in ("query", "key"):
         if value[name]["head_axis"] == value[name]["dim_axis"]:
             _wrong(f"{where}.{name}.head_axis", "be another axis than dim_axis", value[name]["head_axis"])
+    order = value.get("row_order")
+    if order is not None and (value["rows_in_order"] or sorted(order) != list(range(len(order)))):
+        _wrong(f"{where}.row_order", "be the numbers of the query's axes, out of order", order)
 
 
 _PRODUCT = record(
-    {"query_arg": integer(0, 1), "key_arg": integer(0, 1), "query": _FACTOR, "key": _FACTOR, "rows_in_order": boolean}
+    {"query_arg": integer(0, 1), "key_arg": integer(0, 1), "query": _FACTOR, "key": _FACTOR, "rows_in_order": boolean},
+    {"row_order": array(integer(0, MOST_AXES), 1, MOST_AXES)},
 )
 
 

@@ -109,7 +109,7 @@ class CalibrationReport:
 
         table = Table(title=f"calibration on {self.batches} batches", title_justify="left")
         table.add_column("path", overflow="fold")
-        for column in ("heads", "mass not expressed", "error before", "error after", "worst head"):
+        for column in ("heads", "mass not\nexpressed", "error\nbefore", "error\nafter", "worst\nhead"):
             table.add_column(column, justify="right")
         for (path, _), heads in self._sites().items():
             part = CalibrationReport(heads, self.batches)
@@ -153,7 +153,7 @@ class CalibrationReport:
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("head")
             axis.set_yticks(range(len(names)), names, fontsize=8)
-            axis.set_xticks(range(width) if width <= 16 else range(0, width, width // 8))
+            axis.set_xticks(range(0, width, -(-width // 8)))  # more numbers would run into one another
             figure.colorbar(image, ax=axis, extend="max")
         return figure
 

@@ -8,8 +8,9 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+from sigswap.errors import ArgumentError
 from sigswap.page import fragment
-from sigswap.training.pictures import save_picture
+from sigswap.training.pictures import plain_logarithm, save_picture, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,11 +78,14 @@ class Comparison:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __getitem__(self, name: str) -> Measure:
-        """The measure of this name, or whose name starts so. Raises KeyError."""
+        """The measure of this name, or whose name starts so. Raises ArgumentError."""
         for measure in self.measures:
             if measure.name == name or measure.name.startswith(f"{name},"):
                 return measure
-        raise KeyError(name)
+        known = [measure.name for measure in self.measures]
+        raise ArgumentError(
+            f"{{argument}}={name!r} is no measure of this comparison; they are {known}.", argument="name"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
@@ -127,17 +131,13 @@ class Comparison:
             table.add_row(label, *(_written(x, "nats") for x in (span.original, span.converted)))
         yield table
         if self.layers:
-            table = Table(title="layers", title_justify="left")
+            table = Table(title="layers (softmax: an error of 0, row sums of 1)", title_justify="left")
             table.add_column("path", overflow="fold")
-            for heading in (
-                "error (softmax: 0)",
-                "mean row sum (softmax: 1)",
-                "largest row sum (softmax: 1)",
-                "row cap",
-            ):
+            capped = any(layer.row_cap is not None for layer in self.layers)
+            for heading in ("error", "mean\nrow sum", "largest\nrow sum", *(["row cap"] if capped else [])):
                 table.add_column(heading, justify="right")
             for layer in self.layers:
-                known = (layer.error, layer.row_sum, layer.largest_row_sum, layer.row_cap)
+                known = (layer.error, layer.row_sum, layer.largest_row_sum, *([layer.row_cap] if capped else []))
                 table.add_row(layer.path or "(the model)", *("" if x is None else f"{x:.3g}" for x in known))
             yield table
         yield from self.notes
@@ -158,15 +158,17 @@ class Comparison:
         if self.by_position:
             panels.append(self._draw_positions)
         panels += [self._draw_errors, self._draw_row_sums]
-        figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-        for axis, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        columns = 2 if len(panels) % 2 == 0 else len(panels)  # four beside one another are too small to read on a page
+        rows = len(panels) // columns
+        figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+        for axis, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
             draw(axis)
         return figure
 
     def _draw_distances(self, axis: Axes) -> None:
         x = [far.distance for far in self.by_distance]
         axis.plot(x, [far.original for far in self.by_distance], "o-", label="softmax")
-        axis.plot(x, [far.converted for far in self.by_distance], "o-", label="sigmoid")
+        axis.plot(x, [far.converted for far in self.by_distance], "o--", label="sigmoid")
         axis.set(ylim=(-0.03, 1.03), xlabel="tokens back", ylabel="share recalled")
         axis.set_xscale("log", base=2)
         axis.set_title("recall by distance")
@@ -175,7 +177,9 @@ class Comparison:
     def _draw_positions(self, axis: Axes) -> None:
         edges = [span.start for span in self.by_position] + [self.by_position[-1].end]
         axis.stairs([span.original for span in self.by_position], edges, baseline=None, label="softmax")
-        axis.stairs([span.converted for span in self.by_position], edges, baseline=None, label="sigmoid")
+        axis.stairs(
+            [span.converted for span in self.by_position], edges, baseline=None, label="sigmoid", linestyle="--"
+        )
         axis.set(xlabel="tokens before", ylabel="loss, nats")
         axis.set_xscale("symlog", base=2, linthresh=16)
         axis.set_title("loss by position")
@@ -184,14 +188,17 @@ class Comparison:
     def _draw_errors(self, axis: Axes) -> None:
         axis.bar(range(len(self.layers)), [_or_nan(layer.error) for layer in self.layers])
         axis.set(xlabel="converted module", ylabel="squared error of its output, relative")
+        whole_numbers(axis)
         axis.set_title("error by layer (softmax: 0)")
 
     def _draw_row_sums(self, axis: Axes) -> None:
         x = range(len(self.layers))
         axis.plot(x, [_or_nan(layer.row_sum) for layer in self.layers], "o", label="mean")
-        axis.plot(x, [_or_nan(layer.largest_row_sum) for layer in self.layers], "_", label="largest")
+        axis.plot(x, [_or_nan(layer.largest_row_sum) for layer in self.layers], "^", label="largest")
         axis.axhline(1.0, color="grey", linewidth=1, label="softmax")
         axis.set(yscale="log", xlabel="converted module", ylabel="sum of a row")
+        whole_numbers(axis)
+        plain_logarithm(axis)
         axis.set_title("row sums by layer")
         axis.legend()
 

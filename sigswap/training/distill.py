@@ -58,8 +58,11 @@ def param_groups(
     >>> optimizer = torch.optim.AdamW(sigswap.param_groups(model, 2e-5))
     >>> Trainer(model, args, optimizers=(optimizer, None), ...)
 
-    Raises NotConvertedError, or ArgumentError if nothing is trainable or FSDP has put the parameters together.
+    Raises NotConvertedError, or ArgumentError if a rate is no number of 0 or more, nothing is trainable, or FSDP has
+    put the parameters together.
     """
+    rates: dict[str, Any] = {"lr": lr, "sigmoid_lr": sigmoid_lr, "weight_decay": weight_decay}
+    _check_rates({name: rate for name, rate in rates.items() if not isinstance(rate, torch.Tensor)})
     ours = {id(parameter) for state in owners_of(model).values() for parameter in state.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"sigmoid": [], "decay": [], "no_decay": []}
     parameters = list(model.parameters())
@@ -73,12 +76,12 @@ def param_groups(
         if parameter.requires_grad:
             name = "sigmoid" if id(parameter) in ours else "decay" if parameter.dim() > 1 else "no_decay"
             groups[name].append(parameter)
-    rates = {"sigmoid": SIGMOID_LR * lr if sigmoid_lr is None else sigmoid_lr}
+    faster = {"sigmoid": SIGMOID_LR * lr if sigmoid_lr is None else sigmoid_lr}
     made = [
         {
             "name": name,
             "params": parameters,
-            "lr": rates.get(name, lr),
+            "lr": faster.get(name, lr),
             "weight_decay": weight_decay if name == "decay" else 0.0,
         }
         for name, parameters in groups.items()
@@ -324,6 +327,14 @@ def _check_runnable(model: nn.Module, teacher: nn.Module | None, compile: bool) 
         )
 
 
+def _check_rates(given: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for a rate in ``given`` that is no number, 0 or more; ``sigmoid_lr`` may be None."""
+    for name, rate in given.items():
+        optional = name == "sigmoid_lr" and rate is None
+        if not optional and (not isinstance(rate, int | float) or isinstance(rate, bool) or not rate >= 0):
+            raise ArgumentError(f"{{argument}} must be a number, 0 or more, not {rate!r}.", argument=name)
+
+
 def _check_arguments(given: Mapping[str, Any]) -> None:
     """Raises ArgumentError for a value of distill's that is not allowed, by name in ``given``."""
     for name in ("steps", "layerwise_steps", "accumulate"):
@@ -335,11 +346,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
             )
     if given["train"] not in ("all", "sigmoid"):
         raise ArgumentError(f"{{argument}} must be 'all' or 'sigmoid', not {given['train']!r}.", argument="train")
-    for name in ("lr", "sigmoid_lr", "weight_decay"):
-        rate = given[name]
-        optional = name == "sigmoid_lr" and rate is None
-        if not optional and (not isinstance(rate, int | float) or isinstance(rate, bool) or not rate >= 0):
-            raise ArgumentError(f"{{argument}} must be a number, 0 or more, not {rate!r}.", argument=name)
+    _check_rates({name: given[name] for name in ("lr", "sigmoid_lr", "weight_decay")})
     autocast = given["autocast"]
     if autocast not in (None, torch.bfloat16):
         raise ArgumentError(

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from sigswap.training.pictures import save_picture
+from sigswap.training.pictures import save_picture, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +59,7 @@ class DistillationReport:
         for axis, (name, losses) in zip(axes, stages, strict=False):
             axis.plot(range(1, len(losses) + 1), losses, marker="." if len(losses) < 20 else None)
             axis.set(title=name, xlabel="step", ylabel="loss", ylim=(0.0, None))
+            whole_numbers(axis)
         return figure
 
     @staticmethod

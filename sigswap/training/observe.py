@@ -150,7 +150,7 @@ class _ObservingMode(SwapMode):
             return product
         if site.query_weight is not None:
             normed, _, _ = site.transformed_factors(query, key, plan)
-            self.query = normed.movedim(plan.query.dim_axis, -1) / plan.query.scale
+            self.query = plan.ordered(normed.movedim(plan.query.dim_axis, -1) / plan.query.scale)
         return super()._product(site, func, args, kwargs)
 
     def _softmax(self, site: SiteState, args: Any, kwargs: Any) -> Tensor:
@@ -197,7 +197,7 @@ class _ObservingMode(SwapMode):
             observer.sums(pending.site).add_mass(pending.by_head(pending.softmax()), pending.counted_rows())
 
         def with_value(p: Tensor, value: Tensor) -> Tensor:
-            factor = p.to(value.dtype).reshape(factors[index].shape)
+            factor = pending.as_factor(p.to(value.dtype), factors[index])
             return product(*((factor, value) if index == 0 else (value, factor)))
 
         # The row of each element of the output, whatever its layout: the product of the row's number at the first key

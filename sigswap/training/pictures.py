@@ -13,8 +13,10 @@ from sigswap import files
 from sigswap.errors import ArgumentError
 from sigswap.optional import require
 from sigswap.page import document
+from sigswap.report import path_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -39,7 +41,7 @@ def save_picture(
     If that is an .html, a page as of :func:`sigswap.page.document` with ``title``, the figure, which shows what
     ``shown`` says, and ``parts``. Raises as :func:`check_picture`, before anything is drawn.
     """
-    path = Path(path)
+    path = path_of(path)
     check_picture(path)
     kind, stream = path.suffix.lower().removeprefix("."), io.BytesIO()
     draw().savefig(stream, format="png" if kind == "html" else kind, dpi=150)
@@ -47,3 +49,20 @@ def save_picture(
         files.write_text(path, document(title, parts, (shown, base64.b64encode(stream.getvalue()).decode())))
     else:
         files.write_bytes(path, stream.getvalue())
+
+
+def whole_numbers(axis: Axes) -> None:
+    """No ticks between the whole numbers of the x axis, which counts steps or modules."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+def plain_logarithm(axis: Axes) -> None:
+    """Numbers such as 2 and 0.5 on a logarithmic y axis that has its limits, and not 2 x 10^0."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -76,6 +76,12 @@ class Kept:
         if not self.path.exists():
             return None
         hint = Hint("Delete it, or pass another file as {resume}.", {"resume": ""})
+        if not self.path.is_file():
+            raise ArgumentError(
+                f"{{argument}}={str(self.path)!r} is not a file.",
+                argument="resume",
+                hint=Hint("Pass the path of a file, which need not be there yet."),
+            )
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             _check(state, self.trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -114,6 +115,7 @@ class PendingSoftmax:
         self.head_axis = None if axis is None else axis % scores.dim()
         self.counted = self.visible.any(dim, keepdim=True) & self._own()
         self.query: Tensor | None = None  # [heads, rows, head_dim], where w_h needs it
+        self.order: tuple[int, ...] | None = None  # of their axes in the product with the value, if that is another
 
     def _own(self) -> Tensor:
         """Whether each row sees its own position (see Tile.counted), in the shape of ``counted``; or True."""
@@ -135,9 +137,25 @@ class PendingSoftmax:
         return own.reshape(*self.visible.shape[: self.dim], 1, *self.visible.shape[self.dim + 1 :])
 
     def is_in(self, factor: Tensor) -> bool:
-        """Whether ``factor`` holds the probabilities, in whatever shape and dtype."""
+        """Whether ``factor`` holds the probabilities, in whatever shape and dtype, or with axes in another order."""
         p = self.probabilities
-        return factor.numel() == p.numel() and (factor is p or torch.equal(factor.reshape(p.shape), p.to(factor.dtype)))
+        if factor is p:
+            return True
+        if factor.numel() != p.numel():
+            return False
+        cast = p.to(factor.dtype)
+        if torch.equal(factor.reshape(p.shape), cast):
+            return True
+        for order in itertools.permutations(range(p.dim())):
+            moved = cast.permute(order)
+            if moved.shape == factor.shape and torch.equal(moved, factor):
+                self.order = order
+                return True
+        return False
+
+    def as_factor(self, x: Tensor, factor: Tensor) -> Tensor:
+        """``x``, of the scores' shape, in the shape in which ``factor`` holds the probabilities."""
+        return (x if self.order is None else x.permute(self.order)).reshape(factor.shape)
 
     def softmax(self) -> Tensor:
         return self.probabilities.to(self.wide.dtype).nan_to_num(0.0)

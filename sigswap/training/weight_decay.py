@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
     Each moves to a group with ``weight_decay=0`` that is otherwise as its own, and to a new one if there is none. Call
     it before a learning rate scheduler is made, for that counts the groups, and before a state_dict is loaded.
 
+    It warns if the optimizer was made before the conversion, and therefore trains none of them.
+
     Returns:
         ``optimizer``, changed in place.
 
@@ -42,6 +45,13 @@ def exempt_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     if trained.isdisjoint(map(id, model.parameters())):
         raise ArgumentError("{argument} trains no parameter of the model.", argument="optimizer")
+    wanted = {id(parameter) for parameter in model.parameters() if id(parameter) in ours and parameter.requires_grad}
+    if wanted and wanted.isdisjoint(trained):
+        warnings.warn(
+            "the optimizer trains none of the parameters that sigswap gave to the model: it was made before the model "
+            "was converted, or from some of its parameters. Make it anew from model.parameters().",
+            stacklevel=2,
+        )
     decayed = [group for group in groups if group.get("weight_decay") and any(id(p) in ours for p in group["params"])]
     free = [undecayed(groups, group) for group in decayed]
     inner = getattr(optimizer, "optimizer", optimizer)  # of what accelerate prepared

@@ -45,6 +45,10 @@ class Attention(nn.Module):
                 o = torch.softmax((q * D**-0.5) @ k.mT, -1) @ v
             elif self.spelling == "einsum":
                 o = torch.einsum("bhmn,bhnd->bhmd", F.softmax(torch.einsum("bhmd,bhnd->bhmn", q, k) / D**0.5, -1), v)
+            elif self.spelling == "einsum_by_rows":  # the axes of the query are not in the order of the scores'
+                q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+                p = F.softmax(torch.einsum("bmhd,bnhd->bhmn", q, k) / D**0.5, -1)
+                o = torch.einsum("bhmn,bnhd->bhmd", p, v)
             elif self.spelling == "keys_first":
                 o = torch.softmax(k @ q.mT * D**-0.5, -2).mT @ v
             else:  # bmm on [batch*heads, length, head_dim]
@@ -53,7 +57,7 @@ class Attention(nn.Module):
         return self.out(o.transpose(1, 2).flatten(2))
 
 
-SPELLINGS = ["sdpa", "matmul", "scaled_query", "einsum", "keys_first", "bmm"]
+SPELLINGS = ["sdpa", "matmul", "scaled_query", "einsum", "einsum_by_rows", "keys_first", "bmm"]
 
 
 def rms(x: Tensor) -> Tensor:
@@ -295,6 +299,8 @@ def test_overrides_include_exclude() -> None:
     for none in (5, [5], iter(["first"]), torch.zeros(2)):  # an iterator would be at its end after the first module
         with pytest.raises(errors.ArgumentError, match="exclude must be a list of patterns, not"):
             sigswap.convert(model, example_inputs=(x, y), exclude=none)  # type: ignore[arg-type]
+    with pytest.raises(errors.ArgumentError, match="strict must be True or False, not 'no'"):
+        sigswap.convert(model, example_inputs=(x, y), strict="no")  # type: ignore[arg-type]
     with pytest.raises(errors.ConversionError, match="third"):
         sigswap.convert(model, SigmoidConfig(overrides={"third": {"bias": 9}}), example_inputs=(x, y))
     with pytest.raises(errors.NoAttentionError, match="exclude"):

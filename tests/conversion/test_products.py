@@ -1,7 +1,10 @@
-"""Products of query and key that are einsums over several axes, or of three tensors."""
+"""Products of query and key that are einsums: over several axes, of three tensors, of axes in another order."""
 
 from __future__ import annotations
 
+import json
+import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 
 import sigswap
 from sigswap import SigmoidConfig, errors
+from sigswap.conversion.install import apply_conversion
+from sigswap.conversion.record import conversion_of
+from sigswap.saving import schema
 from tests.support.oracle import sigmoid_of_scores
 
 B, N, H, D = 2, 5, 2, 8
@@ -68,3 +74,43 @@ def test_einsum(name: str) -> None:
     assert (compiled(X) - want).abs().max() <= 1e-5 * want.abs().max()
     with pytest.raises(errors.ConfigError, match="query_bias"):
         sigswap.convert(Attention(form, lambda s: s.softmax(-1)), SigmoidConfig(query_bias=True), example_inputs=X)
+
+
+ORDERS = {  # of the scores of queries and keys [B, N, H, D], and the axis of the keys
+    "bhnm": -1,
+    "hbnm": -1,
+    "bmhn": 1,
+}
+
+
+class Ordered(nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.order = nn.Linear(16, 48), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(*t.shape[:-1], H, D) for t in self.qkv(x).chunk(3, -1))
+        p = torch.einsum(f"bnhd,bmhd->{self.order}", q, k).softmax(ORDERS[self.order])
+        return torch.einsum(f"{self.order},bmhd->bnhd", p, v).flatten(2)
+
+
+def test_the_rows_of_an_einsum_whose_axes_are_in_another_order() -> None:
+    """``query_bias`` follows them: by the definition, calibrated, and from what a directory says of it."""
+    config, weight = SigmoidConfig(query_bias=True), torch.randn(H, D)
+    for order in ORDERS:
+        model = sigswap.convert(Ordered(order).double(), config, example_inputs=X.double())
+        sigswap.calibrate(model, [X.double()])
+        fitted = model.get_parameter("sigswap.0.query_weight").detach()
+        if order == "bhnm":
+            first = fitted
+        torch.testing.assert_close(fitted, first, rtol=1e-6, atol=1e-9)
+        model = sigswap.convert(Ordered(order), config, example_inputs=X)
+        data = json.loads(json.dumps(conversion_of(model).to_dict()))
+        loaded = apply_conversion(Ordered(order), schema.conversion_from(data, "conversion"))
+        for each in (model, loaded, pickle.loads(pickle.dumps(model))):
+            each.get_parameter("sigswap.0.query_weight").data.copy_(weight)
+            q, k, v = (t.view(*t.shape[:-1], H, D).transpose(1, 2) for t in model.qkv(X).double().chunk(3, -1))
+            bias = (q * weight.double()[:, None]).sum(-1, keepdim=True) - math.log(X.shape[1])
+            want = ((q @ k.mT + bias).sigmoid() @ v).transpose(1, 2).flatten(2)
+            assert (each(X) - want).abs().max() <= 1e-5 * want.abs().max(), order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -410,8 +411,20 @@ def test_damage_is_reported_with_its_place(tmp_path: Path, damage: Any, message:
 def test_load_of_what_is_no_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a directory"):
         sigswap.load(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="holds no model saved by sigswap"):
+    with pytest.raises(CheckpointError, match=r"is not a directory\. A model of the hub is loaded by transformers'"):
+        sigswap.load("owner/name")
+    with pytest.raises(CheckpointError, match=r"holds no model saved by sigswap.*\. sigswap.convert converts a model"):
         sigswap.load(tmp_path)
+    with pytest.raises(ArgumentError, match=r"must be the path of a directory, not a Linear\.$"):  # not its whole repr
+        sigswap.load(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_string_does_not_allow_code(tmp_path: Path) -> None:
+    """``"no"`` is true in Python."""
+    saved_own(tmp_path / "m")
+    for given in ("no", 1, None):
+        with pytest.raises(ArgumentError, match="allow_code must be True or False, not"):
+            sigswap.load(tmp_path / "m", allow_code=given)  # type: ignore[arg-type]
 
 
 # Saving over something
@@ -1089,3 +1102,19 @@ def test_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="too long"):
         sigswap.load(tmp_path / ("x" * 300))
+
+
+def test_a_converted_module_that_was_copied_to_another_place(tmp_path: Path) -> None:
+    """Nothing would convert it where the directory is loaded; converted anew it is part of the model."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0) for _ in range(2)))
+    x = torch.randn(2, 5, 8)
+    model = sigswap.convert(layers.eval(), example_inputs=x)
+    model.append(copy.deepcopy(model[0]))
+    model[2].self_attn.sigswap.site(0).bias.data.fill_(0.5)
+    with pytest.raises(CheckpointError, match=r"2\.self_attn is a converted module that was not there"):
+        sigswap.save(model, tmp_path / "m", factory=f"{__name__}:never")
+    assert not list(tmp_path.iterdir())
+    state, expected = model.state_dict(), model(x)
+    sigswap.convert(sigswap.revert(model), example_inputs=x).load_state_dict(state)
+    assert torch.equal(model(x), expected)

@@ -71,6 +71,17 @@ def a_plan() -> dict[str, Any]:
     return {**data, "config": {**data["config"], "query_bias": True}}
 
 
+@pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3], [], "021"])
+def test_an_order_of_axes_is_one(order: Any) -> None:
+    data = a_plan()
+    product = data["owners"][0]["sites"][0]["product"]
+    product |= {"rows_in_order": False, "row_order": [0, 2, 1]}
+    assert schema.conversion_from(data, "conversion").owners[0].sites[0].product.row_order == (0, 2, 1)
+    product["row_order"] = order
+    with pytest.raises(CheckpointError, match="row_order"):
+        schema.conversion_from(data, "conversion")
+
+
 def test_a_product_needs_no_call_where_nothing_acts_on_it() -> None:
     data = a_plan()
     data["config"] |= {"query_bias": False, "qk_norm": None}

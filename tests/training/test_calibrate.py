@@ -168,6 +168,10 @@ class Spelled(nn.Module):
             out = added.clone().baddbmm_(p, v)
         elif self.spelling.startswith("baddbmm"):
             out = torch.baddbmm(added, p, v)
+        elif self.spelling == "keys first":
+            out = torch.bmm((k @ q.mT / 2).softmax(-2).mT, v)
+        elif self.spelling == "value first":
+            out = (v.mT @ p.mT).mT
         elif self.spelling == "summed over heads":
             p, v = (y.unflatten(0, (-1, 2)) for y in (p, v))
             return torch.einsum("bhmn,bhnd->bmd", p, v).repeat(1, 1, 2)
@@ -177,7 +181,7 @@ class Spelled(nn.Module):
 
 
 def test_spellings_of_the_product_with_the_value() -> None:
-    """What it adds, and where it writes, makes no difference; a sum over heads shows no head's output."""
+    """What it adds, where it writes and how axes lie makes no difference; a sum over heads shows no head's output."""
 
     @torch.no_grad()  # out= has no gradient
     def calibrated(spelling: str) -> tuple[list[Any], nn.Module, Tensor]:
@@ -195,7 +199,7 @@ def test_spellings_of_the_product_with_the_value() -> None:
 
     heads, _, expected = calibrated("bmm")
     assert all(head.after < head.before for head in heads)
-    for spelling in ("out", "in place", "in place, added", "baddbmm", "baddbmm, added"):
+    for spelling in ("out", "in place", "in place, added", "baddbmm", "baddbmm, added", "keys first", "value first"):
         others, _, output = calibrated(spelling)
         for head, other in zip(heads, others, strict=True):
             assert (other.before, other.after) == pytest.approx((head.before, head.after), rel=1e-6), spelling

@@ -404,7 +404,7 @@ def test_report_and_pictures(tmp_path: Path) -> None:
     assert "associative recall" in (tmp_path / "picture.html").read_text()
     with pytest.raises(ArgumentError, match="suffix"):
         result.save(tmp_path / "picture.txt")
-    with pytest.raises(KeyError):
+    with pytest.raises(ArgumentError, match=r"'nothing' is no measure of this comparison; they are \['loss"):
         result["nothing"]
 
 

@@ -187,6 +187,10 @@ def test_param_groups() -> None:
     rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
     assert rates == {"sigmoid": (1e-3, 0.0), "decay": (1e-4, 0.1), "no_decay": (1e-4, 0.0)}
     torch.optim.AdamW(groups.values())
+    for wrong in ({"lr": "1e-4"}, {"lr": -1.0}, {"lr": 1e-4, "weight_decay": None}):
+        with pytest.raises(ArgumentError, match="must be a number, 0 or more, not"):
+            sigswap.param_groups(model, **wrong)  # type: ignore[arg-type]
+    assert sigswap.param_groups(model, torch.tensor(1e-4))[0]["lr"] > 0  # type: ignore[arg-type]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ArgumentError, match="requires_grad"):
@@ -424,6 +428,8 @@ def test_an_interrupted_run_goes_on_where_it_was(after: int, tmp_path: Path) -> 
         (tmp_path / "run.pt").write_bytes(damaged)
         with pytest.raises(ArgumentError, match="is not the state of a distillation"):
             sigswap.distill(model, original, texts(), **arguments, resume=tmp_path / "run.pt")
+    with pytest.raises(ArgumentError, match=r"is not a file\. Pass the path"):  # nobody is told to delete a directory
+        sigswap.distill(model, original, texts(), **arguments, resume=tmp_path)
     assert_same_weights(model, whole)
 
 

@@ -104,6 +104,20 @@ def test_what_is_refused() -> None:
         sigswap.exempt_from_decay(optimizer, Block())
 
 
+def test_an_optimizer_from_before_the_conversion_is_told() -> None:
+    """It does not know sigswap's parameters, which would never be trained."""
+    before = nn.Sequential(Block(), Block())
+    optimizer = torch.optim.AdamW(before.parameters(), weight_decay=0.1)
+    sigswap.convert(before, ALL, example_inputs=torch.randn(2, 5, 8))
+    with pytest.warns(UserWarning, match="made before the model was converted"):
+        sigswap.exempt_from_decay(optimizer, before)
+    for parameter in ours(before).values():  # frozen ones are to be left out
+        parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sigswap.exempt_from_decay(optimizer, before)
+
+
 def test_an_interruption_leaves_the_groups_as_they_were_or_moves_all() -> None:
     each = model()
 
