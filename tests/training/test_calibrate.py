@@ -462,6 +462,7 @@ class Largest(TorchDispatchMode):
         return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_token", [False, True])
 def test_long_sequences_are_seen_without_a_tensor_of_rows_by_keys(
     first_token: bool, monkeypatch: pytest.MonkeyPatch
