@@ -268,6 +268,7 @@ def test_dropout_is_that_of_the_padded_batch() -> None:
         torch.testing.assert_close(out[starts[b] : starts[b + 1]], batch[b, :, :length].transpose(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("features", ["plain", "bias", "dropout"])
 def test_opcheck(requires_grad: bool, features: str) -> None:
