@@ -128,6 +128,7 @@ def saved_own(directory: Path) -> nn.Module:
 # A user's own model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
