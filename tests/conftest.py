@@ -5,6 +5,7 @@ Modules that they import are in tests/support.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import zlib
@@ -17,11 +18,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+# A process of tests holds half a million objects for good: by default a sixth of the time goes into looking at them.
+gc.set_threshold(10_000, 10, 10)
+
 # Tiny tensors: more threads only add overhead, and fight with pytest-xdist's workers.
 torch.set_num_threads(1)
 
 
-SAMPLE = 6
+SAMPLE = 12
 """Of the cases of each test that is marked slow, one in so many is run, the same ones each time, and at least one. Of
 tests without cases likewise, of all that one file has."""
 

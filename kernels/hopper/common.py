@@ -310,16 +310,14 @@ def _fast_sigmoid(x):
 
 @gluon.jit
 def _slow_sigmoid(x, FORM: gl.constexpr, BY_KEY: gl.constexpr, SHORT: gl.constexpr):
-    if FORM == _TAIL:
-        own: gl.constexpr = _TAIL_ASSEMBLY_BY_KEY if BY_KEY else _TAIL_ASSEMBLY
-        assembly: gl.constexpr = _SHORT_TAIL_ASSEMBLY_BY_KEY if SHORT else own
-    elif FORM == _CUBIC_TAIL:
-        own: gl.constexpr = _CUBIC_TAIL_ASSEMBLY_BY_KEY if BY_KEY else _CUBIC_TAIL_ASSEMBLY
-        assembly: gl.constexpr = _SHORT_CUBIC_TAIL_ASSEMBLY_BY_KEY if SHORT else own
-    else:
-        assembly: gl.constexpr = _EXACT_ASSEMBLY_BY_KEY if BY_KEY else _EXACT_ASSEMBLY
+    LONG_TAIL: gl.constexpr = _TAIL_ASSEMBLY_BY_KEY if BY_KEY else _TAIL_ASSEMBLY
+    TAIL: gl.constexpr = _SHORT_TAIL_ASSEMBLY_BY_KEY if SHORT else LONG_TAIL
+    LONG_CUBIC: gl.constexpr = _CUBIC_TAIL_ASSEMBLY_BY_KEY if BY_KEY else _CUBIC_TAIL_ASSEMBLY
+    CUBIC: gl.constexpr = _SHORT_CUBIC_TAIL_ASSEMBLY_BY_KEY if SHORT else LONG_CUBIC
+    EXACT: gl.constexpr = _EXACT_ASSEMBLY_BY_KEY if BY_KEY else _EXACT_ASSEMBLY
+    ASSEMBLY: gl.constexpr = TAIL if FORM == _TAIL else (CUBIC if FORM == _CUBIC_TAIL else EXACT)
     FEW: gl.constexpr = SHORT or (FORM != _TAIL and FORM != _CUBIC_TAIL)
     return gl.inline_asm_elementwise(
-        assembly, _SHORT_CONSTRAINTS if FEW else _CONSTRAINTS, [x],
+        ASSEMBLY, _SHORT_CONSTRAINTS if FEW else _CONSTRAINTS, [x],
         dtype=gl.float32, is_pure=True, pack=8 if FEW else 32,
     )  # fmt: skip

@@ -167,12 +167,13 @@ def _packed(
     sequence, row = _places(cu_seqlens_q, query)
     sequence_k, column = _places(cu_seqlens_k, key)
     sequence, row = sequence[:, None], row[:, None]
-    shift = (cu_seqlens_k.diff() - cu_seqlens_q.diff())[sequence] if options.bottom_right else 0
+    shift: Tensor | int = (cu_seqlens_k.diff() - cu_seqlens_q.diff())[sequence] if options.bottom_right else 0
     seen = _in_band((sequence == sequence_k)[None, None], row + shift, column, options)
     draws = None
     if options.dropout_p > 0.0:
         first = sequence * query.shape[1] + _count(query.shape[1], query)[:, None, None]
-        draws = (first * torch.sym_min(max_seqlen_q, query.shape[0]) + row)[None], column
+        longest = torch.sym_min(max_seqlen_q, query.shape[0])
+        draws = torch.add(first * longest, row)[None], column
     kept = _kept(seed, draws, options, query)
     query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
     return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)

@@ -180,6 +180,8 @@ def forget(tensors: Callable[[], list[Tensor]]) -> None:
     if not tensors():
         return
     gc.collect(0)  # enough for what was made while nothing collected (collect_later)
+    if tensors():
+        gc.collect()  # what an error's frames have kept for a while is no longer young; cheaper than to look for it
     for _ in range(2):
         if tensors():
             _clear_functools_caches({id(tensor) for tensor in tensors()})

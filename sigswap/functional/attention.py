@@ -471,8 +471,10 @@ def _window(window: Window | None) -> tuple[int, int]:
 
 def _side(side: Any) -> int:
     """Whatever is an integer, of 64 bits at most, as the op has it: a side as long as that hides nothing."""
-    whole: int = side if isinstance(side, int | torch.SymInt) else operator.index(side)
-    return whole if torch.compiler.is_compiling() or not isinstance(whole, int) else min(whole, _LONGEST)
+    if isinstance(side, torch.SymInt):
+        return side  # type: ignore[return-value]  # an int to the op
+    whole = operator.index(side)
+    return whole if torch.compiler.is_compiling() else min(whole, _LONGEST)
 
 
 def _length(name: str, length: int) -> int:

@@ -73,6 +73,7 @@ def compiled(model: nn.Module, inner: Any = "aot_eager", **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_swaps_an_unconverted_model(module: Attention, x: Tensor, inner: str) -> None:
     before = type(module), list(module.state_dict())
@@ -175,6 +176,7 @@ def test_every_argument_of_sdpa() -> None:
     close(compiled(function)(q, k, v, mask), weights @ v.double().repeat_interleave(2, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_torch_nn_layers(grad: bool, padded: bool) -> None:

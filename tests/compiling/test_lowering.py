@@ -191,6 +191,7 @@ def test_caches_hit(backend: str, model: Blocks, x: Tensor, tmp_path: Path, monk
 # -------------------------------------------------------------------------------- regional compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Grouped, NanoGPT, LocalWithSoftcap])
 def test_compile_attention(kind: type[Handwritten], x: Tensor) -> None:
     """The layers share one graph, the rest stays eager, and it trains."""
@@ -404,6 +405,7 @@ def test_t5_with_padding(attention: str, inner: str) -> None:
     assert len(graphs.modules) == 2 and len(graphs.calls) == 2 * entry.sites and graphs.unfused == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_tensor_of_t5_is_as_large_as_its_scores(attention: str) -> None:
     sizes: list[torch.Size] = []
@@ -424,6 +426,7 @@ def test_no_tensor_of_t5_is_as_large_as_its_scores(attention: str) -> None:
 # --------------------------------------------------------------------------------- modes and packages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
 def test_modes(mode: str, model: Blocks, x: Tensor) -> None:
     expected = oracle(model, x)

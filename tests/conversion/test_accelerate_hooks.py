@@ -109,6 +109,7 @@ def test_conversion_inside_the_hooks(name: str, place: Callable[[nn.Module], nn.
     assert_equal(run(model, inputs), original)
 
 
+@pytest.mark.slow
 @every_hook
 def test_hooks_run_around_the_new_forward(place: Callable[[nn.Module], nn.Module]) -> None:
     class Counting(hooks.ModelHook):
@@ -389,6 +390,7 @@ def test_a_forward_that_needs_values() -> None:
         assert_equal(run(one, (x,)), run(bare, (x,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [{}, {"query_bias": True, "qk_norm": "rms", "layer_scale": 0.5}])
 @pytest.mark.parametrize("disk", [False, True])
 def test_offloaded_after_the_conversion(disk: bool, features: dict[str, Any], tmp_path: Path) -> None:

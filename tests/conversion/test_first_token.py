@@ -109,6 +109,7 @@ def test_packed_sequences_are_what_each_is_alone(kind: str) -> None:
     torch.testing.assert_close(model(x, visible), alone)
 
 
+@pytest.mark.slow
 @KINDS
 def test_export_and_full_graph(kind: str) -> None:
     model, x = converted(kind), torch.randn(2, 6, DIM, dtype=torch.float64)
@@ -124,6 +125,7 @@ def test_export_and_full_graph(kind: str) -> None:
     torch.testing.assert_close(out, eager)
 
 
+@pytest.mark.slow
 @KINDS
 def test_copies_and_reverting(kind: str) -> None:
     model, x = converted(kind), torch.randn(2, 6, DIM, dtype=torch.float64)

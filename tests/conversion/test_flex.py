@@ -96,6 +96,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert error <= tolerance, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_is_swapped(name: str) -> None:
     model = Flex(name).eval()

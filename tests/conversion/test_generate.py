@@ -20,19 +20,19 @@ FIRST_TOKEN = pytest.mark.parametrize("first_token", [False, True], ids=["", "fi
 OWNERS = ("LlamaAttention", "GPT2Attention", "T5Attention")
 
 
-def build(name: str, attention: str) -> nn.Module:
+def build(name: str, attention: str, **config: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = randomise(hf(name, attention)).eval()
+    model = randomise(hf(name, attention, **config)).eval()
     # No early stop, so that every row makes NEW tokens.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
 
 
-def converted(name: str, attention: str, first_token: bool = False) -> nn.Module:
+def converted(name: str, attention: str, first_token: bool = False, **fields: Any) -> nn.Module:
     """With another learned bias in every head: a cache's code may lay the heads out in another way."""
     config = sigswap.SigmoidConfig(first_token=first_token, query_bias=first_token)
-    model = sigswap.convert(build(name, attention), config)
+    model = sigswap.convert(build(name, attention, **fields), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -144,6 +144,7 @@ def test_equals_the_oracle(name: str, attention: str) -> None:
     assert_same(generate(model, padded(left=not name.startswith("T5"))), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
 def test_no_softmax_while_generating(name: str) -> None:
     model = converted(name, "sdpa")
@@ -151,6 +152,7 @@ def test_no_softmax_while_generating(name: str) -> None:
     assert count_attention_softmax(lambda: generate(model, inputs)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
 def test_beam_search(name: str) -> None:
     """Beams reorder the cache between steps."""
@@ -195,12 +197,13 @@ def test_prefill_in_chunks(attention: str, cache: str, first_token: bool) -> Non
 @FIRST_TOKEN
 def test_compiled_decoding(first_token: bool) -> None:
     """A static cache with a compiled forward, which is how generation is made fast."""
-    model = converted("LlamaForCausalLM", "sdpa", first_token)
+    model = converted("LlamaForCausalLM", "sdpa", first_token, num_hidden_layers=1)
     expected = [decode_without_cache(model, prompt) for prompt in PROMPTS]
     model.forward = torch.compile(model.forward, backend="aot_eager")
     assert_same(generate(model, padded(left=True), cache_implementation="static"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_norms_and_biases_of_grouped_queries(attention: str) -> None:
     """A cached step packs the queries that share a key head; norms, c_h and w_h still reach their own heads."""

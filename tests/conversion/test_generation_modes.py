@@ -71,6 +71,7 @@ def test_sliding_windows(cache: str, first_token: bool) -> None:
     assert generated(model, cache_implementation=cache) == without_cache(model, PROMPT)
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 @pytest.mark.parametrize("window", [None, 6])
 def test_prefill_in_chunks(window: int | None, first_token: bool) -> None:
@@ -97,6 +98,7 @@ def test_assisted_decoding(by: str, first_token: bool) -> None:
     assert generated(model, prompt, **ASSISTED[by]()) == without_cache(model, prompt)
 
 
+@pytest.mark.slow
 @FIRST_TOKEN
 def test_beams_of_left_padded_prompts_in_a_static_cache(first_token: bool) -> None:
     model = converted(first_token=first_token)

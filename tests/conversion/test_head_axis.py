@@ -81,6 +81,7 @@ class Own(nn.Module):
         return out.transpose(1, 2).flatten(2)[..., : self.last]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"query_bias": True}, {"qk_norm": "rms"}, {"qk_norm": "layer"}])
 @pytest.mark.parametrize("head_dim", [1, 2])
 def test_another_head_dim_than_was_converted(config: dict[str, Any], head_dim: int) -> None:
@@ -91,6 +92,7 @@ def test_another_head_dim_than_was_converted(config: dict[str, Any], head_dim: i
         model(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"layer_scale": 0.5}, {"hybrid_norm": True}])
 @pytest.mark.parametrize("last", [1, 8])
 def test_other_channels_than_were_converted(config: dict[str, Any], last: int) -> None:

@@ -30,6 +30,7 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
 # --------------------------------------------------------------------------------------------- the oracle
 
 
+@pytest.mark.slow
 @all_cases
 def test_oracle_is_not_softmax(case: Case) -> None:
     """The zoo can tell sigmoid from softmax, and the oracle swaps all of the attention and nothing else."""

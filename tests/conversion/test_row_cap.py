@@ -139,6 +139,7 @@ def test_gradients(need_weights: bool) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_loaded_copied_and_reported(name: str, tmp_path: Path) -> None:
     config, caps = CONFIGS[name]

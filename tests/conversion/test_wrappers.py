@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -142,8 +143,14 @@ def one_process() -> Iterator[None]:
 CONVERTED = sigswap.convert(bert())
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+def pairs() -> Iterator[Any]:
+    """Of a wrapper and a function: all that are refused, a sample of those that run."""
+    for wrapper, function in itertools.product(WRAPPERS, FUNCTIONS):
+        marks = () if function in REFUSED[wrapper] else pytest.mark.slow
+        yield pytest.param(wrapper, function, marks=marks)
+
+
+@pytest.mark.parametrize(("wrapper", "function"), list(pairs()))
 def test_a_function_on_a_wrapper(wrapper: str, function: str) -> None:
     inside = bert() if function in ("convert", "inspect") else copy.deepcopy(CONVERTED)
     model = WRAPPERS[wrapper](inside)

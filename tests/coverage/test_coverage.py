@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.coverage.oracle import attention_calls
 ROOT = Path(__file__).parents[2]
 SEED = 17
 SAMPLE = {"timm": 14, "torchvision": 4, "transformers": 50, "third-party": 24}
+ALWAYS = {"timm": 3, "torchvision": 1, "transformers": 10, "third-party": 5}
 SLOW_SAMPLE = {"timm": 6, "torchvision": 2, "transformers": 12, "third-party": 8}
 
 
@@ -44,7 +45,16 @@ def assert_right(name: str) -> None:
     assert row.verdict == "right", row.reason
 
 
-@pytest.mark.parametrize("name", _drawn(SAMPLE, light=True))
+def _light() -> Iterator[Any]:
+    """The sample of light models, of which the first ones of each kind are always run."""
+    names = _drawn(SAMPLE, light=True)
+    for kind, number in ALWAYS.items():
+        of_kind = [name for name in names if page.kind_of(name) == kind]
+        yield from of_kind[:number]
+        yield from (pytest.param(name, marks=pytest.mark.slow) for name in of_kind[number:])
+
+
+@pytest.mark.parametrize("name", list(_light()))
 def test_model(name: str) -> None:
     assert_right(name)
 

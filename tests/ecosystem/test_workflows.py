@@ -41,9 +41,10 @@ def bert(attention: str = "sdpa") -> Any:
     return randomised(sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True)))
 
 
-def llama() -> Any:
+def llama(**fields: Any) -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SMALL, num_attention_heads=2, pad_token_id=0, initializer_range=0.3)
+    sizes = {**SMALL, "num_attention_heads": 2, "pad_token_id": 0, "initializer_range": 0.3, **fields}
+    config = transformers.LlamaConfig(**sizes)
     return randomised(sigswap.convert(transformers.LlamaForCausalLM(config).eval()))
 
 
@@ -129,6 +130,7 @@ def test_forward_hooks_everywhere() -> None:
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrizations(name: str) -> None:
     """torch.nn.utils.parametrizations of projections, put on and removed"""
@@ -246,6 +248,7 @@ def test_generate(mode: str) -> None:
         assert torch.equal(step, made[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
     """torch.export, strict and not, with dynamic batch and length"""
@@ -414,7 +417,7 @@ def trained(model: Any, folder: Path, **arguments: Any) -> Any:
 def test_trainer_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' Trainer with `torch_compile_backend="sigswap"`"""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # Trainer's arguments write to it
-    plain, model = llama(), llama()
+    plain, model = llama(num_hidden_layers=1), llama(num_hidden_layers=1)
     trained(plain, tmp_path, learning_rate=0.1)
     state = pytest.importorskip("accelerate.state").AcceleratorState
     try:

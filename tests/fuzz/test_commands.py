@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sigswap.commands.cli import app
 from tests.fuzz import commands
 
-PARTS = 4
+PARTS = 12
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,13 @@ from tests.fuzz import soak
 
 
 @pytest.mark.slow
-def test_nothing_grows() -> None:
+@pytest.mark.parametrize("kind", range(3))
+def test_nothing_grows(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
+    kinds = soak.kinds()
+    assert len(kinds) == 3
+    monkeypatch.setattr(soak, "kinds", lambda: [kinds[kind]])
     assert soak.soak(0.0, say=lambda text: None) == []
 
 

@@ -84,6 +84,7 @@ def test_the_mode_is_set_by_its_flag() -> None:
     assert made.training and made[0].training and set(seen) == {False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("mode", [FakeTensorMode, _GroupedProducts, _Placing, _Ops, Watch])
 def test_an_interruption_as_a_mode_is_left(monkeypatch: Any, mode: type[Any], kind: type[BaseException]) -> None:

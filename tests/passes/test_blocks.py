@@ -67,6 +67,7 @@ def packed() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 50, (B, N)), "position_ids": positions.expand(B, N)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [padded(left=False), padded(left=True), packed()], ids=["right", "left", "packed"])
 def test_other_masks_stay_blocks_and_heads_are_not_repeated(inputs: dict[str, Tensor]) -> None:
     nodes, module = compiled_ops(llama(), **inputs)
@@ -114,6 +115,7 @@ MASKS: dict[str, tuple[bool, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_of_all_kinds(name: str) -> None:
     """A band is flags, however it is expanded; what is none has one list of blocks."""

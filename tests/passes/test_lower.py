@@ -130,7 +130,7 @@ def attentions(draw: st.DrawFn) -> tuple[dict[str, Any], Callable[..., Tensor]]:
     return form, function
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(attentions())
 def test_generated_attention_is_lowered(drawn: tuple[dict[str, Any], Callable[..., Tensor]]) -> None:
     _, function = drawn

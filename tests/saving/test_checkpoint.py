@@ -129,6 +129,7 @@ def saved_own(directory: Path) -> nn.Module:
 # A user's own model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -280,6 +281,7 @@ def test_save_errors_leave_nothing(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -449,6 +451,7 @@ def test_other_files_survive_and_stale_weights_go(tmp_path: Path) -> None:
     assert_same_state(bert, sigswap.load(target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
 def test_failed_save_leaves_the_directory_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
@@ -664,6 +667,7 @@ def test_dtype_of_the_saved_model(tmp_path: Path) -> None:
     assert sigswap.load(tmp_path, dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SigmoidConfig(), SigmoidConfig(overrides={"*.1.*": {"bias": 9}})])
 def test_another_head(tmp_path: Path, config: SigmoidConfig) -> None:
     torch.manual_seed(0)
@@ -945,6 +949,7 @@ def test_a_class_in_a_transformers_directory_is_loaded_if_its_code_is_allowed(tm
         assert torch.equal(auto_loaded(ids), model(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg"])
 def test_timm_reads_no_other_file(tmp_path: Path, name: str) -> None:
     timm = pytest.importorskip("timm")
@@ -1032,6 +1037,7 @@ def test_tensors_that_another_program_has_laid_out_otherwise(tmp_path: Path) -> 
     assert sigswap.load(tmp_path, allow_code=True).qkv.weight.dtype == torch.float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [

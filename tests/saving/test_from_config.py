@@ -35,6 +35,7 @@ def built(config: Any, **arguments: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("how", ["auto", "base", "class"])
 def test_a_model_from_the_config(how: str, attention: str | None, saved: Path) -> None:

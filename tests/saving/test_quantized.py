@@ -92,6 +92,7 @@ def check(model: Any) -> None:
     assert (out(llama()) - expected).abs().max() > 0.1 * expected.abs().max()
 
 
+@pytest.mark.slow
 @every_method
 def test_quantized_while_it_is_loaded(method: str, saved: Path) -> None:
     """from_pretrained(..., quantization_config=) of a converted directory (torchao, bitsandbytes)"""
@@ -102,6 +103,7 @@ def test_quantized_while_it_is_loaded(method: str, saved: Path) -> None:
     assert not sigswap.is_converted(llama()) and type(sigswap.load(saved).lm_head.weight) is nn.Parameter
 
 
+@pytest.mark.slow
 @every_method
 def test_quantized_and_saved(method: str, saved: Path, tmp_path: Path) -> None:
     """sigswap.save, save_pretrained and from_pretrained of a model that is converted and quantized, in either order"""
@@ -124,6 +126,7 @@ def test_quantized_and_saved(method: str, saved: Path, tmp_path: Path) -> None:
     assert not sigswap.is_converted(sigswap.revert(again)) and out(again).isfinite().all()
 
 
+@pytest.mark.slow
 @every_method
 def test_adapters_on_quantized_weights(method: str, saved: Path, tmp_path: Path) -> None:
     """peft LoRA on a quantized converted model (QLoRA): trained with sigswap's parameters, saved, loaded"""

@@ -12,6 +12,7 @@ def run_interpreted(file: str, shard: int) -> None:
     """Runs the tests of ``file`` that have "interpreted" and the shard in their names; they have to pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     command += ["-o", "addopts=--import-mode=importlib"]  # no xdist in there
+    command += ["-p", "no:hypothesispytest"]  # which imports hypothesis for its summary
     selection = ["-k", f"interpreted and shard{shard}"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command + selection, env=environment, capture_output=True, text=True, timeout=580)

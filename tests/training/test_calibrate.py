@@ -466,6 +466,7 @@ class Largest(TorchDispatchMode):
         return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_token", [False, True])
 def test_long_sequences_are_seen_without_a_tensor_of_rows_by_keys(
     first_token: bool, monkeypatch: pytest.MonkeyPatch
@@ -500,11 +501,11 @@ def test_minilm_reaches_its_targets() -> None:
     source = package.get_model_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModel.from_pretrained(source).eval()
-    texts, evaluation = sentences(0, 64, 128)
+    texts, evaluation = sentences(0, 32, 64)
     truth = embed(model, tokenizer, evaluation)
     sigswap.convert(model, QUERY_BIAS)
-    sigswap.calibrate(model, [tokens(tokenizer, texts[i : i + 16]) for i in range(0, 64, 16)], progress=False)
+    sigswap.calibrate(model, [tokens(tokenizer, texts[i : i + 16]) for i in range(0, 32, 16)], progress=False)
     cosine, kept = compare(embed(model, tokenizer, evaluation), truth)
-    assert cosine >= 0.97 and kept >= 0.82
+    assert cosine >= 0.97 and kept >= 0.85
     sigswap.calibrate(model, refine=1, progress=False)
     assert compare(embed(model, tokenizer, evaluation), truth)[0] >= 0.90

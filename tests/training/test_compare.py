@@ -275,6 +275,7 @@ def test_classifier_figures_against_their_definition(labelled: bool) -> None:
         assert [result["accuracy"].original, result["accuracy"].converted] == right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("vit", "classifier"), ("t5", "encoder"), ("mha", "encoder")])
 def test_other_models(name: str, kind: str) -> None:
     entry = BY_NAME[name]

@@ -90,6 +90,7 @@ def test_sigmoid_parameters_alone_with_the_model_as_its_own_teacher() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [False, True])
 def test_everything_from_a_teacher(copied: bool) -> None:
     """The teacher is the original, or a converted copy, which runs as softmax."""
@@ -466,6 +467,7 @@ def caps_of(model: Any) -> list[float | None]:
     return [module.sigswap.site(0).row_cap for name, module in model.named_modules() if name.endswith("self_attn")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "last"), [(8.0, 8.0), (math.inf, None)])
 def test_row_caps_are_lifted(target: float, last: float | None, tmp_path: Path) -> None:
     """By the same factor in each of the first steps, to the target; one module without a cap has none throughout."""

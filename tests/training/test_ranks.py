@@ -63,10 +63,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_equal() -> dict[str, dict[str, Any]]:
+def check_equal(kinds: list[str]) -> dict[str, dict[str, Any]]:
     group, results = alone(), {}
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for kind, fields in CONFIGS.items():
+    for kind in kinds:
+        fields = CONFIGS[kind]
         start = llama(**fields).to(device())
         model = copy.deepcopy(start)
         expected = copy.deepcopy(model)
@@ -105,8 +106,11 @@ def check_equal() -> dict[str, dict[str, Any]]:
     return results
 
 
-def test_equals_one_process() -> None:
-    first, second = on_ranks(2, check_equal)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "everything" else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
+)
+def test_equals_one_process(kind: str) -> None:
+    first, second = on_ranks(2, check_equal, [kind])
     assert first == second  # to the bit, on all ranks
 
 
@@ -151,7 +155,7 @@ def test_errors_are_of_all_ranks() -> None:
 
 
 def check_on_gpus() -> list[Any]:
-    return [check_equal(), check_distillation(WAYS)]
+    return [check_equal(list(CONFIGS)), check_distillation(WAYS)]
 
 
 @TWO_GPUS[0]

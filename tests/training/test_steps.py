@@ -101,7 +101,7 @@ def test_a_step_is_compiled_once_for_each_run(quick: None) -> None:
         def evaluate(done: int, loss: float, model: Any = model, original: Any = original) -> None:
             sigswap.compare(model, original, texts(1), max_length=16, progress=False)
 
-        distilled(model, original, steps=6, compile=True, callback=evaluate)
+        distilled(model, original, steps=3, compile=True, callback=evaluate)
         found.append(dict(torch._dynamo.utils.counters["stats"]))
         assert found[-1]["unique_graphs"] == 3  # model, teacher, losses: no graph breaks
         assert not torch._dynamo.utils.counters["graph_break"]

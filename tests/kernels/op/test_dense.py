@@ -45,6 +45,7 @@ def calls(graph: torch.fx.Graph) -> list[Any]:
     return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("features", ["plain", "bias and mask", "repeated mask", "dropout"])
 def test_opcheck_attention(requires_grad: bool, features: str) -> None:
@@ -330,6 +331,7 @@ def test_compiled_equals_eager(backend: str) -> None:
     torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function_of", ["attention", "probs"])
 def test_dynamic_shapes_do_not_recompile(function_of: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -164,6 +164,7 @@ def test_decoding_is_the_full_forward_and_no_future_is_seen() -> None:
     assert torch.equal(changed[:, :, :5], full[:, :, :5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("op", [ATTENTION, SUMS])
 @pytest.mark.parametrize("features", ["plain", "bias and mask", "dropout"])

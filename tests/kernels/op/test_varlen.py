@@ -285,6 +285,7 @@ def test_no_sequence_is_longer_than_all_together(device: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(huge, fitting, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("features", ["plain", "bias", "dropout"])
 def test_opcheck(requires_grad: bool, features: str) -> None:

@@ -30,7 +30,7 @@ in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_
 
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("shard", range(8))
 def test_in_the_interpreter(shard: int) -> None:
     run_interpreted(__file__, shard)
 
@@ -110,7 +110,7 @@ def assert_no_worse(results: list[Tensor], problem: Problem, mask: Tensor) -> No
 
 
 @in_interpreter
-@pytest.mark.parametrize("index", range(8), ids=lambda index: f"{index}-shard{index % 2}")
+@pytest.mark.parametrize("index", range(8), ids=lambda index: f"{index}-shard{index % 8}")
 def test_interpreted(index: int) -> None:
     problem, mask = random_problem(index)
     draw = random.Random(index)
@@ -138,7 +138,7 @@ def test_interpreted_keys_that_are_not_seen_may_hold_anything_shard0() -> None:
 
 
 @in_interpreter
-@pytest.mark.parametrize("index", range(4), ids=lambda index: f"{index}-shard{index % 2}")
+@pytest.mark.parametrize("index", range(4), ids=lambda index: f"{index}-shard{index % 4}")
 def test_interpreted_plan(index: int) -> None:
     torch.manual_seed(index)
     mask = [

@@ -438,13 +438,13 @@ def assert_packed_no_worse(problem: PackedProblem) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("shard", range(4))
+@pytest.mark.parametrize("shard", range(10))
 def test_in_the_interpreter(shard: int) -> None:
     run_interpreted(__file__, shard)
 
 
 def shards(count: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("index", range(count), ids=lambda index: f"{index}-shard{index % 4}")
+    return pytest.mark.parametrize("index", range(count), ids=lambda index: f"{index}-shard{index % 10}")
 
 
 @in_interpreter
