@@ -11,7 +11,7 @@ score that is NaN or infinite under a mask that hides it gives NaN.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -172,8 +172,8 @@ def _packed(
     draws = None
     if options.dropout_p > 0.0:
         first = sequence * query.shape[1] + _count(query.shape[1], query)[:, None, None]
-        longest = torch.sym_min(max_seqlen_q, query.shape[0])
-        draws = torch.add(first * longest, row)[None], column
+        longest = cast(int, torch.sym_min(max_seqlen_q, query.shape[0]))
+        draws = (first * longest + row)[None], column
     kept = _kept(seed, draws, options, query)
     query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
     return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)
