@@ -57,9 +57,8 @@ def _partial_sums(p):
 
 @gluon.jit
 def _row_sums(
-    partial, row_bias, row, end, kv_len, shift, left, right, fast,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
-):  # fmt: skip
+    partial, row_bias, row, end, kv_len, shift, left, right, fast, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
+):
     """Of the keys up to kv_len. Those behind it, before end, are zeros, so each has added sigmoid(row_bias), where the
     band does not hide it: that is taken off once, not masked in each block, for which there are no registers."""
     first = gl.full(row.shape, 0, gl.int32, row.type.layout) + kv_len
@@ -354,9 +353,8 @@ def attend(
         factor = 1.0 / P_SCALE
         if SUMS:
             row_sums = _row_sums(
-                partial_sums, row_bias, row, start + KEYS, kv_len, shift, left, right, fast,
-                HAS_LEFT, HAS_RIGHT, FORM, SLOW,
-            )  # fmt: skip
+                partial_sums, row_bias, row, start + KEYS, kv_len, shift, left, right, fast, HAS_LEFT, HAS_RIGHT
+            )
             if sum_out is not None:
                 own_sums = sum_out + head.to(gl.int64) * stride_sum_h
                 own_sums += q_begin.to(gl.int64) * stride_sum_n if PACKED else batch.to(gl.int64) * stride_sum_b
