@@ -105,7 +105,7 @@ def test_what_is_refused() -> None:
 
 
 def test_an_optimizer_from_before_the_conversion_is_told() -> None:
-    """It does not know sigswap's parameters, which would never be trained."""
+    """`sigswap.exempt_from_decay` of an optimizer made before the conversion, which lacks them: a warning"""
     before = nn.Sequential(Block(), Block())
     optimizer = torch.optim.AdamW(before.parameters(), weight_decay=0.1)
     sigswap.convert(before, ALL, example_inputs=torch.randn(2, 5, 8))
