@@ -164,7 +164,7 @@ def unknown_zero():
 def probabilities(
     s, scale, row_bias, start, col0, key, row, shift, left, right, fast,
     BY_ROW: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
-    SHORT: gl.constexpr,
+    FEW: gl.constexpr,
 ):  # fmt: skip
     """sigmoid(scale * s + row_bias); 0 outside the band. If BY_ROW the row bias is in s already."""
     if FORM == _FAST:
@@ -177,7 +177,7 @@ def probabilities(
         x += row_bias
     else:
         x = _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT, HAS_RIGHT)
-    return sigmoid(x, fast, FORM, SLOW, True, SHORT)
+    return sigmoid(x, fast, FORM, SLOW, True, FEW)
 
 
 @gluon.jit
@@ -200,7 +200,7 @@ def _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT: gl.constexpr, 
 def soft_capped_probabilities(
     s, scale, softcap, unit, row_bias, biases, start, col0, key, row, shift, left, right, fast,
     BANDED: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    FORM: gl.constexpr, SLOW: gl.constexpr, SHORT: gl.constexpr,
+    FORM: gl.constexpr, SLOW: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """sigmoid(softcap * tanh(scale / softcap * s) + row_bias), and 1 - tanh^2 in float16, which takes fewer registers.
 
@@ -216,7 +216,7 @@ def soft_capped_probabilities(
         bias = row_bias * unit
     x, slope = soft_capped_with_slope(s, scale / softcap, softcap * unit, bias)
     x = _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT, HAS_RIGHT)
-    return sigmoid(x, fast, FORM, SLOW, True, SHORT), slope
+    return sigmoid(x, fast, FORM, SLOW, True, FEW), slope
 
 
 @gluon.jit

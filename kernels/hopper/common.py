@@ -127,14 +127,14 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # Of tiles [rows, keys], and of [keys, rows].
 _TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32, BY_ROW))
 _TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(32, BY_KEY))
-_SHORT_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY))
+_FEW_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY))
 _CUBIC_TAIL_ASSEMBLY = tl.constexpr(tail_assembly(32, BY_ROW, cubic=True))
 _CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(32, BY_KEY, cubic=True))
-_SHORT_CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY, cubic=True))
+_FEW_CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY, cubic=True))
 _EXACT_ASSEMBLY = tl.constexpr(exact_assembly(8, BY_ROW))
 _EXACT_ASSEMBLY_BY_KEY = tl.constexpr(exact_assembly(8, BY_KEY))
 _CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
-_SHORT_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+_FEW_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _SOFT_CAP_PACK = tl.constexpr(32)
 _SOFT_CAP_ASSEMBLY = tl.constexpr(soft_cap_assembly(32))
 _SOFT_CAP_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 128))
@@ -281,18 +281,19 @@ def soft_capped_with_slope(s, scale, factor, bias):
 
 
 @gluon.jit
-def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr, BY_KEY: gl.constexpr, SHORT: gl.constexpr):
+def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr, BY_KEY: gl.constexpr, FEW: gl.constexpr):
     """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form.
 
     x: of a product's tile, [rows, keys] or, BY_KEY, [keys, rows]. fast: if FORM is AUTO, whether the form is FAST, else
-    it is SLOW, which ACCURATE stands for, too. SHORT: of few scores at a time, BY_KEY, for which there are registers.
+    it is SLOW, which ACCURATE stands for, too. FEW: eight scores at a time, BY_KEY, where there are no registers for
+    more.
     """
     if FORM == _FAST:
         p = _fast_sigmoid(x)
     elif FORM == _AUTO:
-        p = _fast_sigmoid(x) if fast else _slow_sigmoid(x, SLOW, BY_KEY, SHORT)
+        p = _fast_sigmoid(x) if fast else _slow_sigmoid(x, SLOW, BY_KEY, FEW)
     else:
-        p = _slow_sigmoid(x, SLOW, BY_KEY, SHORT)
+        p = _slow_sigmoid(x, SLOW, BY_KEY, FEW)
     return p
 
 
@@ -309,15 +310,15 @@ def _fast_sigmoid(x):
 
 
 @gluon.jit
-def _slow_sigmoid(x, FORM: gl.constexpr, BY_KEY: gl.constexpr, SHORT: gl.constexpr):
+def _slow_sigmoid(x, FORM: gl.constexpr, BY_KEY: gl.constexpr, FEW: gl.constexpr):
     LONG_TAIL: gl.constexpr = _TAIL_ASSEMBLY_BY_KEY if BY_KEY else _TAIL_ASSEMBLY
-    TAIL: gl.constexpr = _SHORT_TAIL_ASSEMBLY_BY_KEY if SHORT else LONG_TAIL
+    TAIL: gl.constexpr = _FEW_TAIL_ASSEMBLY_BY_KEY if FEW else LONG_TAIL
     LONG_CUBIC: gl.constexpr = _CUBIC_TAIL_ASSEMBLY_BY_KEY if BY_KEY else _CUBIC_TAIL_ASSEMBLY
-    CUBIC: gl.constexpr = _SHORT_CUBIC_TAIL_ASSEMBLY_BY_KEY if SHORT else LONG_CUBIC
+    CUBIC: gl.constexpr = _FEW_CUBIC_TAIL_ASSEMBLY_BY_KEY if FEW else LONG_CUBIC
     EXACT: gl.constexpr = _EXACT_ASSEMBLY_BY_KEY if BY_KEY else _EXACT_ASSEMBLY
     ASSEMBLY: gl.constexpr = TAIL if FORM == _TAIL else (CUBIC if FORM == _CUBIC_TAIL else EXACT)
-    FEW: gl.constexpr = SHORT or (FORM != _TAIL and FORM != _CUBIC_TAIL)
+    EIGHT: gl.constexpr = FEW or (FORM != _TAIL and FORM != _CUBIC_TAIL)
     return gl.inline_asm_elementwise(
-        ASSEMBLY, _SHORT_CONSTRAINTS if FEW else _CONSTRAINTS, [x],
-        dtype=gl.float32, is_pure=True, pack=8 if FEW else 32,
+        ASSEMBLY, _FEW_CONSTRAINTS if EIGHT else _CONSTRAINTS, [x],
+        dtype=gl.float32, is_pure=True, pack=8 if EIGHT else 32,
     )  # fmt: skip
