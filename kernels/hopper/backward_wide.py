@@ -86,8 +86,8 @@ def supports(problem: Problem) -> bool:
         return False
     if min(signature.widths) < 128 or signature.packed is not None or not takes(problem):
         return False
-    bias = signature.bias if problem.output_mask[3] else None
-    if problem.options.softcap > 0.0 and bias is not None and (bias.shape[2] > 1 or not _units_at_once(signature)):
+    sums = problem.output_mask[3] and signature.bias is not None
+    if problem.options.softcap > 0.0 and sums and (signature.biased_by_rows or not _units_at_once(signature)):
         return False
     if torch.are_deterministic_algorithms_enabled() and not _units_at_once(signature):
         return False

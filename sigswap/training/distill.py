@@ -21,7 +21,7 @@ from sigswap.conversion.recording import Inputs
 from sigswap.conversion.state import OwnerState
 from sigswap.conversion.wrappers import check_module, check_undistributed, runnable, spread_parameter, wrappers_of
 from sigswap.distributed.shards import fully_sharded, reshard
-from sigswap.errors import ArgumentError, CalibrationError, Hint
+from sigswap.errors import ArgumentError, CalibrationError, Hint, check_flag
 from sigswap.training import compiled
 from sigswap.training.batches import as_calls, gone, progress_bar
 from sigswap.training.distillation_report import DistillationReport
@@ -361,8 +361,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     if not isinstance(given["resume"], str | os.PathLike | None):
         raise ArgumentError(f"{{argument}} must be the path of a file, not {given['resume']!r}.", argument="resume")
     for name in ("checkpointing", "compile"):
-        if not isinstance(given[name], bool):
-            raise ArgumentError(f"{{argument}} must be True or False, not {given[name]!r}.", argument=name)
+        check_flag(name, given[name])
     Lookups.of(given["lookups"])
 
 
