@@ -145,6 +145,14 @@ def undivided(grad_out: Tensor, out: Tensor, row_sums: Tensor, row_cap: float) -
     return grad, delta.masked_fill(row_sums <= row_cap, 0.0)
 
 
+def seen_by(mask: Tensor) -> Tensor:
+    """Which scores an attention mask, bool or additive, does not hide; NaN hides none.
+
+    In float32: -5000 is no bfloat16.
+    """
+    return mask if mask.dtype == torch.bool else ~(mask.float() <= MASKED_SCORE)
+
+
 def kept(seed: Tensor, row: Tensor, column: Tensor, dropout_p: float) -> Tensor:
     """Which scores dropout keeps, as :mod:`sigswap.kernels.host.draws` says.
 

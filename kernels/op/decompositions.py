@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.dense import composed_probs
 from sigswap.kernels.op.first_token import composed_bias
 from sigswap.kernels.reference import kept as is_kept
+from sigswap.kernels.reference import seen_by
 
 Decompositions = dict[torch._ops.OperatorBase, Callable[..., Any]]
 
@@ -139,8 +139,7 @@ def _dense(
     if attn_mask is not None:
         if attn_mask.shape[0] != 1 and attn_mask.shape[0] != batch:
             attn_mask = attn_mask.repeat(batch // attn_mask.shape[0], 1, 1, 1)
-        # In float32: -5000 is no bfloat16.
-        seen = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask.float() <= MASKED_SCORE)  # NaN is seen
+        seen = seen_by(attn_mask)
         added = None if attn_mask.dtype == torch.bool else attn_mask
     row, column = _count(rows, query)[:, None], _count(keys, query)
     seen = _in_band(seen, row + (keys - rows if options.bottom_right else 0), column, options)

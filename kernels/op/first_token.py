@@ -23,6 +23,7 @@ from torch import Tensor
 from sigswap.errors import ArgumentError
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.op.registration import library
+from sigswap.kernels.reference import seen_by
 
 
 def first_token_bias(
@@ -159,8 +160,7 @@ def _first_visible(
         return (None if window_left < 0 else low.clamp(max=keys - 1)), (high - low + 1).clamp(min=0)
     seen = None
     if attn_mask is not None:
-        # In float32, as the op compares: -5000 is no bfloat16.
-        seen = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask.float() <= MASKED_SCORE)
+        seen = seen_by(attn_mask)
     if padding is not None:
         seen = padding if seen is None else seen & padding
     assert seen is not None

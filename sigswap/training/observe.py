@@ -26,7 +26,8 @@ from sigswap.errors import CalibrationError, Hint
 from sigswap.functional import flex
 from sigswap.functional.stand_ins import logarithm, of_keys
 from sigswap.functional.torch_functions import FAMILIES, SWAPS
-from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, seen, weights_of
+from sigswap.kernels.reference import seen_by
+from sigswap.training.rows import Layout, PendingSoftmax, Tile, first_of, heads_first, rows_of, weights_of
 from sigswap.training.sums import ChannelSums, Rows, SiteSums
 
 MAX_TILE_SCORES, MAX_TILE_SCORES_ON_GPUS = 1 << 22, 1 << 25
@@ -333,7 +334,7 @@ class _ObservingMode(SwapMode):
         if attn_mask is not None:
             mask = layout.query_side(attn_mask.expand(*query.shape[:-1], key.shape[-2]))
         batch, heads, length, _ = q.shape
-        own = None if mask is None or mask.shape[2] != mask.shape[3] else seen(mask.diagonal(dim1=2, dim2=3))
+        own = None if mask is None or mask.shape[2] != mask.shape[3] else seen_by(mask.diagonal(dim1=2, dim2=3))
         most = MAX_TILE_SCORES if q.device.type == "cpu" else MAX_TILE_SCORES_ON_GPUS
         step = max(1, most // max(1, batch * heads * k.shape[2]))
         with torch.autocast(query.device.type, enabled=False):

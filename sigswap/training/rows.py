@@ -13,6 +13,7 @@ from sigswap.conversion.state import AxisPlan, RowBias, SiteState
 from sigswap.functional.attention import probabilities
 from sigswap.functional.stand_ins import of_keys
 from sigswap.kernels import MASKED_SCORE
+from sigswap.kernels.reference import seen_by
 from sigswap.training.sums import Rows
 
 # torch leaves these untyped.
@@ -50,7 +51,7 @@ class Tile:
         if self.is_causal:
             visible = visible.tril(self.start)
         if self.mask is not None:
-            visible = visible & seen(self.mask)
+            visible = visible & seen_by(self.mask)
             if self.mask.dtype != torch.bool:
                 scores = scores + self.mask.to(wide)
         return scores, visible
@@ -192,10 +193,6 @@ class PendingSoftmax:
         placed = torch.zeros(self.wide.shape, dtype=values.dtype, device=values.device)
         placed.narrow(self.dim, 0, 1).copy_(values.view(self.counted.shape))
         return placed
-
-
-def seen(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else ~(mask.float() <= MASKED_SCORE)  # -5000 is no bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
