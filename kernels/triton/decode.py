@@ -1,9 +1,7 @@
 """Decoding in Triton: few query rows against many cached keys, split over the keys.
 
 One program reads a part of the keys of one key head, once, for all query heads that use it (their rows are one tile)
-and writes a partial output. Partial outputs of sigmoid attention simply add: no maxima, no logsumexp. The second
-kernel adds them in a fixed order, so that the result is the same in every run. With a row cap partial sums of the rows
-add likewise, and the division comes at the end.
+and writes a partial output; a second kernel adds them (:mod:`sigswap.kernels.triton.split_keys`).
 
 This is bound by memory: K and V are read once. So the sigmoid is always the accurate form.
 """
@@ -35,19 +33,10 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.row_biases import Counts, counts_for
+from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, adder, partial_layout, splits_for
 
 MAX_ROWS = 64
 """Query rows times query heads per key head, at most. With more, the forward kernel fills the GPU as well."""
-
-MIN_KEYS = 256
-"""Keys per program, at least: fewer don't pay for a partial output."""
-
-AT_ONCE = 2
-"""Programs that run at the same time on a multiprocessor, of which shared memory holds the tiles."""
-
-WAVES, MIN_KEYS_IN_WAVES = 7, 1024
-"""How many times as many programs there are as run at once, and the keys of each at least, where they do not run all
-at once: the last ones leave less of the GPU idle then."""
 
 
 def supports(problem: Problem) -> bool:
@@ -97,7 +86,7 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     """sums: whether the rows' sums are asked for."""
     out = signature.output()
     batch, heads, kv_heads = signature.batch, signature.heads, signature.kv_heads
-    q_len, kv_len, value_dim, device = signature.q_len, signature.kv_len, signature.value.shape[3], signature.device
+    q_len, kv_len, device = signature.q_len, signature.kv_len, signature.device
     rows = q_len * (heads // kv_heads)
     block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
     dim = max(signature.widths)
@@ -105,7 +94,7 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
     if splits is None:
         splits = splits_for(programs, kv_len, AT_ONCE * limits_of(device).multiprocessors)
-    partial = contiguous_layout((splits, batch, heads, q_len, value_dim), torch.float32)
+    partial = partial_layout(signature, splits)
     target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
     arguments |= {"stride_split": partial.strides[0], "splits": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -116,30 +105,8 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     tensors = (signature.query, signature.key, signature.value, target, sums_here, *signature.side_layouts()[:3])
     stages = 3 if dim <= 128 else 2
     launch = Launch(_decode_kernel, programs * splits, device, tensors, arguments, num_warps=4, num_stages=stages)
-    add = None
-    if splits > 1:
-        block = min(1024, triton.next_power_of_2(value_dim * q_len))
-        total = batch * heads * q_len * value_dim
-        strides = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
-        sizes = {"total": total, "splits": splits, "heads": heads, "q_len": q_len, "DIM": value_dim, "BLOCK": block}
-        sizes |= {"row_cap": signature.options.row_cap, "CAP": capped}
-        own_sums = contiguous_layout(partial.shape[1:4], torch.float32) if sums else None
-        added = partial, partial_sums, out, own_sums
-        add = Launch(_add_kernel, triton.cdiv(total, block), device, added, strides | sizes)
+    add = adder(signature, partial, partial_sums, sums=sums) if splits > 1 else None
     return _Plan(launch, out, add, partial, partial_sums, counts_for(signature))
-
-
-def splits_for(programs: int, kv_len: int, at_once: int) -> int:
-    """Over how many programs the keys of one head are split; ``programs``: of all heads, without a split.
-
-    GB/s on an H200, 32 heads over 8 of 128, for so many programs in all: one sequence of 32,768 keys 2,668 (264, which
-    run at once), 2,374 (528); eight 4,257 (256), 3,932 (512); 64 of 8,192 keys 4,102 (512), 4,422 (2,048),
-    4,352 (4,096).
-    """
-    splits = at_once // programs
-    if splits * programs < 0.9 * at_once:
-        splits = max(splits, min(triton.cdiv(WAVES * at_once, programs), kv_len // MIN_KEYS_IN_WAVES))
-    return int(max(1, min(splits, triton.cdiv(kv_len, MIN_KEYS))))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -228,31 +195,3 @@ def _decode_kernel(
     targets = out + head * stride_o_h + row.to(tl.int64) * stride_o_n
     inside = (index < group * q_len)[:, None] & (dim < VALUE_DIM)[None, :]
     tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _add_kernel(
-    partial, partial_sums, out, sum_out, total, splits, heads, q_len, stride_o_b, stride_o_h, stride_o_n, row_cap,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
-):  # fmt: skip
-    """out = the sum of partial [splits, B, H, M, DIM] over its first dimension, divided by max(row_cap, the row's
-    sum), if CAP; sum_out = that of partial_sums [splits, B, H, M], if given."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < total
-    acc = tl.zeros((BLOCK,), tl.float32)
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
-        acc += tl.load(partial + tl.cast(split, tl.int64) * total + index, mask=inside, other=0.0)
-        if partial_sums is not None:
-            of_rows = tl.cast(split, tl.int64) * (total // DIM) + index // DIM
-            row_sum += tl.load(partial_sums + of_rows, mask=inside, other=0.0)
-    if CAP:
-        acc /= tl.maximum(row_sum, single(row_cap))
-    if sum_out is not None:
-        tl.store(sum_out + index // DIM, row_sum, mask=inside & (index % DIM == 0))
-    dim = index % DIM
-    row = index // DIM % q_len
-    head = index // DIM // q_len % heads
-    batch = index // DIM // q_len // heads
-    target = out + batch * stride_o_b + head * stride_o_h + row * stride_o_n + dim
-    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)

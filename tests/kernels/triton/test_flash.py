@@ -33,7 +33,7 @@ from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
 from sigswap.kernels.host.results import empty_row_sums
 from sigswap.kernels.triton import backward as flash_bwd
-from sigswap.kernels.triton import decode, row_caps, short_masked, sums
+from sigswap.kernels.triton import decode, row_caps, short_masked, split_keys, sums
 from sigswap.kernels.triton import forward as flash_fwd
 from sigswap.kernels.triton.dropout import draws_for
 
@@ -603,7 +603,7 @@ def test_interpreted_capped_packed(index: int) -> None:
     ],
 )
 def test_over_how_many_programs_decoding_splits_keys(programs: int, keys: int, expected: int) -> None:
-    assert decode.splits_for(programs, keys, at_once=264) == expected
+    assert split_keys.splits_for(programs, keys, at_once=264) == expected
 
 
 @in_interpreter

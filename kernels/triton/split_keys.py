@@ -1,0 +1,91 @@
+"""Keys split over several programs: how many there are, and how their partial outputs are added.
+
+Partial outputs of sigmoid attention simply add: no maxima, no logsumexp. They are added in a fixed order, so that the
+result is the same in every run. With a row cap partial sums of the rows add likewise, and the division comes at the
+end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout
+from sigswap.kernels.host.problem import Signature
+from sigswap.kernels.triton.common import UNSPECIALIZED, single
+
+MIN_KEYS = 256
+"""Keys per program, at least: fewer don't pay for a partial output."""
+
+AT_ONCE = 2
+"""Programs that run at the same time on a multiprocessor, of which shared memory holds the tiles."""
+
+WAVES, MIN_KEYS_IN_WAVES = 7, 1024
+"""How many times as many programs there are as run at once, and the keys of each at least, where they do not run all
+at once: the last ones leave less of the GPU idle then."""
+
+
+def splits_for(programs: int, kv_len: int, at_once: int) -> int:
+    """Over how many programs the keys of one head are split; ``programs``: of all heads, without a split.
+
+    GB/s on an H200, 32 heads over 8 of 128, for so many programs in all: one sequence of 32,768 keys 2,668 (264, which
+    run at once), 2,374 (528); eight 4,257 (256), 3,932 (512); 64 of 8,192 keys 4,102 (512), 4,422 (2,048),
+    4,352 (4,096).
+    """
+    splits = at_once // programs
+    if splits * programs < 0.9 * at_once:
+        splits = max(splits, min(triton.cdiv(WAVES * at_once, programs), kv_len // MIN_KEYS_IN_WAVES))
+    return int(max(1, min(splits, triton.cdiv(kv_len, MIN_KEYS))))
+
+
+def partial_layout(signature: Signature, splits: int) -> Layout:
+    """Of the partial outputs, float32 [splits, B, H, M, Dv]."""
+    batch, heads, rows, _ = signature.query.shape
+    return contiguous_layout((splits, batch, heads, rows, signature.value.shape[3]), torch.float32)
+
+
+def adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *, sums: bool) -> Launch:
+    """What adds partial outputs of :func:`partial_layout`, and the rows' partial sums [splits, B, H, M], if a row cap
+    divides by them; ``sums``: or they are asked for."""
+    splits, batch, heads, rows, value_dim = partial.shape
+    out = signature.output()
+    block = min(1024, triton.next_power_of_2(value_dim * rows))
+    total = batch * heads * rows * value_dim
+    arguments = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
+    arguments |= {"total": total, "splits": splits, "heads": heads, "q_len": rows, "DIM": value_dim, "BLOCK": block}
+    row_cap = signature.options.row_cap
+    own_sums = contiguous_layout(partial.shape[1:4], torch.float32) if sums else None
+    tensors = partial, partial_sums, out, own_sums
+    programs = triton.cdiv(total, block)
+    arguments |= {"row_cap": row_cap, "CAP": row_cap > 0.0}
+    return Launch(_add_kernel, programs, signature.device, tensors, arguments)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _add_kernel(
+    partial, partial_sums, out, sum_out, total, splits, heads, q_len, stride_o_b, stride_o_h, stride_o_n, row_cap,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """out = the sum of partial [splits, B, H, M, DIM] over its first dimension, divided by max(row_cap, the row's
+    sum), if CAP; sum_out = that of partial_sums [splits, B, H, M], if given."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    acc = tl.zeros((BLOCK,), tl.float32)
+    row_sum = tl.zeros((BLOCK,), tl.float32)
+    for split in range(0, splits):
+        acc += tl.load(partial + tl.cast(split, tl.int64) * total + index, mask=inside, other=0.0)
+        if partial_sums is not None:
+            of_rows = tl.cast(split, tl.int64) * (total // DIM) + index // DIM
+            row_sum += tl.load(partial_sums + of_rows, mask=inside, other=0.0)
+    if CAP:
+        acc /= tl.maximum(row_sum, single(row_cap))
+    if sum_out is not None:
+        tl.store(sum_out + index // DIM, row_sum, mask=inside & (index % DIM == 0))
+    dim = index % DIM
+    row = index // DIM % q_len
+    head = index // DIM // q_len % heads
+    batch = index // DIM // q_len // heads
+    target = out + batch * stride_o_b + head * stride_o_h + row * stride_o_n + dim
+    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
