@@ -4,9 +4,11 @@
 products. Here they are computed once, and a block of keys adds its part of dQ to float32 sums in memory: five. What
 makes that fast:
 
-- A program has 128 keys, of which each of two warpgroups has 64, with dK and dV in registers; a warp loads queries and
+- An item is 128 keys, of which each of two warpgroups has 64, with dK and dV in registers; a warp loads queries and
   output gradients for both. They meet through memory barriers only, one tile of 64 rows apart at most, so that one
   computes probabilities while the other multiplies matrices.
+- There are as many programs as multiprocessors. Each takes the next item when its loading warp has done with one, which
+  is before that one ends: the first rows of the next are there then, and of heads of up to 64 columns keys and values.
 - dS goes from one warpgroup to the other through shared memory: each computes half of the columns of dQ, over all 128
   keys, one tile late. Of heads of up to 64 columns it goes to a third warpgroup, for which there are registers then.
 - Of 65 to 96 columns, which are loaded as 128, 64 and 32 are multiplied.
@@ -46,14 +48,14 @@ from sigswap.kernels.hopper.backward_common import (
     takes,
     visible_keys,
 )
-from sigswap.kernels.hopper.backward_warps import _KEYS, _STAGES, KEYS, add_queries, compute, load
+from sigswap.kernels.hopper.backward_items import _KEYS, _PLACE, _STAGES, KEYS, load
+from sigswap.kernels.hopper.backward_warps import add_queries, compute
 from sigswap.kernels.hopper.common import tiles_like
 from sigswap.kernels.hopper.grad_query import finish_columns_kernel, finish_kernel
 from sigswap.kernels.hopper.packed import (
     Plan,
     TileNumbers,
     most_tiles,
-    place_of_keys,
     plan_for,
     programs_at_once,
     tile_numbers_for,
@@ -63,7 +65,7 @@ from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
 from sigswap.kernels.host.results import gradients_for, hand_over
-from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS
+from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.sums import Sum
 
 LONG = {64: (512, 511, 192), 128: (511, 511, 192)}
@@ -192,7 +194,8 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         tiles = most_tiles(signature)
         blocks = packed.items.most
     numbers = ROWS * (width + 1 if row_sums else width)
-    sums = contiguous_layout((batch * signature.heads * tiles, numbers), torch.float32)
+    # Behind the last tile is the counter of items that are taken.
+    sums = contiguous_layout((batch * signature.heads * tiles + 1, numbers), torch.float32)
     sum_parts = parts = None
     if grad_bias is not None:
         # One of each row, or of each thread of the two warpgroups.
@@ -228,11 +231,12 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         delta = packed.deltas.described
     items, all_tiles = (None, None) if packed is None else (packed.items.layout, packed.items.tiles)
     tensors = (*described, sums, parts if head_sums else None, bias, floor, delta, items)
-    launch = Launch(_kernel, blocks * units, signature.device, tensors, arguments, num_warps=4)
+    programs = min(blocks * units, limits_of(signature.device).multiprocessors)
+    launch = Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
     finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
-    of_tile, programs = finish_kernel, sums.shape[0]
+    of_tile, programs = finish_kernel, sums.shape[0] - 1
     if apart or width == 96:  # not two halves
         columns = 64 if apart else 32
         of_tile, programs = finish_columns_kernel, programs * (width // columns)
@@ -265,74 +269,32 @@ def _kernel(
     ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
     SLOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """One program: dK and dV of 128 keys of one key head, over all query heads that use it, and what they add to dQ.
+    """One program: of items, as long as there are some, dK and dV of 128 keys of one key head, over all query heads
+    that use it, and what they add to dQ.
 
     DIM: columns that are multiplied, 64, 96 or 128. APART: whether a warpgroup of its own adds up dQ.
     sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ all columns if APART; else the columns of one
-    warpgroup, half of them or 64, then the others; if ROW_SUMS of each row the sum of dS behind them.
+    warpgroup, half of them or 64, then the others; if ROW_SUMS of each row the sum of dS behind them. Behind all tiles
+    is the counter of items that were taken, int32.
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
     delta: float32 [B * H, M], if DELTA, where rows have a cap: what is subtracted from dP.
-    plan: of packed sequences, in a GPU's memory for so many items; sums has all_tiles for each head, in whose order
-    bias, floor and delta are.
+    items: blocks of keys of a key head. all_tiles: of dQ of a head.
+    plan: of packed sequences, in a GPU's memory for so many items; in the order of their tiles are bias, floor and
+    delta.
     """
     PACKED: gl.constexpr = plan is not None
-    if PACKED:
-        blocks = items
-        (
-            block, kv_head, batch, rows, q_len, k_batch, keys, stored_keys, shift, col0, begin, end, first_tile
-        ) = place_of_keys(
-            plan, gl.program_id(0), units, at_once, left, right, _KEYS, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT
-        )  # fmt: skip
-        kv_len = keys
-        bias_batch = 0 * block
-    else:
-        # Under a causal mask the first keys take longest, and start first, in as many heads as fill the GPU.
-        blocks = gl.cdiv(kv_len, _KEYS)
-        first = gl.program_id(0) // (at_once * blocks) * at_once
-        among = gl.minimum(at_once, units - first)
-        rest = gl.program_id(0) - first * blocks
-        col0 = rest // among * _KEYS
-        unit = first + rest % among
-        kv_heads = heads // group
-        kv_head = unit % kv_heads
-        batch = unit // kv_heads
-        bias_batch = batch
-        shift = kv_len - q_len if BOTTOM_RIGHT else 0
-        # The rows that see some of the keys; at least one tile, of which they then see none.
-        begin = 0
-        end = q_len
-        if HAS_RIGHT:
-            begin = gl.minimum(gl.maximum(col0 - shift - right, 0), q_len - 1) // _ROWS * _ROWS
-        if HAS_LEFT:
-            end = gl.minimum(end, gl.minimum(col0 + _KEYS, kv_len) - shift + left)
-    span = gl.maximum(gl.cdiv(end - begin, _ROWS), 1)
-    fast = True
-    if FORM == _AUTO and not BIAS_ROWS:
-        # Of all heads and rows the least bias. No row sees more keys than a window has.
-        count = kv_len
-        if HAS_LEFT and HAS_RIGHT:
-            count = gl.minimum(count, left + right + 1)
-        lowest = const_bias + 0.0
-        if VISIBLE:
-            lowest -= gl.log(gl.maximum(count, 1).to(gl.float32))
-        own = float("inf")
-        for member in range(group):
-            at = bias_batch.to(gl.int64) * stride_bias_b + (kv_head * group + member).to(gl.int64) * stride_bias_h
-            own = gl.minimum(own, gl.load(bias + at).to(gl.float32))
-        fast = lowest + own >= _FAST_BIAS
-    if FORM < _FAST:
-        fast = False
-
+    BUFFERS: gl.constexpr = 2 if APART else 1
     dtype: gl.constexpr = k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    k_tile = gl.allocate_shared_memory(dtype, tiles_like(1, k.block_type), k.layout)
-    v_tile = gl.allocate_shared_memory(dtype, tiles_like(1, v.block_type), v.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, tiles_like(BUFFERS, k.block_type), k.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, tiles_like(BUFFERS, v.block_type), v.layout)
     q_tiles = gl.allocate_shared_memory(dtype, tiles_like(_STAGES, q.block_type), q.layout)
     do_tiles = gl.allocate_shared_memory(dtype, tiles_like(_STAGES, do.block_type), do.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], dtype)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, _KEYS, _ROWS], ds_layout)
+    places = gl.allocate_shared_memory(gl.int32, [BUFFERS * _PLACE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # What a partition has no use for is not handed to it.
     if not BIAS_ROWS:
         biases = gl.allocate_shared_memory(gl.float32, [2, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -346,14 +308,6 @@ def _kernel(
         row_tiles = biases
         row_stride_b = stride_bias_b
         row_stride_h = stride_bias_h
-    if not PACKED:
-        of_keys: gl.constexpr = 0
-        of_queries: gl.constexpr = 0
-        of_loads: gl.constexpr = 0
-    else:
-        of_keys = (k_batch, stored_keys, block, first_tile, all_tiles)
-        of_queries = (first_tile, all_tiles)
-        of_loads = (k_batch, rows, keys, first_tile)
     if not DELTA:
         deltas: gl.constexpr = 0
         of_delta: gl.constexpr = 0
@@ -367,14 +321,19 @@ def _kernel(
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, SUMMED], dtype)
         ones = gl.allocate_shared_memory(dtype, [1, 8, SUMMED], ones_layout)
         ones.index(0).store(gl.full([8, SUMMED], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     keys_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    mbarrier.init(kv_full, 1)
     mbarrier.init(keys_read, 1 if APART else 2)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(k_full.index(i), 1)
+        mbarrier.init(v_full.index(i), 1)
+        mbarrier.init(kv_empty.index(i), 2)
     for i in gl.static_range(_STAGES):
         mbarrier.init(full.index(i), 1)
         mbarrier.init(empty.index(i), 2)
@@ -384,33 +343,35 @@ def _kernel(
     fence_async_shared()
 
     computing = (
-        dk, dv, sums, k_tile, v_tile, q_tiles, do_tiles, ds_tiles, kv_full, full, empty, ds_full, ds_empty, keys_read,
-        batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, shift, left, right,
-        stride_bias_b, stride_bias_h, scale, const_bias, fast, softcap if SOFTCAP else 0,
+        dk, dv, sums, k_tiles, v_tiles, q_tiles, do_tiles, ds_tiles, places, k_full, v_full, kv_empty, full,
+        empty, ds_full, ds_empty, keys_read, heads, group, items, all_tiles, q_len, kv_len, left, right,
+        stride_bias_b, stride_bias_h, scale, const_bias, softcap if SOFTCAP else 0,
     )  # fmt: skip
+    counter = sums + (units * group).to(gl.int64) * all_tiles * (_ROWS * (DIM + 1 if ROW_SUMS else DIM))
     loading = (
-        q, k, v, do, k_tile, v_tile, q_tiles, do_tiles, kv_full, full, empty, batch, kv_head, group, col0, begin, span,
+        q, k, v, do, k_tiles, v_tiles, q_tiles, do_tiles, places, k_full, v_full, kv_empty, full, empty,
+        counter, items, units, at_once, heads, group, q_len, kv_len, left, right,
     )  # fmt: skip
     if APART:
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
-                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW, SOFTCAP,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA,
+                    PACKED, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (compute, (
-                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
-                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW, SOFTCAP,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA,
+                    PACKED, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (add_queries, (
-                    sums, k_tile, ds_tiles, ones, kv_full, ds_full, ds_empty, keys_read,
-                    batch, kv_head, heads, group, begin, span, q_len, of_queries, DIM, ROW_SUMS, PACKED, SOFTCAP,
+                    sums, k_tiles, ds_tiles, ones, places, k_full, ds_full, ds_empty, keys_read, heads, group,
+                    all_tiles, DIM, ROW_SUMS, PACKED, SOFTCAP,
                 )),
                 (load, (
-                    loading, of_loads, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
-                    BIAS_ROWS, DELTA, PACKED,
+                    loading, plan, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas,
+                    HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, DELTA,
                 )),
             ],
             [4, 4, 1],
@@ -420,18 +381,18 @@ def _kernel(
         gl.warp_specialize(
             [
                 (compute, (
-                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
-                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW, SOFTCAP,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 0, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA,
+                    PACKED, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (compute, (
-                    computing, of_keys, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
-                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA, PACKED, P_SCALE,
-                    FORM, SLOW, SOFTCAP,
+                    computing, 0 if BIAS_ROWS else bias, parts, floor, biases, deltas, ones, 1, DIM, APART,
+                    VISIBLE, BANDED, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, SUMS, ROW_SUMS, GROUPED, DELTA,
+                    PACKED, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (load, (
-                    loading, of_loads, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas, heads,
-                    BIAS_ROWS, DELTA, PACKED,
+                    loading, plan, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas,
+                    HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, DELTA,
                 )),
             ],
             [4, 1],

@@ -272,6 +272,15 @@ def lowest_bias(floor, place, group, stride_h, begin, end, q_len):
 
 
 @gluon.jit
+def lowest_of_heads(bias, head, group, stride_h):
+    """The least bias of some heads."""
+    lowest = float("inf")
+    for member in range(group):
+        lowest = gl.minimum(lowest, load_head_bias(bias, head + member, stride_h))
+    return lowest
+
+
+@gluon.jit
 def sum_per_thread(ds):
     """Of a tile [64, 64] over what each of 128 threads has of it."""
     by_thread = ds.reshape([4, 2, 8, 8, 4, 2])

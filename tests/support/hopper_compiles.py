@@ -113,7 +113,7 @@ def assert_backward_products_in_flight(
     absent |= {} if by_row and form == AUTO else {"floor": None}
     absent |= {} if capped else {"delta": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    spilled = 32 if dim < 128 else 160 if by_row or (softcapped and bias == "heads") else 128
+    spilled = 32 if dim < 128 else 256 if bias else 128
     width = 64 if dim == 64 else 128
     assert_products_in_flight(
         hopper_bwd._kernel,
