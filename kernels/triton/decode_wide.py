@@ -45,7 +45,7 @@ MIN_REST = 64
 whole units of 16 bytes (:attr:`Signature.has_narrow_value`)."""
 
 TILES = (
-    Tile(64, 64, 8, 2),
+    Tile(64, 32, 8, 3),
     Tile(64, 32, 8, 2),
     Tile(32, 64, 8, 3),
     Tile(32, 32, 8, 3),
@@ -164,10 +164,10 @@ def _bytes(signature: Signature, tile: Tile, shared: bool) -> int:
     """Of shared memory that a program takes, about."""
     query = sum(_parts(signature.query.shape[3])) * signature.element_size
     key = query if shared else query + width(signature.value.shape[3]) * signature.element_size
-    # Products of 64 rows read keys where they are in shared memory, on Hopper; the others hold one tile of them less.
+    # Products of 64 rows are asynchronous on Hopper, and read keys until the next ones; the others need one tile less.
     asynchronous = tile.rows == 64 and limits_of(signature.device).capability == 90
     tiles = tile.stages if asynchronous else tile.stages - 1
-    return tile.rows * query + tile.keys * key * tiles + 2048
+    return tile.rows * (query + tile.keys * signature.element_size) + tile.keys * key * tiles + 1024
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
