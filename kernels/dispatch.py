@@ -31,6 +31,7 @@ from sigswap.kernels.host.results import empty_output
 
 FORWARD = (
     "triton.decode",
+    "hopper.decode_wide",
     "triton.decode_wide",
     "triton.short_masked",
     "hopper.forward",

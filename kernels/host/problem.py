@@ -159,9 +159,17 @@ class Problem:
     def asked_for(self) -> tuple[Any, ...]:
         """What, besides its signature, the choice of a kernel depends on."""
         if self.grad_out is None:
-            return (self.row_sums is None,)
+            return self.row_sums is None, self.value_is_of_key
         deterministic = torch.are_deterministic_algorithms_enabled()
         return layout_of(self.grad_out), self.output_mask, self.row_delta is None, deterministic
+
+    @property
+    def value_is_of_key(self) -> bool:
+        """Whether value is a view of the first channels of a wide key, or may be: in code that is being compiled
+        tensors have no addresses."""
+        if not self.signature.value_may_be_of_key:
+            return False
+        return recording.by is not None or self.key.data_ptr() == self.value.data_ptr()
 
     @property
     def is_uncapped(self) -> bool:
@@ -279,6 +287,14 @@ class Signature:
             return False
         whole = self.value.aligned and self.value.shape[3] % UNIT == 0
         return not (whole and all(is_whole(each) for each in (self.query, self.key, self.value)))
+
+    @functools.cached_property
+    def value_may_be_of_key(self) -> bool:
+        """Whether key is wide, and value lies in memory as a view of its first channels would."""
+        key, value = self.key, self.value
+        if key.shape[3] <= MAX_HEAD_DIM or value.shape[3] > key.shape[3] or value.dtype != key.dtype:
+            return False
+        return self.packed is None and value.strides_or_zero(3) == key.strides_or_zero(3)
 
     @functools.cached_property
     def kernels(self) -> dict[Any, Any]:
