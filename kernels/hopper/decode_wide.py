@@ -6,7 +6,8 @@ What :mod:`sigswap.kernels.triton.decode_wide` does, with 64 rows a program and 
   shared memory, beside the queries; nothing else fits.
 - Two warpgroups hold 256 columns of the output each. Each works out the probabilities of every other tile, and leaves
   them to the other in that tile's last channels, which only scores need. So no score is worked out twice, and one
-  warpgroup multiplies while the other computes probabilities.
+  warpgroup multiplies while the other computes probabilities. Where tiles come slowly, for no other program has loaded
+  them, the second one multiplies the first one's before its own has come: so their place is free the sooner.
 - What a warpgroup has no more use for is loaded anew: half a tile at a time.
 
 Fewer than 64 rows are padded, which costs nothing: 16 rows are bound by memory.
@@ -111,6 +112,7 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     capped = signature.options.row_cap > 0.0
     arguments = signature.arguments(q=signature.query, o=target)
     arguments |= {"stride_split": partial.strides[0], "splits": splits, "CAP": capped and splits == 1}
+    arguments["ALONE"] = rows <= ROWS
     partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
     sums_here = partial_sums if splits > 1 or sums else None
     described = Tiles(signature.key, KEYS, HALF), Tiles(signature.key, KEYS, REST)
@@ -132,13 +134,13 @@ def _kernel(
     k, k_rest, q, out, sum_out, bias, stride_q_b, stride_q_h, stride_q_n, stride_o_b, stride_o_h, stride_o_n,
     stride_split, stride_bias_b, stride_bias_h, stride_bias_m, heads, group, q_len, kv_len, left, right, scale,
     const_bias, row_cap, splits,
-    HEAD_DIM: gl.constexpr, UNIT: gl.constexpr, VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr,
+    ALONE: gl.constexpr, HEAD_DIM: gl.constexpr, UNIT: gl.constexpr, VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, CAP: gl.constexpr,
     P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One program: one part of the keys, for 64 of the group * q_len rows of one key head, those of one token one
     behind the other. sum_out, if given: the rows' sums of p, contiguous. CAP: rows are divided here, for there is one
-    part."""
+    part. ALONE: no other program has the same keys, which come from memory one tile behind the other."""
     # Programs of the same keys run side by side, so that all but the first find them in the L2 cache.
     blocks = gl.cdiv(group * q_len, _ROWS)
     first = gl.program_id(0) % blocks * _ROWS
@@ -199,12 +201,12 @@ def _kernel(
     gl.warp_specialize(
         [
             (_attend, (
-                computing, sum_out, bias, 0, HEAD_DIM, UNIT, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE,
-                FORM, SLOW,
+                computing, sum_out, bias, 0, ALONE, HEAD_DIM, UNIT, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP,
+                P_SCALE, FORM, SLOW,
             )),
             (_attend, (
-                computing, sum_out, bias, 1, HEAD_DIM, UNIT, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP, P_SCALE,
-                FORM, SLOW,
+                computing, sum_out, bias, 1, ALONE, HEAD_DIM, UNIT, VISIBLE, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, CAP,
+                P_SCALE, FORM, SLOW,
             )),
             (_load, (loading,)),
         ],
@@ -255,9 +257,36 @@ def _partial_sums(p):
 
 
 @gluon.jit
+def _add_own(sums, p_operand, k_halves, half_empty, rest_empty, PART: gl.constexpr):
+    """The part in the output of the tile whose probabilities this warpgroup has."""
+    HALF: gl.constexpr = 2 * PART + PART
+    token = warpgroup_mma(p_operand, _flat(k_halves, HALF), sums, is_async=True)
+    results = warpgroup_mma_wait(0, deps=(token, p_operand))
+    sync()
+    mbarrier.arrive(half_empty.index(HALF))
+    mbarrier.arrive(rest_empty.index(PART))
+    return results[0]
+
+
+@gluon.jit
+def _add_other(sums, k_halves, k_rests, half_full, half_empty, rest_empty, p_full, phase, PART: gl.constexpr):
+    """The part in the output of the other warpgroup's tile."""
+    TILE: gl.constexpr = 1 - PART
+    HALF: gl.constexpr = 2 * TILE + PART
+    mbarrier.wait(half_full.index(HALF), phase)
+    mbarrier.wait(p_full.index(TILE), phase)
+    token = warpgroup_mma(_flat(k_rests, TILE), _flat(k_halves, HALF), sums, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=[token])
+    sync()
+    mbarrier.arrive(half_empty.index(HALF))
+    mbarrier.arrive(rest_empty.index(TILE))
+    return sums
+
+
+@gluon.jit
 def _attend(
-    shared, sum_out, bias, PART: gl.constexpr, HEAD_DIM: gl.constexpr, UNIT: gl.constexpr, VISIBLE: gl.constexpr,
-    BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CAP: gl.constexpr,
+    shared, sum_out, bias, PART: gl.constexpr, ALONE: gl.constexpr, HEAD_DIM: gl.constexpr, UNIT: gl.constexpr,
+    VISIBLE: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CAP: gl.constexpr,
     P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: half of the columns, and the probabilities of every other tile of keys."""
@@ -315,6 +344,8 @@ def _attend(
     mbarrier.wait(q_full, 0)
     for pair in range(pairs):
         phase = pair & 1
+        if PART == 1 and ALONE:
+            sums = _add_other(sums, k_halves, k_rests, half_full, half_empty, rest_empty, p_full, phase, PART)
         # Scores of the own tile, as far as it has come.
         mbarrier.wait(half_full.index(2 * PART), phase)
         s_token = warpgroup_mma(
@@ -353,20 +384,13 @@ def _attend(
         mbarrier.arrive(p_full.index(PART))
 
         # Both tiles' parts of the output.
-        for i in gl.static_range(2):
-            values = _flat(k_halves, 2 * i + PART)
-            if i == PART:
-                token = warpgroup_mma(p_operand, values, sums, is_async=True)
-                results = warpgroup_mma_wait(0, deps=(token, p_operand))
-                sums = results[0]
-            else:
-                mbarrier.wait(half_full.index(2 * i + PART), phase)
-                mbarrier.wait(p_full.index(i), phase)
-                token = warpgroup_mma(_flat(k_rests, i), values, sums, is_async=True)
-                sums = warpgroup_mma_wait(0, deps=[token])
-            sync()
-            mbarrier.arrive(half_empty.index(2 * i + PART))
-            mbarrier.arrive(rest_empty.index(i))
+        if PART == 0:
+            sums = _add_own(sums, p_operand, k_halves, half_empty, rest_empty, PART)
+            sums = _add_other(sums, k_halves, k_rests, half_full, half_empty, rest_empty, p_full, phase, PART)
+        else:
+            if not ALONE:
+                sums = _add_other(sums, k_halves, k_rests, half_full, half_empty, rest_empty, p_full, phase, PART)
+            sums = _add_own(sums, p_operand, k_halves, half_empty, rest_empty, PART)
 
     factor = gl.full([_ROWS], 1.0 / P_SCALE, gl.float32, gl.SliceLayout(1, of_scores))
     if SUMS:

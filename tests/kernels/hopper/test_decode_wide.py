@@ -40,7 +40,12 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] 
 def test_it_compiles_with_its_products_in_flight(
     dtype: str, band: str, form: int, bias: str | None, capped: bool, tmp_path: Path
 ) -> None:
-    constants = features(dtype, band, form, bottom_right=True) | {"HEAD_DIM": 576, "UNIT": 8, "CAP": capped}
+    constants = features(dtype, band, form, bottom_right=True) | {
+        "HEAD_DIM": 576,
+        "UNIT": 8,
+        "CAP": capped,
+        "ALONE": bias is None,
+    }
     constants |= (
         {"BIAS_ROWS": bias == "rows"} | ({} if bias else {"bias": None}) | ({} if capped else {"sum_out": None})
     )
