@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from wide_heads import assert_forward_no_worse, assert_no_worse
 
 try:
-    from hopper_compiles import assert_products_in_flight, features
+    from hopper_compiles import assert_compiles, assert_products_in_flight, features
+    from triton.compiler import ASTSource
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
@@ -22,6 +24,7 @@ from sigswap.kernels import dispatch
 from sigswap.kernels.hopper import decode_wide
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.triton import decode_wide as triton_wide
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
@@ -53,6 +56,30 @@ def test_it_compiles_with_its_products_in_flight(
     rows: dict[str, int | tuple[int, int]] = {"k": (64, 256), "k_rest": (64, 64)}
     # The second warpgroup keeps places in shared memory there.
     assert_products_in_flight(decode_wide._kernel, rows, 0, dtype, 320, tmp_path, pointers=pointers, **constants)
+
+
+@pytest.mark.parametrize("heads", [16, 32])
+@pytest.mark.usefixtures("no_memory")
+def test_tritons_kernel_spills_no_registers_of_few_heads(heads: int, tmp_path: Path) -> None:
+    query = torch.empty(2, heads, 1, 576, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(2, 1, 8192, 576, dtype=torch.bfloat16, device="meta")
+    problem = Problem(query, key, key[..., :512], None, None, None, Options(576**-0.5))
+    assert triton_wide.shares_memory(problem)
+    launch = triton_wide._plan(problem.signature, True, False, None).launch
+    names = triton_wide._kernel.arg_names
+    types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*fp32"} | dict.fromkeys(names[8:], "i32")
+    constants: dict[str, Any] = {name: None for name in names[:8] if name not in types}
+    constants |= {name: value for name, value in zip(names[8:], launch._rest, strict=True) if name.isupper()}
+    types |= dict.fromkeys(("scale", "softcap", "const_bias", "row_cap"), "fp32") | dict.fromkeys(
+        constants, "constexpr"
+    )
+    source = ASTSource(
+        triton_wide._kernel,
+        signature={name: types[name] for name in names},
+        constexprs={(at,): constants[name] for at, name in enumerate(names) if name in constants},
+        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name].startswith("*")},
+    )
+    assert_compiles(source, launch._options, 0, tmp_path)
 
 
 def random_problem(index: int) -> Problem:
