@@ -29,7 +29,15 @@ from sigswap.kernels.host.layout import UNIT, whole_rows
 from sigswap.kernels.host.problem import Gradients, Problem
 from sigswap.kernels.host.results import empty_output
 
-FORWARD = ("triton.decode", "triton.short_masked", "hopper.forward", "triton.forward", "reference")
+FORWARD = (
+    "triton.decode",
+    "hopper.decode_wide",
+    "triton.decode_wide",
+    "triton.short_masked",
+    "hopper.forward",
+    "triton.forward",
+    "reference",
+)
 BACKWARD = ("triton.short_masked", "hopper.backward", "hopper.backward_wide", "triton.backward", "reference")
 
 BLOCK_FORWARD = ("triton.block_forward", "reference")

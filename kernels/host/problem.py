@@ -61,7 +61,10 @@ LOW_CAP_TAIL_KEYS = 2048
 to little, so that nearly all probabilities are small. Of fewer keys too many are not. Worked out, not measured."""
 
 MAX_HEAD_DIM = 256
-"""Of the Triton kernels."""
+"""Of the Triton kernels, but for the one of wide heads."""
+
+WIDEST_HEAD_DIM, WIDEST_VALUE_DIM = 576, 512
+"""Of the Triton kernel of wide heads (:mod:`sigswap.kernels.triton.decode_wide`): those of latent attention."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -156,9 +159,17 @@ class Problem:
     def asked_for(self) -> tuple[Any, ...]:
         """What, besides its signature, the choice of a kernel depends on."""
         if self.grad_out is None:
-            return (self.row_sums is None,)
+            return self.row_sums is None, self.value_is_of_key
         deterministic = torch.are_deterministic_algorithms_enabled()
         return layout_of(self.grad_out), self.output_mask, self.row_delta is None, deterministic
+
+    @property
+    def value_is_of_key(self) -> bool:
+        """Whether value is a view of the first channels of a wide key, or may be: in code that is being compiled
+        tensors have no addresses."""
+        if not self.signature.value_may_be_of_key:
+            return False
+        return recording.by is not None or self.key.data_ptr() == self.value.data_ptr()
 
     @property
     def is_uncapped(self) -> bool:
@@ -278,6 +289,14 @@ class Signature:
         return not (whole and all(is_whole(each) for each in (self.query, self.key, self.value)))
 
     @functools.cached_property
+    def value_may_be_of_key(self) -> bool:
+        """Whether key is wide, and value lies in memory as a view of its first channels would."""
+        key, value = self.key, self.value
+        if key.shape[3] <= MAX_HEAD_DIM or value.shape[3] > key.shape[3] or value.dtype != key.dtype:
+            return False
+        return self.packed is None and value.strides_or_zero(3) == key.strides_or_zero(3)
+
+    @functools.cached_property
     def kernels(self) -> dict[Any, Any]:
         """Those that were chosen for it, by what they were chosen from and for (:mod:`sigswap.kernels.dispatch`)."""
         return {}
@@ -288,11 +307,12 @@ class Signature:
         return {}
 
     def too_much(self) -> str | None:
-        """Why no Triton kernel takes such tensors; None: some do."""
+        """Why no Triton kernel but that of wide heads takes such tensors; None: some do."""
         if self.query.dtype not in _DTYPES:
             return f"they compute in float32, which is not enough for {self.query.dtype}"
         if max(self.query.shape[3], self.value.shape[3]) > MAX_HEAD_DIM:
-            return f"they hold head_dim up to {MAX_HEAD_DIM}"
+            wide = f"up to {WIDEST_HEAD_DIM}, and {WIDEST_VALUE_DIM} of value"
+            return f"they hold head_dim up to {MAX_HEAD_DIM} ({wide}, in a forward in half precision without dropout)"
         if self.query.shape[3] == 0:
             return "they multiply queries of at least one channel"
         return None

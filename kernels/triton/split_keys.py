@@ -7,6 +7,8 @@ end.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,11 @@ AT_ONCE = 2
 WAVES, MIN_KEYS_IN_WAVES = 7, 1024
 """How many times as many programs there are as run at once, and the keys of each at least, where they do not run all
 at once: the last ones leave less of the GPU idle then."""
+
+
+TERMS, NUMBERS = 32, 4096
+"""Partial outputs of a number that a program loads before it waits for the first of them, and such numbers: one behind
+the other 128 of them would take longer than the attention of one sequence."""
 
 
 def splits_for(programs: int, kv_len: int, at_once: int) -> int:
@@ -51,10 +58,12 @@ def adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *,
     divides by them; ``sums``: or they are asked for."""
     splits, batch, heads, rows, value_dim = partial.shape
     out = signature.output()
-    block = min(1024, triton.next_power_of_2(value_dim * rows))
+    terms = min(TERMS, triton.next_power_of_2(splits))
+    block = min(1024, NUMBERS // terms, triton.next_power_of_2(value_dim * rows))
     total = batch * heads * rows * value_dim
-    arguments = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
-    arguments |= {"total": total, "splits": splits, "heads": heads, "q_len": rows, "DIM": value_dim, "BLOCK": block}
+    arguments: dict[str, Any] = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
+    arguments |= {"total": total, "splits": splits, "heads": heads, "q_len": rows, "DIM": value_dim}
+    arguments |= {"BLOCK": block, "TERMS": terms}
     row_cap = signature.options.row_cap
     own_sums = contiguous_layout(partial.shape[1:4], torch.float32) if sums else None
     tensors = partial, partial_sums, out, own_sums
@@ -66,19 +75,23 @@ def adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *,
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _add_kernel(
     partial, partial_sums, out, sum_out, total, splits, heads, q_len, stride_o_b, stride_o_h, stride_o_n, row_cap,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, TERMS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """out = the sum of partial [splits, B, H, M, DIM] over its first dimension, divided by max(row_cap, the row's
     sum), if CAP; sum_out = that of partial_sums [splits, B, H, M], if given."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
-    acc = tl.zeros((BLOCK,), tl.float32)
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
-        acc += tl.load(partial + tl.cast(split, tl.int64) * total + index, mask=inside, other=0.0)
+    terms = tl.zeros((TERMS, BLOCK), tl.float32)
+    terms_of_sum = tl.zeros((TERMS, BLOCK), tl.float32)
+    for start in range(0, splits, TERMS):
+        split = start + tl.arange(0, TERMS)
+        there = (split < splits)[:, None] & inside[None, :]
+        offset = split.to(tl.int64)[:, None] * total + index[None, :]
+        terms += tl.load(partial + offset, mask=there, other=0.0)
         if partial_sums is not None:
-            of_rows = tl.cast(split, tl.int64) * (total // DIM) + index // DIM
-            row_sum += tl.load(partial_sums + of_rows, mask=inside, other=0.0)
+            of_rows = split.to(tl.int64)[:, None] * (total // DIM) + (index // DIM)[None, :]
+            terms_of_sum += tl.load(partial_sums + of_rows, mask=there, other=0.0)
+    acc, row_sum = tl.sum(terms, 0), tl.sum(terms_of_sum, 0)
     if CAP:
         acc /= tl.maximum(row_sum, single(row_cap))
     if sum_out is not None:

@@ -40,6 +40,7 @@ class Cell:
 
     In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest. ``setup``: the
     longest setup of a peer for which it runs here; those with a longer one are left out unless they are asked for.
+    ``latent``: value is the first channels of key, in the same memory.
 
     The others are for the suite features. ``window``: row i sees the keys from i - window on. ``dtype``: of ``DTYPES``,
     where it is not that of the run. ``by_blocks``: sigswap gets the mask as a BlockMask, as FlexAttention always does.
@@ -56,6 +57,7 @@ class Cell:
     causal: bool = False
     lengths: tuple[int, ...] = ()
     setup: Setup = "none"
+    latent: bool = False
     softcap: float | None = None
     dropout_p: float = 0.0
     window: int | None = None
@@ -102,13 +104,15 @@ class Cell:
         return 2 * self.pairs * self.heads * (3 * self.head_dim + 2 * self.value_dim)
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Of key and value."""
-        return self.batch * self.kv_heads * self.kv_len * (self.head_dim + self.value_dim) * dtype.itemsize
+        """Of key and value, in memory."""
+        columns = self.head_dim + (0 if self.latent else self.value_dim)
+        return self.batch * self.kv_heads * self.kv_len * columns * dtype.itemsize
 
     @property
     def label(self) -> str:
         if not self.trains:
-            return f"B={self.batch} keys={self.kv_len}"
+            latent = f" latent D={self.head_dim}/{self.value_dim} H={self.heads}/{self.kv_heads}" if self.latent else ""
+            return f"B={self.batch} keys={self.kv_len}{latent}"
         shape = f"B={self.batch} N={self.kv_len}"
         if self.lengths:
             shape = f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)}"
@@ -251,7 +255,12 @@ def _decode() -> list[Cell]:
         for batch in (1, 4, 16, 64)
         for keys in (1024, 8192, 32768, 131072)
         if batch * keys <= 2**21  # key and value take 8 GiB in bf16
-    ]
+    ] + [_latent_cell(batch, keys, heads) for heads in (16, 128) for batch, keys in ((1, 32768), (64, 8192))]
+
+
+def _latent_cell(batch: int, keys: int, heads: int) -> Cell:
+    """DeepSeek's multi-head latent attention, absorbed: of V2-Lite, and of V3."""
+    return Cell("decode", batch, heads, 1, 1, keys, 576, 512, latent=True)
 
 
 def _varlen_cell(sequences: int, longest: int, head_dim: int, causal: bool, setup: Setup) -> Cell:

@@ -17,7 +17,8 @@ class Inputs(NamedTuple):
     Each is [batch, heads, length, head_dim]. It is stored as [batch, length, heads, head_dim], as a linear layer writes
     it, or for decoding as [batch, heads, length, head_dim], as a cache is. In the suite varlen it is
     [tokens, heads, head_dim]. Value and ``grad_out`` have value_dim in head_dim's place. ``grad_out`` has the output's
-    shape, and is None where there is no backward pass. ``mask`` is of the kind and shape that ``cell.mask`` says.
+    shape, and is None where there is no backward pass. Of a latent cell value is a view of key. ``mask`` is of the
+    kind and shape that ``cell.mask`` says.
     """
 
     query: Tensor
@@ -53,7 +54,7 @@ def make_inputs(cell: Cell, dtype: torch.dtype, device: str) -> Inputs:
 
     query = draw(cell.heads, cell.q_len, cell.head_dim)
     key = draw(cell.kv_heads, cell.kv_len, cell.head_dim)
-    value = draw(cell.kv_heads, cell.kv_len, cell.value_dim)
+    value = key[..., : cell.value_dim] if cell.latent else draw(cell.kv_heads, cell.kv_len, cell.value_dim)
     if not cell.trains:
         return Inputs(query, key, value, None)
     grad_out = draw(cell.heads, cell.q_len, cell.value_dim)

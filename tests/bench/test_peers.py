@@ -25,6 +25,7 @@ CAUSAL = Cell("train", 2, 4, 4, 24, 24, 16, 16, causal=True)
 GROUPED = Cell("train", 2, 4, 2, 24, 24, 16, 16, causal=True)
 WIDER_KEYS = Cell("train", 1, 2, 2, 24, 24, 192, 128, causal=True)
 DECODE = Cell("decode", 3, 4, 2, 1, 50, 16, 16)
+LATENT = Cell("decode", 2, 4, 1, 1, 50, 576, 512, latent=True)
 VARLEN = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, lengths=(7, 40, 13))
 VARLEN_CAUSAL = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, causal=True, lengths=(7, 40, 13))
 
@@ -183,10 +184,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         v_cache: Tensor,
         k: Tensor | None = None,
         v: Tensor | None = None,
+        qv: Tensor | None = None,
         softmax_scale: float | None = None,
         causal: bool = False,
         num_splits: int = 0,
     ) -> Tensor:
+        if qv is not None:  # scores are q k + qv v
+            assert softmax_scale == (q.shape[-1] + qv.shape[-1]) ** -0.5
+            note("fa3 qv", (q, k_cache, v_cache), causal=causal)
+            whole = torch.cat((qv, q), -1), torch.cat((v_cache, k_cache), -1)
+            return attention(*whole, v_cache, causal=causal, scale=None)
         assert k is None and v is None and k_cache.stride(-1) == v_cache.stride(-1) == 1
         note("fa3 kvcache", (q, k_cache, v_cache), causal=causal, scale=softmax_scale)
         return attention(q, k_cache, v_cache, causal=causal, scale=softmax_scale)
@@ -280,6 +287,19 @@ def test_flash_attention_is_called_with_batch_length_heads_head_dim(name: str, c
     if cell.trains:
         assert call.contiguous  # the layout in which they are stored: nothing is copied
         assert all(grad is not None for grad in torch.autograd.grad(out, implementation.leaves, inputs.grad_out))
+
+
+def test_flash_attention_3_takes_latent_attention_in_parts(calls: list[Call]) -> None:
+    inputs = make_inputs(LATENT, torch.bfloat16, "cpu")
+    out = find_peer("fa3").implementation(LATENT, inputs).forward()
+    truth = softmax_attention(LATENT, Inputs(*(leaf.float() for leaf in inputs.qkv), None))
+    torch.testing.assert_close(out.float(), truth, rtol=1e-2, atol=1e-2)
+    (call,) = calls
+    assert call.function == "fa3 qv" and call.shapes == [(2, 1, 4, 64), (2, 50, 1, 64), (2, 50, 1, 512)]
+    with pytest.raises(BenchmarkError, match="at most 256"):
+        find_peer("fa4").implementation(LATENT, inputs)
+    with pytest.raises(BenchmarkError, match="at most 256"):
+        find_peer("fa3").implementation(dataclasses.replace(LATENT, latent=False), inputs)
 
 
 @pytest.mark.parametrize("cell", [VARLEN, VARLEN_CAUSAL])

@@ -34,6 +34,7 @@ CAUSAL = Cell("train", 2, 3, 3, 40, 40, 16, 16, causal=True)
 WIDER_KEYS = Cell("train", 2, 3, 3, 40, 40, 24, 16, causal=True)
 GROUPED = Cell("train", 2, 4, 2, 40, 40, 16, 16)
 DECODE = Cell("decode", 3, 4, 2, 1, 50, 16, 16)
+LATENT = Cell("decode", 2, 4, 1, 1, 50, 24, 16, latent=True)
 VARLEN = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, lengths=(7, 40, 13))
 VARLEN_CAUSAL = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, causal=True, lengths=(7, 40, 13))
 
@@ -76,6 +77,15 @@ def test_cells(suite: str) -> None:
             assert 50_000 <= tokens <= 130_000
         if suite == "decode":
             assert 2 * cell.batch * cell.kv_heads * cell.kv_len * cell.head_dim * 2 <= 8 * 2**30
+
+
+def test_a_latent_cache_is_read_once() -> None:
+    inputs = make_inputs(LATENT, torch.bfloat16, "cpu")
+    assert inputs.value.data_ptr() == inputs.key.data_ptr() and inputs.value.shape[3] == 16
+    assert LATENT.kv_bytes(torch.bfloat16) == 2 * 50 * 24 * 2 == inputs.key.nbytes
+    assert LATENT.label == "B=2 keys=50 latent D=24/16 H=4/1"
+    of_heads = [cell.heads for cell in cells("decode") if isinstance(cell, Cell) and cell.latent]
+    assert of_heads == [16, 16, 128, 128]
 
 
 def test_features_has_what_models_add_to_plain_attention() -> None:
@@ -197,7 +207,7 @@ def test_plot(result: Benchmark, tmp_path: Path) -> None:
 # Correctness.
 
 
-@pytest.mark.parametrize("cell", [FULL, CAUSAL, WIDER_KEYS, GROUPED, DECODE, VARLEN, VARLEN_CAUSAL])
+@pytest.mark.parametrize("cell", [FULL, CAUSAL, WIDER_KEYS, GROUPED, DECODE, LATENT, VARLEN, VARLEN_CAUSAL])
 def test_check_accepts_the_op_and_nothing_else(cell: Cell) -> None:
     inputs = make_inputs(cell, torch.float32, "cpu")
     out = own.build(cell, inputs).forward()

@@ -34,6 +34,7 @@ def assert_products_in_flight(
     *,
     described_bias: bool = False,
     packed: bool = False,
+    pointers: dict[str, str] | None = None,
     **constants: Any,
 ) -> None:
     """The kernel compiles for a Hopper GPU, and ptxas leaves its matrix products asynchronous.
@@ -42,6 +43,7 @@ def assert_products_in_flight(
         Of the other tensors those are given that are not among the constants.
     described_bias: whether the bias comes by tiles of 64 rows, too.
     packed: whether tiles are of packed sequences.
+    pointers: the types of other tensors.
     spilled: bytes of registers that may be.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5 if packed else 4)
@@ -58,6 +60,7 @@ def assert_products_in_flight(
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     types |= {"plan": "*i32"} if packed else {}
+    types |= pointers or {}
     constants |= {} if packed or "plan" not in kernel.arg_names else {"plan": None}
     types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names

@@ -23,6 +23,8 @@ def _build_fa3(cell: Cell, inputs: Inputs) -> Implementation:
     module = package_module("fa3_fwd_interface", "fa3-fwd")
     if cell.lengths:
         return _packed(module.flash_attn_varlen_func, cell, inputs)
+    if cell.latent:
+        return _latent(module.flash_attn_with_kvcache, cell, inputs)
     if not cell.trains:  # it splits the keys over the GPU, which flash_attn_func does not by default
         return _dense(module.flash_attn_with_kvcache, cell, inputs)
     return _dense(module.flash_attn_func, cell, inputs)
@@ -46,6 +48,18 @@ def _dense(attention: Any, cell: Cell, inputs: Inputs, **options: Any) -> Implem
     def forward() -> Tensor:
         query, key, value = (leaf.transpose(1, 2) for leaf in inputs.qkv)
         return _output(attention(query, key, value, causal=cell.causal, **options)).transpose(1, 2)
+
+    return Implementation(forward, inputs.leaves, inputs.grad_out)
+
+
+def _latent(attention: Any, cell: Cell, inputs: Inputs) -> Implementation:
+    """The channels that are values, too, and the others are given apart: scores are q k + qv v."""
+    dim = cell.value_dim
+
+    def forward() -> Tensor:
+        query, key, value = (leaf.transpose(1, 2) for leaf in inputs.qkv)
+        parts = query[..., dim:], key[..., dim:], value
+        return _output(attention(*parts, qv=query[..., :dim], softmax_scale=cell.head_dim**-0.5)).transpose(1, 2)
 
     return Implementation(forward, inputs.leaves, inputs.grad_out)
 
@@ -74,6 +88,8 @@ def _why_not_fa3(cell: Cell, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return "The package fa3-fwd is built for bfloat16 alone."
     widths = cell.head_dim, cell.value_dim
+    if cell.latent and widths == (576, 512):
+        return None
     if max(widths) > 256 or any(width % 8 for width in widths):
         return "FlashAttention-3 needs head_dims of at most 256 that are multiples of 8."
     # What the package's own check says of unequal widths, as of version 0.0.3.

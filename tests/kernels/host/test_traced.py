@@ -231,6 +231,25 @@ def test_what_stays(h100: None, caplog: pytest.LogCaptureFixture) -> None:
     assert "it is written in Gluon" in caplog.text
 
 
+@pytest.mark.parametrize(("keys", "softcap", "stays"), [(4096, 0.0, False), (65536, 0.0, True), (65536, 2.0, False)])
+def test_latent_attention_stays_where_its_own_kernel_is_worth_a_call(
+    keys: int, softcap: float, stays: bool, h100: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is written in Gluon, and has no soft cap; the other one is Triton's."""
+    caplog.set_level("DEBUG", "sigswap")
+    with FakeTensorMode():
+        query, key = (torch.empty(1, *shape, 576, dtype=torch.bfloat16) for shape in ((16, 1), (1, keys)))
+
+    def function(query: Tensor, key: Tensor) -> Tensor:
+        return dense.sigmoid_attention(query, key, key[..., :512], scale=576**-0.5, softcap=softcap)
+
+    graph = make_fx(function)(query, key)
+    assert make_launches_visible(graph.graph) == (0 if stays else 1)
+    assert ("it is written in Gluon" in caplog.text) == stays
+    launches = [node for node in graph.graph.nodes if str(node.target) == LAUNCH]
+    assert len(launches) == (0 if stays else 2)  # parts of the keys, and their sum
+
+
 def test_off_the_gpu_the_op_stays() -> None:
     graph = traced(CASES["plain"])
     assert make_launches_visible(graph.graph) == 0

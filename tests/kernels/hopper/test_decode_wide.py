@@ -1,0 +1,167 @@
+"""Latent attention on Hopper GPUs: the Gluon kernel compiles as it must to be fast, and on a GPU is compared with
+float64."""
+
+from __future__ import annotations
+
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from wide_heads import assert_forward_no_worse, assert_no_worse
+
+try:
+    from hopper_compiles import assert_compiles, assert_products_in_flight, features
+    from triton.compiler import ASTSource
+except ImportError as error:
+    pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
+
+from sigswap.functional.attention import sigmoid_attention
+from sigswap.kernels import dispatch
+from sigswap.kernels.hopper import decode_wide
+from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
+from sigswap.kernels.host.problem import Options, Problem
+from sigswap.kernels.triton import decode_wide as triton_wide
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "band", "form", "bias", "capped"),
+    [
+        ("bf16", "none", TAIL, None, False),
+        ("bf16", "none", FAST, None, True),
+        ("bf16", "window", AUTO, "rows", True),
+        ("fp16", "causal", CUBIC_TAIL, "heads", False),
+        ("fp16", "none", ACCURATE, None, True),
+    ],
+)
+def test_it_compiles_with_its_products_in_flight(
+    dtype: str, band: str, form: int, bias: str | None, capped: bool, tmp_path: Path
+) -> None:
+    constants = features(dtype, band, form, bottom_right=True) | {
+        "HEAD_DIM": 576,
+        "UNIT": 8,
+        "CAP": capped,
+        "ALONE": bias is None,
+    }
+    constants |= (
+        {"BIAS_ROWS": bias == "rows"} | ({} if bias else {"bias": None}) | ({} if capped else {"sum_out": None})
+    )
+    pointers = {"q": f"*{dtype}", "out": "*fp32"}
+    rows: dict[str, int | tuple[int, int]] = {"k": (64, 256), "k_rest": (64, 64)}
+    # The second warpgroup keeps places in shared memory there.
+    assert_products_in_flight(decode_wide._kernel, rows, 0, dtype, 320, tmp_path, pointers=pointers, **constants)
+
+
+@pytest.mark.parametrize("heads", [16, 32])
+@pytest.mark.usefixtures("no_memory")
+def test_tritons_kernel_spills_no_registers_of_few_heads(heads: int, tmp_path: Path) -> None:
+    query = torch.empty(2, heads, 1, 576, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(2, 1, 8192, 576, dtype=torch.bfloat16, device="meta")
+    problem = Problem(query, key, key[..., :512], None, None, None, Options(576**-0.5))
+    assert triton_wide.shares_memory(problem)
+    launch = triton_wide._plan(problem.signature, True, False, None).launch
+    names = triton_wide._kernel.arg_names
+    types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*fp32"} | dict.fromkeys(names[8:], "i32")
+    constants: dict[str, Any] = {name: None for name in names[:8] if name not in types}
+    constants |= {name: value for name, value in zip(names[8:], launch._rest, strict=True) if name.isupper()}
+    types |= dict.fromkeys(("scale", "softcap", "const_bias", "row_cap"), "fp32") | dict.fromkeys(
+        constants, "constexpr"
+    )
+    source = ASTSource(
+        triton_wide._kernel,
+        signature={name: types[name] for name in names},
+        constexprs={(at,): constants[name] for at, name in enumerate(names) if name in constants},
+        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name].startswith("*")},
+    )
+    assert_compiles(source, launch._options, 0, tmp_path)
+
+
+def random_problem(index: int) -> Problem:
+    """The problem number index: sizes, strides and features are drawn from it."""
+    draw = random.Random(index)
+    torch.manual_seed(index)
+    dtype = draw.choice((torch.bfloat16, torch.float16))
+    batch, kv_heads, group = draw.choice((1, 2)), draw.choice((1, 1, 2)), draw.choice((1, 3, 16, 64, 70, 128))
+    q_len, kv_len = draw.choice((1, 1, 2, 5, 70)), draw.choice((1, 64, 70, 600, 1000, 4097))
+    heads, dim = kv_heads * group, draw.choice((576, 576, 520))
+    query = torch.randn(batch, q_len, heads, dim, device="cuda").to(dtype).transpose(1, 2)
+    key = torch.randn(batch, kv_heads, kv_len, dim + draw.choice((0, 8)), device="cuda").to(dtype)[..., :dim]
+    bias = None
+    if draw.random() < 0.6:
+        shape = [draw.choice((1, size)) for size in (batch, heads, q_len)]
+        bias = (torch.randn(*shape, 1, device="cuda") - draw.choice((1, 9))).to(dtype)
+    options = Options(
+        scale=dim**-0.5,
+        const_bias=draw.choice((0.0, 0.0, -1.5, -6.0, -12.0)),
+        visible_bias=draw.random() < 0.8,
+        is_causal=draw.random() < 0.4,
+        bottom_right=draw.random() < 0.7,
+        window_left=draw.choice((-1, -1, -1, 0, 40, 300)),
+        window_right=draw.choice((-1, -1, -1, 0, 30)),
+        row_cap=draw.choice((0.0, 0.0, 0.03, 0.5)),
+    )
+    return Problem(query, key, key[..., :512], bias, None, None, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("index", range(120))
+def test_random(index: int) -> None:
+    problem = random_problem(index)
+    assert decode_wide.supports(problem)
+    for splits in (1, 2, 3, None):
+        assert_forward_no_worse(functools.partial(decode_wide.forward, splits=splits), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize(("batch", "keys"), [(3, 2049), (1, 16384), (40, 4096)])
+def test_latent_attention(batch: int, keys: int, heads: int, rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, rows, 576, device="cuda", dtype=dtype)
+    key = torch.randn(batch, 1, keys, 576, device="cuda", dtype=dtype)
+    problem = Problem(query, key, key[..., :512], None, None, None, Options(576**-0.5))
+    assert dispatch.chosen(dispatch.FORWARD, problem) is decode_wide
+    out = sigmoid_attention(query, key, key[..., :512], enable_gqa=True)
+    assert torch.equal(out, decode_wide.forward(problem))
+    assert_no_worse(out, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("heads", [16, 128])
+def test_many_new_tokens(heads: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, heads, 300, 576, device="cuda").bfloat16()
+    key = torch.randn(1, 1, 700, 576, device="cuda").bfloat16()
+    options = Options(576**-0.5, is_causal=True, bottom_right=True)
+    problem = Problem(query, key, key[..., :512], None, None, None, options)
+    assert dispatch.chosen(dispatch.FORWARD, problem) is decode_wide
+    assert_no_worse(dispatch.forward(problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+def test_a_copied_value_goes_to_another_kernel() -> None:
+    """The choice is kept for problems that are equal but for where value lies."""
+    query, key = torch.randn(1, 16, 1, 576, device="cuda").bfloat16(), torch.randn(1, 1, 700, 576, device="cuda")
+    key = key.bfloat16()
+    other = torch.randn_like(key)
+
+    def out(value: Tensor) -> Tensor:
+        problem = Problem(query, key, value, None, None, None, Options(576**-0.5))
+        result = dispatch.forward(problem)
+        assert_no_worse(result, problem)
+        return result
+
+    for value in (key, other, key):
+        out(value[..., :512])
