@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from sigswap.kernels.host.layout import by_rows, heads_first
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.dense import composed_probs
 from sigswap.kernels.op.first_token import composed_bias
@@ -56,10 +57,10 @@ def decompositions() -> Decompositions:
         ops.first_token_bias.default: composed_bias,
     }
     for name, call in (("sigmoid_attention", _dense), ("sigmoid_attention_varlen", _packed)):
-        heads_first = name.endswith("varlen")
-        found[getattr(ops, name).default] = _forward(call, heads_first, sums=False)
-        found[getattr(ops, f"{name}_sums").default] = _forward(call, heads_first, sums=True)
-        found[getattr(ops, f"{name}_backward").default] = _backward(call, heads_first)
+        packed = name.endswith("varlen")
+        found[getattr(ops, name).default] = _forward(call, packed, sums=False)
+        found[getattr(ops, f"{name}_sums").default] = _forward(call, packed, sums=True)
+        found[getattr(ops, f"{name}_backward").default] = _backward(call, packed)
     return found
 
 
@@ -88,8 +89,8 @@ def _backward(call: Callable[..., _Call], packed: bool) -> Callable[..., Any]:
         given, row_delta = (inputs[:-1], inputs[-1]) if isinstance(inputs[-2], list | tuple) else (inputs, None)
         *own, output_mask = given
         found = call(options, *own)
-        grad = _heads_first(grad_out) if packed else grad_out
-        delta = _heads_first(row_delta) if packed and row_delta is not None else row_delta
+        grad = heads_first(grad_out) if packed else grad_out
+        delta = heads_first(row_delta) if packed and row_delta is not None else row_delta
         grads = _gradients(found, grad.to(found.probs.dtype), delta, options.scale)
         results = []
         for index, needed in enumerate(output_mask):
@@ -97,7 +98,7 @@ def _backward(call: Callable[..., _Call], packed: bool) -> Callable[..., Any]:
             if not needed or tensor is None:
                 results.append(own[0].new_empty(0))
                 continue
-            shape = (tensor if not packed else _by_rows(tensor) if index == 3 else _heads_first(tensor)).shape
+            shape = (tensor if not packed else by_rows(tensor) if index == 3 else heads_first(tensor)).shape
             grad = _summed(grads[index](), shape)
             if packed:
                 grad = grad[0, :, :, 0].t() if index == 3 else grad[0].transpose(0, 1)
@@ -174,8 +175,8 @@ def _packed(
         longest = cast(int, torch.sym_min(max_seqlen_q, query.shape[0]))
         draws = (first * longest + row)[None], column
     kept = _kept(seed, draws, options, query)
-    query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
-    return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)
+    query, key, value = (heads_first(tensor) for tensor in (query, key, value))
+    return _call(options, query, key, value, None if bias is None else by_rows(bias), seen, None, kept)
 
 
 def _call(
@@ -268,16 +269,6 @@ def _summed(grad: Tensor, shape: Sequence[int]) -> Tensor:
     return grad.sum_to_size(shape)
 
 
-def _heads_first(tensor: Tensor) -> Tensor:
-    """[total, H, D] as [1, H, total, D]."""
-    return tensor.transpose(0, 1).unsqueeze(0)
-
-
 def _packed_again(tensor: Tensor) -> Tensor:
     """[1, H, total, D] as [total, H, D]."""
     return tensor[0].transpose(0, 1).contiguous()
-
-
-def _by_rows(bias: Tensor) -> Tensor:
-    """[1|total, 1|H] as [1, 1|H, 1|total, 1]."""
-    return bias.t()[None, :, :, None]
