@@ -205,7 +205,7 @@ class AttentionOp:
         library.impl(f"{self.name}_backward", backward, f"Autocast{device}")
 
 
-def register_autocast(op: torch._ops.OpOverload) -> None:
+def register_autocast(op: Any) -> None:
     """Has an op's first three inputs, query, key and value, cast as softmax attention's are. For the op itself, so that
     it holds in graphs, too."""
 
