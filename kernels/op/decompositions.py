@@ -61,6 +61,7 @@ def decompositions() -> Decompositions:
         found[getattr(ops, name).default] = _forward(call, packed, sums=False)
         found[getattr(ops, f"{name}_sums").default] = _forward(call, packed, sums=True)
         found[getattr(ops, f"{name}_backward").default] = _backward(call, packed)
+    found[ops.sigmoid_attention_paged.default] = _forward(_paged, True, sums=False)
     return found
 
 
@@ -177,6 +178,40 @@ def _packed(
     kept = _kept(seed, draws, options, query)
     query, key, value = (heads_first(tensor) for tensor in (query, key, value))
     return _call(options, query, key, value, None if bias is None else by_rows(bias), seen, None, kept)
+
+
+def _paged(
+    options: Options,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    bias: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> _Call:
+    """As one sequence of all that the block table has room for, in which a row sees keys of its own sequence only."""
+    options = options._replace(bottom_right=True)
+    places = block_table.shape[1] * key_cache.shape[1]
+    sequence_k, column = (_count(size, query) for size in (block_table.shape[0], places))
+    is_key = (column < cache_seqlens[:, None]).flatten()
+    pages = block_table.flatten().clamp(
+        0, key_cache.shape[0] - 1
+    )  # what is behind a sequence's last page is any number
+    # Where there is no key the cache may hold NaN, which times 0 would be NaN.
+    key, value = (
+        torch.where(is_key[:, None, None], cache[pages].flatten(0, 1), 0.0) for cache in (key_cache, value_cache)
+    )
+    sequence, row = _places(cu_seqlens_q, query)
+    sequence, row = sequence[:, None], row[:, None]
+    seen = is_key & (sequence == sequence_k[:, None].expand(-1, places).flatten())
+    shift = (cache_seqlens - cu_seqlens_q.diff())[sequence]
+    column = column.expand(block_table.shape[0], places).flatten()
+    query, key, value = (heads_first(tensor) for tensor in (query, key, value))
+    seen = _in_band(seen[None, None], row + shift, column, options)
+    return _call(options, query, key, value, None if bias is None else by_rows(bias), seen, None, None)
 
 
 def _call(
