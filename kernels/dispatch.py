@@ -3,7 +3,7 @@
 To add a kernel, write one file in this folder and one word in a list below. The file has::
 
     supports(problem: Problem) -> bool
-    forward(problem: Problem) -> Tensor        in FORWARD, or BLOCK_FORWARD
+    forward(problem: Problem) -> Tensor        in FORWARD, BLOCK_FORWARD or PAGED_FORWARD
     backward(problem: Problem) -> Gradients    in BACKWARD, or BLOCK_BACKWARD; None for what is not needed
 
 ``supports`` may look at :attr:`Problem.signature` (layouts, options) and :attr:`Problem.asked_for`, but not at
@@ -44,6 +44,9 @@ BLOCK_FORWARD = ("triton.block_forward", "reference")
 """Of problems under a mask by blocks, as BLOCK_BACKWARD."""
 BLOCK_BACKWARD = ("triton.block_backward", "reference")
 
+PAGED_FORWARD = ("triton.paged", "reference")
+"""Of problems whose keys and values lie in pages, which have no backward."""
+
 _HERE = nullcontext()
 
 _log = logging.getLogger("sigswap")
@@ -79,6 +82,8 @@ def with_wider_value(problem: Problem) -> Tensor:
 
 
 def _forward_names(problem: Problem) -> tuple[str, ...]:
+    if problem.pages is not None:
+        return PAGED_FORWARD
     return FORWARD if problem.blocks is None else BLOCK_FORWARD
 
 

@@ -7,7 +7,7 @@ For query row i of one head, over the keys j that it sees (:func:`forward` has t
     p_ij = sigmoid(s_ij + b_i), exactly 0 where not visible; then dropout
     o_i  = sum_j p_ij v_j, divided by max(row_cap, sum_j p_ij with p before dropout), if there is a row cap
 
-Packed sequences are computed one after the other.
+Packed sequences are computed one after the other; those whose keys and values lie in pages from copies of these.
 
 The backward recomputes p, and needs neither o nor a row statistic (with dP = dO V^T, undone dropout in it)::
 
@@ -34,8 +34,8 @@ from torch import Tensor
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.blocks import dense_mask
 from sigswap.kernels.host.draws import COLUMN, FIRST, LAST, RANGE, SECOND, SHIFT
-from sigswap.kernels.host.lengths import checked_ends
-from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.lengths import checked_ends, checked_keys
+from sigswap.kernels.host.problem import Gradients, Options, Pages, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_output
 
 MAX_TILE_SCORES = 1 << 20
@@ -94,6 +94,10 @@ def supports(problem: Problem) -> bool:
 def forward(problem: Problem) -> Tensor:
     problem = _with_dense_mask(problem)
     out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
+    if problem.pages is not None:
+        for rows, own in _paged_sequences(problem, problem.pages):
+            _forward_into(out[:, :, rows], own, None)
+        return out
     if problem.packed is None:
         _forward_into(out, problem, _dropout(problem, 0))
         return out
@@ -443,6 +447,18 @@ def _sequences(problem: Problem) -> Iterator[tuple[slice, slice]]:
     rows = itertools.pairwise(checked_ends("q", cu_q, longest_q, problem.query.shape[2]))
     keys = itertools.pairwise(checked_ends("k", cu_k, longest_k, problem.key.shape[2]))
     return ((slice(*of_rows), slice(*of_keys)) for of_rows, of_keys in zip(rows, keys, strict=True))
+
+
+def _paged_sequences(problem: Problem, pages: Pages) -> Iterator[tuple[slice, Problem]]:
+    """The rows of each packed sequence, and it alone: views of its rows, and copies of its keys and values."""
+    caches, page_size = (problem.key, problem.value), problem.key.shape[2]
+    ends = checked_ends("q", pages.cu_q, pages.longest_q, problem.query.shape[2])
+    lengths = checked_keys(pages.lengths, pages.table, pages.longest_k, len(problem.key), page_size)
+    for number, ((start, stop), length) in enumerate(zip(itertools.pairwise(ends), lengths, strict=True)):
+        rows, own = slice(start, stop), pages.table[number, : -(-length // page_size)]
+        key, value = (cache[own].transpose(0, 1).flatten(1, 2)[None, :, :length] for cache in caches)
+        bias = problem.bias if problem.bias is None or problem.bias.shape[2] == 1 else problem.bias[:, :, rows]
+        yield rows, Problem(problem.query[:, :, rows], key, value, bias, None, None, problem.options)
 
 
 def _one_sequence(problem: Problem, rows: slice, keys: slice) -> Problem:

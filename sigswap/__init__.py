@@ -22,6 +22,7 @@ from sigswap.distributed.context import ContextParallel, context_parallel
 from sigswap.distributed.heads import shard_heads
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.functional.block_mask import BlockMask
+from sigswap.functional.paged import sigmoid_attention_paged
 from sigswap.kernels.op import flops
 from sigswap.kernels.op.decompositions import decompositions
 from sigswap.report import Report, SiteRecord
@@ -93,6 +94,7 @@ __all__ = [
     "set_row_cap",
     "shard_heads",
     "sigmoid_attention",
+    "sigmoid_attention_paged",
     "sigmoid_attention_varlen",
     "softmax",
     "watch",

@@ -114,3 +114,13 @@ def output_layout(query: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple
     batch, heads, q_len, _ = query
     dim = value[3]
     return (batch, heads, q_len, dim), (q_len * heads * dim, dim, heads * dim, 1)
+
+
+def heads_first(packed: Tensor) -> Tensor:
+    """[total, H, D] as [1, H, total, D]; a view."""
+    return packed.transpose(0, 1).unsqueeze(0)
+
+
+def by_rows(bias: Tensor) -> Tensor:
+    """A row bias [1|total, 1|H] of packed sequences as [1, 1|H, 1|total, 1]; a view."""
+    return bias.t()[None, :, :, None]

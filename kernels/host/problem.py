@@ -105,6 +105,21 @@ class Packed(NamedTuple):
     longest_k: int
 
 
+class Pages(NamedTuple):
+    """Packed sequences of rows, cut by cu_q, whose keys and values lie in pages of a cache.
+
+    key and value are [pages, Hk, page_size, D] then. Key j of sequence b is row j % page_size of the page
+    table[b, j // page_size]. The op documents the tensors (:func:`sigswap.kernels.op.paged.sigmoid_attention_paged`).
+    """
+
+    cu_q: Tensor
+    table: Tensor
+    lengths: Tensor
+    """Of the sequences, in keys."""
+    longest_q: int
+    longest_k: int
+
+
 Gradients = tuple[Tensor | None, ...]
 """Of query, key, value, bias and attn_mask; None: not needed."""
 
@@ -128,6 +143,9 @@ class Problem:
     blocks: Blocks | None = None
     """A mask by blocks, in the place of attn_mask. The signature does not say that there is one: kernels that take it
     are in lists of their own in :mod:`sigswap.kernels.dispatch`."""
+    pages: Pages | None = None
+    """Where keys and values lie in pages. Of them the signature does not say either: for it the rows are one sequence,
+    and a page's keys are another one's."""
     out: Tensor | None = None
     """Where the output is written, if that exists already."""
     grad_out: Tensor | None = None

@@ -10,6 +10,9 @@ from torch import Tensor
 from sigswap.errors import ArgumentError
 from sigswap.kernels.host.problem import Options
 
+MOST_KEYS = 1 << 30
+"""That pages have room for, of one sequence: so that what kernels add to a key's number stays within 32 bits."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -84,9 +87,7 @@ def check_varlen(
             "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
             f"not {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
         )
-    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(length, int | torch.SymInt):
-            raise ArgumentError(f"{name} must be an int, not {type(length).__name__}; a tensor has .item().")
+    _check_longest(max_seqlen_q, max_seqlen_k)
     if max_seqlen_q <= 0 and total_q > 0:
         raise ArgumentError(f"max_seqlen_q must be at least the longest sequence's rows, not {max_seqlen_q}.")
     if max_seqlen_k <= 0 and total_k > 0:
@@ -94,23 +95,82 @@ def check_varlen(
     _check_options(options, seed, query)
 
 
+def check_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    bias: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Options,
+) -> None:
+    """Raises ArgumentError unless the arguments are as
+    :func:`sigswap.kernels.op.paged.sigmoid_attention_paged` says."""
+    if query.dim() != 3:
+        raise ArgumentError(f"query must be [total_length, heads, head_dim], not {_shape(query)}.")
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dim() != 4 or cache.shape[1] == 0:
+            raise ArgumentError(f"{name} must be [pages, page_size, heads, head_dim], not {_shape(cache)}.")
+    _check_dtypes_and_devices(query, key_cache, value_cache, ("key_cache", "value_cache"))
+    total_q, heads, head_dim = query.shape
+    if key_cache.shape[3] != head_dim:
+        raise ArgumentError(f"key_cache {_shape(key_cache)} must have the head_dim of query {_shape(query)}.")
+    if value_cache.shape[:3] != key_cache.shape[:3]:
+        raise ArgumentError(
+            f"value_cache {_shape(value_cache)} must have the pages, their size and the heads of key_cache "
+            f"{_shape(key_cache)}."
+        )
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.shape[3] > 1 and cache.stride(3) != 1:  # a copy would be one of all pages
+            raise ArgumentError(f"{name} must have stride 1 in its last dimension, not {cache.stride(3)}.")
+    _check_heads(heads, key_cache.shape[2])
+    if bias is not None:
+        _check_bias(bias, (total_q, heads), query)
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    sequences = cu_seqlens_q.shape[0] - 1
+    for name, tensor, dims in (("block_table", block_table, 2), ("cache_seqlens", cache_seqlens, 1)):
+        if tensor.dtype != torch.int32:
+            raise ArgumentError(f"{name} must be int32, not {tensor.dtype}; cast it with .to(torch.int32).")
+        if tensor.dim() != dims or tensor.shape[0] != sequences:
+            wanted = f"[{sequences}, pages per sequence]" if dims == 2 else f"[{sequences}]"
+            raise ArgumentError(f"{name} must be {wanted}, as cu_seqlens_q has it, not {_shape(tensor)}.")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ArgumentError(f"{name} must have stride 1 in its last dimension, not {tensor.stride(-1)}.")
+        if tensor.device != query.device:
+            raise ArgumentError(f"{name} must be on query's device {query.device}, not {tensor.device}.")
+    if block_table.shape[1] * key_cache.shape[1] > MOST_KEYS:
+        raise ArgumentError(
+            f"block_table {_shape(block_table)} must be of at most {MOST_KEYS} keys per sequence, in pages of "
+            f"{key_cache.shape[1]}; cut it at the longest sequence."
+        )
+    _check_longest(max_seqlen_q, max_seqlen_k)
+    if max_seqlen_q <= 0 and total_q > 0:
+        raise ArgumentError(f"max_seqlen_q must be at least the longest sequence's rows, not {max_seqlen_q}.")
+    if max_seqlen_k < 0:
+        raise ArgumentError(f"max_seqlen_k must be at least the longest sequence's keys, not {max_seqlen_k}.")
+    _check_options(options, None, query)
+
+
 def check_row_cap(row_cap: float) -> None:
     if not 0.0 <= row_cap < math.inf:
         raise ArgumentError(f"row_cap must be positive and finite, or 0 for none, not {row_cap}.")
 
 
-def _check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_dtypes_and_devices(
+    query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str] = ("key", "value")
+) -> None:
     dtype, device = query.dtype, query.device
     if dtype not in _DTYPES:
         raise ArgumentError(f"query must be floating point of 16, 32 or 64 bits, not {dtype}.")
-    if key.dtype != dtype:
-        raise ArgumentError(f"key must have query's dtype {dtype}, not {key.dtype}.")
-    if value.dtype != dtype:
-        raise ArgumentError(f"value must have query's dtype {dtype}, not {value.dtype}.")
-    if key.device != device:
-        raise ArgumentError(f"key must be on query's device {device}, not {key.device}.")
-    if value.device != device:
-        raise ArgumentError(f"value must be on query's device {device}, not {value.device}.")
+    for name, tensor in zip(names, (key, value), strict=True):
+        if tensor.dtype != dtype:
+            raise ArgumentError(f"{name} must have query's dtype {dtype}, not {tensor.dtype}.")
+    for name, tensor in zip(names, (key, value), strict=True):
+        if tensor.device != device:
+            raise ArgumentError(f"{name} must be on query's device {device}, not {tensor.device}.")
 
 
 def _check_heads(heads: int, kv_heads: int) -> None:
@@ -150,6 +210,12 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor) -> None:
         raise ArgumentError(f"{name} must be contiguous and [batch + 1], not {_shape(cu_seqlens)}.")
     if cu_seqlens.device != query.device:
         raise ArgumentError(f"{name} must be on query's device {query.device}, not {cu_seqlens.device}.")
+
+
+def _check_longest(max_seqlen_q: int, max_seqlen_k: int) -> None:
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(length, int | torch.SymInt):
+            raise ArgumentError(f"{name} must be an int, not {type(length).__name__}; a tensor has .item().")
 
 
 def _check_options(options: Options, seed: Tensor | None, query: Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from sigswap.kernels.host.layout import by_rows, heads_first
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.dense import composed_probs
 from sigswap.kernels.op.first_token import composed_bias
@@ -56,10 +57,11 @@ def decompositions() -> Decompositions:
         ops.first_token_bias.default: composed_bias,
     }
     for name, call in (("sigmoid_attention", _dense), ("sigmoid_attention_varlen", _packed)):
-        heads_first = name.endswith("varlen")
-        found[getattr(ops, name).default] = _forward(call, heads_first, sums=False)
-        found[getattr(ops, f"{name}_sums").default] = _forward(call, heads_first, sums=True)
-        found[getattr(ops, f"{name}_backward").default] = _backward(call, heads_first)
+        packed = name.endswith("varlen")
+        found[getattr(ops, name).default] = _forward(call, packed, sums=False)
+        found[getattr(ops, f"{name}_sums").default] = _forward(call, packed, sums=True)
+        found[getattr(ops, f"{name}_backward").default] = _backward(call, packed)
+    found[ops.sigmoid_attention_paged.default] = _forward(_paged, True, sums=False)
     return found
 
 
@@ -88,8 +90,8 @@ def _backward(call: Callable[..., _Call], packed: bool) -> Callable[..., Any]:
         given, row_delta = (inputs[:-1], inputs[-1]) if isinstance(inputs[-2], list | tuple) else (inputs, None)
         *own, output_mask = given
         found = call(options, *own)
-        grad = _heads_first(grad_out) if packed else grad_out
-        delta = _heads_first(row_delta) if packed and row_delta is not None else row_delta
+        grad = heads_first(grad_out) if packed else grad_out
+        delta = heads_first(row_delta) if packed and row_delta is not None else row_delta
         grads = _gradients(found, grad.to(found.probs.dtype), delta, options.scale)
         results = []
         for index, needed in enumerate(output_mask):
@@ -97,7 +99,7 @@ def _backward(call: Callable[..., _Call], packed: bool) -> Callable[..., Any]:
             if not needed or tensor is None:
                 results.append(own[0].new_empty(0))
                 continue
-            shape = (tensor if not packed else _by_rows(tensor) if index == 3 else _heads_first(tensor)).shape
+            shape = (tensor if not packed else by_rows(tensor) if index == 3 else heads_first(tensor)).shape
             grad = _summed(grads[index](), shape)
             if packed:
                 grad = grad[0, :, :, 0].t() if index == 3 else grad[0].transpose(0, 1)
@@ -174,8 +176,42 @@ def _packed(
         longest = cast(int, torch.sym_min(max_seqlen_q, query.shape[0]))
         draws = (first * longest + row)[None], column
     kept = _kept(seed, draws, options, query)
-    query, key, value = (_heads_first(tensor) for tensor in (query, key, value))
-    return _call(options, query, key, value, None if bias is None else _by_rows(bias), seen, None, kept)
+    query, key, value = (heads_first(tensor) for tensor in (query, key, value))
+    return _call(options, query, key, value, None if bias is None else by_rows(bias), seen, None, kept)
+
+
+def _paged(
+    options: Options,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    bias: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> _Call:
+    """As one sequence of all that the block table has room for, in which a row sees keys of its own sequence only."""
+    options = options._replace(bottom_right=True)
+    places = block_table.shape[1] * key_cache.shape[1]
+    sequence_k, column = (_count(size, query) for size in (block_table.shape[0], places))
+    is_key = (column < cache_seqlens[:, None]).flatten()
+    pages = block_table.flatten().clamp(
+        0, key_cache.shape[0] - 1
+    )  # what is behind a sequence's last page is any number
+    # Where there is no key the cache may hold NaN, which times 0 would be NaN.
+    key, value = (
+        torch.where(is_key[:, None, None], cache[pages].flatten(0, 1), 0.0) for cache in (key_cache, value_cache)
+    )
+    sequence, row = _places(cu_seqlens_q, query)
+    sequence, row = sequence[:, None], row[:, None]
+    seen = is_key & (sequence == sequence_k[:, None].expand(-1, places).flatten())
+    shift = (cache_seqlens - cu_seqlens_q.diff())[sequence]
+    column = column.expand(block_table.shape[0], places).flatten()
+    query, key, value = (heads_first(tensor) for tensor in (query, key, value))
+    seen = _in_band(seen[None, None], row + shift, column, options)
+    return _call(options, query, key, value, None if bias is None else by_rows(bias), seen, None, None)
 
 
 def _call(
@@ -268,16 +304,6 @@ def _summed(grad: Tensor, shape: Sequence[int]) -> Tensor:
     return grad.sum_to_size(shape)
 
 
-def _heads_first(tensor: Tensor) -> Tensor:
-    """[total, H, D] as [1, H, total, D]."""
-    return tensor.transpose(0, 1).unsqueeze(0)
-
-
 def _packed_again(tensor: Tensor) -> Tensor:
     """[1, H, total, D] as [total, H, D]."""
     return tensor[0].transpose(0, 1).contiguous()
-
-
-def _by_rows(bias: Tensor) -> Tensor:
-    """[1|total, 1|H] as [1, 1|H, 1|total, 1]."""
-    return bias.t()[None, :, :, None]

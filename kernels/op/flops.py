@@ -20,11 +20,11 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> int:
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, keys: Tensor, longest: tuple[int, int]) -> int:
-    """The same of each sequence; where the lengths are not known (fake tensors), all are the longest."""
+    """The same of sequences of as many rows and keys; where these are not known (fake tensors), all are the longest."""
     known = type(rows) is Tensor and not rows.is_meta
     # In 64 bits: a sequence of 46,341 rows and keys has more pairs than an int32 holds.
-    own = rows.diff().long() * keys.diff() if known else None
-    pairs = (rows.shape[0] - 1) * longest[0] * longest[1] if own is None else int(own.sum())
+    own = rows.long() * keys if known else None
+    pairs = rows.shape[0] * longest[0] * longest[1] if own is None else int(own.sum())
     return 2 * query.shape[1] * pairs * (query.shape[-1] + value.shape[-1])
 
 
@@ -42,16 +42,23 @@ def _forward_packed(
     query: Tensor, key: Tensor, value: Tensor, bias: Any, rows: Tensor, keys: Tensor, seed: Any, most_rows: int,
     most_keys: int, *, out_val: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return _packed(query, key, value, rows, keys, (most_rows, most_keys))
+    return _packed(query, key, value, rows.diff(), keys.diff(), (most_rows, most_keys))
 
 
 def _backward_packed(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Any, rows: Tensor, keys: Tensor, seed: Any,
     most_rows: int, most_keys: int, *args: Any, out_val: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    once = _packed(query, key, value, rows, keys, (most_rows, most_keys))
+    once = _packed(query, key, value, rows.diff(), keys.diff(), (most_rows, most_keys))
     dims = query.shape[-1] + value.shape[-1]
     return once // dims * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def _forward_paged(
+    query: Tensor, key: Tensor, value: Tensor, bias: Any, table: Any, keys: Tensor, rows: Tensor, most_rows: int,
+    most_keys: int, *, out_val: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _packed(query, key, value, rows.diff(), keys, (most_rows, most_keys))
 
 
 def register(flop_counter: ModuleType) -> None:
@@ -62,6 +69,7 @@ def register(flop_counter: ModuleType) -> None:
         ((ops.sigmoid_attention_blocks, ops.sigmoid_attention_blocks_sums), _forward),
         ((ops.sigmoid_attention_backward, ops.sigmoid_attention_blocks_backward), _backward),
         ((ops.sigmoid_attention_varlen, ops.sigmoid_attention_varlen_sums), _forward_packed),
+        ((ops.sigmoid_attention_paged,), _forward_paged),
         ((ops.sigmoid_attention_varlen_backward,), _backward_packed),
     ):
         new = [packet for packet in packets if packet not in flop_counter.flop_registry]

@@ -109,16 +109,16 @@ class AttentionOp:
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         self._check(*inputs, options)
-        return self._forward(_implementation(inputs[0].is_cuda).forward, inputs, options, None)
+        return self._forward(implementation_for(inputs[0].is_cuda).forward, inputs, options, None)
 
     def forward_with_sums(self, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor]:
         self._check(*inputs, options)
         row_sums = empty_row_sums(inputs[0])
-        return self._forward(_implementation(inputs[0].is_cuda).forward, inputs, options, row_sums), row_sums
+        return self._forward(implementation_for(inputs[0].is_cuda).forward, inputs, options, row_sums), row_sums
 
     def backward(self, inputs: tuple[Any, ...], options: Options) -> Gradients:
         """inputs: of the backward op, all of them. None: not needed."""
-        return self._backward(_implementation(inputs[1].is_cuda).backward, inputs, options)
+        return self._backward(implementation_for(inputs[1].is_cuda).backward, inputs, options)
 
     def _register(self) -> None:
         # The dispatcher leaves out trailing inputs, and options, that have their default value.
@@ -156,30 +156,30 @@ class AttentionOp:
 
         def forward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: self.tensors]
-            _check_no_tangents(self.name, tensors)
+            check_no_tangents(self.name, tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
                 return _recorded(_Attention, self, keyset, Options(**keywords), False, *complete(inputs))
             if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _IMPLEMENTED:
                 return forward(
                     *inputs, **keywords
                 )  # what is next, without matching the arguments with the schema again
-            return _below_autograd(self.op, keyset, inputs, keywords)
+            return below_autograd(self.op, keyset, inputs, keywords)
 
         def forward_sums_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: self.tensors]
-            _check_no_tangents(f"{self.name}_sums", tensors)
+            check_no_tangents(f"{self.name}_sums", tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
                 return _recorded(_Attention, self, keyset, Options(**keywords), True, *complete(inputs))
-            return _below_autograd(self.sums_op, keyset, inputs, keywords)
+            return below_autograd(self.sums_op, keyset, inputs, keywords)
 
         def backward_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **keywords: Any) -> Any:
             tensors = inputs[: 1 + self.tensors]
-            _check_no_tangents(f"{self.name}_backward", tensors)
+            check_no_tangents(f"{self.name}_backward", tensors)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
                 return _recorded(_AttentionBackward, self, keyset, keywords, *inputs)
             if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _IMPLEMENTED:
                 return backward(*inputs, **keywords)
-            return _below_autograd(self.backward_op, keyset, inputs, keywords)
+            return below_autograd(self.backward_op, keyset, inputs, keywords)
 
         for name, implementation, fake, autograd in (
             (self.name, forward, forward_fake, forward_autograd),
@@ -189,30 +189,39 @@ class AttentionOp:
             library.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"sigswap::{name}", fake, lib=library)
             library.impl(name, autograd, "Autograd", with_keyset=True)
+        register_autocast(self.op)
+        register_autocast(self.sums_op)
         for device in AUTOCAST_DEVICES:
             self._register_autocast(device)
 
     def _register_autocast(self, device: str) -> None:
-        """As softmax attention's, for the op itself, so that it holds in graphs, too."""
+        """Of a backward: what its forward was given is cast already."""
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
-        device_type = device.lower()
-
-        def forward(op: torch._ops.OpOverload, *inputs: Any, **keywords: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            cast = [
-                tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-                for tensor in inputs[:3]
-            ]
-            with torch._C._ExcludeDispatchKeyGuard(keyset):
-                return op(*cast, *inputs[3:], **keywords)
 
         def backward(*inputs: Any, **keywords: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return self.backward_op(*inputs, **keywords)
 
-        library.impl(self.name, functools.partial(forward, self.op), f"Autocast{device}")
-        library.impl(f"{self.name}_sums", functools.partial(forward, self.sums_op), f"Autocast{device}")
         library.impl(f"{self.name}_backward", backward, f"Autocast{device}")
+
+
+def register_autocast(op: Any) -> None:
+    """Has an op's first three inputs, query, key and value, cast as softmax attention's are. For the op itself, so that
+    it holds in graphs, too."""
+
+    def cast(keyset: torch._C.DispatchKeySet, device_type: str, *inputs: Any, **keywords: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        own = [
+            tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+            for tensor in inputs[:3]
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op(*own, *inputs[3:], **keywords)
+
+    for device in AUTOCAST_DEVICES:
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+        name = op.name().removeprefix("sigswap::")
+        library.impl(name, functools.partial(cast, keyset, device.lower()), f"Autocast{device}")
 
 
 def as_results(query: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -301,7 +310,7 @@ def _options(
 
 
 @functools.cache
-def _implementation(cuda: bool) -> ModuleType:
+def implementation_for(cuda: bool) -> ModuleType:
     if not cuda:
         return reference
     from sigswap.kernels import dispatch
@@ -358,7 +367,7 @@ class _Attention(_Function):
         # With create_graph the dispatcher records that there is no second derivative.
         direct = not torch.is_grad_enabled() and is_plain(grad, *saved)  # hooks may have saved others
         if results_of_forward:
-            implementation = _implementation(grad.is_cuda) if direct else reference  # which is made of traceable ops
+            implementation = implementation_for(grad.is_cuda) if direct else reference  # which is made of traceable ops
             grad, row_delta = implementation.undivided(grad, *results_of_forward, ctx.options.row_cap)
         inputs = (grad, *tensors, *ctx.numbers, needed, row_delta)
         if direct:
@@ -391,7 +400,7 @@ def _recorded(function: type[_Function], *arguments: Any) -> Any:
         return function.apply(*arguments)
 
 
-def _below_autograd(
+def below_autograd(
     op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...], keywords: dict[str, Any]
 ) -> Any:
     meet_dtensors()
@@ -402,12 +411,12 @@ def _below_autograd(
 def _below_autograd_recorded(*arguments: Any) -> Any:
     """In the forward of an autograd function, which has disabled derivatives: torch.func's outer levels need them."""
     if not torch._C._are_functorch_transforms_active():
-        return _below_autograd(*arguments)
+        return below_autograd(*arguments)
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        return _below_autograd(*arguments)
+        return below_autograd(*arguments)
 
 
-def _check_no_tangents(name: str, tensors: tuple[Tensor | None, ...]) -> None:
+def check_no_tangents(name: str, tensors: tuple[Tensor | None, ...]) -> None:
     if forward_ad._current_level < 0:
         return
     if any(tensor is not None and _unpack_dual(tensor).tangent is not None for tensor in tensors):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sigswap.kernels import settings
+from sigswap.kernels.host.layout import by_rows, heads_first
 from sigswap.kernels.host.lengths import checked_ends
 from sigswap.kernels.host.problem import Gradients, Options, Packed, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_varlen_output
@@ -122,8 +123,8 @@ def _forward(
         _check_lengths(inputs)
     out = empty_varlen_output(inputs[0], inputs[2])
     problem = _problem(inputs, options)
-    problem.out = _heads_first(out)
-    problem.row_sums = None if row_sums is None else _heads_first(row_sums)
+    problem.out = heads_first(out)
+    problem.row_sums = None if row_sums is None else heads_first(row_sums)
     run(problem)
     return out
 
@@ -132,9 +133,10 @@ def _backward(run: Callable[[Problem], Gradients], inputs: tuple[Any, ...], opti
     grad_out, *own, output_mask, row_delta = inputs
     grads = empty_gradients(own[:4], output_mask)
     problem = _problem(own, options)
-    problem.grad_out, problem.output_mask = _heads_first(grad_out), (*output_mask, False)
-    problem.row_delta = None if row_delta is None else _heads_first(row_delta)
-    problem.grads = *(None if grad is None else _heads_first(grad) for grad in grads[:3]), _by_rows(grads[3]), None
+    problem.grad_out, problem.output_mask = heads_first(grad_out), (*output_mask, False)
+    problem.row_delta = None if row_delta is None else heads_first(row_delta)
+    grad_bias = None if grads[3] is None else by_rows(grads[3])
+    problem.grads = *(None if grad is None else heads_first(grad) for grad in grads[:3]), grad_bias, None
     run(problem)
     return grads
 
@@ -144,7 +146,7 @@ def _problem(inputs: Sequence[Any], options: Options) -> Problem:
     # None is longer than all together, whatever was said: launches would have programs without end.
     longest = min(max_seqlen_q, query.shape[0]), min(max_seqlen_k, key.shape[0])
     packed = Packed(cu_seqlens_q, cu_seqlens_k, *longest)
-    views = _heads_first(query), _heads_first(key), _heads_first(value), _by_rows(bias)
+    views = heads_first(query), heads_first(key), heads_first(value), None if bias is None else by_rows(bias)
     return Problem(*views, None, seed, options, packed)
 
 
@@ -154,16 +156,6 @@ def _check_lengths(inputs: Sequence[Any]) -> None:
         return  # there is nothing in the tensors yet
     checked_ends("q", cu_seqlens_q, max_seqlen_q, query.shape[0])
     checked_ends("k", cu_seqlens_k, max_seqlen_k, key.shape[0])
-
-
-def _heads_first(tensor: Tensor) -> Tensor:
-    """[total, H, D] as [1, H, total, D]."""
-    return tensor.transpose(0, 1).unsqueeze(0)
-
-
-def _by_rows(bias: Tensor | None) -> Tensor | None:
-    """[1|total, 1|H] as [1, 1|H, 1|total, 1]."""
-    return None if bias is None else bias.t()[None, :, :, None]
 
 
 _varlen = AttentionOp(

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +14,15 @@ from torch import Tensor
 
 from sigswap.errors import ArgumentError
 from sigswap.functional import dropout
+from sigswap.functional.arguments import (
+    Window,
+    bias_terms,
+    op_length,
+    op_row_cap,
+    op_scale,
+    op_softcap,
+    op_window,
+)
 from sigswap.functional.block_mask import BlockMask
 from sigswap.functional.checks import check_block_mask, check_block_sizes, check_dense, check_switches, check_types
 from sigswap.kernels.host.problem import Options
@@ -35,8 +42,6 @@ class FirstToken(NamedTuple):
     rest: Tensor | None
 
 
-Window = int | tuple[int | None, int | None]
-_LONGEST = 2**63 - 1
 _broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 
 
@@ -101,8 +106,8 @@ def sigmoid_attention(
         raise ArgumentError(f"attn_mask must be None or a tensor, not a {type(attn_mask).__name__}.")
     check_dense(bias=bias, attn_mask=attn_mask)
     if block_mask is not None:
-        check_block_mask(block_mask, query, attn_mask, is_causal, _window(window) != (-1, -1))
-    visible_bias, const_bias, row_bias = _bias_terms(bias)
+        check_block_mask(block_mask, query, attn_mask, is_causal, op_window(window) != (-1, -1))
+    visible_bias, const_bias, row_bias = bias_terms(bias)
     options: dict[str, Any] = {
         "bias": row_bias,
         "visible_bias": visible_bias,
@@ -185,14 +190,14 @@ def sigmoid_attention_varlen(
     check_types({"query": query, "key": key, "value": value, **lengths}, scale, dropout_p, softcap, row_cap)
     check_switches(is_causal=is_causal, bottom_right=bottom_right, enable_gqa=enable_gqa)
     check_dense(bias=bias)
-    visible_bias, const_bias, row_bias = _bias_terms(bias)
+    visible_bias, const_bias, row_bias = bias_terms(bias)
     if row_bias is not None and row_bias.dim() < 2:
         row_bias = row_bias.reshape(1, -1)  # [], [1] or [H]; the op's is [1 | total_q, 1 | H]
     if query.dim() == key.dim() == 3 and query.shape[1] != key.shape[1] and not enable_gqa:
         raise ArgumentError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; enable_gqa=True lets key and value have fewer."
         )
-    window_left, window_right = _window(window)
+    window_left, window_right = op_window(window)
     return varlen.sigmoid_attention_varlen(
         query,
         key,
@@ -201,18 +206,18 @@ def sigmoid_attention_varlen(
         cu_seqlens_q,
         cu_seqlens_k,
         _dropout_seed(query, dropout_p),
-        _length("max_seqlen_q", max_seqlen_q),
-        _length("max_seqlen_k", max_seqlen_k),
-        scale=_scale(query, scale),
+        op_length("max_seqlen_q", max_seqlen_q),
+        op_length("max_seqlen_k", max_seqlen_k),
+        scale=op_scale(query, scale),
         const_bias=const_bias,
         visible_bias=visible_bias,
         is_causal=is_causal,
         bottom_right=bottom_right,
         window_left=window_left,
         window_right=window_right,
-        softcap=_softcap(softcap),
+        softcap=op_softcap(softcap),
         dropout_p=dropout_p,
-        row_cap=_row_cap(row_cap),
+        row_cap=op_row_cap(row_cap),
     )
 
 
@@ -278,8 +283,8 @@ def attend(
         check_block_sizes(block_mask, query, key)
         if dropout_p > 0.0 or first_token is not None:  # which the kernels of blocks do not take
             attn_mask, block_mask = block_mask.dense(), None
-    window_left, window_right = _window(window)
-    scale, softcap = _scale(query, scale), _softcap(softcap)
+    window_left, window_right = op_window(window)
+    scale, softcap = op_scale(query, scale), op_softcap(softcap)
     seed = _dropout_seed(query, dropout_p, shard) if seed is None else seed
     if bias is not None:
         bias = _four_dims_broadcast("bias", bias, leading)
@@ -300,7 +305,7 @@ def attend(
             window_right=window_right,
             softcap=softcap,
             dropout_p=dropout_p,
-            row_cap=_row_cap(row_cap),
+            row_cap=op_row_cap(row_cap),
         )
         out: Tensor = active.attention(inputs, options)
         return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
@@ -343,7 +348,7 @@ def attend(
             const_bias=const_bias,
             visible_bias=visible_bias,
             softcap=softcap,
-            row_cap=_row_cap(row_cap),
+            row_cap=op_row_cap(row_cap),
         )
         return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
     out = dense.sigmoid_attention(
@@ -362,7 +367,7 @@ def attend(
         window_right=window_right,
         softcap=softcap,
         dropout_p=dropout_p,
-        row_cap=_row_cap(row_cap),
+        row_cap=op_row_cap(row_cap),
     )
     return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
 
@@ -400,50 +405,11 @@ def probabilities(
         scores = scores.to(dtype)
     refuse_parts("attention that computes its scores itself")
     share, rest = (None, None) if first_token is None else first_token
-    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, _row_cap(row_cap), share, rest)
-
-
-def _bias_terms(bias: Tensor | float | None) -> tuple[bool, float, Tensor | None]:
-    """The op's visible_bias, const_bias and bias."""
-    if bias is None:
-        return True, 0.0, None
-    if isinstance(bias, Tensor):
-        return False, 0.0, bias
-    if isinstance(bias, float):
-        return False, bias, None
-    # An int is a number of keys in SigmoidConfig; taken for a bias here, it would go wrong without a word.
-    raise ArgumentError(f"bias must be None, a float or a tensor, not {bias!r}; -math.log(n) for n keys.")
+    return dense.sigmoid_probs(scores, bias, dim, visible_bias, const_bias, op_row_cap(row_cap), share, rest)
 
 
 def _is_lower_right(causal_bias: Any) -> bool:
     return bool(causal_bias.variant.name == "LOWER_RIGHT")
-
-
-def _scale(query: Tensor, scale: float | None) -> float:
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise ArgumentError("scale must be a number: as a tensor it would get no gradient. Multiply query by it.")
-    if scale is not None:
-        return scale
-    return query.shape[-1] ** -0.5 if query.shape[-1] > 0 else 1.0
-
-
-def _softcap(softcap: float | None) -> float:
-    """As the op takes it: 0 is none."""
-    if softcap is None:
-        return 0.0
-    if not softcap > 0.0:
-        raise ArgumentError(f"softcap must be None or positive, not {softcap}.")
-    return softcap
-
-
-def _row_cap(row_cap: float | None) -> float:
-    """As the op takes it: 0 is none."""
-    if row_cap is None:
-        return 0.0
-    is_number = isinstance(row_cap, int | float | torch.SymFloat) and not isinstance(row_cap, bool)
-    if not is_number or not 0.0 < row_cap < math.inf:
-        raise ArgumentError(f"row_cap must be None, or positive and finite, not {row_cap!r}.")
-    return row_cap
 
 
 def _dropout_seed(query: Tensor, dropout_p: float, shard: int = 0) -> Tensor | None:
@@ -451,42 +417,6 @@ def _dropout_seed(query: Tensor, dropout_p: float, shard: int = 0) -> Tensor | N
         seed = torch.randint(0, 2**61, (1,), dtype=torch.int64, device=query.device)
         return seed + dropout.shift(shard) if shard else seed
     return None
-
-
-def _window(window: Window | None) -> tuple[int, int]:
-    """(left, right) as the op takes it: -1 is no limit."""
-    if window is None:
-        return -1, -1
-    sides = (window, window) if isinstance(window, int) else window
-    if not isinstance(sides, tuple) or len(sides) != 2:
-        raise ArgumentError(f"window must be None, an int, or a tuple (left, right), not {window!r}.")
-    try:
-        left, right = (-1 if side is None else _side(side) for side in sides)
-    except TypeError as error:
-        raise ArgumentError(f"window must hold integers, or None for no limit, not {window!r}.") from error
-    if left < -1 or right < -1:
-        raise ArgumentError(f"window must hold numbers >= 0, or None or -1 for no limit, not {window!r}.")
-    return left, right
-
-
-def _side(side: Any) -> int:
-    """Whatever is an integer, of 64 bits at most, as the op has it: a side as long as that hides nothing."""
-    if isinstance(side, torch.SymInt):
-        return side  # type: ignore[return-value]  # an int to the op
-    whole = operator.index(side)
-    return whole if torch.compiler.is_compiling() else min(whole, _LONGEST)
-
-
-def _length(name: str, length: int) -> int:
-    """Whatever is an integer: lengths often are NumPy's, or a tensor's."""
-    if isinstance(length, int | torch.SymInt):
-        return length
-    if torch.compiler.is_compiling():  # all else is a tensor there; without fullgraph the call is left out, and eager
-        raise ArgumentError(f"{name} must be a Python int inside torch.compile: turn it into one before, with int().")
-    try:
-        return operator.index(length)
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, not {length!r}.") from error
 
 
 def _fit_the_op(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> bool:

@@ -218,6 +218,9 @@ def check_refusals() -> None:
         with pytest.raises(ContextParallelError, match="varlen"):
             ends = torch.tensor([0, 4], dtype=torch.int32)
             sigmoid_attention_varlen(*(x[0].transpose(0, 1) for x in qkv()), ends, ends, 4, 4)
+        with pytest.raises(ContextParallelError, match="sigmoid_attention_paged"):
+            query, key, value = (x.transpose(1, 2) for x in qkv())
+            sigswap.sigmoid_attention_paged(query[0], key, value, ends[None, :1], ends[1:], ends, 4, 4)
         with pytest.raises(ArgumentError, match="multiple of 4"):
             context.shard(torch.ones(2, 6))
         assert sigswap.sigmoid_attention(*qkv()).shape == (1, HEADS, 4, DIM)  # none of these has left anything behind

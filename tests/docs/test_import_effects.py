@@ -65,7 +65,12 @@ def test_import_alone() -> None:
         "accelerate.utils.dataclasses",
         "torch.utils.flop_counter",
     ]
-    others = ["sigswap::sigmoid_probs", "sigswap::first_token_bias", "sigswap::mask_blocks"]
+    others = [
+        "sigswap::sigmoid_attention_paged",
+        "sigswap::sigmoid_probs",
+        "sigswap::first_token_bias",
+        "sigswap::mask_blocks",
+    ]
     assert sorted(found["ops"]) == sorted([*OPS, *others])
     assert "transformers" not in found["packages"]
 

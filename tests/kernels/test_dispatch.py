@@ -63,7 +63,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
         monkeypatch.setattr(dispatch, name, ("triton.toy_of_a_test", "reference"))
     monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
     monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(registration, "_implementation", lambda is_cuda: dispatch)
+    monkeypatch.setattr(registration, "implementation_for", lambda is_cuda: dispatch)
     module = dispatch._module("triton.toy_of_a_test")
     yield module
     del sys.modules[module.__name__]

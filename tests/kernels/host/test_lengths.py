@@ -1,4 +1,4 @@
-"""What cu_seqlens may hold."""
+"""What cu_seqlens, cache_seqlens and block tables may hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sigswap.errors import ArgumentError
-from sigswap.kernels.host.lengths import checked_ends
+from sigswap.kernels.host.lengths import checked_ends, checked_keys
 
 
 @pytest.mark.parametrize(("ends", "total"), [([0, 3, 7], 7), ([0, 0, 4, 4, 4, 7, 7], 7), ([0], 0), ([0, 0], 0)])
@@ -33,3 +33,38 @@ def test_right_ends(ends: list[int], total: int) -> None:
 def test_the_first_wrong_number_is_named(ends: list[int], message: str) -> None:
     with pytest.raises(ArgumentError, match=re.escape(message)):
         checked_ends("k", torch.tensor(ends, dtype=torch.int32), 4, 7)
+
+
+def numbers(*values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_right_pages() -> None:
+    """What is behind a sequence's last page does not matter."""
+    table = numbers([4, 0, 1], [2, -1, 99], [99, -1, -1])
+    assert checked_keys(numbers(12, 4, 0), table, 12, 5, 4) == [12, 4, 0]
+    assert checked_keys(numbers(), table[:0], 0, 5, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "table", "message"),
+    [
+        ([5, -1], [[0, 1], [2, 3]], "cache_seqlens must hold numbers >= 0; it is -1 at index 1."),
+        ([5, 7], [[0, 1], [2, 3]], "max_seqlen_k is 6, but sequence 1 of cache_seqlens has 7 keys."),
+        (
+            [5, 9],
+            [[0, 1], [2, 3]],
+            "2 pages of 4 keys for each sequence, which hold 8 keys, but sequence 1 of cache_seqlens has 9.",
+        ),
+        (
+            [5, 6],
+            [[0, 1], [2, 5]],
+            "block_table must hold numbers of pages, 0 to 4, for all of a sequence's keys; of sequence 1, which has 6, "
+            "it has 5 at index 1.",
+        ),
+        ([5, 4], [[0, -2], [2, 5]], "of sequence 0, which has 5, it has -2 at index 1."),
+    ],
+)
+def test_the_first_wrong_page_is_named(keys: list[int], table: list[list[int]], message: str) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        checked_keys(numbers(*keys), numbers(*table), 6, 5, 4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from paged import oracle, paged
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -122,6 +123,16 @@ def test_packed(options: str) -> None:
     grad = torch.randn_like(expected)
     grads = TABLE[OPS.sigmoid_attention_varlen_backward.default](grad, *inputs, [True] * 4, **chosen)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "row_cap": 0.3}, {"window": (3, 1), "softcap": 1.5}])
+def test_paged(options: dict[str, Any]) -> None:
+    call, bias = paged([2, 0, 3, 1], [9, 5, 2, 0], page_size=4), torch.randn(6, 4, dtype=torch.float64)
+    window = options.get("window", (-1, -1))
+    own = {name: value for name, value in options.items() if name != "window"}
+    own |= {"window_left": window[0], "window_right": window[1], "visible_bias": False, "scale": 8**-0.5}
+    out = TABLE[OPS.sigmoid_attention_paged.default](*call[:3], bias, *call[3:], **own)
+    torch.testing.assert_close(out, oracle(call, bias=bias, **options))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -260,7 +260,7 @@ def test_what_hooks_make_of_saved_tensors_goes_through_the_dispatcher(
         return noted
 
     implementation = SimpleNamespace(forward=noting(reference.forward), backward=noting(reference.backward))
-    monkeypatch.setattr(registration, "_implementation", lambda cuda: implementation)
+    monkeypatch.setattr(registration, "implementation_for", lambda cuda: implementation)
     hooks = torch.neg, torch._neg_view  # equal tensors, lazily negated
     with nullcontext() if later else torch.autograd.graph.saved_tensors_hooks(*hooks):
         out = dense.sigmoid_attention(*inputs, scale=0.5)

@@ -1,0 +1,254 @@
+"""Rows of packed sequences against keys and values in pages of a cache, in Triton, split over the keys.
+
+One program reads a part of the keys of one key head, once, for a tile of the rows of one sequence: some rows, and all
+query heads that use the key head. Where the keys are split, programs write partial outputs, which a second kernel adds
+(:mod:`sigswap.kernels.triton.split_keys`). How many programs there are depends on what the host knows: the number of
+sequences, and the longest one's rows and keys; those beyond a sequence's rows return at once. So calls that differ in
+the numbers on the GPU alone are the same launches, which CUDA graphs capture.
+
+A tile of keys lies in one page, if pages are whole tiles, whose number is read once. Else the page of each key is.
+Whatever the numbers are, nothing outside of the tensors is read or written.
+
+Decoding is bound by memory: K and V are read once. So the sigmoid is always the accurate form.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sigswap.kernels.host.launch import Launch
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, new_tensor
+from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.tiles import Tile, fit, limits_of
+from sigswap.kernels.triton.common import (
+    _ACCURATE,
+    UNSPECIALIZED,
+    elements,
+    is_edge,
+    keys_of_rows,
+    probabilities,
+    row_biases,
+    sequence,
+    single,
+    unit_of,
+)
+from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, adder, partial_layout, splits_for
+
+MOST_ROWS = 64
+"""Of a tile: rows times query heads per key head."""
+
+
+def supports(problem: Problem) -> bool:
+    return problem.pages is not None and problem.signature.too_much() is None
+
+
+def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
+    """Deterministic. splits: over how many programs the keys are split."""
+    pages = problem.pages
+    assert pages is not None
+    out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
+    if problem.signature.is_empty or len(problem.key) == 0 or pages.table.numel() == 0:
+        return out.zero_()
+    problem = problem.readable()
+    query, key, value, bias, _ = problem.inputs
+    # A generated token makes no new plan: for how many keys there are at most, it need not be exact.
+    longest_k = triton.cdiv(pages.longest_k, MIN_KEYS) * MIN_KEYS
+    sequences = pages.lengths.shape[0]
+    plan = _plan(
+        problem.signature, layout_of(out), layout_of(pages.table), sequences, pages.longest_q, longest_k, splits
+    )
+    partial, partial_sums = out, None
+    if plan.add is not None:
+        partial = new_tensor(plan.partial, query.device)
+        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    plan.launch(query, key, value, partial, partial_sums, bias, pages.table, pages.lengths, pages.cu_q)
+    if plan.add is not None:
+        plan.add(partial, partial_sums, out, None)
+    return out
+
+
+class _Plan(NamedTuple):
+    launch: Launch
+    add: Launch | None
+    """Adds partial outputs, if there are several."""
+    partial: Layout
+    """Theirs, float32."""
+    partial_sums: Layout | None
+    """Of the rows' partial sums, float32 [splits, 1, H, total]; None: not needed."""
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(
+    signature: Signature, out: Layout, table: Layout, sequences: int, longest_q: int, longest_k: int, splits: int | None
+) -> _Plan:
+    kv_heads, page_size, device = signature.kv_heads, signature.key.shape[2], signature.device
+    group = signature.heads // kv_heads
+    most_keys = table.shape[1] * page_size
+    # Of all sequences the longest can be: what hides nothing there hides nothing in any.
+    _, left, right = signature.options.band(longest_q, most_keys)
+    has_left, has_right = left is not None and left < most_keys - 1, right is not None and right < longest_q - 1
+    if left is not None and has_left:
+        longest_k = min(longest_k, left + longest_q)
+
+    tile = _tile(signature, group * longest_q, longest_k)
+    tiles = triton.cdiv(group * longest_q, tile.rows)
+    programs = sequences * kv_heads * tiles
+    if splits is None:
+        splits = splits_for(programs, longest_k, AT_ONCE * limits_of(device).multiprocessors)
+    partial = partial_layout(signature, splits)
+    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
+    arguments |= {"q_len": longest_q, "left": left or 0, "right": right or 0, "pages": signature.key.shape[0]}
+    arguments |= {"HAS_LEFT": has_left, "HAS_RIGHT": has_right, "PAGE": page_size, "most_keys": most_keys}
+    arguments |= {"stride_split": partial.strides[0], "splits": splits, "tiles": tiles}
+    arguments |= {"stride_table": table.strides[0], "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    capped = signature.options.row_cap > 0.0
+    arguments["CAP"] = capped and splits == 1
+    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped and splits > 1 else None
+    numbers = contiguous_layout((sequences + 1,))
+    tensors = (signature.query, signature.key, signature.value, target, partial_sums, signature.bias, table)
+    launch = Launch(
+        _paged_kernel, programs * splits, device, (*tensors, numbers, numbers), arguments, **tile.launch_options()
+    )
+    add = adder(signature, partial, partial_sums, sums=False) if splits > 1 else None
+    return _Plan(launch, add, partial, partial_sums)
+
+
+def _tile(signature: Signature, rows: int, keys: int) -> Tile:
+    """For as many rows and keys at most."""
+    dim, size = max(signature.widths), signature.element_size
+    block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
+    block_n = max(16, min(128, 16384 // (dim * size), triton.next_power_of_2(keys)))
+    tile = Tile(block_m, block_n, 4 if dim <= 128 or block_m < 64 else 8, 3 if dim <= 128 else 2)
+    widths = signature.widths
+    return fit(tile, widths[0] * size, sum(widths) * size, limits_of(signature.device).shared)
+
+
+@triton.jit
+def _pages_of(table, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The table's entries for the keys start ... start + BLOCK - 1, up to end; one number, if they lie in one page."""
+    if PAGE % BLOCK == 0:
+        return tl.load(table + start // PAGE, mask=start < end, other=0)
+    else:
+        col = start + tl.arange(0, BLOCK)
+        return tl.load(table + col // PAGE, mask=col < end, other=0)
+
+
+@triton.jit
+def _load_paged(
+    cache, page, start, end, pages, stride_page, stride, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The keys start ... of one head, [BLOCK, WIDTH]; zeros beyond end and beyond DIM. page: as _pages_of has it."""
+    row = tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+    if PAGE % BLOCK == 0:
+        first = cache + page * stride_page + tl.cast(start % PAGE, tl.int64) * stride
+        pointers = first + (row[:, None] * stride + dim[None, :])
+    else:
+        places = page * stride_page + ((start + row) % PAGE).to(tl.int64) * stride
+        pointers = cache + places[:, None] + dim[None, :]
+    inside = (start + row < end)[:, None]
+    if DIM == WIDTH:
+        return tl.load(pointers, mask=inside, other=0.0)
+    else:
+        return tl.load(pointers, mask=inside & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "pages", "most_keys", "stride_table"))
+def _paged_kernel(
+    q, k, v, out, sum_out, bias, table, lengths, cu_q, stride_split,
+    stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
+    stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
+    stride_bias_h, stride_bias_m, stride_table, pages, most_keys,
+    heads, group, q_len, total_q, left, right, scale, softcap, const_bias, row_cap, tiles, splits,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, VISIBLE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: one part of the keys, for BLOCK_M of the rows of one sequence times the query heads of one key head.
+
+    k and v are [pages, Hk, PAGE, DIM]: stride_k_b is that between pages. sum_out, if given: the rows' sums of p,
+    contiguous. CAP: rows are divided here, for there is one part.
+    """
+    scale, softcap, const_bias = single(scale), single(softcap), single(const_bias)
+    stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
+    stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
+    stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
+    stride_o_b, stride_o_h, stride_o_n = elements(stride_o_b, stride_o_h, stride_o_n, UNIT, WIDE)
+    kv_heads = heads // group
+    kv_head = tl.program_id(0) % kv_heads
+    split = tl.program_id(0) // kv_heads % splits
+    number = tl.program_id(0) // kv_heads // splits % tiles
+    batch = tl.program_id(0) // kv_heads // splits // tiles
+    q_start, q_len = sequence(cu_q, batch, q_len, total_q)
+    first = number * BLOCK_M
+    kv_len = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), most_keys)
+    shift = kv_len - q_len
+    index = first + tl.arange(0, BLOCK_M)
+    row = index // group
+    head = (kv_head * group + index % group).to(tl.int64)
+    first_row, last_row = first // group, tl.minimum((first + BLOCK_M - 1) // group, q_len - 1)
+
+    dim = tl.arange(0, BLOCK_D)
+    pointers = q + head * stride_q_h + (q_start + row) * stride_q_n
+    rows = tl.load(pointers[:, None] + dim[None, :], mask=(row < q_len)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    if bias is not None:
+        bias += head * stride_bias_h + q_start * stride_bias_m
+    row_bias = row_biases(
+        row, bias, stride_bias_m, None, 0, const_bias, q_len, kv_len, shift, left, right,
+        bias is not None, VISIBLE, HAS_LEFT, HAS_RIGHT,
+    ) * unit_of(_ACCURATE)  # fmt: skip
+    k += kv_head.to(tl.int64) * stride_k_h
+    v += kv_head.to(tl.int64) * stride_v_h
+    table += batch.to(tl.int64) * stride_table
+
+    begin, end = keys_of_rows(first_row, last_row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    # Not a return: a kernel that may end before its loop gets up to twice the registers.
+    end = tl.where(first < group * q_len, end, 0)
+    part = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_N) * BLOCK_N
+    begin += split * part
+    end = tl.minimum(begin + part, end)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    SUMS: tl.constexpr = CAP or sum_out is not None
+    # Read a tile ahead: a load of keys that waited for that of their page would be one tile less ahead of its product.
+    page = _pages_of(table, begin, end, PAGE, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        keys = _load_paged(k, page, start, kv_len, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        values = _load_paged(v, page, start, kv_len, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        page = _pages_of(table, start + BLOCK_N, end, PAGE, BLOCK_N)
+        s = tl.dot(rows, keys.T, input_precision=PRECISION)
+        edge = is_edge(first_row, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        p, _slope = probabilities(
+            s, row_bias[:, None], row[:, None], col[None, :], None, 0, 0, q_len, kv_len, shift, left, right, scale,
+            softcap, edge, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
+        )  # fmt: skip
+        if SUMS:
+            p = tl.where((col < kv_len)[None, :], p, 0.0)
+            row_sum += tl.sum(p, 1)
+        if P_SCALE != 1.0:
+            p *= P_SCALE
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    if P_SCALE != 1.0:
+        acc *= 1.0 / P_SCALE
+    if CAP:
+        acc /= tl.maximum(row_sum, single(row_cap))[:, None]
+    place = q_start + row
+    if sum_out is not None:
+        of_rows = split.to(tl.int64) * (stride_split // VALUE_DIM) + head * total_q + place
+        tl.store(sum_out + of_rows, row_sum, mask=row < q_len)
+    dim = tl.arange(0, BLOCK_DV)
+    targets = out + split.to(tl.int64) * stride_split + head * stride_o_h + place * stride_o_n
+    inside = (row < q_len)[:, None] & (dim < VALUE_DIM)[None, :]
+    tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,309 @@
+"""The Triton kernel of keys and values in pages against float64, on a GPU or in Triton's interpreter: random problems,
+and wrong numbers in the tensors that say where keys are, with which it stays within the tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+from in_interpreter import run_interpreted
+from paged import Paged, oracle, paged, run
+from torch import Tensor
+
+from sigswap.kernels.host.layout import Layout, by_rows, heads_first
+from sigswap.kernels.host.problem import Options, Pages, Problem
+from sigswap.kernels.op import paged as op
+
+pytest.importorskip("triton")
+
+from sigswap.kernels import dispatch
+from sigswap.kernels.triton import paged as kernel
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+on_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+
+SENTINEL = 7.0
+LEAST, MOST = -(2**31), 2**31 - 1
+
+
+def problem_of(call: Paged, bias: Tensor | None = None, out: Tensor | None = None, **options: Any) -> Problem:
+    pages = Pages(call.cu_seqlens_q, call.block_table, call.cache_seqlens, call.max_seqlen_q, call.max_seqlen_k)
+    views = heads_first(call.query), call.key_cache.transpose(1, 2), call.value_cache.transpose(1, 2)
+    own = Options(options.pop("scale"), bottom_right=True, **options)
+    return Problem(*views, None if bias is None else by_rows(bias), None, None, own, pages=pages, out=out)
+
+
+def random_call(index: int) -> tuple[Paged, dict[str, Any]]:
+    """The call number index, and the public function's options: sizes and features are drawn from it."""
+    draw = random.Random(index)
+    torch.manual_seed(index)
+    choice = draw.choice
+    large = DEVICE == "cuda"
+    dims = (16, 24, 40, 64, 64, 72, 80, 128, 128, 192, 256) if large else (16, 24, 40)
+    dtypes = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32) if large else (torch.float32, torch.float16)
+    more = (0, 1, 30, 300, 1000, 5000) if large else (0, 1, 7, 30, 70)
+    row_counts = choice(((1,), (1,), (1, 2, 5), (0, 1, 40), (1, 17, 130))) if large else choice(((1,), (0, 1, 3, 9)))
+    rows = [choice(row_counts) for _ in range(choice((1, 2, 5) if large else (1, 3)))]
+    keys = [0 if draw.random() < 0.1 else m + choice(more) for m in rows]
+    head_dim, kv_heads = choice(dims), choice((1, 2))
+    call = paged(
+        rows,
+        keys,
+        page_size=choice((1, 3, 16, 16, 64, 128, 100, 256) if large else (1, 3, 16, 64, 128)),
+        heads=kv_heads * choice((1, 1, 3, 4, 8)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if draw.random() < 0.7 else choice(dims),
+        dtype=choice(dtypes),
+        device=DEVICE,
+        heads_first=draw.random() < 0.3,
+    )
+    total, heads = call.query.shape[:2]
+    shape = choice((None, None, None, (heads,), (total, 1), (total, heads)))
+    bias: Tensor | float | None = choice((None, None, None, -1.5))
+    if shape is not None:
+        bias = (torch.randn(shape, device=DEVICE) - 1).to(call.query.dtype)
+    options = {
+        "bias": bias,
+        "is_causal": draw.random() < 0.6,
+        "softcap": choice((None, None, 2.0)),
+        "window": choice((None, None, (5, -1), (100, 0), (0, 30), (-1, 4))),
+        "row_cap": choice((None, None, 0.2)),
+    }
+    return call, options
+
+
+def check(index: int, splits: int | None) -> None:
+    """The error is at most 1.1 times that of the rounding of probabilities and output, which are of the inputs' dtype:
+    at most half a unit of their last place each."""
+    call, options = random_call(index)
+    bias, window = options["bias"], options["window"] or (-1, -1)
+    own: dict[str, Any] = {"scale": call.query.shape[2] ** -0.5, "is_causal": options["is_causal"]}
+    own |= {"softcap": options["softcap"] or 0.0, "row_cap": options["row_cap"] or 0.0}
+    own |= {"window_left": window[0], "window_right": window[1], "visible_bias": bias is None}
+    if isinstance(bias, float):
+        own["const_bias"] = bias
+    of_rows = bias.reshape(1, -1) if isinstance(bias, Tensor) and bias.dim() < 2 else bias
+    before = [each.clone() for each in call[:3]]
+    problem = problem_of(call, of_rows if isinstance(of_rows, Tensor) else None, **own)
+    out = kernel.forward(problem, splits=splits)
+    out = out[0].transpose(0, 1)
+    expected = oracle(call, **options)
+    largest = oracle(
+        call._replace(value_cache=call.value_cache.abs()), **options
+    )  # of what the rounded parts add up to
+    unit = torch.finfo(call.query.dtype).eps
+    error = (out.double() - expected).abs()
+    assert out.dtype == call.query.dtype and out.shape == expected.shape
+    assert (error <= 1.1 * unit * largest + 2e-5 * largest + 1e-6).all(), (index, error.max())
+    for new, old in zip(call[:3], before, strict=True):
+        assert torch.equal(new.nan_to_num(), old.nan_to_num())
+
+
+class Guarded:
+    """Tensors cut from the middle of longer ones, of sentinels that must be left."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Tensor, slice]] = []
+
+    def cut(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        around = 64
+        whole = torch.full((shape[0] + 2 * around, *shape[1:]), SENTINEL, dtype=dtype, device=DEVICE)
+        self._all.append((whole, slice(around, around + shape[0])))
+        return whole[self._all[-1][1]]
+
+    def like(self, layout: Layout, device: torch.device) -> Tensor:
+        """For new_tensor()."""
+        return self.cut(layout.shape[0] * layout.strides[0], dtype=layout.dtype).as_strided(
+            layout.shape, layout.strides
+        )
+
+    def assert_nothing_outside_is_written(self) -> None:
+        for whole, inside in self._all:
+            assert (whole[: inside.start] == SENTINEL).all() and (whole[inside.stop :] == SENTINEL).all()
+
+
+ENDS, LENGTHS = [0, 1, 4, 4, 9], [20, 13, 7, 30]
+TABLE = [[0, 5, 2, MOST], [6, 1, LEAST, -1], [4, 9, 9, 9], [3, 7, 8, 10]]
+WRONG: dict[str, tuple[list[int], list[int], list[list[int]]]] = {
+    "none": (ENDS, LENGTHS, TABLE),
+    "rows beyond the end": ([0, 1, 4, 4, 90], LENGTHS, TABLE),
+    "rows from before the first one": ([-7, 5, 5, MOST, LEAST], LENGTHS, TABLE),
+    "all rows far beyond": ([MOST] * 5, LENGTHS, TABLE),
+    "more keys than pages": (ENDS, [20, MOST, 33, 1000], TABLE),
+    "fewer than no keys": (ENDS, [-1, 13, LEAST, -30], TABLE),
+    "no such pages": (ENDS, LENGTHS, [[11, MOST, 2, 0], [-1, LEAST, 0, 0], [-5, 0, 0, 0], [1 << 20, 12, 8, 10]]),
+    "everything": ([LEAST, MOST, LEAST, MOST, LEAST], [MOST] * 4, [[MOST, LEAST, -1, 11]] * 4),
+}
+
+
+def check_wrong(wrong: str, page_size: int, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read outside of queries and caches is NaN, and so would be the rows that it reaches."""
+    torch.manual_seed(0)
+    ends, lengths, table = WRONG[wrong]
+    lengths = [min(max(length * page_size // 8, LEAST), MOST) for length in lengths]
+    guarded = Guarded()
+    inside = []
+    for shape in ((9, 4, 16), (11, page_size, 2, 16), (11, page_size, 2, 16)):
+        whole = torch.full((shape[0] + 8, *shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
+        inside.append(whole[4:-4].copy_(torch.randn(shape)))
+    numbers = [torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in (table, lengths, ends)]
+    call = Paged(inside[0], inside[1], inside[2], numbers[0], numbers[1], numbers[2], 5, 4 * page_size)
+    out = guarded.cut(9, 4, 16, dtype=dtype)
+    options: dict[str, Any] = {"is_causal": True, "scale": 0.25, "row_cap": 0.1}
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "new_tensor", guarded.like)
+        kernel.forward(problem_of(call, out=heads_first(out), window_left=18, **options), splits=splits)
+        if CUDA:
+            torch.cuda.synchronize()
+    guarded.assert_nothing_outside_is_written()
+
+    # What the documentation says is left of each sequence.
+    parts = []
+    for start, stop in itertools.pairwise(ends):
+        start, stop = min(max(start, 0), 9), min(stop, 9)
+        parts.append(slice(start, max(start, min(stop, start + 5))))
+    owners = torch.zeros(9, dtype=torch.int64)
+    for rows in parts:
+        owners[rows] += 1
+    kept = [min(max(length, 0), 4 * page_size) for length in lengths]
+    for number, rows in enumerate(parts):
+        if (owners[rows] == 1).all():
+            alone = paged_alone(call, number, rows, kept[number])
+            bound = 3e-2 if dtype == torch.bfloat16 else 1e-4
+            expected = oracle(alone, window=(18, -1), **options)
+            torch.testing.assert_close(out[rows].double(), expected, rtol=bound, atol=bound)
+
+
+def paged_alone(call: Paged, number: int, rows: slice, keys: int) -> Paged:
+    """One sequence, of right numbers."""
+    length = torch.tensor([keys], dtype=torch.int32)
+    ends = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+    table = call.block_table[number : number + 1].clamp(0, len(call.key_cache) - 1)
+    return Paged(call.query[rows], *call[1:3], table, length, ends, 5, keys)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("shard", range(2))
+def test_in_the_interpreter(shard: int) -> None:
+    run_interpreted(__file__, shard)
+
+
+@in_interpreter
+@pytest.mark.parametrize("index", [pytest.param(i, id=f"shard{i % 2}-{i}") for i in range(24)])
+def test_interpreted(index: int) -> None:
+    check(index, (None, 1, 3)[index % 3])
+
+
+@in_interpreter
+@pytest.mark.parametrize("wrong", [pytest.param(each, id=f"{each}-shard{i % 2}") for i, each in enumerate(WRONG)])
+def test_interpreted_wrong_numbers_reach_nothing_outside(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for page_size, splits in ((8, 1), (128, 2)):
+        check_wrong(wrong, page_size, torch.float32, splits, monkeypatch)
+
+
+@in_interpreter
+def test_interpreted_calls_are_dispatched_shard0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of few columns is copied first, and the rest runs as it is; what no kernel takes is plain PyTorch."""
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(op, "implementation_for", lambda is_cuda: dispatch)
+    ran = []
+    forward = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda problem: (ran.append(problem.value.shape[3]), forward(problem))[1])
+    for value_dim, dtype, expected in ((5, torch.float16, [8]), (16, torch.float16, [16]), (5, torch.float64, [])):
+        call = paged([1, 3], [20, 9], value_dim=value_dim, dtype=dtype)
+        out = run(call, is_causal=True, enable_gqa=True)
+        assert ran == expected
+        ran.clear()
+        bound = 2e-3 if dtype == torch.float16 else 1e-9
+        torch.testing.assert_close(out.double(), oracle(call, is_causal=True), rtol=bound, atol=bound)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("index", range(150))
+def test_random_calls_on_a_gpu(index: int) -> None:
+    check(index, (None, None, 1, 3)[index % 4])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("page_size", [8, 128])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_numbers_reach_nothing_outside(
+    wrong: str, page_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for splits in (1, 2, 5):
+        check_wrong(wrong, page_size, dtype, splits, monkeypatch)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_a_cuda_graph_decodes_as_sequences_grow(page_size: int) -> None:
+    """The same launches for other lengths, rows and pages, up to the longest that was said when they were captured."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"page_size": page_size, "dtype": torch.bfloat16, "device": DEVICE, "unread": 0.0}
+    sizes |= {"heads": 8, "head_dim": 128, "value_dim": 128}
+    calls = [paged([1, 1, 2], keys, **sizes) for keys in ([1, 300, 2], [17, 301, 2000], [3000, 64, 65])]
+    pages, places = (max(each[index].shape[dim] for each in calls) for index, dim in ((1, 0), (3, 1)))
+    still = Paged(
+        torch.zeros_like(calls[0].query),
+        *(torch.zeros(pages, *calls[0][side].shape[1:], dtype=torch.bfloat16, device=DEVICE) for side in (1, 2)),
+        torch.zeros(3, places, dtype=torch.int32, device=DEVICE),
+        *(torch.zeros_like(each) for each in calls[0][4:6]),
+        2,
+        3000,
+    )
+
+    def load(call: Paged) -> None:
+        for own, given in zip(still[:6], call[:6], strict=True):
+            own.zero_()
+            own[tuple(slice(0, size) for size in given.shape)] = given
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(still, is_causal=True, enable_gqa=True)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(still, is_causal=True, enable_gqa=True)
+    for call in calls:
+        load(call)
+        graph.replay()
+        expected = oracle(call, is_causal=True)
+        assert (out.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_cache_of_more_than_2_to_the_31_elements() -> None:
+    call = paged([1, 3], [200, 133], page_size=64, dtype=torch.bfloat16, device=DEVICE, head_dim=128, unread=0.0)
+    caches = []
+    for cache in call[1:3]:
+        pages, page_size, heads, dim = cache.shape
+        apart = 1 << 29  # elements between pages, of which at least two are read from the sixth on
+        memory = torch.empty(apart * (pages - 1) + page_size * heads * dim, dtype=torch.bfloat16, device=DEVICE)
+        caches.append(memory.as_strided(cache.shape, (apart, heads * dim, dim, 1)).copy_(cache))
+    far = call._replace(key_cache=caches[0], value_cache=caches[1])
+    assert torch.equal(run(far, is_causal=True, enable_gqa=True), run(call, is_causal=True, enable_gqa=True))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_compiles_without_a_graph_break_on_a_gpu() -> None:
+    call = paged([1, 3], [200, 133], page_size=16, dtype=torch.bfloat16, device=DEVICE)
+    compiled = torch.compile(lambda *given: run(Paged(*given), is_causal=True, enable_gqa=True), fullgraph=True)
+    assert torch.equal(compiled(*call), run(call, is_causal=True, enable_gqa=True))
