@@ -206,11 +206,11 @@ def _paged(
     )
     sequence, row = _places(cu_seqlens_q, query)
     sequence, row = sequence[:, None], row[:, None]
-    seen = is_key & (sequence == sequence_k[:, None].expand(-1, places).flatten())
+    own = is_key & (sequence == sequence_k[:, None].expand(-1, places).flatten())
     shift = (cache_seqlens - cu_seqlens_q.diff())[sequence]
     column = column.expand(block_table.shape[0], places).flatten()
     query, key, value = (heads_first(tensor) for tensor in (query, key, value))
-    seen = _in_band(seen[None, None], row + shift, column, options)
+    seen = _in_band(own[None, None], row + shift, column, options)
     return _call(options, query, key, value, None if bias is None else by_rows(bias), seen, None, None)
 
 

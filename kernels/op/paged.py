@@ -82,7 +82,8 @@ def sigmoid_attention_paged(
             kernel runs, the values in block_table, cache_seqlens and cu_seqlens_q are checked only if
             :data:`sigswap.kernels.settings.check_lengths` is set, for that waits for the GPU. Else they are brought
             into range: a sequence's rows as those of ``sigmoid_attention_varlen``, its keys from 0 to as many as its
-            pages hold, and pages from the first to the last one. Rows that no sequence has are uninitialised then.
+            pages hold, and pages from the first to the last one. Rows that no sequence has are uninitialised then, and
+            if cu_seqlens_q falls, all rows may be.
     """
     inputs = query, key_cache, value_cache, bias, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, max_seqlen_k
     if is_plain(*inputs[:7]):

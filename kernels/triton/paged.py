@@ -3,8 +3,9 @@
 One program reads a part of the keys of one key head, once, for a tile of the rows of one sequence: some rows, and all
 query heads that use the key head. Where the keys are split, programs write partial outputs, which a second kernel adds
 (:mod:`sigswap.kernels.triton.split_keys`). How many programs there are depends on what the host knows: the number of
-sequences, and the longest one's rows and keys; those beyond a sequence's rows return at once. So calls that differ in
-the numbers on the GPU alone are the same launches, which CUDA graphs capture.
+sequences and of rows, and the longest sequence. Where that is one tile, so is each sequence; else a program finds its
+sequence by itself, and some find none. So calls that differ in numbers on the GPU alone are the same launches, which
+CUDA graphs capture.
 
 A tile of keys lies in one page, if pages are whole tiles, whose number is read once. Else the page of each key is.
 Whatever the numbers are, nothing outside of the tensors is read or written.
@@ -45,6 +46,10 @@ MOST_ROWS = 64
 """Of a tile: rows times query heads per key head."""
 
 
+_SEQUENCES_AT_ONCE = tl.constexpr(256)
+"""That a program looks at, to find its own."""
+
+
 def supports(problem: Problem) -> bool:
     return problem.pages is not None and problem.signature.too_much() is None
 
@@ -54,16 +59,15 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     pages = problem.pages
     assert pages is not None
     out = empty_output(problem.query, problem.value) if problem.out is None else problem.out
-    if problem.signature.is_empty or len(problem.key) == 0 or pages.table.numel() == 0:
+    signature = problem.signature
+    if signature.is_empty or signature.key.shape[0] == 0 or pages.table.numel() == 0:
         return out.zero_()
     problem = problem.readable()
     query, key, value, bias, _ = problem.inputs
     # A generated token makes no new plan: for how many keys there are at most, it need not be exact.
-    longest_k = triton.cdiv(pages.longest_k, MIN_KEYS) * MIN_KEYS
-    sequences = pages.lengths.shape[0]
-    plan = _plan(
-        problem.signature, layout_of(out), layout_of(pages.table), sequences, pages.longest_q, longest_k, splits
-    )
+    longest_k = -(-pages.longest_k // MIN_KEYS) * MIN_KEYS
+    layouts = layout_of(out), layout_of(pages.table), layout_of(pages.cu_q)
+    plan = _plan(problem.signature, *layouts, pages.longest_q, longest_k, splits)
     partial, partial_sums = out, None
     if plan.add is not None:
         partial = new_tensor(plan.partial, query.device)
@@ -86,7 +90,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(MAX_PLANS)
 def _plan(
-    signature: Signature, out: Layout, table: Layout, sequences: int, longest_q: int, longest_k: int, splits: int | None
+    signature: Signature, out: Layout, table: Layout, cu_q: Layout, longest_q: int, longest_k: int, splits: int | None
 ) -> _Plan:
     kv_heads, page_size, device = signature.kv_heads, signature.key.shape[2], signature.device
     group = signature.heads // kv_heads
@@ -98,8 +102,11 @@ def _plan(
         longest_k = min(longest_k, left + longest_q)
 
     tile = _tile(signature, group * longest_q, longest_k)
-    tiles = triton.cdiv(group * longest_q, tile.rows)
-    programs = sequences * kv_heads * tiles
+    sequences, total_q = table.shape[0], signature.query.shape[2]
+    one_tile = group * longest_q <= tile.rows
+    # Beside its own tiles a sequence gets at most one that is empty.
+    tiles = sequences if one_tile else group * total_q // tile.rows + sequences
+    programs = tiles * kv_heads
     if splits is None:
         splits = splits_for(programs, longest_k, AT_ONCE * limits_of(device).multiprocessors)
     partial = partial_layout(signature, splits)
@@ -107,16 +114,15 @@ def _plan(
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
     arguments |= {"q_len": longest_q, "left": left or 0, "right": right or 0, "pages": signature.key.shape[0]}
     arguments |= {"HAS_LEFT": has_left, "HAS_RIGHT": has_right, "PAGE": page_size, "most_keys": most_keys}
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "tiles": tiles}
+    arguments |= {"stride_split": partial.strides[0], "splits": splits, "sequences": sequences, "ONE_TILE": one_tile}
     arguments |= {"stride_table": table.strides[0], "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     capped = signature.options.row_cap > 0.0
     arguments["CAP"] = capped and splits == 1
     partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped and splits > 1 else None
-    numbers = contiguous_layout((sequences + 1,))
-    tensors = (signature.query, signature.key, signature.value, target, partial_sums, signature.bias, table)
-    launch = Launch(
-        _paged_kernel, programs * splits, device, (*tensors, numbers, numbers), arguments, **tile.launch_options()
-    )
+    # Whether the lengths are aligned does not matter: no thread loads two of them at once.
+    numbers = table, contiguous_layout((sequences,)), cu_q
+    tensors = (signature.query, signature.key, signature.value, target, partial_sums, signature.bias, *numbers)
+    launch = Launch(_paged_kernel, programs * splits, device, tensors, arguments, **tile.launch_options())
     add = adder(signature, partial, partial_sums, sums=False) if splits > 1 else None
     return _Plan(launch, add, partial, partial_sums)
 
@@ -163,17 +169,35 @@ def _load_paged(
         return tl.load(pointers, mask=inside & (dim < DIM)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALIZED, "pages", "most_keys", "stride_table"))
+@triton.jit
+def _tile_of(place, cu_q, sequences, total_q, group, BLOCK_M: tl.constexpr):
+    """(sequence, number of its tile) at a place in the tiles of all. If ends do not rise, some sequence and tile.
+
+    The tiles of sequence b begin at place ``cu_q[b] * group // BLOCK_M + b``, which leaves it as many as it needs.
+    """
+    before = 0
+    for start in range(0, sequences, _SEQUENCES_AT_ONCE):
+        index = start + tl.arange(0, _SEQUENCES_AT_ONCE)
+        rows = tl.load(cu_q + index, mask=index < sequences, other=0).to(tl.int64)
+        first = tl.minimum(tl.maximum(rows, 0), total_q) * group // BLOCK_M + index
+        before += tl.sum(((first <= place) & (index < sequences)).to(tl.int32))
+    batch = tl.maximum(before - 1, 0)
+    rows = tl.minimum(tl.maximum(tl.load(cu_q + batch).to(tl.int64), 0), total_q)
+    number = place - (rows * group // BLOCK_M + batch)
+    return batch, tl.minimum(tl.maximum(number, 0), place).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "pages", "most_keys", "stride_table", "sequences"))
 def _paged_kernel(
     q, k, v, out, sum_out, bias, table, lengths, cu_q, stride_split,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
     stride_bias_h, stride_bias_m, stride_table, pages, most_keys,
-    heads, group, q_len, total_q, left, right, scale, softcap, const_bias, row_cap, tiles, splits,
+    heads, group, q_len, total_q, left, right, scale, softcap, const_bias, row_cap, sequences, splits,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, VISIBLE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
-    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the keys, for BLOCK_M of the rows of one sequence times the query heads of one key head.
 
@@ -188,8 +212,10 @@ def _paged_kernel(
     kv_heads = heads // group
     kv_head = tl.program_id(0) % kv_heads
     split = tl.program_id(0) // kv_heads % splits
-    number = tl.program_id(0) // kv_heads // splits % tiles
-    batch = tl.program_id(0) // kv_heads // splits // tiles
+    batch = tl.program_id(0) // kv_heads // splits
+    number = 0
+    if not ONE_TILE:
+        batch, number = _tile_of(batch, cu_q, sequences, total_q, group, BLOCK_M)
     q_start, q_len = sequence(cu_q, batch, q_len, total_q)
     first = number * BLOCK_M
     kv_len = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), most_keys)
@@ -225,8 +251,8 @@ def _paged_kernel(
     page = _pages_of(table, begin, end, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        keys = _load_paged(k, page, start, kv_len, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-        values = _load_paged(v, page, start, kv_len, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        keys = _load_paged(k, page, start, end, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        values = _load_paged(v, page, start, end, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
         page = _pages_of(table, start + BLOCK_N, end, PAGE, BLOCK_N)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         edge = is_edge(first_row, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
