@@ -14,7 +14,19 @@ from sigswap.kernels.host.results import empty_row_sums
 
 
 def straightforward(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output and the rows' sums of probabilities, by matmul, sigmoid and matmul, in dtype throughout."""
+    """Output and the rows' sums of probabilities, by matmul, sigmoid and matmul, in dtype throughout; a sequence at a
+    time, which takes less memory."""
+    given = problem.query, problem.key, problem.value, problem.bias, problem.attn_mask
+    results = []
+    for b in range(len(problem.query)):
+        query, key, value, bias, mask = (x if x is None or len(x) == 1 else x[b % len(x)][None] for x in given)
+        one = dataclasses.replace(problem, query=query, key=key, value=value, bias=bias, attn_mask=mask)
+        results.append(_of_one(one, dtype))
+    outs, sums = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(sums)
+
+
+def _of_one(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     options, mask = problem.options, problem.attn_mask
     group = problem.query.shape[1] // problem.key.shape[1]
     query = problem.query.to(dtype)

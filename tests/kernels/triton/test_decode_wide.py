@@ -158,6 +158,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ((192, 320), {}, "triton.decode_wide"),
         ((576, 512), {"row_cap": 0.5, "softcap": 2.0, "window_left": 9}, "triton.decode_wide"),
         ((576, 512), {"shared": True}, "hopper.decode_wide"),
+        ((576, 512), {"shared": True, "heads": 32}, "triton.decode_wide"),
         ((528, 512), {"shared": True, "row_cap": 0.5, "is_causal": True}, "hopper.decode_wide"),
         ((576, 512), {"shared": True, "softcap": 2.0}, "triton.decode_wide"),
         ((576, 256), {"shared": True}, "triton.decode_wide"),
@@ -172,7 +173,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_a_gpu")
 def test_which_widths_it_is_chosen_for(widths: tuple[int, int], more: dict[str, Any], expected: str) -> None:
     dtype, shared = more.pop("dtype", torch.bfloat16), more.pop("shared", False)
-    query, key = (torch.empty(1, heads, rows, widths[0], dtype=dtype) for heads, rows in ((32, 1), (1, 600)))
+    sizes = (more.pop("heads", 33), 1), (1, 600)
+    query, key = (torch.empty(1, heads, rows, widths[0], dtype=dtype) for heads, rows in sizes)
     value = key[..., : widths[1]] if shared else torch.empty(1, 1, 600, widths[1], dtype=dtype)
     problem = Problem(query, key, value, None, None, None, Options(0.1, **more))
     assert dispatch.chosen(dispatch.FORWARD, problem).__name__ == f"sigswap.kernels.{expected}"
