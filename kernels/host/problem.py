@@ -173,6 +173,10 @@ class Problem:
             known = self._signature = _signature_of(self)
         return known
 
+    def has_signature(self, signature: Signature) -> None:
+        """Says what its signature is, which is not looked up then."""
+        self._signature = signature
+
     @property
     def asked_for(self) -> tuple[Any, ...]:
         """What, besides its signature, the choice of a kernel depends on."""

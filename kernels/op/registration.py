@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from sigswap.errors import SigswapError
 from sigswap.kernels import reference
-from sigswap.kernels.host.problem import Gradients, Options, Problem
+from sigswap.kernels.host.problem import Gradients, Options, Problem, Signature
 from sigswap.kernels.host.results import empty_gradients, empty_row_sums
 from sigswap.kernels.op.sharding import meet_dtensors
 
@@ -48,6 +48,13 @@ AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 _Library: Callable[..., Any] = torch.library.Library
 library = _Library("sigswap", "DEF")
 _unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
+
+
+class Known(NamedTuple):
+    """What was made of a call's arguments, once they were checked."""
+
+    options: Options
+    signature: Signature
 
 
 class AttentionOp:
@@ -106,6 +113,19 @@ class AttentionOp:
             out: Tensor = _Attention.apply(self, None, options, False, *inputs)
             return out
         return self.forward(inputs, options)
+
+    def run_again(self, inputs: tuple[Any, ...], known: Known) -> Tensor:
+        """As :meth:`run`, of the dense op without a row cap, for inputs like which it has taken others."""
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: self.tensors]):
+            out: Tensor = _Attention.apply(self, known, known.options, False, *inputs)
+            return out
+        return self.forward_again(inputs, known)
+
+    def forward_again(self, inputs: tuple[Any, ...], known: Known) -> Tensor:
+        problem = Problem(*inputs, known.options)
+        problem.has_signature(known.signature)
+        out: Tensor = implementation_for(inputs[0].is_cuda).forward(problem)
+        return out
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         self._check(*inputs, options)
@@ -338,20 +358,28 @@ _BESIDE_INPUTS = 4
 class _Attention(_Function):
     @staticmethod
     def forward(
-        ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet | None, options: Options, sums: bool, *inputs: Any
+        ctx: Any,
+        op: AttentionOp,
+        way: torch._C.DispatchKeySet | Known | None,
+        options: Options,
+        sums: bool,
+        *inputs: Any,
     ) -> Any:
-        """Without a keyset, directly. sums: of the op that returns the rows' sums, too."""
+        """way: through the dispatcher, below a keyset; directly, if None, or by what is known of such inputs. sums: of
+        the op that returns the rows' sums, too."""
         ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
         tensors = inputs[: op.tensors]
         if options.row_cap == 0.0 and not sums:
             ctx.save_for_backward(*tensors)
-            if keyset is None:
+            if way is None:
                 return op.forward(inputs, options)
-            return _below_autograd_recorded(op.op, keyset, inputs, options._asdict())
-        if keyset is None:
+            if isinstance(way, Known):
+                return op.forward_again(inputs, way)
+            return _below_autograd_recorded(op.op, way, inputs, options._asdict())
+        if way is None:
             out, row_sums = op.forward_with_sums(inputs, options)
         else:
-            out, row_sums = _below_autograd_recorded(op.sums_op, keyset, inputs, options._asdict())
+            out, row_sums = _below_autograd_recorded(op.sums_op, way, inputs, options._asdict())
         ctx.save_for_backward(*tensors, *((out, row_sums) if options.row_cap > 0.0 else ()))
         if not sums:
             return out
