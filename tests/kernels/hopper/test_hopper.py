@@ -388,6 +388,25 @@ def test_programs_of_the_backward_end_at_the_same_time_under_a_causal_mask(batch
 
 
 @pytest.mark.parametrize(
+    ("dim", "options", "persistent"),
+    [
+        (64, {}, True),
+        (64, {"is_causal": True}, True),
+        (128, {"is_causal": True}, True),
+        (128, {}, False),
+        (96, {}, False),
+    ],
+)
+def test_how_many_programs_the_backward_has(
+    dim: int, options: dict[str, Any], persistent: bool, no_memory: None
+) -> None:
+    query = torch.empty(1, dtype=torch.bfloat16).expand(2, 20, 4096, dim)
+    signature = Problem(query, query, query, None, None, None, Options(scale=1.0, **options)).signature
+    assert hopper_bwd.programs_for(signature, 40 * 32) == (132 if persistent else 40 * 32)
+    assert hopper_bwd.programs_for(signature, 100) == 100
+
+
+@pytest.mark.parametrize(
     ("dims", "length", "options", "tile"),
     [
         ((64, 64), 4096, {}, forward_items.TILES[1, 1]),
@@ -425,7 +444,7 @@ def test_how_many_columns_the_backward_multiplies(
     assert problem.grad_out is not None
     grads = tuple(None if given is None else layout_of(given) for given in problem.inputs)
     plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads, None)
-    assert plan.sums.shape == (2 * 8 * 32, 64 * columns)
+    assert plan.sums.shape == (2 * 8 * 32 + 1, 64 * columns)  # and the counter of items
     assert plan.finish._grid == (2 * 8 * 32 * launched, 1, 1)
 
 
@@ -477,7 +496,7 @@ def test_determinism_of_wide_heads_is_a_matter_of_memory(no_memory: None, monkey
         (96, 128, "hopper.forward", "hopper.backward"),
         (40, 64, "hopper.forward", "hopper.backward"),
         (32, 32, "triton.forward", "triton.backward"),
-        (264, 264, "reference", "reference"),
+        (264, 264, "triton.decode_wide", "reference"),
     ],
 )
 def test_which_kernels_run_on_a_hopper_gpu(
@@ -571,7 +590,7 @@ def test_another_gluon_leaves_the_other_kernels(
         cache.cache_clear()
     try:
         assert [name for name, _ in dispatch._usable(dispatch.BACKWARD, 0)] == list(dispatch.BACKWARD)
-        for name in ("forward", "backward", "backward_wide"):
+        for name in ("forward", "backward", "backward_wide", "decode_wide"):
             monkeypatch.setitem(sys.modules, f"sigswap.kernels.hopper.{name}", None)
             monkeypatch.delattr(f"sigswap.kernels.hopper.{name}")
         dispatch._usable.cache_clear()
