@@ -30,7 +30,7 @@ Mask = Literal["documents=1,1,N,N", "padding=B,1,N,N", "padding=B,1,1,N", "bias=
 """A mask tensor and its shape: bool, where True is visible, but for bias, which is added to the scores and has a
 gradient."""
 
-Feature = Literal["softcap", "dropout", "window", "mask", "bias"]
+Feature = Literal["softcap", "dropout", "window", "mask", "bias", "pages"]
 """What a cell needs of an implementation beyond causal masks and grouped heads."""
 
 
@@ -40,7 +40,8 @@ class Cell:
 
     In the suite varlen ``lengths`` holds the sequences' lengths, and q_len and kv_len are the longest. ``setup``: the
     longest setup of a peer for which it runs here; those with a longer one are left out unless they are asked for.
-    ``latent``: value is the first channels of key, in the same memory.
+    ``latent``: value is the first channels of key, in the same memory. ``page_size``: key and value lie in pages of so
+    many keys, in random order, for who runs the cell.
 
     The others are for the suite features. ``window``: row i sees the keys from i - window on. ``dtype``: of ``DTYPES``,
     where it is not that of the run. ``by_blocks``: sigswap gets the mask as a BlockMask, as FlexAttention always does.
@@ -58,6 +59,7 @@ class Cell:
     lengths: tuple[int, ...] = ()
     setup: Setup = "none"
     latent: bool = False
+    page_size: int | None = None
     softcap: float | None = None
     dropout_p: float = 0.0
     window: int | None = None
@@ -73,6 +75,7 @@ class Cell:
             "window": self.window is not None,
             "mask": self.mask is not None and self.mask != "bias=1,H,N,N",
             "bias": self.mask == "bias=1,H,N,N",
+            "pages": self.page_size is not None,
         }
         return tuple(feature for feature, is_needed in needed.items() if is_needed)
 
@@ -112,7 +115,8 @@ class Cell:
     def label(self) -> str:
         if not self.trains:
             latent = f" latent D={self.head_dim}/{self.value_dim} H={self.heads}/{self.kv_heads}" if self.latent else ""
-            return f"B={self.batch} keys={self.kv_len}{latent}"
+            pages = "" if self.page_size is None else f" pages of {self.page_size}"
+            return f"B={self.batch} keys={self.kv_len}{latent}{pages}"
         shape = f"B={self.batch} N={self.kv_len}"
         if self.lengths:
             shape = f"{len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)}"
@@ -255,7 +259,10 @@ def _decode() -> list[Cell]:
         for batch in (1, 4, 16, 64)
         for keys in (1024, 8192, 32768, 131072)
         if batch * keys <= 2**21  # key and value take 8 GiB in bf16
-    ] + [_latent_cell(batch, keys, heads) for heads in (16, 128) for batch, keys in ((1, 32768), (64, 8192))]
+    ] + [
+        *(_latent_cell(batch, keys, heads) for heads in (16, 128) for batch, keys in ((1, 32768), (64, 8192))),
+        *(dataclasses.replace(_decode_cell(64, 8192, "none"), page_size=page_size) for page_size in (16, 64, 256)),
+    ]
 
 
 def _latent_cell(batch: int, keys: int, heads: int) -> Cell:

@@ -99,6 +99,33 @@ def cu_seqlens(cell: Cell, inputs: Inputs) -> Tensor:
     return lengths.cumsum(0).to(torch.int32)
 
 
+class Pages(NamedTuple):
+    """Copies of key and value in pages: key_cache and value_cache are [pages, page_size, heads, head_dim], block_table
+    is int32 [batch, pages of a sequence], and cache_seqlens int32 [batch]."""
+
+    key_cache: Tensor
+    value_cache: Tensor
+    block_table: Tensor
+    cache_seqlens: Tensor
+
+
+def in_pages(cell: Cell, inputs: Inputs) -> Pages:
+    """In random order, the same in each run. ``cell.page_size`` divides the number of keys."""
+    assert cell.page_size is not None
+    device, count = inputs.key.device, cell.kv_len // cell.page_size
+    order = torch.randperm(cell.batch * count, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def cache(tensor: Tensor) -> Tensor:
+        """Of [batch, heads, keys, head_dim]: page b of the sequences, one behind the other, becomes page order[b]."""
+        heads, dim = tensor.shape[1], tensor.shape[3]
+        pages = tensor.transpose(1, 2).reshape(cell.batch * count, -1, heads, dim)
+        return torch.empty_like(pages).index_copy_(0, order, pages)
+
+    table = order.view(cell.batch, count).to(torch.int32)
+    lengths = torch.full((cell.batch,), cell.kv_len, dtype=torch.int32, device=device)
+    return Pages(cache(inputs.key), cache(inputs.value), table, lengths)
+
+
 def padded(cell: Cell, inputs: Inputs) -> Inputs:
     """Copies of the packed tensors as [batch, longest, heads, head_dim], with zeros after each sequence."""
     assert inputs.grad_out is not None

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 from sigswap.bench.cells import Cell
-from sigswap.bench.inputs import Inputs, cu_seqlens
+from sigswap.bench.inputs import Inputs, cu_seqlens, in_pages
 from sigswap.bench.peers.peer import Implementation
 from sigswap.functional.attention import sigmoid_attention, sigmoid_attention_varlen
 from sigswap.functional.block_mask import BlockMask
+from sigswap.functional.paged import sigmoid_attention_paged
 
 
 def build(cell: Cell, inputs: Inputs) -> Implementation:
     gqa = cell.heads != cell.kv_heads
+    forward: Callable[[], Tensor]
     if cell.lengths:
         ends = cu_seqlens(cell, inputs)
         forward = functools.partial(
@@ -25,6 +31,12 @@ def build(cell: Cell, inputs: Inputs) -> Implementation:
             is_causal=cell.causal,
             enable_gqa=gqa,
         )
+    elif cell.page_size is not None:
+        pages, rows = in_pages(cell, inputs), torch.arange(cell.batch + 1, dtype=torch.int32, device=inputs.key.device)
+
+        def forward() -> Tensor:
+            query = inputs.query[:, :, 0]
+            return sigmoid_attention_paged(query, *pages, rows, 1, cell.kv_len, enable_gqa=gqa)[:, :, None]
     else:
         block_mask = None  # not timed: a model makes it once
         if cell.by_blocks and inputs.mask is not None:

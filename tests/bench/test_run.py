@@ -35,6 +35,7 @@ WIDER_KEYS = Cell("train", 2, 3, 3, 40, 40, 24, 16, causal=True)
 GROUPED = Cell("train", 2, 4, 2, 40, 40, 16, 16)
 DECODE = Cell("decode", 3, 4, 2, 1, 50, 16, 16)
 LATENT = Cell("decode", 2, 4, 1, 1, 50, 24, 16, latent=True)
+PAGED = Cell("decode", 3, 4, 2, 1, 48, 16, 16, page_size=8)
 VARLEN = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, lengths=(7, 40, 13))
 VARLEN_CAUSAL = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, causal=True, lengths=(7, 40, 13))
 
@@ -79,6 +80,15 @@ def test_cells(suite: str) -> None:
             assert 2 * cell.batch * cell.kv_heads * cell.kv_len * cell.head_dim * 2 <= 8 * 2**30
 
 
+def test_a_paged_cell_computes_what_the_same_cell_without_pages_does() -> None:
+    inputs = make_inputs(PAGED, torch.float32, "cpu")
+    out = own.build(PAGED, inputs).forward()
+    check(PAGED, inputs, out, ())
+    with pytest.raises(BenchmarkError, match="wrong result"):
+        check(PAGED, inputs, out.flip(0), ())
+    assert PAGED.label == "B=3 keys=48 pages of 8"
+
+
 def test_a_latent_cache_is_read_once() -> None:
     inputs = make_inputs(LATENT, torch.bfloat16, "cpu")
     assert inputs.value.data_ptr() == inputs.key.data_ptr() and inputs.value.shape[3] == 16
@@ -90,7 +100,7 @@ def test_a_latent_cache_is_read_once() -> None:
 
 def test_features_has_what_models_add_to_plain_attention() -> None:
     found = [cell for cell in cells("features") if isinstance(cell, Cell)]
-    assert {feature for cell in found for feature in cell.features} == set(get_args(Feature))
+    assert {feature for cell in found for feature in cell.features} == {*get_args(Feature)} - {"pages"}  # of decode
     assert {cell.mask for cell in found} == {None, *get_args(Mask)}
     assert [cell.label for cell in found[:4]] == [
         "B=4 N=4096 D=128 H=16/8 causal softcap=50.0",

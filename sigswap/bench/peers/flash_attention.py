@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sigswap.bench.cells import Cell
-from sigswap.bench.inputs import Inputs, cu_seqlens
+from sigswap.bench.inputs import Inputs, cu_seqlens, in_pages
 from sigswap.bench.peers.peer import Implementation, Peer, package_module
 
 _SUITES = ("train", "short", "decode", "varlen", "features")
@@ -25,6 +25,8 @@ def _build_fa3(cell: Cell, inputs: Inputs) -> Implementation:
         return _packed(module.flash_attn_varlen_func, cell, inputs)
     if cell.latent:
         return _latent(module.flash_attn_with_kvcache, cell, inputs)
+    if cell.page_size is not None:
+        return _paged(module.flash_attn_with_kvcache, cell, inputs)
     if not cell.trains:  # it splits the keys over the GPU, which flash_attn_func does not by default
         return _dense(module.flash_attn_with_kvcache, cell, inputs)
     return _dense(module.flash_attn_func, cell, inputs)
@@ -60,6 +62,17 @@ def _latent(attention: Any, cell: Cell, inputs: Inputs) -> Implementation:
         query, key, value = (leaf.transpose(1, 2) for leaf in inputs.qkv)
         parts = query[..., dim:], key[..., dim:], value
         return _output(attention(*parts, qv=query[..., :dim], softmax_scale=cell.head_dim**-0.5)).transpose(1, 2)
+
+    return Implementation(forward, inputs.leaves, inputs.grad_out)
+
+
+def _paged(attention: Any, cell: Cell, inputs: Inputs) -> Implementation:
+    pages = in_pages(cell, inputs)
+    options = {"cache_seqlens": pages.cache_seqlens, "page_table": pages.block_table}
+
+    def forward() -> Tensor:
+        query = inputs.query.transpose(1, 2)
+        return _output(attention(query, pages.key_cache, pages.value_cache, **options)).transpose(1, 2)
 
     return Implementation(forward, inputs.leaves, inputs.grad_out)
 
@@ -115,7 +128,7 @@ FA3 = Peer(
     _build_fa3,
     package="fa3-fwd",
     forward_only=True,
-    features=("softcap",),
+    features=("softcap", "pages"),
     why_not=_why_not_fa3,
 )
 FA4 = Peer(

@@ -32,6 +32,7 @@ _IN_WORDS: dict[Feature, str] = {
     "window": "a window",
     "mask": "a mask tensor",
     "bias": "a bias tensor",
+    "pages": "pages",
 }
 
 
