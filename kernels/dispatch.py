@@ -47,6 +47,9 @@ BLOCK_BACKWARD = ("triton.block_backward", "reference")
 PAGED_FORWARD = ("triton.paged", "reference")
 """Of problems whose keys and values lie in pages, which have no backward."""
 
+PACKED_ROWS = 256
+"""Of a sequence on average, from which on keys and values in pages are copied, if "hopper.forward" takes the copies."""
+
 _HERE = nullcontext()
 
 _log = logging.getLogger("sigswap")
@@ -54,6 +57,8 @@ _log = logging.getLogger("sigswap")
 
 def forward(problem: Problem) -> Tensor:
     with _on(problem.query.device):
+        if problem.pages is not None and problem.query.shape[2] >= PACKED_ROWS * problem.pages.lengths.shape[0]:
+            problem = in_packed_sequences(problem)
         if problem.signature.has_narrow_value:
             return with_wider_value(problem)
         out: Tensor = chosen(_forward_names(problem), problem).forward(problem)
@@ -66,6 +71,21 @@ def backward(problem: Problem) -> Gradients:
         names = BACKWARD if problem.blocks is None else BLOCK_BACKWARD
         grads: Gradients = chosen(names, problem).backward(problem)
         return grads
+
+
+def in_packed_sequences(problem: Problem) -> Problem:
+    """The problem with its pages copied to packed sequences, if a kernel is made for these."""
+    device = problem.query.device.index or 0
+    if problem.signature.is_empty or _obstacle(device) is not None:
+        return problem
+    pages = _module("triton.pages")
+    problem = problem.readable()
+    copied: Problem = pages.packed(problem)
+    takes = [kernel for name, kernel in _usable(FORWARD, device) if name == "hopper.forward"]
+    if not takes or chosen(FORWARD, copied) is not takes[0]:
+        return problem
+    pages.copy_pages(problem, copied)
+    return copied
 
 
 def with_wider_value(problem: Problem) -> Tensor:

@@ -71,7 +71,7 @@ def sigmoid_attention_paged(
             From 0 to total_q; a sequence may have no rows.
         max_seqlen_q: At least the rows of the longest sequence.
         max_seqlen_k: At least the keys of the longest sequence. Over how many programs of a GPU keys are split depends
-            on it, and nothing else.
+            on it, and of many rows how much memory copies of keys and values take, which sequences are cut by.
         scale: This and all that follow: as those of ``sigmoid_attention``.
 
     Returns:

@@ -40,6 +40,7 @@ from sigswap.kernels.triton.common import (
     single,
     unit_of,
 )
+from sigswap.kernels.triton.pages import load_paged, pages_of
 from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, adder, partial_layout, splits_for
 
 MOST_ROWS = 64
@@ -138,38 +139,6 @@ def _tile(signature: Signature, rows: int, keys: int) -> Tile:
 
 
 @triton.jit
-def _pages_of(table, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """The table's entries for the keys start ... start + BLOCK - 1, up to end; one number, if they lie in one page."""
-    if PAGE % BLOCK == 0:
-        return tl.load(table + start // PAGE, mask=start < end, other=0)
-    else:
-        col = start + tl.arange(0, BLOCK)
-        return tl.load(table + col // PAGE, mask=col < end, other=0)
-
-
-@triton.jit
-def _load_paged(
-    cache, page, start, end, pages, stride_page, stride, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The keys start ... of one head, [BLOCK, WIDTH]; zeros beyond end and beyond DIM. page: as _pages_of has it."""
-    row = tl.arange(0, BLOCK)
-    dim = tl.arange(0, WIDTH)
-    page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
-    if PAGE % BLOCK == 0:
-        first = cache + page * stride_page + tl.cast(start % PAGE, tl.int64) * stride
-        pointers = first + (row[:, None] * stride + dim[None, :])
-    else:
-        places = page * stride_page + ((start + row) % PAGE).to(tl.int64) * stride
-        pointers = cache + places[:, None] + dim[None, :]
-    inside = (start + row < end)[:, None]
-    if DIM == WIDTH:
-        return tl.load(pointers, mask=inside, other=0.0)
-    else:
-        return tl.load(pointers, mask=inside & (dim < DIM)[None, :], other=0.0)
-
-
-@triton.jit
 def _tile_of(place, cu_q, sequences, total_q, group, BLOCK_M: tl.constexpr):
     """(sequence, number of its tile) at a place in the tiles of all. If ends do not rise, some sequence and tile.
 
@@ -248,12 +217,12 @@ def _paged_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     SUMS: tl.constexpr = CAP or sum_out is not None
     # Read a tile ahead: a load of keys that waited for that of their page would be one tile less ahead of its product.
-    page = _pages_of(table, begin, end, PAGE, BLOCK_N)
+    page = pages_of(table, begin, end, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        keys = _load_paged(k, page, start, end, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-        values = _load_paged(v, page, start, end, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
-        page = _pages_of(table, start + BLOCK_N, end, PAGE, BLOCK_N)
+        keys = load_paged(k, page, start, end, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        values = load_paged(v, page, start, end, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        page = pages_of(table, start + BLOCK_N, end, PAGE, BLOCK_N)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
         edge = is_edge(first_row, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
         p, _slope = probabilities(

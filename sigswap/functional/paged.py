@@ -77,9 +77,9 @@ def sigmoid_attention_paged(
             variable SIGSWAP_CHECK_LENGTHS=1, has them checked.
 
     Wrong values that are not checked reach no memory but the tensors': each sequence of rows is cut at query's end and
-    after max_seqlen_q, its keys after as many as its pages hold, and a page that there is not is another one. In the
-    output what no sequence has then is not written to: there is what the memory held before. That may be all of it, if
-    cu_seqlens_q falls.
+    after max_seqlen_q, its keys after as many as its pages hold (of many rows after max_seqlen_k), and a page that
+    there is not is another one. In the output what no sequence has then is not written to: there is what the memory
+    held before. That may be all of it, if cu_seqlens_q falls.
     """
     refuse_parts("sigmoid_attention_paged")
     tensors = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}

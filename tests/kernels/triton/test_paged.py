@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from in_interpreter import run_interpreted
-from paged import Paged, oracle, paged, run
+from paged import Paged, oracle, paged, run, sequences
 from torch import Tensor
 
 from sigswap.kernels.host.layout import Layout, by_rows, heads_first
@@ -22,7 +22,9 @@ from sigswap.kernels.op import paged as op
 pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
+from sigswap.kernels.triton import forward as packed_kernel
 from sigswap.kernels.triton import paged as kernel
+from sigswap.kernels.triton import pages
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -247,6 +249,91 @@ def test_interpreted_calls_are_dispatched_shard0(monkeypatch: pytest.MonkeyPatch
         ran.clear()
         bound = 2e-3 if dtype == torch.float16 else 1e-9
         torch.testing.assert_close(out.double(), oracle(call, is_causal=True), rtol=bound, atol=bound)
+
+
+@in_interpreter
+@pytest.mark.parametrize("page_size", [pytest.param(n, id=f"shard{i % 2}-{n}") for i, n in enumerate((1, 16, 64, 100))])
+def test_interpreted_pages_become_packed_sequences(page_size: int) -> None:
+    call = paged([1, 0, 2, 3], [70, 130, 0, 5], page_size=page_size, head_dim=24, value_dim=40, dtype=torch.float16)
+    assert_copied(call, problem_of(call, scale=1.0))
+    # Of a sequence that is longer than was said what was said; pages that there are not are others.
+    longer = call._replace(cache_seqlens=torch.tensor([MOST, LEAST, 0, 140], dtype=torch.int32))
+    first, second, third, last = copied_ends(longer)
+    assert (first, second, third, last) == (130, 130, 130, 260)
+
+
+def copied_ends(call: Paged) -> list[int]:
+    problem = problem_of(call, scale=1.0)
+    into = pages.packed(problem)
+    for tensor in (into.key, into.value):
+        tensor.fill_(SENTINEL)
+    pages.copy_pages(problem, into)
+    assert into.packed is not None
+    assert into.key.shape[2] == len(call.cache_seqlens) * call.max_seqlen_k
+    end = int(into.packed.cu_k[-1])
+    assert (into.key[:, :, end:] == SENTINEL).all() and (into.value[:, :, end:] == SENTINEL).all()
+    return into.packed.cu_k[1:].tolist()
+
+
+def assert_copied(call: Paged, problem: Problem) -> None:
+    into = pages.packed(problem)
+    pages.copy_pages(problem, into)
+    assert into.packed is not None and into.pages is None
+    ends = into.packed.cu_k.tolist()
+    assert ends == [0, *itertools.accumulate(call.cache_seqlens.tolist())]
+    for (start, end), (_, key, value) in zip(itertools.pairwise(ends), sequences(call), strict=True):
+        assert torch.equal(into.key[0, :, start:end], key.transpose(0, 1))
+        assert torch.equal(into.value[0, :, start:end], value.transpose(0, 1))
+
+
+@in_interpreter
+def test_interpreted_many_rows_are_packed_sequences_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernel of packed sequences stands for that of Hopper GPUs."""
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(dispatch, "_usable", lambda names, device: [("hopper.forward", packed_kernel)])
+    monkeypatch.setattr(dispatch, "PACKED_ROWS", 8)
+    monkeypatch.setattr(op, "implementation_for", lambda is_cuda: dispatch)
+    call = paged([20, 0, 9], [33, 2, 9], page_size=8, head_dim=16, value_dim=16, dtype=torch.float16)
+    out = run(call, is_causal=True, window=(11, 0), enable_gqa=True)
+    expected = oracle(call, is_causal=True, window=(11, 0))
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+PREFILLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"is_causal": True, "window": (100, -1)},
+    "row cap": {"is_causal": True, "row_cap": 0.5},
+    "soft cap": {"is_causal": True, "softcap": 2.0},
+    "bias": {"bias": -3.0},
+}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("features", PREFILLS)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "page_size"), [(128, torch.bfloat16, 16), (64, torch.float16, 64), (192, torch.bfloat16, 256)]
+)
+def test_chunks_of_a_prefill(head_dim: int, dtype: torch.dtype, page_size: int, features: str) -> None:
+    torch.manual_seed(head_dim)
+    sizes: dict[str, Any] = {"heads": 8, "head_dim": head_dim, "value_dim": head_dim, "page_size": page_size}
+    for rows, keys in (([700, 300, 0], [2000, 300, 5]), ([513], [1300]), ([260, 1, 600], [270, 900, 777])):
+        call = paged(rows, keys, dtype=dtype, device=DEVICE, **sizes)
+        out = run(call, enable_gqa=True, **PREFILLS[features])
+        expected = oracle(call, **PREFILLS[features])
+        assert (out.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("page_size", [16, 100])
+def test_pages_are_copied_on_a_gpu(page_size: int) -> None:
+    call = paged([300], [5000], page_size=page_size, head_dim=128, value_dim=96, dtype=torch.bfloat16, device=DEVICE)
+    assert_copied(call, problem_of(call, scale=1.0))
+    for lengths in ([MOST], [LEAST], [5001]):
+        copied_ends(call._replace(cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=DEVICE)))
 
 
 @pytest.mark.gpu
