@@ -103,6 +103,8 @@ def backward(problem: Problem) -> Gradients:
     assert new_key is not None and new_value is not None
     sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
+    if parts is not None and plan.packed is not None:
+        parts.zero_()  # there may be fewer items than parts: how many is in the GPU's memory
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
     described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
     items = tiles = bias = floor = delta = None

@@ -316,7 +316,8 @@ class Signature:
         key, value = self.key, self.value
         if key.shape[3] <= MAX_HEAD_DIM or value.shape[3] > key.shape[3] or value.dtype != key.dtype:
             return False
-        return self.packed is None and value.strides_or_zero(3) == key.strides_or_zero(3)
+        alike = value.strides_or_zero(3) == key.strides_or_zero(3) and value.strides[3] == key.strides[3]
+        return alike and self.packed is None
 
     @functools.cached_property
     def kernels(self) -> dict[Any, Any]:

@@ -25,6 +25,8 @@ def key_of(query: Any, key: Any, value: Any, *numbers: Any) -> tuple[Any, ...] |
 
     numbers: the other arguments, of which equal ones mean the same: so 1 must not stand for True.
     """
+    if query is None or key is None or value is None:  # which is_plain() takes for tensors that are not given
+        return None
     if not is_plain(query, key, value) or query.dtype not in _HALF:
         return None
     return (

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from h100 import pretended
 from torch import Tensor
 from wide_heads import assert_forward_no_worse, assert_no_worse
 
@@ -80,6 +81,14 @@ def test_tritons_kernel_spills_no_registers_of_few_heads(heads: int, tmp_path: P
         attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name].startswith("*")},
     )
     assert_compiles(source, launch._options, 0, tmp_path)
+
+
+def test_every_other_channel_of_what_key_is_of_is_no_view_of_key() -> None:
+    query, cache = torch.zeros(1, 64, 1, 576).bfloat16(), torch.zeros(1, 1, 256, 1152).bfloat16()
+    for value, chosen in ((cache[..., :512], decode_wide), (cache[..., :1024:2], triton_wide)):
+        problem = Problem(query, cache[..., :576], value, None, None, None, Options(576**-0.5))
+        with pretended():
+            assert dispatch.chosen(dispatch.FORWARD, problem) is chosen
 
 
 def random_problem(index: int) -> Problem:

@@ -27,7 +27,9 @@ from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.hopper import forward_items, grad_query, packed
 from sigswap.kernels.host.forms import AUTO, FAST, TAIL
+from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.problem import Options, Packed, Problem
+from sigswap.kernels.triton import sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILE = packed.TILE
@@ -296,6 +298,27 @@ def test_plans_are_made_for_the_longest_sequences(no_memory: None) -> None:
     assert backward.packed is not None and backward.packed.items.most == 4096 // 128 + 4
     assert backward.sums.shape == (8 * (4096 // 64 + 4) + 1, 64 * 128)
     assert backward.launch._grid == (132, 1, 1)  # programs, which take that many items
+
+
+def test_parts_of_the_gradient_of_a_bias_that_no_item_writes_are_zeros(
+    no_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is memory for as many items as there can be, and programs end where there are no more."""
+    given = problem()
+    query, key, value = (torch.zeros_like(each, device="cpu") for each in (given.query, given.key, given.value))
+    bias, cu = torch.zeros(1, 8, 1, 1), torch.tensor([0, 1024, 2048, 3072, 4096], dtype=torch.int32)
+    problem_of_bias = Problem(
+        query, key, value, bias, None, None, given.options, Packed(cu, cu, 1024, 1024), grad_out=torch.zeros_like(query)
+    )
+    problem_of_bias.output_mask = (True, True, True, True, False)
+    launched: list[tuple[Any, tuple[Any, ...]]] = []
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: launched.append((launch._kernel, tensors)))
+    monkeypatch.setattr(sums, "new_tensor", lambda layout, device: torch.full(layout.shape, float("nan")))
+    with pretended():
+        hopper_bwd.backward(problem_of_bias)
+    (parts,) = (tensors[7] for kernel, tensors in launched if kernel is hopper_bwd._kernel)
+    assert parts.shape == (1, 8, (4096 // 128 + 4) * 256, 1)
+    assert not parts.any()
 
 
 @pytest.mark.parametrize(("by_keys", "grid"), [(False, 4), (True, 4)])

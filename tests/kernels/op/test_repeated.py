@@ -99,6 +99,16 @@ def test_tensors_unlike_known_ones_are_checked() -> None:
         sigswap.sigmoid_attention(query, key, value)
 
 
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("other", [None, 1.0, "query"])
+def test_what_is_no_tensor_is_refused(place: int, other: Any) -> None:
+    inputs: list[Any] = list(tensors())
+    sigswap.sigmoid_attention(*inputs)
+    inputs[place] = other
+    with pytest.raises(ArgumentError, match="must be a tensor"):
+        sigswap.sigmoid_attention(*inputs)
+
+
 def test_other_layouts_and_settings_are_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = tensors()
     expected = exact(query, key, value)
