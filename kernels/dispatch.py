@@ -50,6 +50,10 @@ PAGED_FORWARD = ("triton.paged", "reference")
 PACKED_ROWS = 256
 """Of a sequence on average, from which on keys and values in pages are copied, if "hopper.forward" takes the copies."""
 
+MOST_COPIED = 1 << 30
+"""Bytes of such copies. How many keys all sequences have is not known, but how many the longest may have, for which
+servers often say the most that their model takes; and the cache leaves them little memory."""
+
 _HERE = nullcontext()
 
 _log = logging.getLogger("sigswap")
@@ -76,16 +80,23 @@ def backward(problem: Problem) -> Gradients:
 def in_packed_sequences(problem: Problem) -> Problem:
     """The problem with its pages copied to packed sequences, if a kernel is made for these."""
     device = problem.query.device.index or 0
-    if problem.signature.is_empty or _obstacle(device) is not None:
+    takes = [kernel for name, kernel in _usable(FORWARD, device) if name == "hopper.forward"]
+    if not takes or problem.signature.is_empty or len(problem.key) == 0 or _bytes_of_copies(problem) > MOST_COPIED:
         return problem
     pages = _module("triton.pages")
     problem = problem.readable()
     copied: Problem = pages.packed(problem)
-    takes = [kernel for name, kernel in _usable(FORWARD, device) if name == "hopper.forward"]
-    if not takes or chosen(FORWARD, copied) is not takes[0]:
+    if chosen(FORWARD, copied) is not takes[0]:
         return problem
     pages.copy_pages(problem, copied)
     return copied
+
+
+def _bytes_of_copies(problem: Problem) -> int:
+    pages, key, value = problem.pages, problem.key, problem.value
+    assert pages is not None
+    of_a_key = key.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size()
+    return len(pages.lengths) * pages.longest_k * of_a_key
 
 
 def with_wider_value(problem: Problem) -> Tensor:

@@ -300,6 +300,21 @@ def test_interpreted_many_rows_are_packed_sequences_shard1(monkeypatch: pytest.M
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("why", ["memory", "no pages", "another GPU"])
+def test_nothing_is_made_for_copies_that_are_not_to_be(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = [] if why == "another GPU" else [("hopper.forward", packed_kernel)]
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(dispatch, "_usable", lambda names, device: usable)
+    monkeypatch.setattr(pages, "packed", lambda problem: pytest.fail("there is room for copies"))
+    call = paged([300, 400], [600, 500], page_size=16, head_dim=64, value_dim=32, dtype=torch.float16)
+    if why == "memory":  # of two sequences of 2 heads, 96 columns and 2 bytes
+        call = call._replace(max_seqlen_k=(1 << 30) // (2 * 2 * 96 * 2) + 1)
+    if why == "no pages":
+        call = call._replace(key_cache=call.key_cache[:0], value_cache=call.value_cache[:0])
+    problem = problem_of(call, scale=1.0)
+    assert dispatch.in_packed_sequences(problem) is problem
+
+
 PREFILLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
