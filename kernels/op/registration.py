@@ -35,7 +35,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from sigswap.errors import SigswapError
 from sigswap.kernels import reference
-from sigswap.kernels.host.problem import Gradients, Options, Problem, Signature
+from sigswap.kernels.host.problem import Gradients, Options, Problem, Signature, problem_of
 from sigswap.kernels.host.results import empty_gradients, empty_row_sums
 from sigswap.kernels.op.sharding import meet_dtensors
 
@@ -122,7 +122,7 @@ class AttentionOp:
         return self.forward_again(inputs, known)
 
     def forward_again(self, inputs: tuple[Any, ...], known: Known) -> Tensor:
-        problem = Problem(*inputs, known.options)
+        problem = problem_of(inputs, known.options)
         problem.has_signature(known.signature)
         out: Tensor = implementation_for(inputs[0].is_cuda).forward(problem)
         return out
