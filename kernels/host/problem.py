@@ -334,8 +334,8 @@ class Signature:
         if self.query.dtype not in _DTYPES:
             return f"they compute in float32, which is not enough for {self.query.dtype}"
         if max(self.query.shape[3], self.value.shape[3]) > MAX_HEAD_DIM:
-            wide = f"up to {WIDEST_HEAD_DIM}, and {WIDEST_VALUE_DIM} of value"
-            return f"they hold head_dim up to {MAX_HEAD_DIM} ({wide}, in a forward in half precision without dropout)"
+            wide = f"up to {WIDEST_HEAD_DIM}, and {WIDEST_VALUE_DIM} of value, in a forward in half precision without"
+            return f"they hold head_dim up to {MAX_HEAD_DIM} ({wide} dropout, packed sequences, pages and block masks)"
         if self.query.shape[3] == 0:
             return "they multiply queries of at least one channel"
         return None

@@ -145,7 +145,7 @@ def _check_no_gradient(inputs: tuple[Any, ...]) -> None:
         if tensor is not None and tensor.requires_grad:
             raise ArgumentError(
                 f"{name} must not require a gradient, for sigmoid_attention_paged has none: call it within "
-                "torch.no_grad(), or sigmoid_attention_varlen, which has gradients."
+                "torch.no_grad(), or sigmoid_attention_varlen(bottom_right=True), which has gradients."
             )
 
 

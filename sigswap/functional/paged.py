@@ -38,7 +38,7 @@ def sigmoid_attention_paged(
     enable_gqa: bool = False,
     row_cap: float | None = None,
 ) -> Tensor:
-    """:func:`sigmoid_attention_varlen` for the last rows of sequences whose keys and values lie in pages of a cache.
+    """:func:`sigmoid_attention_varlen`, with ``bottom_right=True``, of keys and values that lie in pages of a cache.
 
     Sequence b has the rows ``query[cu_seqlens_q[b] : cu_seqlens_q[b + 1]]``: one when it decodes, several in
     speculative decoding, many in a chunk of a prefill; a batch may hold all of these. They are the last ones of their
@@ -49,7 +49,7 @@ def sigmoid_attention_paged(
     Args:
         query: [total_q, H, D], of a floating point dtype.
         key_cache: [pages, page_size, Hk, D], of query's dtype; any page_size from 1 on, any strides with 1 for the
-            last.
+            last. One that is kept as [pages, Hk, page_size, D] is passed as ``.transpose(1, 2)``.
         value_cache: [pages, page_size, Hk, Dv], likewise.
         block_table: int32 [batch, most pages], on query's device: key j of sequence b is row ``j % page_size`` of the
             page ``block_table[b, j // page_size]``. What is behind a sequence's last page may be any number. Sequences
@@ -90,11 +90,18 @@ def sigmoid_attention_paged(
     visible_bias, const_bias, row_bias = bias_terms(bias)
     if row_bias is not None and row_bias.dim() < 2:
         row_bias = row_bias.reshape(1, -1)  # [], [1] or [H]; the op's is [1 | total_q, 1 | H]
-    if query.dim() == 3 and key_cache.dim() == 4 and query.shape[1] != key_cache.shape[2] and not enable_gqa:
-        raise ArgumentError(
-            f"query has {query.shape[1]} heads and key_cache {key_cache.shape[2]}; enable_gqa=True lets key_cache and "
-            "value_cache have fewer."
-        )
+    if query.dim() == 3 and key_cache.dim() == 4:
+        heads, kv_heads = query.shape[1], key_cache.shape[2]
+        if kv_heads > heads:
+            raise ArgumentError(
+                f"key_cache has {kv_heads} heads, more than query's {heads}: it must be [pages, page_size, heads, "
+                "head_dim]. One that has its heads before the page's keys is that as .transpose(1, 2), without a copy."
+            )
+        if kv_heads != heads and not enable_gqa:
+            raise ArgumentError(
+                f"query has {heads} heads and key_cache {kv_heads}; enable_gqa=True lets key_cache and value_cache "
+                "have fewer."
+            )
     window_left, window_right = op_window(window)
     return paged.sigmoid_attention_paged(
         query,

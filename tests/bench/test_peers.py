@@ -186,18 +186,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         k: Tensor | None = None,
         v: Tensor | None = None,
         qv: Tensor | None = None,
-        cache_seqlens: Tensor | None = None,
-        page_table: Tensor | None = None,
         softmax_scale: float | None = None,
         causal: bool = False,
         num_splits: int = 0,
     ) -> Tensor:
-        if page_table is not None:
-            assert cache_seqlens is not None and cache_seqlens.dtype == page_table.dtype == torch.int32
-            note("fa3 pages", (q, k_cache, v_cache), causal=causal)
-            key, value = (cache[page_table].flatten(1, 2) for cache in (k_cache, v_cache))
-            assert cache_seqlens.tolist() == [key.shape[1]] * len(key)
-            return attention(q, key, value, causal=causal, scale=softmax_scale)
         if qv is not None:  # scores are q k + qv v
             assert softmax_scale == (q.shape[-1] + qv.shape[-1]) ** -0.5
             note("fa3 qv", (q, k_cache, v_cache), causal=causal)
@@ -311,16 +303,10 @@ def test_flash_attention_3_takes_latent_attention_in_parts(calls: list[Call]) ->
         find_peer("fa3").implementation(dataclasses.replace(LATENT, latent=False), inputs)
 
 
-def test_flash_attention_3_reads_pages(calls: list[Call]) -> None:
-    inputs = make_inputs(PAGED, torch.bfloat16, "cpu")
-    out = find_peer("fa3").implementation(PAGED, inputs).forward()
-    truth = softmax_attention(PAGED, Inputs(*(leaf.float() for leaf in inputs.qkv), None))
-    torch.testing.assert_close(out.float(), truth, rtol=1e-2, atol=1e-2)
-    (call,) = calls
-    assert call.function == "fa3 pages" and call.shapes == [(3, 1, 4, 16), (18, 8, 2, 16), (18, 8, 2, 16)]
-    for name in ("cudnn", "fa4"):
-        with pytest.raises(BenchmarkError, match="It does not take pages"):
-            find_peer(name).implementation(PAGED, inputs)
+@pytest.mark.parametrize("name", ["fa2", "cudnn", "fa3", "fa4"])
+def test_no_peer_reads_pages(name: str, calls: list[Call]) -> None:
+    with pytest.raises(BenchmarkError, match="It does not take pages"):
+        find_peer(name).implementation(PAGED, make_inputs(PAGED, torch.bfloat16, "cpu"))
 
 
 @pytest.mark.parametrize("cell", [VARLEN, VARLEN_CAUSAL])

@@ -1,6 +1,7 @@
 """FlashAttention-3 and FlashAttention-4, from their optional packages. Both take [batch, length, heads, head_dim].
 
-Package fa3-fwd (module ``fa3_fwd_interface``) is FlashAttention-3 built without the backward pass, float16 and windows.
+Package fa3-fwd (module ``fa3_fwd_interface``) is FlashAttention-3 built without the backward pass, float16, windows and
+pages.
 Package flash-attn-4 (module ``flash_attn.cute``) compiles a kernel in some seconds for each head_dim and mask, but not
 for each length, so both are measured in all cells. Both scale by 1 / sqrt(head_dim).
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sigswap.bench.cells import Cell
-from sigswap.bench.inputs import Inputs, cu_seqlens, in_pages
+from sigswap.bench.inputs import Inputs, cu_seqlens
 from sigswap.bench.peers.peer import Implementation, Peer, package_module
 
 _SUITES = ("train", "short", "decode", "varlen", "features")
@@ -25,8 +26,6 @@ def _build_fa3(cell: Cell, inputs: Inputs) -> Implementation:
         return _packed(module.flash_attn_varlen_func, cell, inputs)
     if cell.latent:
         return _latent(module.flash_attn_with_kvcache, cell, inputs)
-    if cell.page_size is not None:
-        return _paged(module.flash_attn_with_kvcache, cell, inputs)
     if not cell.trains:  # it splits the keys over the GPU, which flash_attn_func does not by default
         return _dense(module.flash_attn_with_kvcache, cell, inputs)
     return _dense(module.flash_attn_func, cell, inputs)
@@ -62,17 +61,6 @@ def _latent(attention: Any, cell: Cell, inputs: Inputs) -> Implementation:
         query, key, value = (leaf.transpose(1, 2) for leaf in inputs.qkv)
         parts = query[..., dim:], key[..., dim:], value
         return _output(attention(*parts, qv=query[..., :dim], softmax_scale=cell.head_dim**-0.5)).transpose(1, 2)
-
-    return Implementation(forward, inputs.leaves, inputs.grad_out)
-
-
-def _paged(attention: Any, cell: Cell, inputs: Inputs) -> Implementation:
-    pages = in_pages(cell, inputs)
-    options = {"cache_seqlens": pages.cache_seqlens, "page_table": pages.block_table}
-
-    def forward() -> Tensor:
-        query = inputs.query.transpose(1, 2)
-        return _output(attention(query, pages.key_cache, pages.value_cache, **options)).transpose(1, 2)
 
     return Implementation(forward, inputs.leaves, inputs.grad_out)
 
@@ -128,7 +116,7 @@ FA3 = Peer(
     _build_fa3,
     package="fa3-fwd",
     forward_only=True,
-    features=("softcap", "pages"),
+    features=("softcap",),
     why_not=_why_not_fa3,
 )
 FA4 = Peer(

@@ -165,7 +165,7 @@ def test_gradients_are_refused(device: str) -> None:
     for name in ("query", "key_cache", "value_cache", "bias"):
         needing = {"bias": bias, **call._asdict()}
         needing[name] = needing[name].detach().clone().requires_grad_()
-        with pytest.raises(ArgumentError, match=f"{name} must not require a gradient.*sigmoid_attention_varlen"):
+        with pytest.raises(ArgumentError, match=f"{name} must not require a gradient.*varlen.bottom_right=True"):
             sigswap.sigmoid_attention_paged(**needing, enable_gqa=True)
         with torch.no_grad():
             sigswap.sigmoid_attention_paged(**needing, enable_gqa=True)
@@ -286,6 +286,14 @@ def test_argument_errors(changes: dict[str, Any], message: str) -> None:
     sigswap.sigmoid_attention_paged(**good)
     with pytest.raises(ArgumentError, match=message):
         sigswap.sigmoid_attention_paged(**(good | changes))
+
+
+@pytest.mark.parametrize("enable_gqa", [False, True])
+def test_caches_with_heads_before_the_keys_of_a_page_are_told_so(enable_gqa: bool) -> None:
+    call = paged([5, 3], [7, 6], page_size=8, heads_first=True)
+    as_kept = call._replace(key_cache=call.key_cache.transpose(1, 2), value_cache=call.value_cache.transpose(1, 2))
+    with pytest.raises(ArgumentError, match=r"key_cache has 8 heads, more than query's 4: .* \.transpose\(1, 2\)"):
+        run(as_kept, enable_gqa=enable_gqa)
 
 
 def numbers(*values: Any) -> Tensor:
