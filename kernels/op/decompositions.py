@@ -197,9 +197,11 @@ def _paged(
     places = block_table.shape[1] * key_cache.shape[1]
     sequence_k, column = (_count(size, query) for size in (block_table.shape[0], places))
     is_key = (column < cache_seqlens[:, None]).flatten()
-    pages = block_table.flatten().clamp(
-        0, key_cache.shape[0] - 1
-    )  # what is behind a sequence's last page is any number
+    if key_cache.shape[0] == 0:  # one page, of no keys
+        is_key = torch.zeros_like(is_key)
+        key_cache, value_cache = (cache.new_zeros((1, *cache.shape[1:])) for cache in (key_cache, value_cache))
+    # What is behind a sequence's last page is any number.
+    pages = block_table.flatten().clamp(0, key_cache.shape[0] - 1)
     # Where there is no key the cache may hold NaN, which times 0 would be NaN.
     key, value = (
         torch.where(is_key[:, None, None], cache[pages].flatten(0, 1), 0.0) for cache in (key_cache, value_cache)

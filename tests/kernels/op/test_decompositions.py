@@ -135,6 +135,13 @@ def test_paged(options: dict[str, Any]) -> None:
     torch.testing.assert_close(out, oracle(call, bias=bias, **options))
 
 
+def test_paged_without_a_page() -> None:
+    call = paged([2, 1], [0, 0], page_size=4)
+    empty = call._replace(key_cache=call.key_cache[:0], value_cache=call.value_cache[:0])
+    out = TABLE[OPS.sigmoid_attention_paged.default](*empty[:3], None, *empty[3:], scale=0.5, is_causal=True)
+    assert out.shape == (3, 4, 8) and (out == 0).all()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_draws_the_ops_numbers(packed: bool) -> None:
     """Of the op on a CPU, whose numbers are those of the kernels (tests/kernels/test_reference.py)."""
