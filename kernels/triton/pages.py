@@ -21,16 +21,20 @@ from sigswap.kernels.host.problem import MAX_PLANS, Packed, Problem
 KEYS = 64
 """Of a program."""
 
+STEP = 256
+"""Of the keys that there is room for, in each sequence: so the next chunk of a prefill seldom makes new plans."""
+
 
 def packed(problem: Problem) -> Problem:
     """The same problem with room for copies of all keys and values, one sequence behind the other; :func:`copy_pages`
-    fills it. A sequence is cut after as many keys as the longest one was said to have."""
+    fills it. A sequence is cut after as many keys as the longest one was said to have, up to a multiple of STEP."""
     pages = problem.pages
     assert pages is not None
-    room = pages.lengths.shape[0] * pages.longest_k
+    longest = triton.cdiv(pages.longest_k, STEP) * STEP
+    room = pages.lengths.shape[0] * longest
     key, value = (_room(tensor, room) for tensor in (problem.key, problem.value))
     ends = torch.zeros(pages.cu_q.shape, dtype=torch.int32, device=key.device)
-    sequences = Packed(pages.cu_q, ends, pages.longest_q, pages.longest_k)
+    sequences = Packed(pages.cu_q, ends, pages.longest_q, longest)
     return dataclasses.replace(problem, key=key, value=value, packed=sequences, pages=None)
 
 
@@ -38,9 +42,10 @@ def copy_pages(problem: Problem, into: Problem) -> None:
     """Fills the room that :func:`packed` made. Wrong numbers in the table lead to other pages."""
     pages, sequences = problem.pages, into.packed
     assert pages is not None and sequences is not None
-    torch.cumsum(pages.lengths.clamp(0, pages.longest_k), 0, dtype=torch.int32, out=sequences.cu_k[1:])
+    most = min(sequences.longest_k, pages.table.shape[1] * problem.key.shape[2])
+    torch.cumsum(pages.lengths.clamp(0, most), 0, dtype=torch.int32, out=sequences.cu_k[1:])
     for cache, target in ((problem.key, into.key), (problem.value, into.value)):
-        _launch(layout_of(cache), layout_of(target), layout_of(pages.table), pages.longest_k, cache.device)(
+        _launch(layout_of(cache), layout_of(target), layout_of(pages.table), sequences.longest_k, cache.device)(
             cache, target, pages.table, sequences.cu_k
         )
 
