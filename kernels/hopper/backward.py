@@ -14,7 +14,10 @@ makes that fast:
   keys, one tile late. Of heads of up to 64 columns it goes to a third warpgroup, for which there are registers then.
 - Of 65 to 96 columns, which are loaded as 128, 64 and 32 are multiplied.
 - The sums of dQ lie in memory as the registers of a matrix product hold them: each thread adds 16 bytes at a time,
-  without a way through shared memory, whose bandwidth is the bottleneck. A second kernel puts them in order.
+  without a way through shared memory, whose bandwidth is the bottleneck.
+- Of short sequences they are a ring in L2, and two warps of each program put them in order, as dQ, while the others are
+  at the next heads (:mod:`sigswap.kernels.hopper.backward_ring`). Else they are filled with zeros before, and a second
+  kernel puts them in order.
 - Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them. With a soft
   cap, which they are added to, they are read from shared memory where probabilities are computed.
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
@@ -49,7 +52,8 @@ from sigswap.kernels.hopper.backward_common import (
     takes,
     visible_keys,
 )
-from sigswap.kernels.hopper.backward_items import _KEYS, _PLACE, _STAGES, KEYS, load
+from sigswap.kernels.hopper.backward_items import _KEYS, _PLACE, _STAGES, KEYS, count_items, load
+from sigswap.kernels.hopper.backward_ring import CHUNK_ROWS, Chunks, Pieces, finish_tiles, ring_for
 from sigswap.kernels.hopper.backward_warps import add_queries, compute
 from sigswap.kernels.hopper.common import tiles_like
 from sigswap.kernels.hopper.grad_query import finish_columns_kernel, finish_kernel
@@ -120,12 +124,14 @@ def backward(problem: Problem) -> Gradients:
         bias = plan.rows.described(numbers)
     if plan.deltas is not None:
         delta = plan.deltas(problem)
+    ring = (None, None) if plan.chunks is None or plan.pieces is None else (plan.chunks(sums), plan.pieces(new_query))
     if bias is None:
-        plan.launch(*described, sums, parts, problem.bias, None, delta, items)
-        plan.finish(sums, new_query, None, items, tiles)
+        plan.launch(*described, sums, parts, problem.bias, None, delta, items, *ring)
     else:
-        plan.launch(*described, sums, None, bias, floor, delta, items)
-        plan.finish(sums, new_query, new_bias if parts is None else parts, items, tiles)
+        plan.launch(*described, sums, None, bias, floor, delta, items, *ring)
+    if plan.finish is not None:
+        of_rows = None if bias is None else new_bias if parts is None else parts
+        plan.finish(sums, new_query, of_rows, items, tiles)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
         plan.sum_parts(parts, new_bias)
@@ -145,7 +151,7 @@ def columns_of(signature: Signature) -> int:
 
 
 def programs_for(signature: Signature, items: int) -> int:
-    """As many as multiprocessors, or one for each item, which then finds none behind its own.
+    """As many as multiprocessors, or, where there is no ring, one for each item, which then finds none behind its own.
 
     Times of the latter / the former on an H200: 64 columns 1.16 (1,024, causal), 1.04 (4,096, causal), 1.03 to 1.06
     (4,096); 128 columns 1.03, 1.04, but without a band 0.95 to 1.0.
@@ -173,7 +179,12 @@ class _Plan(NamedTuple):
     launch: Launch
     sums: Layout
     """Of dQ, as the kernel adds it up."""
-    finish: Launch
+    chunks: Chunks | None
+    """Of those, where they are a ring."""
+    pieces: Pieces | None
+    """Of the gradient of query, then."""
+    finish: Launch | None
+    """Where they are no ring, but those of all rows."""
     rows: RowTiles | None
     """Where the bias tensor differs between rows; of packed sequences packed has them."""
     packed: _Packed | None
@@ -210,8 +221,16 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         tiles = most_tiles(signature)
         blocks = packed.items.most
     numbers = ROWS * (width + 1 if row_sums else width)
-    # Behind the last tile is the counter of items that are taken.
-    sums = contiguous_layout((batch * signature.heads * tiles + 1, numbers), torch.float32)
+    units = batch * signature.kv_heads
+    at_once = heads_at_once(signature, blocks, units) if packed is None else programs_at_once(signature)
+    count = min(blocks * units, limits_of(signature.device).multiprocessors)
+    ring = None if row_sums else ring_for(signature, width, units, at_once, blocks, count)
+    if ring is None:
+        count = programs_for(signature, blocks * units)
+    all_tiles = (units if ring is None else ring.in_turn * ring.turns) * (signature.heads // signature.kv_heads) * tiles
+    # Behind the last tile are counters.
+    counters = triton.cdiv(1 if ring is None else ring.counters, numbers)
+    sums = contiguous_layout((all_tiles + counters, numbers), torch.float32)
     sum_parts = parts = None
     if grad_bias is not None:
         # One of each row, or of each thread of the two warpgroups.
@@ -219,10 +238,11 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         if head_sums or grad_bias.shape != shape:
             sum_parts = Sum(grad_bias, shape, signature.device)
             parts = contiguous_layout(shape, torch.float32)
-    units = batch * signature.kv_heads
     arguments = signature.arguments() | {
         "units": units,
-        "at_once": heads_at_once(signature, blocks, units) if packed is None else programs_at_once(signature),
+        "at_once": at_once,
+        "in_turn": 0 if ring is None else ring.in_turn,
+        "turns": 0 if ring is None else ring.turns,
         "items": blocks,
         "all_tiles": tiles,
         "DIM": width,
@@ -245,23 +265,28 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         arguments |= {"stride_bias_b": 0, "stride_bias_h": int(packed.biases.layout.shape[1] > 1), "VISIBLE": False}
     if packed is not None and packed.deltas is not None:
         delta = packed.deltas.described
-    items, all_tiles = (None, None) if packed is None else (packed.items.layout, packed.items.tiles)
-    tensors = (*described, sums, parts if head_sums else None, bias, floor, delta, items)
-    count = programs_for(signature, blocks * units)
+    items, tiles_of_items = (None, None) if packed is None else (packed.items.layout, packed.items.tiles)
+    chunks, pieces = (None, None) if ring is None else (Chunks(all_tiles * numbers), Pieces(grad_query))
+    tensors = (
+        *described, sums, parts if head_sums else None, bias, floor, delta, items, chunks,
+        pieces,
+    )  # fmt: skip
     launch = Launch(_kernel, count, signature.device, tensors, arguments, num_warps=4)
+    if ring is not None:
+        return _Plan(described, deltas, launch, sums, chunks, pieces, None, rows, packed, sum_parts)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
     finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
-    of_tile, programs = finish_kernel, sums.shape[0] - 1
+    of_tile, programs = finish_kernel, all_tiles
     if apart or width == 96:  # not two halves
         columns = 64 if apart else 32
         of_tile, programs = finish_columns_kernel, programs * (width // columns)
         finish_arguments |= {"FIRST": 64, "COLUMNS": columns}
     finish_arguments |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
-    outputs = sums, grad_query, of_rows, items, all_tiles
+    outputs = sums, grad_query, of_rows, items, tiles_of_items
     warps = 4 if width == 96 else 8
     finish = Launch(of_tile, programs, signature.device, outputs, finish_arguments, num_warps=warps)
-    return _Plan(described, deltas, launch, sums, finish, rows, packed, sum_parts)
+    return _Plan(described, deltas, launch, sums, None, None, finish, rows, packed, sum_parts)
 
 
 def _packed_for(signature: Signature, row_delta: Layout | None) -> _Packed:
@@ -274,12 +299,13 @@ def _packed_for(signature: Signature, row_delta: Layout | None) -> _Packed:
 
 
 @gluon.jit(do_not_specialize=[
-    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once", "items",
-    "all_tiles", "softcap",
+    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "units", "at_once", "in_turn",
+    "turns", "items", "all_tiles", "softcap",
 ])  # fmt: skip
 def _kernel(
-    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, plan, stride_bias_b, stride_bias_h,
-    heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once, items, all_tiles, softcap,
+    q, k, v, do, dk, dv, sums, parts, bias, floor, delta, plan, chunks, dq,
+    stride_bias_b, stride_bias_h, heads, group, q_len, kv_len, left, right, scale, const_bias, units, at_once, in_turn,
+    turns, items, all_tiles, softcap,
     DIM: gl.constexpr, APART: gl.constexpr, VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr,
     ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr,
@@ -291,7 +317,7 @@ def _kernel(
     DIM: columns that are multiplied, 64, 96 or 128. APART: whether a warpgroup of its own adds up dQ.
     sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ all columns if APART; else the columns of one
     warpgroup, half of them or 64, then the others; if ROW_SUMS of each row the sum of dS behind them. Behind all tiles
-    is the counter of items that were taken, int32.
+    is the counter of items that were taken, int32. If there is dq, tiles of a ring, and all its counters.
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.
@@ -299,8 +325,10 @@ def _kernel(
     items: blocks of keys of a key head. all_tiles: of dQ of a head.
     plan: of packed sequences, in a GPU's memory for so many items; in the order of their tiles are bias, floor and
     delta.
+    chunks, dq: of a ring, its sums and dQ for the unit that copies tiles. in_turn, turns: see Ring.
     """
     PACKED: gl.constexpr = plan is not None
+    RING: gl.constexpr = dq is not None
     BUFFERS: gl.constexpr = 2 if APART else 1
     dtype: gl.constexpr = k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -337,6 +365,27 @@ def _kernel(
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, SUMMED], dtype)
         ones = gl.allocate_shared_memory(dtype, [1, 8, SUMMED], ones_layout)
         ones.index(0).store(gl.full([8, SUMMED], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+    if RING:
+        CHUNKS: gl.constexpr = 4 if APART else 2
+        first_chunks = gl.allocate_shared_memory(gl.float32, tiles_like(CHUNKS, chunks.block_type), chunks.layout)
+        second_chunks = gl.allocate_shared_memory(gl.float32, tiles_like(CHUNKS, chunks.block_type), chunks.layout)
+        zeros = gl.allocate_shared_memory(gl.float32, [CHUNK_ROWS, 256], chunks.layout)
+        zeros.store(gl.zeros([CHUNK_ROWS, 256], gl.float32, gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])))
+        first_results = gl.allocate_shared_memory(dtype, tiles_like(4, dq.block_type), dq.layout)
+        first_loaded = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], barrier)
+        second_results = gl.allocate_shared_memory(dtype, tiles_like(4, dq.block_type), dq.layout)
+        second_loaded = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], barrier)
+        for i in gl.static_range(CHUNKS):
+            mbarrier.init(first_loaded.index(i), 1)
+            mbarrier.init(second_loaded.index(i), 1)
+    else:
+        first_chunks: gl.constexpr = 0
+        first_results: gl.constexpr = 0
+        second_chunks: gl.constexpr = 0
+        second_results: gl.constexpr = 0
+        zeros: gl.constexpr = 0
+        first_loaded: gl.constexpr = 0
+        second_loaded: gl.constexpr = 0
     k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
@@ -349,7 +398,7 @@ def _kernel(
     for i in gl.static_range(BUFFERS):
         mbarrier.init(k_full.index(i), 1)
         mbarrier.init(v_full.index(i), 1)
-        mbarrier.init(kv_empty.index(i), 2)
+        mbarrier.init(kv_empty.index(i), 3 if RING else 2)
     for i in gl.static_range(_STAGES):
         mbarrier.init(full.index(i), 1)
         mbarrier.init(empty.index(i), 2)
@@ -363,11 +412,19 @@ def _kernel(
         empty, ds_full, ds_empty, keys_read, heads, group, items, all_tiles, q_len, kv_len, left, right,
         stride_bias_b, stride_bias_h, scale, const_bias, softcap if SOFTCAP else 0,
     )  # fmt: skip
-    counter = sums + (units * group).to(gl.int64) * all_tiles * (_ROWS * (DIM + 1 if ROW_SUMS else DIM))
+    units_of_sums = turns * in_turn if RING else units
+    counters = sums + (units_of_sums * group).to(gl.int64) * all_tiles * (_ROWS * (DIM + 1 if ROW_SUMS else DIM))
+    counters = counters.to(gl.pointer_type(gl.int32), bitcast=True)
     loading = (
         q, k, v, do, k_tiles, v_tiles, q_tiles, do_tiles, places, k_full, v_full, kv_empty, full, empty,
-        counter, items, units, at_once, heads, group, q_len, kv_len, left, right,
+        counters, items, units, at_once, in_turn, turns, heads, group, all_tiles, q_len, kv_len, left, right,
     )  # fmt: skip
+    counting = counters, places, k_full, kv_empty, keys_read, in_turn, heads // group
+    finishing = (
+        counters, units, in_turn, turns, items, heads, group, all_tiles, scale,
+    )  # fmt: skip
+    FIRST: gl.constexpr = 64  # columns of dQ that are added as one tile
+    # Who loads, who counts, and two that finish, are one warp each.
     if APART:
         gl.warp_specialize(
             [
@@ -382,16 +439,23 @@ def _kernel(
                     PACKED, P_SCALE, FORM, SLOW, SOFTCAP,
                 )),
                 (add_queries, (
-                    sums, k_tiles, ds_tiles, ones, places, k_full, ds_full, ds_empty, keys_read, heads, group,
-                    all_tiles, DIM, ROW_SUMS, PACKED, SOFTCAP,
+                    sums, k_tiles, ds_tiles, ones, places, k_full, ds_full, ds_empty, keys_read, group, all_tiles,
+                    DIM, ROW_SUMS, RING, SOFTCAP,
                 )),
                 (load, (
                     loading, plan, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas,
-                    HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, DELTA,
+                    HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, DELTA, RING,
+                )),
+                (count_items, (counting, RING)),
+                (finish_tiles, (
+                    finishing, chunks, dq, first_chunks, zeros, first_results, first_loaded, DIM, FIRST, RING
+                )),
+                (finish_tiles, (
+                    finishing, chunks, dq, second_chunks, zeros, second_results, second_loaded, DIM, FIRST, RING
                 )),
             ],
-            [4, 4, 1],
-            [200, 88, 24],
+            [4, 4, 1, 1, 1, 1],
+            [192, 88, 40, 40, 40, 40],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -408,9 +472,16 @@ def _kernel(
                 )),
                 (load, (
                     loading, plan, row_biases, row_tiles, row_stride_b, row_stride_h, of_delta, deltas,
-                    HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, DELTA,
+                    HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, BIAS_ROWS, DELTA, RING,
+                )),
+                (count_items, (counting, RING)),
+                (finish_tiles, (
+                    finishing, chunks, dq, first_chunks, zeros, first_results, first_loaded, DIM, FIRST, RING
+                )),
+                (finish_tiles, (
+                    finishing, chunks, dq, second_chunks, zeros, second_results, second_loaded, DIM, FIRST, RING
                 )),
             ],
-            [4, 1],
-            [240, 24],
+            [4, 1, 1, 1, 1],
+            [240, 24, 24, 24, 24],
         )  # fmt: skip

@@ -80,8 +80,8 @@ def _put(target, sums, factor, CUT: gl.constexpr):
 
 @gluon.jit
 def add_queries(
-    sums, k_tiles, ds_tiles, ones, places, k_full, ds_full, ds_empty, keys_read, heads, group, all_tiles,
-    DIM: gl.constexpr, ROW_SUMS: gl.constexpr, PACKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    sums, k_tiles, ds_tiles, ones, places, k_full, ds_full, ds_empty, keys_read, group, all_tiles,
+    DIM: gl.constexpr, ROW_SUMS: gl.constexpr, RING: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: dS times all keys, which is added to dQ in memory, and, without a soft cap, sums of rows of dS."""
     ROW_PRODUCT: gl.constexpr = ROW_SUMS and not SOFTCAP
@@ -101,9 +101,7 @@ def add_queries(
         keys = k_tiles.index(buffer).reshape([_KEYS, DIM])
         end = begin + span * _ROWS
         start = begin + 0
-        tile = (number_of(places, buffer, 4) * heads + head) * all_tiles + begin // _ROWS
-        if PACKED:
-            tile += number_of(places, buffer, 11)
+        tile = number_of(places, buffer, 5) + begin // _ROWS
         for _ in range(group * span):
             mbarrier.wait(ds_full.index(slot), phase)
             ds = ds_tiles.index(slot)
@@ -123,6 +121,8 @@ def add_queries(
             slot ^= 1
             if slot == 0:
                 phase ^= 1
+        if RING:
+            sync()  # whoever waits for the barrier relies on what all warps have added
         mbarrier.arrive(keys_read)
         buffer ^= 1
         if buffer == 0:
@@ -209,16 +209,15 @@ def compute(
         col0 = number_of(places, buffer, 3) + PART * HALF
         batch = number_of(places, buffer, 4)
         start = begin + 0
-        tile = (batch * heads + head) * all_tiles + begin // _ROWS
+        tile = number_of(places, buffer, 5) + begin // _ROWS
         rows_len = q_len
         keys_len = kv_len
         shift = kv_len - q_len if BOTTOM_RIGHT else 0
         if PACKED:
-            rows_len = number_of(places, buffer, 5)
-            keys_len = number_of(places, buffer, 6)
-            shift = number_of(places, buffer, 7)
-            first_tile = number_of(places, buffer, 11)
-            tile += first_tile
+            rows_len = number_of(places, buffer, 6)
+            keys_len = number_of(places, buffer, 7)
+            shift = number_of(places, buffer, 8)
+            first_tile = number_of(places, buffer, 12)
         zero = unknown_zero()
         keys = k_tiles.index(buffer + zero).reshape([_KEYS, WIDTH])
         values = v_tiles.index(buffer + zero).reshape([_KEYS, WIDTH])
@@ -313,7 +312,7 @@ def compute(
         sum_of_ds = gl.zeros([128], gl.float32, BY_THREAD)
         if SUMS:
             sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
-            block = number_of(places, buffer, 10) if PACKED else col0 // _KEYS
+            block = number_of(places, buffer, 11) if PACKED else col0 // _KEYS
             own_parts = parts + ((batch * heads + head).to(gl.int64) * blocks + block) * 256
         results = warpgroup_mma_wait(0, deps=dv_tokens + p_operands)
         dv_acc = results[:PIECES]
@@ -528,8 +527,8 @@ def compute(
         # The results go out by way of where keys and values lay.
         kv_head = number_of(places, buffer, 2)
         col0 = number_of(places, buffer, 3) + PART * HALF
-        k_batch = number_of(places, buffer, 8 if PACKED else 4)
-        stored_keys = number_of(places, buffer, 9) if PACKED else 0
+        k_batch = number_of(places, buffer, 9 if PACKED else 4)
+        stored_keys = number_of(places, buffer, 10) if PACKED else 0
         ROWS_AT: gl.constexpr = 3 if PACKED else 2
         _put(values.slice(PART * HALF, HALF, 0), dv_acc, 1.0 / P_SCALE, CUT)
         fence_async_shared()

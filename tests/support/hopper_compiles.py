@@ -56,6 +56,8 @@ def assert_products_in_flight(
         types["ds"] = f"tensordesc<{dtype}[{tiles['ds'][0]},{tiles['ds'][1]}],{of_ds!r}>"
     types |= dict.fromkeys(("sums", "parts", "bias", "floor", "sum_out"), "*fp32")
     types |= dict.fromkeys(("scale", "const_bias", "row_cap", "softcap"), "fp32")
+    of_dq = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=4)
+    types |= {"dq": f"tensordesc<{dtype}[1,1,16,16],{of_dq!r}>", "chunks": f"tensordesc<fp32[4,256],{of_rows!r}>"}
     types["delta"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
     if described_bias:
         types["bias"] = f"tensordesc<fp32[1,64],{of_rows!r}>"
@@ -115,6 +117,7 @@ def assert_backward_products_in_flight(
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
     absent |= {} if capped else {"delta": None}
+    absent |= {"dq": None, "chunks": None} if packed or bias == "rows" else {}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
     spilled = 32 if dim < 128 else 256 if bias else 128
     width = 64 if dim == 64 else 128

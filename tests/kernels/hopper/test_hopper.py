@@ -437,15 +437,16 @@ def test_which_tiles_the_forward_has(
 def test_how_many_columns_the_backward_multiplies(
     dim: int, value_dim: int, columns: int, launched: int, no_memory: None
 ) -> None:
-    """And how many programs put a tile of dQ in order."""
-    problem = problem_on_no_gpu(2048, dim, value_dim)
+    """And how many programs put a tile of dQ in order, where there is no ring."""
+    problem = problem_on_no_gpu(6144, dim, value_dim)
     assert hopper_bwd.supports(problem)
     assert hopper_bwd.columns_of(problem.signature) == columns
     assert problem.grad_out is not None
     grads = tuple(None if given is None else layout_of(given) for given in problem.inputs)
     plan = hopper_bwd._plan(problem.signature, layout_of(problem.grad_out), grads, None)
-    assert plan.sums.shape == (2 * 8 * 32 + 1, 64 * columns)  # and the counter of items
-    assert plan.finish._grid == (2 * 8 * 32 * launched, 1, 1)
+    assert plan.sums.shape == (2 * 8 * 96 + 1, 64 * columns)  # and the counter of items
+    assert plan.finish is not None
+    assert plan.finish._grid == (2 * 8 * 96 * launched, 1, 1)
 
 
 def test_which_narrow_heads_the_forward_supports(no_memory: None) -> None:
