@@ -32,7 +32,7 @@ The sums are added in no fixed order: two runs differ by rounding. ``torch.use_d
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -124,7 +124,9 @@ def backward(problem: Problem) -> Gradients:
         bias = plan.rows.described(numbers)
     if plan.deltas is not None:
         delta = plan.deltas(problem)
-    ring = (None, None) if plan.chunks is None or plan.pieces is None else (plan.chunks(sums), plan.pieces(new_query))
+    ring: tuple[Any, Any] = None, None
+    if plan.chunks is not None and plan.pieces is not None and new_query is not None:
+        ring = plan.chunks(sums), plan.pieces(new_query)
     if bias is None:
         plan.launch(*described, sums, parts, problem.bias, None, delta, items, *ring)
     else:
@@ -365,7 +367,15 @@ def _kernel(
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, SUMMED], dtype)
         ones = gl.allocate_shared_memory(dtype, [1, 8, SUMMED], ones_layout)
         ones.index(0).store(gl.full([8, SUMMED], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    if RING:
+    if not RING:
+        first_chunks: gl.constexpr = 0
+        first_results: gl.constexpr = 0
+        second_chunks: gl.constexpr = 0
+        second_results: gl.constexpr = 0
+        zeros: gl.constexpr = 0
+        first_loaded: gl.constexpr = 0
+        second_loaded: gl.constexpr = 0
+    else:
         CHUNKS: gl.constexpr = 4 if APART else 2
         first_chunks = gl.allocate_shared_memory(gl.float32, tiles_like(CHUNKS, chunks.block_type), chunks.layout)
         second_chunks = gl.allocate_shared_memory(gl.float32, tiles_like(CHUNKS, chunks.block_type), chunks.layout)
@@ -378,14 +388,6 @@ def _kernel(
         for i in gl.static_range(CHUNKS):
             mbarrier.init(first_loaded.index(i), 1)
             mbarrier.init(second_loaded.index(i), 1)
-    else:
-        first_chunks: gl.constexpr = 0
-        first_results: gl.constexpr = 0
-        second_chunks: gl.constexpr = 0
-        second_results: gl.constexpr = 0
-        zeros: gl.constexpr = 0
-        first_loaded: gl.constexpr = 0
-        second_loaded: gl.constexpr = 0
     k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)

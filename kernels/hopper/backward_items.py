@@ -113,7 +113,7 @@ def load(
             if RING:
                 wait_for_room(counters, unit // in_turn, turns, units, in_turn, group * all_tiles)
                 tile = first_tile(unit, turns, in_turn, group * all_tiles)
-            place = begin, span, kv_head, col0, batch, tile
+            place = begin, span, kv_head, col0, batch, tile  # type: ignore[assignment]
             number_batch = batch
             first_row = 0
             k_batch = batch
