@@ -239,8 +239,8 @@ def compare(
 
     Raises:
         NotConvertedError: ``model`` is not converted.
-        ArgumentError: an argument is not as above, ``original`` is another model, or a sequence is longer than the
-            model's positions.
+        ArgumentError: an argument is not as above, ``original`` is another model, a model is on the meta device, or a
+            sequence is longer than the model's positions.
         CalibrationError: a model fails on a batch, or the two give outputs of different shapes.
     """
     check_flag("allow_code", allow_code)

@@ -1,4 +1,4 @@
-"""Every exception that sigswap raises. A leaf module: it imports nothing of sigswap's.
+"""Every exception that sigswap raises, and a warning. A leaf module: it imports nothing of sigswap's.
 
 An error says what is wrong (``message``), which argument is at fault (``argument``) and what to do about it (``hint``).
 ``str(error)`` writes arguments as Python does; the command line writes the same data with the names of its options.
@@ -121,6 +121,14 @@ class CalibrationError(SigswapError, RuntimeError):
 
 class CheckpointError(SigswapError, RuntimeError):
     """A directory could not be saved to or loaded from."""
+
+
+class CheckpointWarning(UserWarning):
+    """What ``save_pretrained`` of a converted model has saved cannot be loaded; the message says what to do.
+
+    A warning, so that it does not end a Trainer that saves in mid-training. To have it raised before anything is
+    written: ``warnings.simplefilter("error", sigswap.errors.CheckpointWarning)``.
+    """
 
 
 class UndoError(SigswapError, RuntimeError):

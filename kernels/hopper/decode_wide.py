@@ -43,7 +43,8 @@ ROWS, KEYS = 64, 64
 """Of a tile of scores."""
 
 HALF, REST = WIDEST_VALUE_DIM // 2, WIDEST_HEAD_DIM - WIDEST_VALUE_DIM
-"""Channels of the parts of a key: two halves that are a value, and the rest."""
+"""Channels of the parts of a key: two halves that are a value, and the rest. A tile of the rest is as large as one of
+probabilities, which take its place."""
 
 WORTH_A_CALL = 1 << 26
 """Bytes of keys. In compiled code fewer are left to kernels that inductor launches itself: this one it cannot, and the
@@ -259,12 +260,6 @@ def _query_rows(q, stride_h, stride_n, first, group, q_len, kv_head, layout: gl.
 
 
 @gluon.jit
-def _partial_sums(p):
-    """Of each row four numbers: the sums of what each of four threads has of it."""
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _add_own(sums, p_operand, k_halves, half_empty, rest_empty, PART: gl.constexpr):
     """The part in the output of the tile whose probabilities this warpgroup has."""
     HALF: gl.constexpr = 2 * PART + PART
@@ -383,7 +378,7 @@ def _attend(
                 x = gl.where(key[None, :] >= (row + shift - left)[:, None], x, float("-inf"))
         p = sigmoid(x, fast, FORM, SLOW, False, False)
         if SUMS:
-            partial_sums += gl.convert_layout(gl.sum(_partial_sums(p), 1), partial_sums.type.layout)
+            partial_sums += gl.sum(p, 1)
         rounded = (p * P_SCALE).to(dtype)
         _flat(k_rests, PART).store(rounded)
         p_operand = gl.convert_layout(rounded, gl.DotOperandLayout(0, of_out, 2))

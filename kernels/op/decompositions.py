@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from sigswap.kernels.host.blocks import BLOCK, HEADER, Blocks, all_blocks_of
 from sigswap.kernels.host.layout import by_rows, heads_first
 from sigswap.kernels.host.problem import Options
 from sigswap.kernels.op.dense import composed_probs
@@ -55,8 +56,14 @@ def decompositions() -> Decompositions:
     found: Decompositions = {
         ops.sigmoid_probs.default: composed_probs,
         ops.first_token_bias.default: composed_bias,
+        ops.mask_blocks.default: all_blocks_of,
     }
-    for name, call in (("sigmoid_attention", _dense), ("sigmoid_attention_varlen", _packed)):
+    calls: dict[str, Callable[..., _Call]] = {
+        "sigmoid_attention": _dense,
+        "sigmoid_attention_blocks": _under_blocks,
+        "sigmoid_attention_varlen": _packed,
+    }
+    for name, call in calls.items():
         packed = name.endswith("varlen")
         found[getattr(ops, name).default] = _forward(call, packed, sums=False)
         found[getattr(ops, f"{name}_sums").default] = _forward(call, packed, sums=True)
@@ -150,6 +157,29 @@ def _dense(
         first = (_count(batch, query)[:, None] * query.shape[1] + _count(query.shape[1], query))[..., None, None]
         draws = first * rows + row, column
     return _call(options, query, key, value, bias, seen, added, _kept(seed, draws, options, query))
+
+
+def _under_blocks(
+    options: Options, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *blocks: Tensor
+) -> _Call:
+    seen = _seen_in(Blocks(*blocks), query.shape[2], key.shape[2])
+    return _call(options, query, key, value, bias, seen, None, None)
+
+
+def _seen_in(blocks: Blocks, rows: int, keys: int) -> Tensor:
+    """:func:`sigswap.kernels.host.blocks.dense_mask`, of which no size depends on what is in the lists."""
+    lists = blocks.rows
+    count = (lists.shape[3] - HEADER) // 2
+    order, place = lists[..., HEADER : HEADER + count].long(), lists[..., HEADER + count :].long()
+    number = _count(count, lists).expand_as(order)
+    at = torch.zeros_like(order).scatter(-1, order, number)  # where in its list each block of keys is
+    fulls, listed = lists[..., :1], lists[..., :1] + lists[..., 1:2]
+    full, mixed = at < fulls, (at >= fulls) & (at < listed)
+    bits = blocks.row_bits[place.gather(-1, at)].unsqueeze(-1)  # of the other blocks they are any
+    powers = torch.pow(2, _count(32, bits))  # int64: 2^31 is no int32
+    tiles = ((bits & powers) != 0).flatten(-2) & mixed[..., None, None] | full[..., None, None]
+    seen = tiles.transpose(3, 4).reshape(*lists.shape[:3], -1, count * BLOCK).flatten(2, 3)
+    return seen[:, :, :rows, :keys]
 
 
 def _packed(

@@ -100,6 +100,24 @@ def offloads_inner_modules(module: nn.Module) -> bool:
     return any(_offloads(hook) and hook.place_submodules for hook in _hooks(module))
 
 
+def without_values(model: nn.Module) -> str | None:
+    """The name of a parameter of ``model`` that is on the meta device also while its module runs; None if none is."""
+    brought: set[nn.Module] = set()
+    for module in model.modules():
+        if offloads_inner_modules(module):
+            brought.update(module.modules())
+        elif any(_offloads(hook) for hook in _hooks(module)):
+            brought.add(module)
+    for path, module in model.named_modules():
+        if module in brought:
+            continue
+        name: str
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.is_meta:
+                return name
+    return None
+
+
 def bring_parameters(state: nn.Module) -> None:
     """The same for what a converted module carries, where accelerate has come after the conversion: few as they are,
     its parameters stay where they are used, for its parts are not called, and nothing would bring them.

@@ -29,12 +29,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.keeping import thread_state
-from sigswap.conversion.record import Conversion, conversion_of, is_converted, owners_of, part_to_pass
+from sigswap.conversion.record import Conversion, conversion_of, is_converted, part_to_pass
 from sigswap.conversion.wrappers import check_module, spread_parameter, wrappers_of
 from sigswap.distributed.ranks import SAVE, Ranks
 from sigswap.errors import ArgumentError, CheckpointError, Hint, NotConvertedError, SigswapError, check_flag
 from sigswap.optional import require
-from sigswap.saving import marks, model_card, remote_code, schema, sources, transformers_hook, weights
+from sigswap.saving import marks, model_card, remote_code, schema, sources, transformers_hook, unloadable, weights
 from sigswap.saving.factories import (
     built_on_meta,
     check_buffers,
@@ -45,7 +45,6 @@ from sigswap.saving.factories import (
 )
 from sigswap.saving.gathered import Gathered
 from sigswap.saving.rebuilt import Difference, from_json, to_json
-from sigswap.saving.reparametrized import check_names
 from sigswap.saving.replacing import directory_at, leftovers, recover_hint, replace_files, warn_of_leftovers
 from sigswap.transaction import Transaction
 from sigswap.version import __version__
@@ -155,13 +154,7 @@ def _writing(
             argument="model",
             hint=Hint("Call sigswap.convert(model) before sigswap.save."),
         )
-    planned = {owner.path for owner in conversion_of(model).owners}
-    for path in owners_of(model):
-        if path not in planned:
-            raise CheckpointError(
-                f"{path} is a converted module that was not there when the model was converted (a copy, say).",
-                hint=Hint("Keep the state_dict, revert and convert the model, and load the state_dict into it again."),
-            )
+    unloadable.check_copies(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and not _fetches_offloaded(model):
             raise CheckpointError(
@@ -184,7 +177,7 @@ def _writing(
             )
         if with_code:
             remote_code.check(model)
-        check_names(model)
+        unloadable.check_names(model)
         _check_shard_size(max_shard_size)
         for part in _parts(processor):
             if not callable(getattr(part, "save_pretrained", None)):

@@ -19,13 +19,14 @@ from torch import nn
 from sigswap import files
 from sigswap.conversion.record import Conversion, conversion_of, is_converted
 from sigswap.errors import CheckpointError, Hint
-from sigswap.saving import quantized, schema, weights
+from sigswap.saving import quantized, schema, unloadable, weights
 from sigswap.saving.weights import Stored
 from sigswap.transaction import Transaction
 from sigswap.version import __version__
 
 METHOD = "sigswap"
-_SUMMED = ("attn_implementation", "conversion", "quantized")  # the last one only of what is quantized, too
+_SUMMED = ("attn_implementation", "conversion", "quantized", unloadable.COPIED, unloadable.REPARAMETRIZED)
+"""The last three only of what is so."""
 _WEIGHTS = "model.safetensors"
 # What transformers and others change in a config.json without that the model is another one, and the marks themselves.
 _NOT_SUMMED = (
@@ -136,6 +137,7 @@ def marks_of(model: nn.Module) -> dict[str, Any] | None:
     fields: dict[str, Any] = {
         "attn_implementation": {path: part._attn_implementation for path, part in config_parts(config)},
         "conversion": conversion_of(model).to_dict(),
+        **unloadable.marks_for(model),
     }
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not _is_unpacked_gguf(model):

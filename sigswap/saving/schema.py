@@ -19,6 +19,7 @@ from sigswap.config import SigmoidConfig
 from sigswap.conversion.record import Conversion
 from sigswap.conversion.state import NOT_ATTENTION
 from sigswap.errors import CheckpointError, ConfigError, Hint
+from sigswap.saving import unloadable
 from sigswap.saving.quantized import METHODS
 
 FORMAT = 1
@@ -424,6 +425,8 @@ MARKS = record(
         "config_checksums": mapping(text),
         "weights": mapping(text),
         "quantized": record({"quant_method": one_of(*METHODS)}, open=True),
+        unloadable.COPIED: array(text),
+        unloadable.REPARAMETRIZED: array(text),
     },
     open=True,  # transformers may add to it
 )

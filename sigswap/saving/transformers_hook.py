@@ -36,7 +36,7 @@ from sigswap.conversion.record import Conversion, is_converted
 from sigswap.conversion.state import OwnerState
 from sigswap.distributed.heads import check_even, with_heads
 from sigswap.errors import CheckpointError, Hint
-from sigswap.saving import peft_hook, quantized
+from sigswap.saving import peft_hook, quantized, unloadable
 from sigswap.saving.marks import (
     METHOD,
     QUANTIZATION_MARKS,
@@ -220,6 +220,7 @@ def _choose_attention(stored: Any, config: Any) -> Any:
 def _convert(stored: Any, model: Any, files: Any, *, quantized: bool = False) -> None:
     """Converts a ``model`` without data, whose weights in ``files`` may be quantized. Raises CheckpointError."""
     conversion = Conversion.from_dict(stored.conversion)
+    unloadable.check_marks(vars(stored), model, with_weights=True)
     apply_conversion(model, rebased(conversion, model))
     check_files(model, files, quantized=quantized)
     if getattr(model, "_tp_plan", None):  # which transformers applies next, if it is asked to
@@ -263,6 +264,8 @@ def _wrap(model_class: Any) -> None:
         entry = marks_of(model) if isinstance(model, nn.Module) else None
         if model is None or entry is None:
             return save_pretrained(*args, **kwargs)
+        if not getattr(model, "_hf_peft_config_loaded", False):  # of which adapters alone are saved
+            unloadable.warn_of(entry, stacklevel=2)
         with without_gguf_marks(model), marked_config(model.config, entry), peft_hook.marked(model):
             return save_pretrained(*args, **kwargs)
 
@@ -318,6 +321,7 @@ def _wrap_from_config(model_class: Any) -> None:
         for _, part in config_parts(config):
             vars(part).pop("quantization_config", None)
         model = from_config(args[0], **{**kwargs, "config": config})
+        unloadable.check_marks(vars(stored), model, with_weights=False)
         return apply_conversion(model, rebased(Conversion.from_dict(stored.conversion), model))
 
     model_class._from_config = classmethod(converting_from_config)

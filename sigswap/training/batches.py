@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import as_call
 from sigswap.conversion.keeping import hook
@@ -49,6 +50,17 @@ class _Calls:
             return len(self.batches)  # type: ignore[arg-type]
         except Exception as error:  # streams say it in many ways
             raise TypeError("no length is known") from error
+
+
+def check_values(model: nn.Module, argument: str = "model") -> None:
+    """Raises ArgumentError if ``model`` is on the meta device, unless accelerate brings its weights when it runs."""
+    name = accelerate_hooks.without_values(model)
+    if name is not None:
+        raise ArgumentError(
+            f"{{argument}} has no values to run on: {name} is on the meta device.",
+            argument=argument,
+            hint=Hint("Load its weights first (from_pretrained, or to_empty and load_state_dict)."),
+        )
 
 
 def gone() -> ArgumentError:

@@ -30,7 +30,7 @@ from sigswap.distributed.heads import DividedHeads, divided_heads
 from sigswap.distributed.ranks import CALIBRATION, Ranks
 from sigswap.distributed.shards import reshard
 from sigswap.errors import ArgumentError, CalibrationError, Hint
-from sigswap.training.batches import as_calls, call_model, gone, main_output, progress_bar
+from sigswap.training.batches import as_calls, call_model, check_values, gone, main_output, progress_bar
 from sigswap.training.calibration_report import CalibrationReport, SiteExclusion, SiteRanking
 from sigswap.training.fit import SiteFit, fit_channels, fit_norms
 from sigswap.training.language import check_length
@@ -122,6 +122,7 @@ def calibrate(
     reshard(model)
     part, model = unwrapped(model), runnable(model)
     states, heads = _calibratable(part), divided_heads(part)
+    check_values(part)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ArgumentError(f"{{argument}} must be a number of steps, 0 or more, not {refine!r}.", argument="refine")
     Lookups.of(lookups)
@@ -225,6 +226,7 @@ def rank_sites(model: nn.Module, batches: Any, *, progress: bool = True) -> Site
     """
     model = runnable(model)
     states = owners_of(model)
+    check_values(model)
     calls = list(as_calls(batches))
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)

@@ -22,7 +22,7 @@ from sigswap.conversion.recording import Inputs
 from sigswap.conversion.wrappers import runnable
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.training import lookups
-from sigswap.training.batches import as_calls, call_model, main_output, outputs_of, progress_bar
+from sigswap.training.batches import as_calls, call_model, check_values, main_output, outputs_of, progress_bar
 from sigswap.training.comparison_report import (
     Comparison,
     DistanceMeasure,
@@ -70,6 +70,9 @@ def compare_models(
     """See :func:`sigswap.compare`, which also opens an original that is saved."""
     model, original = runnable(model), None if original is None else runnable(original, "original")
     states = owners_of(model)
+    check_values(model)
+    if original is not None:
+        check_values(original, "original")
     check_seed(seed)
     for name, value in (("max_length", max_length), ("sequences", sequences)):
         if value is None and name == "max_length":

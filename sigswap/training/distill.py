@@ -23,7 +23,7 @@ from sigswap.conversion.wrappers import check_module, check_undistributed, runna
 from sigswap.distributed.shards import fully_sharded, reshard
 from sigswap.errors import ArgumentError, CalibrationError, Hint, check_flag
 from sigswap.training import compiled
-from sigswap.training.batches import as_calls, gone, progress_bar
+from sigswap.training.batches import as_calls, check_values, gone, progress_bar
 from sigswap.training.distillation_report import DistillationReport
 from sigswap.training.language import check_length
 from sigswap.training.lesson import Lesson
@@ -201,6 +201,9 @@ def distill(
     model, teacher = runnable(model), None if teacher is None else runnable(teacher, "teacher")
     reshard(model)
     states = owners_of(model)
+    check_values(model)
+    if teacher is not None:
+        check_values(teacher, "teacher")
     among = together(model, group)
     source = model if teacher is None else teacher
     missing = [path for path in states if not _has(source, path)]

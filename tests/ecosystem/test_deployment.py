@@ -134,6 +134,48 @@ def test_onnx_without_decompositions() -> None:
     assert "sigswap.sigmoid_attention" in str(caught.value.__cause__ or caught.value)
 
 
+class Documents(nn.Module):
+    """Attention of three documents one behind the other, by a mask by blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of = torch.tensor([0] * 130 + [1] * 60 + [2] * 110)
+        self.mask = sigswap.BlockMask.from_mask(self.of[:, None] == self.of)
+
+    def forward(self, query: Tensor) -> Tensor:
+        return sigswap.sigmoid_attention(query, query, query, block_mask=self.mask)
+
+    def expected(self, query: Tensor) -> Tensor:
+        """One document after another, in float64."""
+        parts = []
+        for each in range(3):
+            own = query[:, :, self.of == each].double()
+            scores = own @ own.mT / query.shape[-1] ** 0.5
+            parts.append(torch.sigmoid(scores - torch.tensor(own.shape[2]).double().log()) @ own)
+        return torch.cat(parts, 2).float()
+
+
+@pytest.mark.slow
+def test_a_mask_by_blocks() -> None:
+    """torch.export and torch.onnx.export of attention under a `sigswap.BlockMask`: core ATen, with a dynamic batch"""
+    model, table = Documents(), {**torch.export.default_decompositions(), **sigswap.decompositions()}
+    query = torch.randn(2, 3, 300, 8)
+    program = torch.export.export(model, (query,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
+    program = program.run_decompositions(table)
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.returns:
+            assert node.target.namespace == "aten" and torch.Tag.core in node.target.tags, node
+    query = torch.randn(5, 3, 300, 8)
+    equal(program.module()(query), model.expected(query))
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = io.BytesIO()
+    torch.onnx.export(program, dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    [out] = session.run(None, {session.get_inputs()[0].name: query.numpy()})
+    equal(out, model.expected(query))
+
+
 PACKAGE = """
 import sys
 import torch

@@ -1,4 +1,5 @@
-"""Batches that cannot be counted, or gone through but once."""
+"""What calibration, ranking, distillation and comparison share: batches that cannot be counted, or gone through but
+once; models without values."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import sigswap
-from sigswap.errors import ArgumentError
+from sigswap.errors import ArgumentError, CalibrationError
 
 X = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
 
@@ -71,6 +72,46 @@ def test_batches_without_a_length_are_as_a_list_of_them(call: str) -> None:
     assert results[0] == results[1] == results[2]
     for model in models[1:]:
         assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("call", ["distill", "compare", "rank_sites"])
+def test_a_model_on_the_meta_device_is_an_error_that_says_so(call: str) -> None:
+    no_values = r"model has no values to run on: 0\.qkv\.weight is on the meta device\. Load its weights first"
+    with pytest.raises(ArgumentError, match=no_values):
+        CALLS[call](converted().to("meta"), [X])
+    assert str(CALLS[call](converted(), [X]))
+
+
+def test_a_model_whose_base_weights_alone_are_on_the_meta_device_is_not_calibrated() -> None:
+    model: Any = converted()
+    model[0].qkv.to("meta")
+    with pytest.raises(ArgumentError, match=r"model has no values to run on: 0\.qkv\.weight"):
+        sigswap.calibrate(model, X, progress=False)
+    with pytest.raises(CalibrationError, match="on the meta device"):
+        sigswap.calibrate(model.to("meta"), X, progress=False)
+
+
+def test_an_original_and_a_teacher_on_the_meta_device() -> None:
+    model, plain = converted(), nn.Sequential(Attention()).eval().to("meta")
+    with pytest.raises(ArgumentError, match=r"original has no values to run on: 0\.qkv\.weight"):
+        sigswap.compare(model, plain, [X], progress=False)
+    with pytest.raises(ArgumentError, match=r"teacher has no values to run on: 0\.qkv\.weight"):
+        sigswap.distill(model, plain, [X], steps=1, progress=False)
+
+
+def test_without_batches_a_model_on_the_meta_device_is_the_same_error() -> None:
+    with pytest.raises(ArgumentError, match=r"model has no values to run on: 0\.qkv\.weight"):
+        sigswap.compare(converted().to("meta"), progress=False)
+
+
+@pytest.mark.parametrize("part", ["the model", "a layer"])
+def test_weights_that_accelerate_brings_are_values(part: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = sigswap.compare(converted(), None, [X], progress=False)
+    model: Any = converted()
+    accelerate.cpu_offload(model if part == "the model" else model[0].qkv, execution_device="cpu")
+    assert model[0].qkv.weight.is_meta
+    assert sigswap.compare(model, None, [X], progress=False) == expected
 
 
 @pytest.mark.parametrize("call", ["calibrate", "distill"])

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from h100 import pretended
-from torch import Tensor
 from wide_heads import assert_forward_no_worse, assert_no_worse
 
 try:
@@ -55,7 +54,7 @@ def test_it_compiles_with_its_products_in_flight(
     )
     pointers = {"q": f"*{dtype}", "out": "*fp32"}
     rows: dict[str, int | tuple[int, int]] = {"k": (64, 256), "k_rest": (64, 64)}
-    # The second warpgroup keeps places in shared memory there.
+    # What is spilled are places in shared memory, by the second warpgroup.
     assert_products_in_flight(decode_wide._kernel, rows, 0, dtype, 320, tmp_path, pointers=pointers, **constants)
 
 
@@ -68,9 +67,10 @@ def test_tritons_kernel_spills_no_registers_of_few_heads(heads: int, tmp_path: P
     assert triton_wide.shares_memory(problem)
     launch = triton_wide._plan(problem.signature, True, False, None).launch
     names = triton_wide._kernel.arg_names
-    types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*fp32"} | dict.fromkeys(names[8:], "i32")
-    constants: dict[str, Any] = {name: None for name in names[:8] if name not in types}
-    constants |= {name: value for name, value in zip(names[8:], launch._rest, strict=True) if name.isupper()}
+    first = names.index("stride_split")  # before it are tensors
+    types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*fp32"} | dict.fromkeys(names[first:], "i32")
+    constants: dict[str, Any] = {name: None for name in names[:first] if name not in types}
+    constants |= {name: value for name, value in zip(names[first:], launch._rest, strict=True) if name.isupper()}
     types |= dict.fromkeys(("scale", "softcap", "const_bias", "row_cap"), "fp32") | dict.fromkeys(
         constants, "constexpr"
     )
@@ -83,7 +83,8 @@ def test_tritons_kernel_spills_no_registers_of_few_heads(heads: int, tmp_path: P
     assert_compiles(source, launch._options, 0, tmp_path)
 
 
-def test_every_other_channel_of_what_key_is_of_is_no_view_of_key() -> None:
+def test_a_value_of_every_other_channel_is_no_view_of_key() -> None:
+    """Not even if it begins where key does, and has its strides but for the last one."""
     query, cache = torch.zeros(1, 64, 1, 576).bfloat16(), torch.zeros(1, 1, 256, 1152).bfloat16()
     for value, chosen in ((cache[..., :512], decode_wide), (cache[..., :1024:2], triton_wide)):
         problem = Problem(query, cache[..., :576], value, None, None, None, Options(576**-0.5))
@@ -163,16 +164,10 @@ def test_many_new_tokens(heads: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_a_copied_value_goes_to_another_kernel() -> None:
-    """The choice is kept for problems that are equal but for where value lies."""
-    query, key = torch.randn(1, 64, 1, 576, device="cuda").bfloat16(), torch.randn(1, 1, 700, 576, device="cuda")
-    key = key.bfloat16()
-    other = torch.randn_like(key)
-
-    def out(value: Tensor) -> Tensor:
-        problem = Problem(query, key, value, None, None, None, Options(576**-0.5))
-        result = dispatch.forward(problem)
-        assert_no_worse(result, problem)
-        return result
-
-    for value in (key, other, key):
-        out(value[..., :512])
+    """The choice that is kept for one is not taken for another that differs in where value lies alone."""
+    query = torch.randn(1, 64, 1, 576, device="cuda").bfloat16()
+    key, other = torch.randn(2, 1, 1, 700, 576, device="cuda").bfloat16()
+    for memory, kernel in ((key, decode_wide), (other, triton_wide), (key, decode_wide)):
+        problem = Problem(query, key, memory[..., :512], None, None, None, Options(576**-0.5))
+        assert dispatch.chosen(dispatch.FORWARD, problem) is kernel
+        assert_no_worse(dispatch.forward(problem), problem)

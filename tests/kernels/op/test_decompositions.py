@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sigswap
+from sigswap.kernels.host.blocks import Blocks, blocks_of
+from sigswap.kernels.op.blocks import sigmoid_attention_blocks
+from sigswap.kernels.op.mask_blocks import blocks_of_mask
 
 OPS = torch.ops.sigswap
 TABLE = sigswap.decompositions()
@@ -103,6 +106,76 @@ def test_dense(options: str, mask: str) -> None:
         grads = TABLE[OPS.sigmoid_attention_backward.default](grad, *inputs, None, needed, **chosen)
         theirs = torch.autograd.grad(expected, [x for x, need in zip(leaves, needed, strict=True) if need], grad)  # type: ignore[arg-type]
         torch.testing.assert_close([x for x, need in zip(grads, needed, strict=True) if need], list(theirs))
+
+
+def mask_in_blocks(batch: int, heads: int) -> tuple[Tensor, Blocks]:
+    """Bool [batch, heads, 140, 300], of 2 by 3 blocks: all three kinds in another order in each, with rows that see
+    nothing."""
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand(batch, heads, 140, 300, generator=generator) > 0.6
+    for number, part in enumerate(mask.flatten(0, 1)):
+        for step, what in ((0, False), (1, True)):
+            first = 128 * ((number + step) % 3)
+            part[:128, first : first + 128] = what
+            first = 128 * ((number - step) % 3)
+            part[128:, first : first + 128] = what
+    mask[:, :, 3] = False
+    return mask, blocks_of(tuple(mask.shape), lambda first, last: mask[:, :, first:last], mask.device)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
+@pytest.mark.parametrize("options", ["plain", "soft cap", "row cap"])
+def test_under_a_mask_by_blocks(options: str, sizes: tuple[int, int]) -> None:
+    chosen = {"scale": 0.4, **OPTIONS[options]}
+    query, key = torch.randn(2, 4, 140, 8, dtype=torch.float64), torch.randn(2, 2, 300, 8, dtype=torch.float64)
+    value = torch.randn(2, 2, 300, 3, dtype=torch.float64)
+    mask, blocks = mask_in_blocks(*sizes)
+    for rows in (1, 140):
+        bias = torch.randn(1, 4, rows, 1, dtype=torch.float64)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, bias)]
+        expected, sums = definition(*leaves, mask.expand(2, -1, -1, -1), **chosen)
+        inputs = (query, key, value, bias, *blocks)
+        ours = TABLE[OPS.sigmoid_attention_blocks_sums.default](*inputs, **chosen)
+        torch.testing.assert_close(ours, (expected, sums))
+        torch.testing.assert_close(TABLE[OPS.sigmoid_attention_blocks.default](*inputs, **chosen), expected)
+        if "row_cap" in chosen:
+            continue  # autograd undoes the division first
+        grad = torch.randn_like(expected)
+        grads = TABLE[OPS.sigmoid_attention_blocks_backward.default](grad, *inputs, [True] * 4, **chosen)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad))
+
+
+def test_a_mask_by_blocks_that_are_all_full_or_empty() -> None:
+    """The bits, of which there is one block at least, are of none of them."""
+    query = torch.randn(1, 2, 256, 8, dtype=torch.float64)
+    block = torch.arange(256) // 128
+    mask = (block[:, None] >= block)[None, None]
+    blocks = blocks_of((1, 1, 256, 256), lambda first, last: mask[:, :, first:last], mask.device)
+    assert not blocks.row_bits.any()
+    out = TABLE[OPS.sigmoid_attention_blocks.default](query, query, query, None, *blocks, scale=0.4)
+    torch.testing.assert_close(out, definition(query, query, query, None, mask, scale=0.4)[0])
+
+
+def test_blocks_of_a_mask_and_what_differentiates_attention_under_them_are_written_out() -> None:
+    """mask_blocks, forward and backward with a row cap, by AOTAutograd's table, of symbolic sizes."""
+
+    def run(query: Tensor, mask: Tensor) -> Tensor:
+        return sigmoid_attention_blocks(query, query, query, None, blocks_of_mask(mask), scale=0.4, row_cap=0.8)
+
+    def loss_and_grads(query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        out = run(query, mask)
+        return (out, *torch.autograd.grad(out.square().sum(), query))
+
+    def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        query = torch.randn(batch, 2, length, 8, dtype=torch.float64, requires_grad=True)
+        return query, torch.rand(batch, 1, length, length) > 0.3
+
+    graph = make_fx(loss_and_grads, decomposition_table=TABLE, tracing_mode="symbolic")(*inputs(3, 140))
+    assert "sigswap" not in graph.code
+    query, mask = inputs(2, 270)
+    expected, _ = definition(query, query, query, None, mask, scale=0.4, row_cap=0.8)
+    (grad,) = torch.autograd.grad(expected.square().sum(), query)
+    torch.testing.assert_close(graph(query, mask), (expected, grad))
 
 
 @pytest.mark.parametrize("options", ["plain", "decoding", "window"])

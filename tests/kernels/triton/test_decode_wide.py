@@ -9,11 +9,12 @@ import dataclasses
 import functools
 import os
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from h100 import pretended
 from in_interpreter import run_interpreted
 from torch import Tensor
 from wide_heads import assert_forward_no_worse, assert_no_worse, straightforward
@@ -142,12 +143,10 @@ def test_which_values_share_memory_with_keys() -> None:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_gpu() -> Iterator[None]:
     """As far as the choice of a kernel goes."""
-    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(dispatch, "_usable", dispatch._usable.__wrapped__)
+    with pretended():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -171,12 +170,12 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("on_a_gpu")
-def test_which_widths_it_is_chosen_for(widths: tuple[int, int], more: dict[str, Any], expected: str) -> None:
-    dtype, shared = more.pop("dtype", torch.bfloat16), more.pop("shared", False)
-    sizes = (more.pop("heads", 33), 1), (1, 600)
-    query, key = (torch.empty(1, heads, rows, widths[0], dtype=dtype) for heads, rows in sizes)
+def test_which_kernel_takes_wide_heads(widths: tuple[int, int], more: dict[str, Any], expected: str) -> None:
+    given = {"heads": 33, "dtype": torch.bfloat16, "shared": False} | more
+    heads, dtype, shared = (given.pop(name) for name in ("heads", "dtype", "shared"))
+    query, key = (torch.empty(1, *sizes, widths[0], dtype=dtype) for sizes in ((heads, 1), (1, 600)))
     value = key[..., : widths[1]] if shared else torch.empty(1, 1, 600, widths[1], dtype=dtype)
-    problem = Problem(query, key, value, None, None, None, Options(0.1, **more))
+    problem = Problem(query, key, value, None, None, None, Options(0.1, **given))
     assert dispatch.chosen(dispatch.FORWARD, problem).__name__ == f"sigswap.kernels.{expected}"
 
 

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from sigswap.kernels import dispatch
 from sigswap.kernels.triton import forward as packed_kernel
 from sigswap.kernels.triton import paged as kernel
-from sigswap.kernels.triton import pages
+from sigswap.kernels.triton import pages as page_copies
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -84,11 +84,11 @@ def random_call(index: int) -> tuple[Paged, dict[str, Any]]:
     return call, options
 
 
-def mixed_call(sequences: int) -> tuple[Paged, dict[str, Any]]:
+def mixed_call(count: int) -> tuple[Paged, dict[str, Any]]:
     """Of as many sequences; most decode, two have chunks of several tiles of rows."""
     torch.manual_seed(0)
-    draw = random.Random(sequences)
-    rows = [draw.choice((0, 1, 1, 1, 2)) for _ in range(sequences)]
+    draw = random.Random(count)
+    rows = [draw.choice((0, 1, 1, 1, 2)) for _ in range(count)]
     rows[3], rows[-2] = 40, 33
     keys = [m + draw.choice((0, 0, 3, 9)) for m in rows]
     sizes: dict[str, Any] = {"heads": 4, "kv_heads": 1, "head_dim": 16, "value_dim": 16, "page_size": 8}
@@ -105,15 +105,12 @@ def check(call: Paged, options: dict[str, Any], splits: int | None) -> None:
     own |= {"window_left": window[0], "window_right": window[1], "visible_bias": bias is None}
     if isinstance(bias, float):
         own["const_bias"] = bias
-    of_rows = bias.reshape(1, -1) if isinstance(bias, Tensor) and bias.dim() < 2 else bias
+    of_rows = (bias if bias.dim() == 2 else bias[None]) if isinstance(bias, Tensor) else None
     before = [each.clone() for each in call[:3]]
-    problem = problem_of(call, of_rows if isinstance(of_rows, Tensor) else None, **own)
-    out = kernel.forward(problem, splits=splits)
-    out = out[0].transpose(0, 1)
+    out = kernel.forward(problem_of(call, of_rows, **own), splits=splits)[0].transpose(0, 1)
     expected = oracle(call, **options)
-    largest = oracle(
-        call._replace(value_cache=call.value_cache.abs()), **options
-    )  # of what the rounded parts add up to
+    # Of what the rounded parts add up to.
+    largest = oracle(call._replace(value_cache=call.value_cache.abs()), **options)
     unit = torch.finfo(call.query.dtype).eps
     error = (out.double() - expected).abs()
     assert out.dtype == call.query.dtype and out.shape == expected.shape
@@ -255,7 +252,7 @@ def test_interpreted_calls_are_dispatched_shard0(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("page_size", [pytest.param(n, id=f"shard{i % 2}-{n}") for i, n in enumerate((1, 16, 64, 100))])
 def test_interpreted_pages_become_packed_sequences(page_size: int) -> None:
     call = paged([1, 0, 2, 3], [70, 130, 0, 5], page_size=page_size, head_dim=24, value_dim=40, dtype=torch.float16)
-    assert_copied(call, problem_of(call, scale=1.0))
+    assert_copied(call)
     # Of a sequence that is longer than was said what was said; pages that there are not are others.
     longer = call._replace(cache_seqlens=torch.tensor([MOST, LEAST, 0, 300], dtype=torch.int32))
     most = min(256, call.block_table.shape[1] * page_size)
@@ -263,11 +260,12 @@ def test_interpreted_pages_become_packed_sequences(page_size: int) -> None:
 
 
 def copied_ends(call: Paged) -> list[int]:
+    """Where the copies of each sequence's keys end, behind which nothing was written."""
     problem = problem_of(call, scale=1.0)
-    into = pages.packed(problem)
+    into = page_copies.packed(problem)
     for tensor in (into.key, into.value):
         tensor.fill_(SENTINEL)
-    pages.copy_pages(problem, into)
+    page_copies.copy_pages(problem, into)
     assert into.packed is not None
     assert into.key.shape[2] == len(call.cache_seqlens) * -(-call.max_seqlen_k // 256) * 256
     end = int(into.packed.cu_k[-1])
@@ -275,9 +273,10 @@ def copied_ends(call: Paged) -> list[int]:
     return into.packed.cu_k[1:].tolist()
 
 
-def assert_copied(call: Paged, problem: Problem) -> None:
-    into = pages.packed(problem)
-    pages.copy_pages(problem, into)
+def assert_copied(call: Paged) -> None:
+    problem = problem_of(call, scale=1.0)
+    into = page_copies.packed(problem)
+    page_copies.copy_pages(problem, into)
     assert into.packed is not None and into.pages is None
     ends = into.packed.cu_k.tolist()
     assert ends == [0, *itertools.accumulate(call.cache_seqlens.tolist())]
@@ -302,15 +301,23 @@ def test_interpreted_many_rows_are_packed_sequences_shard1(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("why", ["memory", "no pages", "another GPU"])
 def test_nothing_is_made_for_copies_that_are_not_to_be(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    usable = [] if why == "another GPU" else [("hopper.forward", packed_kernel)]
-    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
-    monkeypatch.setattr(dispatch, "_usable", lambda names, device: usable)
-    monkeypatch.setattr(pages, "packed", lambda problem: pytest.fail("there is room for copies"))
+    class Made(Exception):
+        pass
+
+    def made(problem: Problem) -> Problem:
+        raise Made
+
+    monkeypatch.setattr(dispatch, "_usable", lambda names, device: [("hopper.forward", packed_kernel)])
+    monkeypatch.setattr(page_copies, "packed", made)
     call = paged([300, 400], [600, 500], page_size=16, head_dim=64, value_dim=32, dtype=torch.float16)
+    with pytest.raises(Made):
+        dispatch.in_packed_sequences(problem_of(call, scale=1.0))
     if why == "memory":  # of two sequences of 2 heads, 96 columns and 2 bytes
-        call = call._replace(max_seqlen_k=(1 << 30) // (2 * 2 * 96 * 2) + 1)
+        call = call._replace(max_seqlen_k=dispatch.MOST_COPIED // (2 * 2 * 96 * 2) + 1)
     if why == "no pages":
         call = call._replace(key_cache=call.key_cache[:0], value_cache=call.value_cache[:0])
+    if why == "another GPU":
+        monkeypatch.setattr(dispatch, "_usable", lambda names, device: [])
     problem = problem_of(call, scale=1.0)
     assert dispatch.in_packed_sequences(problem) is problem
 
@@ -346,9 +353,11 @@ def test_chunks_of_a_prefill(head_dim: int, dtype: torch.dtype, page_size: int, 
 @pytest.mark.parametrize("page_size", [16, 100])
 def test_pages_are_copied_on_a_gpu(page_size: int) -> None:
     call = paged([300], [5000], page_size=page_size, head_dim=128, value_dim=96, dtype=torch.bfloat16, device=DEVICE)
-    assert_copied(call, problem_of(call, scale=1.0))
-    for lengths in ([MOST], [LEAST], [5001]):
-        copied_ends(call._replace(cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=DEVICE)))
+    assert_copied(call)
+    places = call.block_table.shape[1] * page_size  # fewer than there is room for
+    for length, end in ((MOST, places), (LEAST, 0), (5001, 5001)):
+        other = call._replace(cache_seqlens=torch.tensor([length], dtype=torch.int32, device=DEVICE))
+        assert copied_ends(other) == [end]
 
 
 @pytest.mark.gpu
@@ -360,10 +369,10 @@ def test_random_calls_on_a_gpu(index: int) -> None:
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("sequences", [20, 256, 1000])
+@pytest.mark.parametrize("count", [20, 256, 1000])
 @pytest.mark.parametrize("splits", [None, 1, 2])
-def test_many_sequences_on_a_gpu(sequences: int, splits: int | None) -> None:
-    check(*mixed_call(sequences), splits)
+def test_many_sequences_on_a_gpu(count: int, splits: int | None) -> None:
+    check(*mixed_call(count), splits)
 
 
 @pytest.mark.gpu
@@ -396,11 +405,13 @@ def test_wrong_numbers_reach_nothing_outside(
 @on_gpu
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_a_cuda_graph_decodes_as_sequences_grow(page_size: int) -> None:
-    """The same launches for other lengths, rows and pages, up to the longest that was said when they were captured."""
+    """The same launches for other lengths, rows of each sequence and pages, up to the longest that was said when they
+    were captured."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"page_size": page_size, "dtype": torch.bfloat16, "device": DEVICE, "unread": 0.0}
     sizes |= {"heads": 8, "head_dim": 128, "value_dim": 128}
-    calls = [paged([1, 1, 2], keys, **sizes) for keys in ([1, 300, 2], [17, 301, 2000], [3000, 64, 65])]
+    lengths = ([1, 1, 2], [1, 300, 2]), ([2, 1, 1], [17, 301, 2000]), ([1, 2, 1], [3000, 64, 65])
+    calls = [paged(rows, keys, **sizes) for rows, keys in lengths]
     pages, places = (max(each[index].shape[dim] for each in calls) for index, dim in ((1, 0), (3, 1)))
     still = Paged(
         torch.zeros_like(calls[0].query),
