@@ -15,13 +15,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor, next_power_of_2, width
+from sigswap.kernels.host.layout import Layout, next_power_of_2, width
 from sigswap.kernels.host.problem import MAX_HEAD_DIM, MAX_PLANS, WIDEST_HEAD_DIM, WIDEST_VALUE_DIM, Problem, Signature
 from sigswap.kernels.host.recording import recording
 from sigswap.kernels.host.results import empty_output
@@ -38,7 +37,7 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.row_biases import Counts, counts_for
-from sigswap.kernels.triton.split_keys import adder, partial_layout, splits_for
+from sigswap.kernels.triton.split_keys import Parts, parts_of, splits_for
 
 MIN_REST = 64
 """The width of a tile's second part, at least: narrower ones are what Triton 3.6 multiplies wrongly where rows are not
@@ -80,13 +79,9 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     plan = _plan(problem.signature, shares_memory(problem), problem.row_sums is not None, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
-    partial, partial_sums = out, problem.row_sums
-    if plan.add is not None:
-        partial = new_tensor(plan.partial, query.device)
-        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    partial, partial_sums = plan.parts.empty(out, problem.row_sums)
     plan.launch(query, key, value, partial, partial_sums, bias, count, attn_mask)
-    if plan.add is not None:
-        plan.add(partial, partial_sums, out, problem.row_sums)
+    plan.parts.sum(partial, partial_sums, out, problem.row_sums)
     return out
 
 
@@ -104,12 +99,7 @@ def shares_memory(problem: Problem) -> bool:
 class _Plan(NamedTuple):
     launch: Launch
     out: Layout
-    add: Launch | None
-    """Adds partial outputs, if there are several."""
-    partial: Layout
-    """Theirs, float32."""
-    partial_sums: Layout | None
-    """Of the rows' partial sums, float32 [splits, B, H, M]; None: not needed."""
+    parts: Parts
     counts: Counts | None
 
 
@@ -125,20 +115,15 @@ def _plan(signature: Signature, shared: bool, sums: bool, splits: int | None) ->
         limits = limits_of(device)
         at_once = 1 if tile.warps == 8 else min(2, limits.shared // _bytes(signature, tile, shared))
         splits = splits_for(programs, kv_len, at_once * limits.multiprocessors)
-    partial = partial_layout(signature, splits)
-    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
-    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
+    parts = parts_of(signature, out, splits, sums=sums)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
     main, rest = _parts(signature.key.shape[3])
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    arguments |= parts.arguments | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     arguments |= {"MAIN": main, "REST": rest, "SHARED": shared}
-    capped = signature.options.row_cap > 0.0
-    arguments["CAP"] = capped and splits == 1
-    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
-    sums_here = partial_sums if splits > 1 or sums else None
-    tensors = (signature.query, signature.key, signature.value, target, sums_here, *signature.side_layouts()[:3])
+    written = parts.target, parts.target_sums
+    tensors = (signature.query, signature.key, signature.value, *written, *signature.side_layouts()[:3])
     launch = Launch(_kernel, programs * splits, device, tensors, arguments, **tile.launch_options())
-    add = adder(signature, partial, partial_sums, sums=sums) if splits > 1 else None
-    return _Plan(launch, out, add, partial, partial_sums, counts_for(signature))
+    return _Plan(launch, out, parts, counts_for(signature))
 
 
 def _parts(dim: int) -> tuple[int, int]:

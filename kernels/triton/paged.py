@@ -18,13 +18,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, new_tensor
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
@@ -41,7 +40,7 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.pages import load_paged, pages_of
-from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, adder, partial_layout, splits_for
+from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, Parts, parts_of, splits_for
 
 MOST_ROWS = 64
 """Of a tile: rows times query heads per key head."""
@@ -69,24 +68,15 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     longest_k = -(-pages.longest_k // MIN_KEYS) * MIN_KEYS
     layouts = layout_of(out), layout_of(pages.table), layout_of(pages.cu_q)
     plan = _plan(problem.signature, *layouts, pages.longest_q, longest_k, splits)
-    partial, partial_sums = out, None
-    if plan.add is not None:
-        partial = new_tensor(plan.partial, query.device)
-        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    partial, partial_sums = plan.parts.empty(out, None)
     plan.launch(query, key, value, partial, partial_sums, bias, pages.table, pages.lengths, pages.cu_q)
-    if plan.add is not None:
-        plan.add(partial, partial_sums, out, None)
+    plan.parts.sum(partial, partial_sums, out, None)
     return out
 
 
 class _Plan(NamedTuple):
     launch: Launch
-    add: Launch | None
-    """Adds partial outputs, if there are several."""
-    partial: Layout
-    """Theirs, float32."""
-    partial_sums: Layout | None
-    """Of the rows' partial sums, float32 [splits, 1, H, total]; None: not needed."""
+    parts: Parts
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -110,22 +100,18 @@ def _plan(
     programs = tiles * kv_heads
     if splits is None:
         splits = splits_for(programs, longest_k, AT_ONCE * limits_of(device).multiprocessors)
-    partial = partial_layout(signature, splits)
-    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
-    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
+    parts = parts_of(signature, out, splits, sums=False)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
     arguments |= {"q_len": longest_q, "left": left or 0, "right": right or 0, "pages": signature.key.shape[0]}
     arguments |= {"HAS_LEFT": has_left, "HAS_RIGHT": has_right, "PAGE": page_size, "most_keys": most_keys}
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "sequences": sequences, "ONE_TILE": one_tile}
+    arguments |= parts.arguments | {"sequences": sequences, "ONE_TILE": one_tile}
     arguments |= {"stride_table": table.strides[0], "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    capped = signature.options.row_cap > 0.0
-    arguments["CAP"] = capped and splits == 1
-    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped and splits > 1 else None
     # Whether the lengths are aligned does not matter: no thread loads two of them at once.
     numbers = table, contiguous_layout((sequences,)), cu_q
-    tensors = (signature.query, signature.key, signature.value, target, partial_sums, signature.bias, *numbers)
+    written = parts.target, parts.target_sums
+    tensors = (signature.query, signature.key, signature.value, *written, signature.bias, *numbers)
     launch = Launch(_paged_kernel, programs * splits, device, tensors, arguments, **tile.launch_options())
-    add = adder(signature, partial, partial_sums, sums=False) if splits > 1 else None
-    return _Plan(launch, add, partial, partial_sums)
+    return _Plan(launch, parts)
 
 
 def _tile(signature: Signature, rows: int, keys: int) -> Tile:

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from sigswap.kernels import dispatch
 from sigswap.kernels.triton import forward as packed_kernel
 from sigswap.kernels.triton import paged as kernel
-from sigswap.kernels.triton import pages
+from sigswap.kernels.triton import pages, split_keys
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -177,7 +177,7 @@ def check_wrong(
     out = guarded.cut(9, heads, 16, dtype=dtype)
     options: dict[str, Any] = {"is_causal": True, "scale": 0.25, "row_cap": 0.1}
     with monkeypatch.context() as patch:
-        patch.setattr(kernel, "new_tensor", guarded.like)
+        patch.setattr(split_keys, "new_tensor", guarded.like)
         kernel.forward(problem_of(call, out=heads_first(out), window_left=18, **options), splits=splits)
         if CUDA:
             torch.cuda.synchronize()
