@@ -37,7 +37,7 @@ from sigswap.kernels.triton.common import (
 )
 from sigswap.kernels.triton.row_biases import Counts, counts_for
 from sigswap.kernels.triton.split_keys import Parts, parts_of, splits_for
-from sigswap.kernels.triton.wide_heads import at_once, main_and_rest, shares_memory, tile_for
+from sigswap.kernels.triton.wide_heads import main_and_rest, programs_at_once, shares_memory, tile_for
 
 
 def supports(problem: Problem) -> bool:
@@ -84,7 +84,7 @@ def _plan(signature: Signature, shared: bool, sums: bool, splits: int | None) ->
     rows = signature.q_len * (signature.heads // signature.kv_heads)
     programs = signature.batch * signature.kv_heads * triton.cdiv(rows, tile.rows)
     if splits is None:
-        splits = splits_for(programs, kv_len, at_once(signature, tile, shared=shared))
+        splits = splits_for(programs, kv_len, programs_at_once(signature, tile, shared=shared))
     parts = parts_of(signature, out, splits, sums=sums)
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
     main, rest = main_and_rest(signature.key.shape[3])

@@ -44,7 +44,7 @@ from sigswap.kernels.triton.common import (
 )
 from sigswap.kernels.triton.pages import load_paged, pages_of
 from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, Parts, parts_of, splits_for
-from sigswap.kernels.triton.wide_heads import at_once, main_and_rest, shares_memory, tile_for
+from sigswap.kernels.triton.wide_heads import main_and_rest, programs_at_once, shares_memory, tile_for
 
 MOST_ROWS = 64
 """Of a tile: rows times query heads per key head."""
@@ -56,14 +56,6 @@ _SEQUENCES_AT_ONCE = tl.constexpr(256)
 
 def supports(problem: Problem) -> bool:
     return problem.pages is not None and (problem.signature.too_much() is None or _is_latent(problem))
-
-
-def _is_latent(problem: Problem) -> bool:
-    """Whether heads are wide, in half precision, and value is a view of key's first channels."""
-    signature = problem.signature
-    if signature.element_size != 2 or signature.key.shape[3] > WIDEST_HEAD_DIM or not shares_memory(problem):
-        return False
-    return signature.value.shape[3] <= WIDEST_VALUE_DIM and tile_for(signature, MOST_ROWS, shared=True) is not None
 
 
 def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
@@ -84,6 +76,14 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     plan.launch(query, key, value, partial, partial_sums, bias, pages.table, pages.lengths, pages.cu_q)
     plan.parts.sum(partial, partial_sums, out, None)
     return out
+
+
+def _is_latent(problem: Problem) -> bool:
+    """Whether heads are wide, in half precision, and value is a view of key's first channels."""
+    signature = problem.signature
+    if signature.element_size != 2 or signature.key.shape[3] > WIDEST_HEAD_DIM or not shares_memory(problem):
+        return False
+    return signature.value.shape[3] <= WIDEST_VALUE_DIM and tile_for(signature, MOST_ROWS, shared=True) is not None
 
 
 class _Plan(NamedTuple):
@@ -113,7 +113,7 @@ def _plan(
     alike = sequences * of_longest <= most_tiles
     programs = (sequences * of_longest if alike else most_tiles) * kv_heads
     if splits is None:
-        most = at_once(signature, tile, shared=True) if latent else AT_ONCE * limits_of(device).multiprocessors
+        most = programs_at_once(signature, tile, shared=True) if latent else AT_ONCE * limits_of(device).multiprocessors
         splits = splits_for(programs, longest_k, most)
     parts = parts_of(signature, out, splits, sums=False)
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)

@@ -56,7 +56,7 @@ def tile_for(signature: Signature, rows: int, *, shared: bool) -> Tile | None:
     return next(fitting, None)
 
 
-def at_once(signature: Signature, tile: Tile, *, shared: bool) -> int:
+def programs_at_once(signature: Signature, tile: Tile, *, shared: bool) -> int:
     """How many programs the GPU runs at the same time."""
     limits = limits_of(signature.device)
     each = 1 if tile.warps == 8 else min(2, limits.shared // _bytes(signature, tile, shared))
