@@ -81,7 +81,10 @@ def in_packed_sequences(problem: Problem) -> Problem:
     """The problem with its pages copied to packed sequences, if a kernel is made for these."""
     device = problem.query.device.index or 0
     takes = [kernel for name, kernel in _usable(FORWARD, device) if name == "hopper.forward"]
-    if not takes or problem.signature.is_empty or len(problem.key) == 0 or _bytes_of_copies(problem) > MOST_COPIED:
+    signature = problem.signature
+    if not takes or signature.is_empty or len(problem.key) == 0 or signature.too_much() is not None:
+        return problem
+    if _bytes_of_copies(problem) > MOST_COPIED:
         return problem
     pages = _module("triton.pages")
     problem = problem.readable()

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,11 +32,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sigswap.kernels.hopper.common import Tiles, load_tile, log_of_visible, sigmoid, sync, tiles_like
 from sigswap.kernels.host.launch import Launch, describable
-from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
+from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.host.problem import MAX_PLANS, WIDEST_HEAD_DIM, WIDEST_VALUE_DIM, Problem, Signature
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import _AUTO, _FAST, _FAST_BIAS, _LOG2E
-from sigswap.kernels.triton.split_keys import adder, partial_layout, splits_for
+from sigswap.kernels.triton.split_keys import Parts, parts_of, splits_for
 
 ROWS, KEYS = 64, 64
 """Of a tile of scores."""
@@ -84,14 +83,10 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     query, key = problem.query, problem.key
     plan = _plan(problem.signature, problem.row_sums is not None, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
-    partial, partial_sums = out, problem.row_sums
-    if plan.add is not None:
-        partial = new_tensor(plan.partial, query.device)
-        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    partial, partial_sums = plan.parts.empty(out, problem.row_sums)
     halves, rest = plan.described
     plan.launch(halves(key), rest(key), query, partial, partial_sums, problem.bias)
-    if plan.add is not None:
-        plan.add(partial, partial_sums, out, problem.row_sums)
+    plan.parts.sum(partial, partial_sums, out, problem.row_sums)
     return out
 
 
@@ -100,12 +95,7 @@ class _Plan(NamedTuple):
     """key, by half tiles and by the rest of them."""
     launch: Launch
     out: Layout
-    add: Launch | None
-    """Adds partial outputs, if there are several."""
-    partial: Layout
-    """Theirs, float32."""
-    partial_sums: Layout | None
-    """Of the rows' partial sums, float32 [splits, B, H, M]; None: not needed."""
+    parts: Parts
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -116,19 +106,13 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     programs = signature.batch * signature.kv_heads * triton.cdiv(rows, ROWS)
     if splits is None:
         splits = splits_for(programs, signature.kv_len, limits_of(device).multiprocessors)
-    partial = partial_layout(signature, splits)
-    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
-    capped = signature.options.row_cap > 0.0
-    arguments = signature.arguments(q=signature.query, o=target)
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "CAP": capped and splits == 1}
-    arguments["ALONE"] = rows <= ROWS
-    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
-    sums_here = partial_sums if splits > 1 or sums else None
+    parts = parts_of(signature, out, splits, sums=sums)
+    arguments = signature.arguments(q=signature.query, o=parts.target)
+    arguments |= parts.arguments | {"ALONE": rows <= ROWS}
     described = Tiles(signature.key, KEYS, HALF), Tiles(signature.key, KEYS, REST)
-    tensors = (*described, signature.query, target, sums_here, signature.bias)
+    tensors = (*described, signature.query, parts.target, parts.target_sums, signature.bias)
     launch = Launch(_kernel, programs * splits, device, tensors, arguments, num_warps=4)
-    add = adder(signature, partial, partial_sums, sums=sums) if splits > 1 else None
-    return _Plan(described, launch, out, add, partial, partial_sums)
+    return _Plan(described, launch, out, parts)
 
 
 # Device functions.

@@ -61,10 +61,10 @@ LOW_CAP_TAIL_KEYS = 2048
 to little, so that nearly all probabilities are small. Of fewer keys too many are not. Worked out, not measured."""
 
 MAX_HEAD_DIM = 256
-"""Of the Triton kernels, but for the one of wide heads."""
+"""Of the Triton kernels, but for wide heads."""
 
 WIDEST_HEAD_DIM, WIDEST_VALUE_DIM = 576, 512
-"""Of the Triton kernel of wide heads (:mod:`sigswap.kernels.triton.decode_wide`): those of latent attention."""
+"""Of the Triton kernels of wide heads (:mod:`sigswap.kernels.triton.wide_heads`): those of latent attention."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -330,12 +330,13 @@ class Signature:
         return {}
 
     def too_much(self) -> str | None:
-        """Why no Triton kernel but that of wide heads takes such tensors; None: some do."""
+        """Why no Triton kernel takes such tensors but those of wide heads; None: some do."""
         if self.query.dtype not in _DTYPES:
             return f"they compute in float32, which is not enough for {self.query.dtype}"
         if max(self.query.shape[3], self.value.shape[3]) > MAX_HEAD_DIM:
             wide = f"up to {WIDEST_HEAD_DIM}, and {WIDEST_VALUE_DIM} of value, in a forward in half precision without"
-            return f"they hold head_dim up to {MAX_HEAD_DIM} ({wide} dropout, packed sequences, pages and block masks)"
+            less = "dropout, packed sequences, block masks and, but for latent attention's, pages"
+            return f"they hold head_dim up to {MAX_HEAD_DIM} ({wide} {less})"
         if self.query.shape[3] == 0:
             return "they multiply queries of at least one channel"
         return None

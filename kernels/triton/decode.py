@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
+from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.host.tiles import limits_of
@@ -33,7 +32,7 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.row_biases import Counts, counts_for
-from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, adder, partial_layout, splits_for
+from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, Parts, parts_of, splits_for
 
 MAX_ROWS = 64
 """Query rows times query heads per key head, at most. With more, the forward kernel fills the GPU as well."""
@@ -59,25 +58,16 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     plan = _plan(problem.signature, problem.row_sums is not None, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
-    partial, partial_sums = out, problem.row_sums
-    if plan.add is not None:
-        partial = new_tensor(plan.partial, query.device)
-        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    partial, partial_sums = plan.parts.empty(out, problem.row_sums)
     plan.launch(query, key, value, partial, partial_sums, bias, count, attn_mask)
-    if plan.add is not None:
-        plan.add(partial, partial_sums, out, problem.row_sums)
+    plan.parts.sum(partial, partial_sums, out, problem.row_sums)
     return out
 
 
 class _Plan(NamedTuple):
     launch: Launch
     out: Layout
-    add: Launch | None
-    """Adds partial outputs, if there are several."""
-    partial: Layout
-    """Theirs, float32."""
-    partial_sums: Layout | None
-    """Of the rows' partial sums, float32 [splits, B, H, M]; None: not needed."""
+    parts: Parts
     counts: Counts | None
 
 
@@ -94,19 +84,14 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
     if splits is None:
         splits = splits_for(programs, kv_len, AT_ONCE * limits_of(device).multiprocessors)
-    partial = partial_layout(signature, splits)
-    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
-    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    capped = signature.options.row_cap > 0.0
-    arguments["CAP"] = capped and splits == 1
-    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
-    sums_here = partial_sums if splits > 1 or sums else None
-    tensors = (signature.query, signature.key, signature.value, target, sums_here, *signature.side_layouts()[:3])
+    parts = parts_of(signature, out, splits, sums=sums)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
+    arguments |= parts.arguments | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    written = parts.target, parts.target_sums
+    tensors = (signature.query, signature.key, signature.value, *written, *signature.side_layouts()[:3])
     stages = 3 if dim <= 128 else 2
     launch = Launch(_decode_kernel, programs * splits, device, tensors, arguments, num_warps=4, num_stages=stages)
-    add = adder(signature, partial, partial_sums, sums=sums) if splits > 1 else None
-    return _Plan(launch, out, add, partial, partial_sums, counts_for(signature))
+    return _Plan(launch, out, parts, counts_for(signature))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -15,17 +15,15 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor, next_power_of_2, width
+from sigswap.kernels.host.layout import Layout
 from sigswap.kernels.host.problem import MAX_HEAD_DIM, MAX_PLANS, WIDEST_HEAD_DIM, WIDEST_VALUE_DIM, Problem, Signature
-from sigswap.kernels.host.recording import recording
 from sigswap.kernels.host.results import empty_output
-from sigswap.kernels.host.tiles import Tile, limits_of
+from sigswap.kernels.host.tiles import Tile
 from sigswap.kernels.triton.common import (
     _ACCURATE,
     UNSPECIALIZED,
@@ -38,24 +36,8 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.row_biases import Counts, counts_for
-from sigswap.kernels.triton.split_keys import adder, partial_layout, splits_for
-
-MIN_REST = 64
-"""The width of a tile's second part, at least: narrower ones are what Triton 3.6 multiplies wrongly where rows are not
-whole units of 16 bytes (:attr:`Signature.has_narrow_value`)."""
-
-TILES = (
-    Tile(64, 32, 8, 3),
-    Tile(64, 32, 8, 2),
-    Tile(32, 64, 8, 3),
-    Tile(32, 32, 8, 3),
-    Tile(32, 32, 8, 2),
-    Tile(16, 32, 4, 3),
-    Tile(16, 32, 4, 2),
-    Tile(16, 16, 4, 2),
-)
-"""The first that has no more rows than there are, and fits into shared memory. 64 rows of 512 columns of outputs are
-half of all registers; of 16 rows two programs run on a multiprocessor at once."""
+from sigswap.kernels.triton.split_keys import Parts, parts_of, splits_for
+from sigswap.kernels.triton.wide_heads import main_and_rest, programs_at_once, shares_memory, tile_for
 
 
 def supports(problem: Problem) -> bool:
@@ -80,36 +62,16 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     plan = _plan(problem.signature, shares_memory(problem), problem.row_sums is not None, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
-    partial, partial_sums = out, problem.row_sums
-    if plan.add is not None:
-        partial = new_tensor(plan.partial, query.device)
-        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    partial, partial_sums = plan.parts.empty(out, problem.row_sums)
     plan.launch(query, key, value, partial, partial_sums, bias, count, attn_mask)
-    if plan.add is not None:
-        plan.add(partial, partial_sums, out, problem.row_sums)
+    plan.parts.sum(partial, partial_sums, out, problem.row_sums)
     return out
-
-
-def shares_memory(problem: Problem) -> bool:
-    """Whether value is a view of key's first channels, and as wide as a tile's first part.
-
-    In code that is being compiled tensors have no addresses: there values are loaded for themselves.
-    """
-    if recording.by is not None or not problem.value_is_of_key:
-        return False
-    key, value = problem.signature.key, problem.signature.value
-    return width(value.shape[3]) == _parts(key.shape[3])[0]
 
 
 class _Plan(NamedTuple):
     launch: Launch
     out: Layout
-    add: Launch | None
-    """Adds partial outputs, if there are several."""
-    partial: Layout
-    """Theirs, float32."""
-    partial_sums: Layout | None
-    """Of the rows' partial sums, float32 [splits, B, H, M]; None: not needed."""
+    parts: Parts
     counts: Counts | None
 
 
@@ -122,50 +84,21 @@ def _plan(signature: Signature, shared: bool, sums: bool, splits: int | None) ->
     rows = signature.q_len * (signature.heads // signature.kv_heads)
     programs = signature.batch * signature.kv_heads * triton.cdiv(rows, tile.rows)
     if splits is None:
-        limits = limits_of(device)
-        at_once = 1 if tile.warps == 8 else min(2, limits.shared // _bytes(signature, tile, shared))
-        splits = splits_for(programs, kv_len, at_once * limits.multiprocessors)
-    partial = partial_layout(signature, splits)
-    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
-    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
-    main, rest = _parts(signature.key.shape[3])
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+        splits = splits_for(programs, kv_len, programs_at_once(signature, tile, shared=shared))
+    parts = parts_of(signature, out, splits, sums=sums)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
+    main, rest = main_and_rest(signature.key.shape[3])
+    arguments |= parts.arguments | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     arguments |= {"MAIN": main, "REST": rest, "SHARED": shared}
-    capped = signature.options.row_cap > 0.0
-    arguments["CAP"] = capped and splits == 1
-    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
-    sums_here = partial_sums if splits > 1 or sums else None
-    tensors = (signature.query, signature.key, signature.value, target, sums_here, *signature.side_layouts()[:3])
+    written = parts.target, parts.target_sums
+    tensors = (signature.query, signature.key, signature.value, *written, *signature.side_layouts()[:3])
     launch = Launch(_kernel, programs * splits, device, tensors, arguments, **tile.launch_options())
-    add = adder(signature, partial, partial_sums, sums=sums) if splits > 1 else None
-    return _Plan(launch, out, add, partial, partial_sums, counts_for(signature))
-
-
-def _parts(dim: int) -> tuple[int, int]:
-    """The widths of the two parts of a tile of query or key; the second may be 0."""
-    main = max(16, next_power_of_2(dim + 1) // 2)
-    rest = 0 if dim <= main else max(MIN_REST, width(dim - main))
-    return (main, rest) if rest < main else (2 * main, 0)
+    return _Plan(launch, out, parts, counts_for(signature))
 
 
 def _tile(signature: Signature, shared: bool) -> Tile | None:
-    """None: there is not enough shared memory."""
     rows = signature.q_len * (signature.heads // max(1, signature.kv_heads))
-    limits = limits_of(signature.device)
-    most = 64 if limits.capability < 100 else 32  # tensor memory would not hold 64 rows of outputs and of scores
-    rows = min(most, max(16, next_power_of_2(rows)))
-    fitting = (each for each in TILES if each.rows <= rows and _bytes(signature, each, shared) <= limits.shared)
-    return next(fitting, None)
-
-
-def _bytes(signature: Signature, tile: Tile, shared: bool) -> int:
-    """Of shared memory that a program takes, about."""
-    query = sum(_parts(signature.query.shape[3])) * signature.element_size
-    key = query if shared else query + width(signature.value.shape[3]) * signature.element_size
-    # Products of 64 rows are asynchronous on Hopper, and read keys until the next ones; the others need one tile less.
-    asynchronous = tile.rows == 64 and limits_of(signature.device).capability == 90
-    tiles = tile.stages if asynchronous else tile.stages - 1
-    return tile.rows * (query + tile.keys * signature.element_size) + tile.keys * key * tiles + 1024
+    return tile_for(signature, rows, shared=shared)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

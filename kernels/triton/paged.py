@@ -3,12 +3,15 @@
 One program reads a part of the keys of one key head, once, for a tile of the rows of one sequence: some rows, and all
 query heads that use the key head. Where the keys are split, programs write partial outputs, which a second kernel adds
 (:mod:`sigswap.kernels.triton.split_keys`). How many programs there are depends on what the host knows: the number of
-sequences and of rows, and the longest sequence. Where that is one tile, so is each sequence; else a program finds its
-sequence by itself, and some find none. So calls that differ in numbers on the GPU alone are the same launches, which
-CUDA graphs capture.
+sequences and of rows, and the longest sequence. Either each sequence has as many tiles as that one, or, where this
+would be more of them, a program finds its sequence by itself, and some find none. So calls that differ in numbers on
+the GPU alone are the same launches, which CUDA graphs capture.
 
 A tile of keys lies in one page, if pages are whole tiles, whose number is read once. Else the page of each key is.
 Whatever the numbers are, nothing outside of the tensors is read or written.
+
+Heads of latent attention are held in two parts (:mod:`sigswap.kernels.triton.wide_heads`). Their value is a view of
+key, so that a tile of keys is loaded once, and is a tile of values as well.
 
 Decoding is bound by memory: K and V are read once. So the sigmoid is always the accurate form.
 """
@@ -18,14 +21,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, new_tensor
-from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
+from sigswap.kernels.host.problem import MAX_HEAD_DIM, MAX_PLANS, WIDEST_HEAD_DIM, WIDEST_VALUE_DIM, Problem, Signature
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
@@ -41,7 +43,8 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.pages import load_paged, pages_of
-from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, adder, partial_layout, splits_for
+from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, Parts, parts_of, splits_for
+from sigswap.kernels.triton.wide_heads import main_and_rest, programs_at_once, shares_memory, tile_for
 
 MOST_ROWS = 64
 """Of a tile: rows times query heads per key head."""
@@ -52,7 +55,7 @@ _SEQUENCES_AT_ONCE = tl.constexpr(256)
 
 
 def supports(problem: Problem) -> bool:
-    return problem.pages is not None and problem.signature.too_much() is None
+    return problem.pages is not None and (problem.signature.too_much() is None or _is_latent(problem))
 
 
 def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
@@ -69,24 +72,23 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     longest_k = -(-pages.longest_k // MIN_KEYS) * MIN_KEYS
     layouts = layout_of(out), layout_of(pages.table), layout_of(pages.cu_q)
     plan = _plan(problem.signature, *layouts, pages.longest_q, longest_k, splits)
-    partial, partial_sums = out, None
-    if plan.add is not None:
-        partial = new_tensor(plan.partial, query.device)
-        partial_sums = None if plan.partial_sums is None else new_tensor(plan.partial_sums, query.device)
+    partial, partial_sums = plan.parts.empty(out, None)
     plan.launch(query, key, value, partial, partial_sums, bias, pages.table, pages.lengths, pages.cu_q)
-    if plan.add is not None:
-        plan.add(partial, partial_sums, out, None)
+    plan.parts.sum(partial, partial_sums, out, None)
     return out
+
+
+def _is_latent(problem: Problem) -> bool:
+    """Whether heads are wide, in half precision, and value is a view of key's first channels."""
+    signature = problem.signature
+    if signature.element_size != 2 or signature.key.shape[3] > WIDEST_HEAD_DIM or not shares_memory(problem):
+        return False
+    return signature.value.shape[3] <= WIDEST_VALUE_DIM and tile_for(signature, MOST_ROWS, shared=True) is not None
 
 
 class _Plan(NamedTuple):
     launch: Launch
-    add: Launch | None
-    """Adds partial outputs, if there are several."""
-    partial: Layout
-    """Theirs, float32."""
-    partial_sums: Layout | None
-    """Of the rows' partial sums, float32 [splits, 1, H, total]; None: not needed."""
+    parts: Parts
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -102,30 +104,37 @@ def _plan(
     if left is not None and has_left:
         longest_k = min(longest_k, left + longest_q)
 
-    tile = _tile(signature, group * longest_q, longest_k)
+    latent = signature.key.shape[3] > MAX_HEAD_DIM
+    tile = _latent_tile(signature, group * longest_q) if latent else _tile(signature, group * longest_q, longest_k)
     sequences, total_q = table.shape[0], signature.query.shape[2]
-    one_tile = group * longest_q <= tile.rows
+    of_longest = triton.cdiv(group * longest_q, tile.rows)
     # Beside its own tiles a sequence gets at most one that is empty.
-    tiles = sequences if one_tile else group * total_q // tile.rows + sequences
-    programs = tiles * kv_heads
+    most_tiles = group * total_q // tile.rows + sequences
+    alike = sequences * of_longest <= most_tiles
+    programs = (sequences * of_longest if alike else most_tiles) * kv_heads
     if splits is None:
-        splits = splits_for(programs, longest_k, AT_ONCE * limits_of(device).multiprocessors)
-    partial = partial_layout(signature, splits)
-    target = out if splits == 1 else Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
-    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=target)
+        most = programs_at_once(signature, tile, shared=True) if latent else AT_ONCE * limits_of(device).multiprocessors
+        splits = splits_for(programs, longest_k, most)
+    parts = parts_of(signature, out, splits, sums=False)
+    arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
     arguments |= {"q_len": longest_q, "left": left or 0, "right": right or 0, "pages": signature.key.shape[0]}
     arguments |= {"HAS_LEFT": has_left, "HAS_RIGHT": has_right, "PAGE": page_size, "most_keys": most_keys}
-    arguments |= {"stride_split": partial.strides[0], "splits": splits, "sequences": sequences, "ONE_TILE": one_tile}
+    arguments |= parts.arguments | {"sequences": sequences, "tiles": of_longest, "ALIKE": alike}
     arguments |= {"stride_table": table.strides[0], "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    capped = signature.options.row_cap > 0.0
-    arguments["CAP"] = capped and splits == 1
-    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped and splits > 1 else None
+    main, rest = main_and_rest(signature.key.shape[3]) if latent else (signature.widths[0], 0)
+    arguments |= {"MAIN": main, "REST": rest, "SHARED": latent}
     # Whether the lengths are aligned does not matter: no thread loads two of them at once.
     numbers = table, contiguous_layout((sequences,)), cu_q
-    tensors = (signature.query, signature.key, signature.value, target, partial_sums, signature.bias, *numbers)
+    written = parts.target, parts.target_sums
+    tensors = (signature.query, signature.key, signature.value, *written, signature.bias, *numbers)
     launch = Launch(_paged_kernel, programs * splits, device, tensors, arguments, **tile.launch_options())
-    add = adder(signature, partial, partial_sums, sums=False) if splits > 1 else None
-    return _Plan(launch, add, partial, partial_sums)
+    return _Plan(launch, parts)
+
+
+def _latent_tile(signature: Signature, rows: int) -> Tile:
+    tile = tile_for(signature, rows, shared=True)
+    assert tile is not None, "supports() says no"
+    return tile
 
 
 def _tile(signature: Signature, rows: int, keys: int) -> Tile:
@@ -162,16 +171,17 @@ def _paged_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_o_b, stride_o_h, stride_o_n,
     stride_bias_h, stride_bias_m, stride_table, pages, most_keys,
-    heads, group, q_len, total_q, left, right, scale, softcap, const_bias, row_cap, sequences, splits,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, VISIBLE: tl.constexpr,
+    heads, group, q_len, total_q, left, right, scale, softcap, const_bias, row_cap, sequences, tiles, splits,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARED: tl.constexpr, PAGE: tl.constexpr, VISIBLE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
-    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ONE_TILE: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the keys, for BLOCK_M of the rows of one sequence times the query heads of one key head.
 
-    k and v are [pages, Hk, PAGE, DIM]: stride_k_b is that between pages. sum_out, if given: the rows' sums of p,
-    contiguous. CAP: rows are divided here, for there is one part.
+    k and v are [pages, Hk, PAGE, DIM]: stride_k_b is that between pages. MAIN, REST: the widths of the parts of
+    HEAD_DIM. SHARED: values are the first part of keys. sum_out, if given: the rows' sums of p, contiguous. CAP: rows
+    are divided here, for there is one part. ALIKE: each sequence has as many tiles.
     """
     scale, softcap, const_bias = single(scale), single(softcap), single(const_bias)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -181,10 +191,11 @@ def _paged_kernel(
     kv_heads = heads // group
     kv_head = tl.program_id(0) % kv_heads
     split = tl.program_id(0) // kv_heads % splits
-    batch = tl.program_id(0) // kv_heads // splits
-    number = 0
-    if not ONE_TILE:
-        batch, number = _tile_of(batch, cu_q, sequences, total_q, group, BLOCK_M)
+    at = tl.program_id(0) // kv_heads // splits
+    if ALIKE:
+        batch, number = at // tiles, at % tiles
+    else:
+        batch, number = _tile_of(at, cu_q, sequences, total_q, group, BLOCK_M)
     q_start, q_len = sequence(cu_q, batch, q_len, total_q)
     first = number * BLOCK_M
     kv_len = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), most_keys)
@@ -194,9 +205,14 @@ def _paged_kernel(
     head = (kv_head * group + index % group).to(tl.int64)
     first_row, last_row = first // group, tl.minimum((first + BLOCK_M - 1) // group, q_len - 1)
 
-    dim = tl.arange(0, BLOCK_D)
+    MAIN_DIM: tl.constexpr = HEAD_DIM if HEAD_DIM < MAIN else MAIN
+    dim = tl.arange(0, MAIN)
     pointers = q + head * stride_q_h + (q_start + row) * stride_q_n
-    rows = tl.load(pointers[:, None] + dim[None, :], mask=(row < q_len)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    there = (row < q_len)[:, None]
+    rows = tl.load(pointers[:, None] + dim[None, :], mask=there & (dim < MAIN_DIM)[None, :], other=0.0)
+    if REST > 0:
+        dim = MAIN + tl.arange(0, REST)
+        rows_rest = tl.load(pointers[:, None] + dim[None, :], mask=there & (dim < HEAD_DIM)[None, :], other=0.0)
     if bias is not None:
         bias += head * stride_bias_h + q_start * stride_bias_m
     row_bias = row_biases(
@@ -220,11 +236,22 @@ def _paged_kernel(
     page = pages_of(table, begin, end, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        keys = load_paged(k, page, start, end, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-        values = load_paged(v, page, start, end, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        keys = load_paged(k, page, start, end, pages, stride_k_b, stride_k_n, PAGE, MAIN_DIM, BLOCK_N, MAIN)
+        if SHARED:
+            values = keys
+        else:
+            values = load_paged(v, page, start, end, pages, stride_v_b, stride_v_n, PAGE, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        if REST > 0:
+            keys_rest = load_paged(
+                k + MAIN, page, start, end, pages, stride_k_b, stride_k_n, PAGE, HEAD_DIM - MAIN, BLOCK_N, REST
+            )
         page = pages_of(table, start + BLOCK_N, end, PAGE, BLOCK_N)
         s = tl.dot(rows, keys.T, input_precision=PRECISION)
-        edge = is_edge(first_row, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        if REST > 0:
+            s = tl.dot(rows_rest, keys_rest.T, s)
+        edge = True  # of latent attention: beside a branch its products, of 64 rows, would not be asynchronous
+        if not SHARED:
+            edge = is_edge(first_row, last_row, start, start + BLOCK_N - 1, shift, left, right, HAS_LEFT, HAS_RIGHT)
         p, _slope = probabilities(
             s, row_bias[:, None], row[:, None], col[None, :], None, 0, 0, q_len, kv_len, shift, left, right, scale,
             softcap, edge, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, _ACCURATE, ASM,
@@ -240,10 +267,10 @@ def _paged_kernel(
     if CAP:
         acc /= tl.maximum(row_sum, single(row_cap))[:, None]
     place = q_start + row
+    before = split.to(tl.int64) * (stride_split // VALUE_DIM)  # rows of other parts
     if sum_out is not None:
-        of_rows = split.to(tl.int64) * (stride_split // VALUE_DIM) + head * total_q + place
-        tl.store(sum_out + of_rows, row_sum, mask=row < q_len)
+        tl.store(sum_out + before + head * total_q + place, row_sum, mask=row < q_len)
     dim = tl.arange(0, BLOCK_DV)
-    targets = out + split.to(tl.int64) * stride_split + head * stride_o_h + place * stride_o_n
+    targets = out + before * VALUE_DIM + head * stride_o_h + place * stride_o_n
     inside = (row < q_len)[:, None] & (dim < VALUE_DIM)[None, :]
     tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)

@@ -7,14 +7,15 @@ end.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout
+from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
 from sigswap.kernels.host.problem import Signature
 from sigswap.kernels.triton.common import UNSPECIALIZED, single
 
@@ -27,7 +28,6 @@ AT_ONCE = 2
 WAVES, MIN_KEYS_IN_WAVES = 7, 1024
 """How many times as many programs there are as run at once, and the keys of each at least, where they do not run all
 at once: the last ones leave less of the GPU idle then."""
-
 
 TERMS, NUMBERS = 32, 4096
 """Partial outputs of a number that a program loads before it waits for the first of them, and such numbers: one behind
@@ -47,15 +47,49 @@ def splits_for(programs: int, kv_len: int, at_once: int) -> int:
     return int(max(1, min(splits, triton.cdiv(kv_len, MIN_KEYS))))
 
 
-def partial_layout(signature: Signature, splits: int) -> Layout:
-    """Of the partial outputs, float32 [splits, B, H, M, Dv]."""
+class Parts(NamedTuple):
+    """What the programs of each part of the keys write, and what adds it. One part is the output itself."""
+
+    target: Layout
+    """Of one part's output."""
+    target_sums: Layout | None
+    """Of all parts' sums of the rows' probabilities, float32 [splits, B, H, M]; None: programs write none."""
+    arguments: dict[str, Any]
+    """Of the kernel of which the programs are."""
+    add: Launch | None
+    """Adds partial outputs, if there are several."""
+    partial: Layout
+    """Theirs, float32 [splits, B, H, M, Dv]."""
+
+    def empty(self, out: Tensor, row_sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the programs write to: the output and the rows' sums, if these are asked for, or room for parts."""
+        if self.add is None:
+            return out, row_sums
+        partial_sums = None if self.target_sums is None else new_tensor(self.target_sums, out.device)
+        return new_tensor(self.partial, out.device), partial_sums
+
+    def sum(self, partial: Tensor, partial_sums: Tensor | None, out: Tensor, row_sums: Tensor | None) -> None:
+        """Adds to the output and to the rows' sums what was written to :meth:`empty`, where that is not they."""
+        if self.add is not None:
+            self.add(partial, partial_sums, out, row_sums)
+
+
+def parts_of(signature: Signature, out: Layout, splits: int, *, sums: bool) -> Parts:
+    """Of the keys, as many; sums: whether the rows' are asked for."""
     batch, heads, rows, _ = signature.query.shape
-    return contiguous_layout((splits, batch, heads, rows, signature.value.shape[3]), torch.float32)
+    partial = contiguous_layout((splits, batch, heads, rows, signature.value.shape[3]), torch.float32)
+    capped = signature.options.row_cap > 0.0
+    partial_sums = contiguous_layout(partial.shape[:4], torch.float32) if capped or sums else None
+    arguments = {"stride_split": partial.strides[0], "splits": splits, "CAP": capped and splits == 1}
+    if splits == 1:
+        return Parts(out, partial_sums if sums else None, arguments, None, partial)
+    target = Layout(partial.shape[1:], partial.strides[1:], partial.dtype, True)
+    return Parts(target, partial_sums, arguments, _adder(signature, partial, partial_sums, sums=sums), partial)
 
 
-def adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *, sums: bool) -> Launch:
-    """What adds partial outputs of :func:`partial_layout`, and the rows' partial sums [splits, B, H, M], if a row cap
-    divides by them; ``sums``: or they are asked for."""
+def _adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *, sums: bool) -> Launch:
+    """What adds partial outputs, and the rows' partial sums, if a row cap divides by them; ``sums``: or they are asked
+    for."""
     splits, batch, heads, rows, value_dim = partial.shape
     out = signature.output()
     terms = min(TERMS, triton.next_power_of_2(splits))

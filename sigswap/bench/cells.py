@@ -262,6 +262,7 @@ def _decode() -> list[Cell]:
     ] + [
         *(_latent_cell(batch, keys, heads) for heads in (16, 128) for batch, keys in ((1, 32768), (64, 8192))),
         *(dataclasses.replace(_decode_cell(64, 8192, "none"), page_size=page_size) for page_size in (16, 64, 256)),
+        *(dataclasses.replace(_latent_cell(64, 8192, heads), page_size=64) for heads in (16, 128)),
     ]
 
 

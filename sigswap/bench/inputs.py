@@ -101,7 +101,8 @@ def cu_seqlens(cell: Cell, inputs: Inputs) -> Tensor:
 
 class Pages(NamedTuple):
     """Copies of key and value in pages: key_cache and value_cache are [pages, page_size, heads, head_dim], block_table
-    is int32 [batch, pages of a sequence], and cache_seqlens int32 [batch]."""
+    is int32 [batch, pages of a sequence], and cache_seqlens int32 [batch]. Of a latent cell value_cache is a view of
+    key_cache."""
 
     key_cache: Tensor
     value_cache: Tensor
@@ -123,7 +124,9 @@ def in_pages(cell: Cell, inputs: Inputs) -> Pages:
 
     table = order.view(cell.batch, count).to(torch.int32)
     lengths = torch.full((cell.batch,), cell.kv_len, dtype=torch.int32, device=device)
-    return Pages(cache(inputs.key), cache(inputs.value), table, lengths)
+    key_cache = cache(inputs.key)
+    value_cache = key_cache[..., : cell.value_dim] if cell.latent else cache(inputs.value)
+    return Pages(key_cache, value_cache, table, lengths)
 
 
 def padded(cell: Cell, inputs: Inputs) -> Inputs:

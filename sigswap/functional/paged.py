@@ -50,7 +50,8 @@ def sigmoid_attention_paged(
         query: [total_q, H, D], of a floating point dtype.
         key_cache: [pages, page_size, Hk, D], of query's dtype; any page_size from 1 on, any strides with 1 for the
             last. One that is kept as [pages, Hk, page_size, D] is passed as ``.transpose(1, 2)``.
-        value_cache: [pages, page_size, Hk, Dv], likewise.
+        value_cache: [pages, page_size, Hk, Dv], likewise. Of latent attention pass a view of key_cache,
+            ``key_cache[..., :512]``: heads above 256 have a kernel only so.
         block_table: int32 [batch, most pages], on query's device: key j of sequence b is row ``j % page_size`` of the
             page ``block_table[b, j // page_size]``. What is behind a sequence's last page may be any number. Sequences
             may share pages.

@@ -22,7 +22,7 @@ from sigswap.bench import own, peers, timing
 from sigswap.bench import run as bench
 from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, Feature, Mask, cells
 from sigswap.bench.correctness import check
-from sigswap.bench.inputs import Inputs, make_inputs
+from sigswap.bench.inputs import Inputs, in_pages, make_inputs
 from sigswap.bench.peers.peer import Implementation, Peer
 from sigswap.bench.peers.sdpa import SDPA
 from sigswap.bench.results import Benchmark, Row, _color, check_plot
@@ -36,6 +36,7 @@ GROUPED = Cell("train", 2, 4, 2, 40, 40, 16, 16)
 DECODE = Cell("decode", 3, 4, 2, 1, 50, 16, 16)
 LATENT = Cell("decode", 2, 4, 1, 1, 50, 24, 16, latent=True)
 PAGED = Cell("decode", 3, 4, 2, 1, 48, 16, 16, page_size=8)
+LATENT_PAGED = Cell("decode", 3, 4, 1, 1, 48, 24, 16, latent=True, page_size=8)
 VARLEN = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, lengths=(7, 40, 13))
 VARLEN_CAUSAL = Cell("varlen", 3, 2, 2, 40, 40, 16, 16, causal=True, lengths=(7, 40, 13))
 
@@ -80,13 +81,16 @@ def test_cells(suite: str) -> None:
             assert 2 * cell.batch * cell.kv_heads * cell.kv_len * cell.head_dim * 2 <= 8 * 2**30
 
 
-def test_a_paged_cell_computes_what_the_same_cell_without_pages_does() -> None:
-    inputs = make_inputs(PAGED, torch.float32, "cpu")
-    out = own.build(PAGED, inputs).forward()
-    check(PAGED, inputs, out, ())
+@pytest.mark.parametrize("cell", [PAGED, LATENT_PAGED])
+def test_a_paged_cell_computes_what_the_same_cell_without_pages_does(cell: Cell) -> None:
+    inputs = make_inputs(cell, torch.float32, "cpu")
+    out = own.build(cell, inputs).forward()
+    check(cell, inputs, out, ())
     with pytest.raises(BenchmarkError, match="wrong result"):
-        check(PAGED, inputs, out.flip(0), ())
-    assert PAGED.label == "B=3 keys=48 pages of 8"
+        check(cell, inputs, out.flip(0), ())
+    assert cell.label == f"B=3 keys=48{' latent D=24/16 H=4/1' if cell.latent else ''} pages of 8"
+    pages = in_pages(cell, inputs)
+    assert (pages.key_cache.data_ptr() == pages.value_cache.data_ptr()) == cell.latent
 
 
 def test_a_latent_cache_is_read_once() -> None:
@@ -94,8 +98,8 @@ def test_a_latent_cache_is_read_once() -> None:
     assert inputs.value.data_ptr() == inputs.key.data_ptr() and inputs.value.shape[3] == 16
     assert LATENT.kv_bytes(torch.bfloat16) == 2 * 50 * 24 * 2 == inputs.key.nbytes
     assert LATENT.label == "B=2 keys=50 latent D=24/16 H=4/1"
-    of_heads = [cell.heads for cell in cells("decode") if isinstance(cell, Cell) and cell.latent]
-    assert of_heads == [16, 16, 128, 128]
+    latent = [(cell.heads, cell.page_size) for cell in cells("decode") if isinstance(cell, Cell) and cell.latent]
+    assert latent == [(16, None), (16, None), (128, None), (128, None), (16, 64), (128, 64)]
 
 
 def test_features_has_what_models_add_to_plain_attention() -> None:

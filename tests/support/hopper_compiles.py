@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -19,6 +20,7 @@ from sigswap.kernels.hopper import backward as hopper_bwd
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.hopper import forward_items
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, NO_TANH, SHORT_TANH, TAIL
+from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.problem import Options, Problem
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -85,6 +87,25 @@ def assert_compiles(source: Any, options: dict[str, int], spilled: int, folder: 
     assert "serialized" not in said, said
     (stores,) = re.findall(r"(\d+) bytes spill stores", said)
     assert int(stores) <= spilled
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """What Triton compiles for a launch, without a GPU."""
+    names = launch._kernel.arg_names
+    split = len(names) - len(launch._rest)
+    tensors, rest = zip(names[:split], launch._key[2], strict=True), zip(names[split:], launch._rest, strict=True)
+    kinds = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+    types = {name: "constexpr" if key is None else kinds[key[0]] for name, key in tensors}
+    constants: dict[str, Any] = {name: None for name, kind in types.items() if kind == "constexpr"}
+    for name, value in rest:
+        types[name] = "constexpr" if name.isupper() else "fp32" if isinstance(value, float) else "i32"
+        constants |= {name: value} if name.isupper() else {}
+    return ASTSource(
+        launch._kernel,
+        signature=types,
+        constexprs={(at,): constants[name] for at, name in enumerate(names) if name in constants},
+        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name].startswith("*")},
+    )
 
 
 def assert_backward_products_in_flight(

@@ -39,10 +39,12 @@ def paged(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     heads_first: bool = False,
+    latent: bool = False,
     unread: float = torch.nan,
 ) -> Paged:
     """Of as many rows and keys as each sequence has, in pages in a random order; heads_first: in their memory, which
-    has room between its rows then. unread: what the cache has where no sequence has a key."""
+    has room between its rows then. latent: value is a view of key's first channels. unread: what the cache has where no
+    sequence has a key."""
     sequences = len(rows)
     widest = max((-(-n // page_size) for n in keys), default=0) + 1
     used = [-(-n // page_size) for n in keys]
@@ -53,7 +55,8 @@ def paged(
         made = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
         return made[..., :dim].transpose(1, 2) if heads_first else made
 
-    key_cache, value_cache = cache(head_dim), cache(value_dim)
+    key_cache = cache(head_dim)
+    value_cache = key_cache[..., :value_dim] if latent else cache(value_dim)
     table = torch.full((sequences, widest), NOWHERE, dtype=torch.int32)
     order = iter(torch.randperm(pages).tolist())
     is_read = torch.zeros(pages, page_size, dtype=torch.bool)
@@ -79,13 +82,11 @@ def sequences(call: Paged) -> list[tuple[slice, Tensor, Tensor]]:
     """Of each sequence its rows, and its keys and values [N, Hk, D], key by key."""
     found = []
     page_size = call.key_cache.shape[1]
-    ends, table = call.cu_seqlens_q.tolist(), call.block_table.tolist()
+    ends = call.cu_seqlens_q.tolist()
     for number, length in enumerate(call.cache_seqlens.tolist()):
-        own = [(table[number][j // page_size], j % page_size) for j in range(length)]
-        both = [
-            torch.stack([cache[page, row] for page, row in own]) if own else cache[:0, 0]
-            for cache in (call.key_cache, call.value_cache)
-        ]
+        place = torch.arange(length, device=call.query.device)
+        page = call.block_table[number].long()[place // page_size]
+        both = (cache[page, place % page_size] for cache in (call.key_cache, call.value_cache))
         found.append((slice(ends[number], ends[number + 1]), *both))
     return found
 
@@ -107,10 +108,10 @@ def oracle(
     out = torch.zeros(len(call.query), heads, call.value_cache.shape[3], dtype=torch.float64, device=device)
     of_rows = bias.double().expand(len(call.query), heads) if isinstance(bias, Tensor) else None
     for rows, key, value in sequences(call):
-        query = call.query[rows].double().transpose(0, 1)
-        key, value = (x.double().transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in (key, value))
-        m, n = query.shape[1], key.shape[1]
-        scores = query @ key.mT * (dim**-0.5 if scale is None else scale)
+        m, n, kv_heads = rows.stop - rows.start, len(key), key.shape[1]
+        query = call.query[rows].double().view(m, kv_heads, heads // kv_heads, dim)
+        scores = torch.einsum("mkgd,nkd->kgmn", query, key.double()).reshape(heads, m, n)
+        scores *= dim**-0.5 if scale is None else scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         place = torch.arange(n - m, n, device=device)[:, None]
@@ -130,5 +131,6 @@ def oracle(
             row_bias = torch.full((1, 1), float(bias), dtype=torch.float64, device=device)
         p = torch.where(seen, torch.sigmoid(scores + row_bias), 0.0)
         divisor = p.sum(-1, keepdim=True).clamp(min=row_cap) if row_cap is not None else 1.0
-        out[rows] = (p @ value / divisor).transpose(0, 1)
+        of_heads = (p / divisor).view(kv_heads, heads // kv_heads, m, n)
+        out[rows] = torch.einsum("kgmn,nkd->mkgd", of_heads, value.double()).flatten(1, 2)
     return out

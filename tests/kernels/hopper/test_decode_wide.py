@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from h100 import pretended
 from wide_heads import assert_forward_no_worse, assert_no_worse
 
 try:
-    from hopper_compiles import assert_compiles, assert_products_in_flight, features
-    from triton.compiler import ASTSource
+    from hopper_compiles import assert_compiles, assert_products_in_flight, features, source_of
 except ImportError as error:
     pytest.skip(f"this Triton has no Gluon, or another one: {error}", allow_module_level=True)
 
@@ -66,21 +64,7 @@ def test_tritons_kernel_spills_no_registers_of_few_heads(heads: int, tmp_path: P
     problem = Problem(query, key, key[..., :512], None, None, None, Options(576**-0.5))
     assert triton_wide.shares_memory(problem)
     launch = triton_wide._plan(problem.signature, True, False, None).launch
-    names = triton_wide._kernel.arg_names
-    first = names.index("stride_split")  # before it are tensors
-    types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*fp32"} | dict.fromkeys(names[first:], "i32")
-    constants: dict[str, Any] = {name: None for name in names[:first] if name not in types}
-    constants |= {name: value for name, value in zip(names[first:], launch._rest, strict=True) if name.isupper()}
-    types |= dict.fromkeys(("scale", "softcap", "const_bias", "row_cap"), "fp32") | dict.fromkeys(
-        constants, "constexpr"
-    )
-    source = ASTSource(
-        triton_wide._kernel,
-        signature={name: types[name] for name in names},
-        constexprs={(at,): constants[name] for at, name in enumerate(names) if name in constants},
-        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name].startswith("*")},
-    )
-    assert_compiles(source, launch._options, 0, tmp_path)
+    assert_compiles(source_of(launch), launch._options, 0, tmp_path)
 
 
 def test_a_value_of_every_other_channel_is_no_view_of_key() -> None:
