@@ -14,11 +14,10 @@ of the mask, over everything that the mask is broadcast to. So there are no atom
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from sigswap.kernels.host.forms import FAST
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
@@ -61,14 +60,12 @@ def backward(
         if plan.row_biases is not None:
             row_bias, floor = plan.row_biases(problem, count)
         draws = None if plan.draws is None or seed is None else plan.draws(seed, problem.cu_seqlens[0])
-        walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         outputs = new_key, new_value, *((new_query, row_sums) if plan.rows is None else (None, None))
-        sides = rest[0] if rest else row_bias, floor, attn_mask, draws
-        plan.keys.launch(walked_query, key, value, walked_grad, delta, *outputs, *sides, *problem.cu_seqlens)
+        sides = row_bias, floor, attn_mask, draws
+        plan.keys(query, key, value, grad_out, delta, *outputs, *sides, *problem.cu_seqlens)
     if plan.rows is not None:
-        keys = plan.rows.describe(key, value)
         own = bias, count, attn_mask, seed
-        plan.rows.launch(query, *keys, grad_out, delta, new_query, row_sums, *own, *problem.cu_seqlens)
+        plan.rows(query, key, value, grad_out, delta, new_query, row_sums, *own, *problem.cu_seqlens)
     if plan.sum_rows is not None and row_sums is not None and new_bias is not None:
         plan.sum_rows(row_sums, new_bias)
     if plan.mask is not None and plan.sum_mask is not None and new_mask is not None:
@@ -82,19 +79,6 @@ def backward(
 # Plans.
 
 
-class _Walk(NamedTuple):
-    launch: Launch
-    described: tuple[Described, ...] | None
-    """What the kernel walks over (query, grad_out and row biases, or key and value), if it is loaded by tensor
-    descriptors."""
-
-    def describe(self, *tensors: Tensor | None) -> tuple[Any, ...]:
-        if self.described is None:
-            return tensors
-        pairs = zip(self.described, tensors, strict=False)
-        return tuple([by(tensor) for by, tensor in pairs if tensor is not None])
-
-
 class _Plan(NamedTuple):
     """The launches of a backward, in their order; None: not needed."""
 
@@ -104,9 +88,9 @@ class _Plan(NamedTuple):
     are as many logarithms as sigmoids. So they come from a tensor, where they differ between rows."""
     draws: Draws | None
     """For keys alone, too."""
-    keys: _Walk | None
+    keys: Launch | None
     """dK and dV, and if rows is None dQ and the row sums of dS, too."""
-    rows: _Walk | None
+    rows: Launch | None
     """dQ and the row sums of dS."""
     sum_rows: Sum | None
     mask: Launch | None
@@ -165,7 +149,7 @@ def _walk_rows_of_keys(
     draws: Draws | None,
     tile: Tile | None,
     tma: bool | None,
-) -> _Walk:
+) -> Launch:
     """grad_query and sums: of what is worked out together with dK and dV."""
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or key_tile_for(signature)
@@ -201,8 +185,7 @@ def _walk_rows_of_keys(
     operands = walked[0], key, value, walked[1], delta, grad_key, grad_value, grad_query, row_sums
     tensors = (*operands, bias, floor, signature.attn_mask, words, *signature.cu_layouts())
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
-    launch = Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Walk(launch, described)
+    return Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
 
 
 def _walk_keys_of_rows(
@@ -213,7 +196,7 @@ def _walk_keys_of_rows(
     sums: bool,
     tile: Tile | None,
     tma: bool | None,
-) -> _Walk:
+) -> Launch:
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
     if tma is None:
@@ -229,8 +212,7 @@ def _walk_keys_of_rows(
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
-    launch = Launch(rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Walk(launch, described)
+    return Launch(rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:
