@@ -53,6 +53,7 @@ from sigswap.kernels.hopper.packed import (
 from sigswap.kernels.host.launch import Launch, describable
 from sigswap.kernels.host.layout import Layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
+from sigswap.kernels.host.results import Forward, maker_of
 from sigswap.kernels.host.tiles import limits_of
 
 NARROWEST, WIDEST = 65, 256
@@ -101,6 +102,19 @@ def forward(problem: Problem) -> Tensor:
     items = None if plan.items is None else plan.items(problem)[0]
     plan.launch(problem.query, problem.key, problem.value, out, row_sums, problem.bias, items)
     return out
+
+
+def forward_again(problem: Problem) -> Forward:
+    """See :func:`sigswap.kernels.dispatch.forward_again`."""
+    plan = _plan(problem.signature, None, None)
+    launch, new_output = plan.launch, maker_of(plan.out, problem.signature.device)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = new_output()
+        launch(query, key, value, out, None, None, None)
+        return out
+
+    return run
 
 
 class _Plan(NamedTuple):

@@ -60,7 +60,9 @@ def direct_launch(
     return launcher(in_c, compiled, grid, _arguments_of(described, metas), rest)
 
 
-def _arguments_of(described: Sequence[Describe | None], metas: list[Any]) -> Callable[[Sequence[Tensor | None]], list]:
+def _arguments_of(
+    described: Sequence[Describe | None], metas: list[Any]
+) -> Callable[[Sequence[Tensor | None]], list[Any]]:
     """What the function in C takes for tensors."""
     if not any(described):
         return lambda tensors: [None if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -119,8 +121,8 @@ def _of_3_8(in_c: Any, compiled: Any, grid: Any, arguments_of: Callable[..., lis
     run, function = compiled.run, compiled.function
     x, y, z = grid
     scratch = hooks = None, None
-    fixed = run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata, None, *hooks, *scratch
-    fixed += run.arg_annotations, run.kernel_signature
+    before = run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata, None, *hooks, *scratch
+    fixed = *before, run.arg_annotations, run.kernel_signature
 
     def launch(stream: int, tensors: Sequence[Tensor | None]) -> None:
         in_c(x, y, z, stream, function, *fixed, (*arguments_of(tensors), *rest))

@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from sigswap.kernels.host.forms import FAST
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
-from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
+from sigswap.kernels.host.layout import Layout, contiguous_layout, has_unit_stride, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.results import Backward, gradients_for, hand_over, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.backward_kernels import keys_kernel, mask_kernel, rows_kernel
 from sigswap.kernels.triton.dropout import Draws, draws_for
@@ -74,6 +75,34 @@ def backward(
         plan.sum_mask(partial, new_mask)
     hand_over(grads, written)
     return grads
+
+
+def backward_again(problem: Problem) -> Backward | None:
+    """See :func:`sigswap.kernels.dispatch.backward_again`. None: kernels cannot read or write where the tensors are."""
+    signature, grad_out = problem.signature, problem.grad_out
+    grads, written, layouts = gradients_for(problem)
+    elsewhere = any(new is not grad for new, grad in zip(written, grads, strict=True))
+    if grad_out is None or elsewhere or signature.is_empty or not signature.is_readable:
+        return None
+    if not has_unit_stride(grad_out.shape, grad_out.stride()):
+        return None
+    plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None)
+    keys, rows, row_biases, options, none = plan.keys, plan.rows, plan.row_biases, problem.options, (None,) * 4
+    makers = [None if layout is None else maker_of(layout, signature.device) for layout in layouts[:3]]
+
+    def run(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+        new_query, new_key, new_value = [None if make is None else make() for make in makers]
+        if keys is not None:
+            of_rows = new_query if rows is None else None
+            biases: tuple[Tensor | None, Tensor | None] = None, None
+            if row_biases is not None:
+                biases = row_biases(Problem(query, key, value, None, None, None, options), None)
+            keys(query, key, value, grad_out, None, new_key, new_value, of_rows, None, *biases, *none)
+        if rows is not None:
+            rows(query, key, value, grad_out, None, new_query, None, None, None, *none)
+        return new_query, new_key, new_value, None, None
+
+    return run
 
 
 # Plans.

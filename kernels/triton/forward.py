@@ -20,7 +20,7 @@ from sigswap.kernels.host.forms import AUTO, FAST
 from sigswap.kernels.host.launch import Launch, by_rows, describable
 from sigswap.kernels.host.layout import Layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.results import Forward, empty_output, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
     _AUTO,
@@ -65,6 +65,22 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
     plan.launch(query, key, value, out, row_sums, problem.bias, count, problem.attn_mask, seed, *problem.cu_seqlens)
     return out
+
+
+def forward_again(problem: Problem) -> Forward | None:
+    """See :func:`sigswap.kernels.dispatch.forward_again`."""
+    signature = problem.signature
+    if signature.is_empty or not signature.is_readable:
+        return None
+    plan = _plan(signature, None, None, None, None)
+    launch, new_output, others = plan.launch, maker_of(plan.out, signature.device), (None,) * 7
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = new_output()
+        launch(query, key, value, out, *others)
+        return out
+
+    return run
 
 
 class _Plan(NamedTuple):
