@@ -42,5 +42,7 @@ def _kind(tensor: Any) -> tuple[Any, ...]:
 
 def are_aligned(*tensors: Tensor) -> bool:
     """Whether all start at multiples of 16 bytes, which is not a part of being alike."""
-    beyond = [tensor.data_ptr() & 15 for tensor in tensors]
-    return not any(beyond)
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % 16 == 0
