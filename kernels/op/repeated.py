@@ -74,7 +74,10 @@ def key_of(query: Any, key: Any, value: Any, *numbers: Any) -> tuple[Any, ...] |
     """
     if type(query) not in _TYPES or type(key) not in _TYPES or type(value) not in _TYPES or listens():
         return None
-    return query.shape, key.shape, value.shape, settings.sigmoid_form, numbers
+    try:
+        return query.shape, key.shape, value.shape, settings.sigmoid_form, numbers
+    except RuntimeError:  # nested tensors have no shape
+        return None
 
 
 def known(kind: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor) -> Known | None:

@@ -152,6 +152,26 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(repeated._known) <= 3
 
 
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        lambda t: torch.nested.nested_tensor(list(t)),
+        lambda t: torch.nested.nested_tensor([each.transpose(0, 1) for each in t], layout=torch.jagged),
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+    ],
+)
+def test_unusual_tensors_in_the_place_of_known_ones(place: int, unusual: Any) -> None:
+    inputs = tensors()
+    for _ in range(2):
+        sigswap.sigmoid_attention(*inputs)
+    others = list(inputs)
+    others[place] = unusual(inputs[place])
+    with pytest.raises(ArgumentError):
+        sigswap.sigmoid_attention(*others)
+
+
 # Backwards of known calls.
 
 
