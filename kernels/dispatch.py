@@ -6,6 +6,8 @@ To add a kernel, write one file in this folder and one word in a list below. The
     forward(problem: Problem) -> Tensor        in FORWARD, BLOCK_FORWARD or PAGED_FORWARD
     backward(problem: Problem) -> Gradients    in BACKWARD, or BLOCK_BACKWARD; None for what is not needed
 
+and, if it is used for problems so small that the GPU waits for the host, :func:`forward_again`, :func:`backward_again`.
+
 ``supports`` may look at :attr:`Problem.signature` (layouts, options) and :attr:`Problem.asked_for`, but not at
 numbers in tensors: its answer is kept for all problems that are equal in these. The word is the file's place in this
 folder. Files in ``triton/`` are imported where Triton is and the GPU is one that it compiles for, those in ``hopper/``
@@ -18,6 +20,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch import Tensor
 from sigswap.kernels.host.blocks import Blocks
 from sigswap.kernels.host.layout import UNIT, whole_rows
 from sigswap.kernels.host.problem import Gradients, Problem
-from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.results import Backward, Forward, empty_output
 
 FORWARD = (
     "triton.decode",
@@ -75,6 +78,60 @@ def backward(problem: Problem) -> Gradients:
         names = BACKWARD if problem.blocks is None else BLOCK_BACKWARD
         grads: Gradients = chosen(names, problem).backward(problem)
         return grads
+
+
+def forward_again(problem: Problem) -> Forward:
+    """:func:`forward` of problems that differ from this one, of query, key and value alone, in addresses only.
+
+    By the kernel's own ``forward_again(problem)``, which may return None, if it has one.
+    """
+    signature, options, device = problem.signature, problem.options, problem.query.device
+
+    def by_problem(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        again = Problem(query, key, value, None, None, None, options)
+        again.has_signature(signature)
+        return forward(again)
+
+    if signature.has_narrow_value or signature.value_may_be_of_key:
+        return by_problem
+    run = _own("forward_again", FORWARD, problem)
+    if run is None:
+        return by_problem
+
+    def by_plan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with _on(device):
+            out: Tensor = run(query, key, value)
+            return out
+
+    return by_plan
+
+
+def backward_again(problem: Problem) -> Backward:
+    """Likewise :func:`backward`, from the output's gradient, query, key and value."""
+    signature, options, needed, device = problem.signature, problem.options, problem.output_mask, problem.query.device
+    kernel = chosen(BACKWARD, problem)
+
+    def by_problem(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+        again = Problem(query, key, value, None, None, None, options, grad_out=grad_out, output_mask=needed)
+        again.has_signature(signature)
+        grads: Gradients = kernel.backward(again)
+        return grads
+
+    run = _own("backward_again", BACKWARD, problem) or by_problem
+
+    def on_device(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+        with _on(device):
+            grads: Gradients = run(grad_out, query, key, value)
+            return grads
+
+    return on_device
+
+
+def _own(name: str, names: tuple[str, ...], problem: Problem) -> Callable[..., Any] | None:
+    with _on(problem.query.device):
+        prepare = getattr(chosen(names, problem), name, None)
+        run: Callable[..., Any] | None = None if prepare is None else prepare(problem)
+        return run
 
 
 def in_packed_sequences(problem: Problem) -> Problem:

@@ -32,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels.hopper.common import (
-    Tiles,
     takes_row_cap,
     takes_soft_cap,
     tiles_like,
@@ -54,6 +53,7 @@ from sigswap.kernels.hopper.packed import (
 from sigswap.kernels.host.launch import Launch, describable
 from sigswap.kernels.host.layout import Layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
+from sigswap.kernels.host.results import Forward, maker_of
 from sigswap.kernels.host.tiles import limits_of
 
 NARROWEST, WIDEST = 65, 256
@@ -99,16 +99,25 @@ def forward(problem: Problem) -> Tensor:
     of_out = None if problem.out is None else layout_of(problem.out)
     plan = _plan(problem.signature, of_out, None if row_sums is None else layout_of(row_sums))
     out = problem.query.new_empty_strided(plan.out.shape, plan.out.strides) if problem.out is None else problem.out
-    tensors = problem.query, problem.key, problem.value, out
-    described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
     items = None if plan.items is None else plan.items(problem)[0]
-    plan.launch(*described, row_sums, problem.bias, items)
+    plan.launch(problem.query, problem.key, problem.value, out, row_sums, problem.bias, items)
     return out
 
 
+def forward_again(problem: Problem) -> Forward:
+    """See :func:`sigswap.kernels.dispatch.forward_again`."""
+    plan = _plan(problem.signature, None, None)
+    launch, new_output = plan.launch, maker_of(plan.out, problem.signature.device)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = new_output()
+        launch(query, key, value, out, None, None, None)
+        return out
+
+    return run
+
+
 class _Plan(NamedTuple):
-    described: tuple[Tiles, ...]
-    """query, key, value and out."""
     launch: Launch
     out: Layout
     items: Plan | None
@@ -145,7 +154,7 @@ def _plan(signature: Signature, out: Layout | None, row_sums: Layout | None) -> 
     arguments |= output_arguments(arguments, sum=row_sums)
     tensors = (*described, row_sums, signature.bias, None if items is None else items.layout)
     launch = Launch(_kernel, programs, signature.device, tensors, arguments, num_warps=4)
-    return _Plan(described, launch, out, items)
+    return _Plan(launch, out, items)
 
 
 # Device functions.

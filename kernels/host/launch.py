@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sigswap.kernels.host.direct import Direct, direct_launch
 from sigswap.kernels.host.layout import Layout, width
 from sigswap.kernels.host.recording import recording
 
@@ -27,12 +28,11 @@ class Described:
         self._kind: Any = TensorDescriptor
         self._checked: dict[str, Any] | None = None
 
-    def describe(self, tensor: Tensor) -> Any:
-        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """What a :class:`Launch` takes for it: the tensor, which it describes, or knows a tensor map of."""
+        return tensor
 
-    def __call__(self, tensor: Tensor) -> Any:
-        if recording.by is not None:
-            return tensor
+    def descriptor(self, tensor: Tensor) -> Any:
         # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:
             first = self.describe(tensor)
@@ -42,6 +42,9 @@ class Described:
         descriptor.__dict__.update(self._checked)
         descriptor.base = tensor
         return descriptor
+
+    def describe(self, tensor: Tensor) -> Any:
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
 
 
 def by_rows(layout: Layout, rows: int) -> Described:
@@ -87,6 +90,7 @@ class Launch:
         arguments = arguments | {"ASM": isinstance(kernel, triton.JITFunction)}
         self._kernel = kernel
         self._grid = (blocks, 1, 1)
+        self._describe = tuple([each.descriptor if isinstance(each, Described) else None for each in tensors])
         self._rest = tuple(arguments[name] for name in names)
         self._options = options
         # What Triton compiles another kernel for.
@@ -99,30 +103,38 @@ class Launch:
         )
         self._device = device.index
         self._compiled: Any = None
+        self._direct: Direct | None = None
 
-    def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
-        compiled = self._compiled
+    def __call__(self, *tensors: Tensor | None) -> None:
         if recording.by is not None:
             recording.by.record(self._kernel, self._grid, (*tensors, *self._rest), self._options)
-        elif compiled is None:
+        elif self._compiled is None:
             self._launch_first(*tensors)
         elif _have_hooks():
-            compiled[self._grid](*tensors, *self._rest)
-        else:  # what Triton does in the line above, without looking for the device and for hooks
-            stream = torch._C._cuda_getCurrentRawStream(self._device)
-            function, metadata = compiled.function, compiled.packed_metadata
-            compiled.run(*self._grid, stream, function, metadata, None, None, None, *tensors, *self._rest)
+            self._compiled[self._grid](*self._described(tensors), *self._rest)
+        elif self._direct is not None:
+            self._direct(torch._C._cuda_getCurrentRawStream(self._device), tensors)
+        else:  # what Triton does where it is told to launch, without looking for the device and for hooks
+            stream, compiled = torch._C._cuda_getCurrentRawStream(self._device), self._compiled
+            beside = stream, compiled.function, compiled.packed_metadata, None, None, None
+            compiled.run(*self._grid, *beside, *self._described(tensors), *self._rest)
 
-    def _launch_first(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+    def _launch_first(self, *tensors: Tensor | None) -> None:
         """Compiles the kernel, unless it is. Triton's interpreter compiles nothing."""
-        compiled = _compiled.get(self._key)
+        compiled, arguments = _compiled.get(self._key), (*self._described(tensors), *self._rest)
         if compiled is None:
-            compiled = self._kernel[self._grid](*tensors, *self._rest, **self._options)
+            compiled = self._kernel[self._grid](*arguments, **self._options)
             if compiled is not None:
                 _compiled[self._key] = compiled
         else:
-            compiled[self._grid](*tensors, *self._rest)
+            compiled[self._grid](*arguments)
+        if compiled is not None:
+            self._direct = direct_launch(compiled, self._grid, self._describe, self._rest)
         self._compiled = compiled
+
+    def _described(self, tensors: tuple[Tensor | None, ...]) -> list[Any]:
+        pairs = zip(tensors, self._describe, strict=True)
+        return [tensor if by is None or tensor is None else by(tensor) for tensor, by in pairs]
 
 
 def _have_hooks() -> bool:

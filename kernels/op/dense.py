@@ -26,7 +26,7 @@ from sigswap.kernels.host.problem import Gradients, Options, Problem, problem_of
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.op import checks, sharding, vmap
 from sigswap.kernels.op.first_token import bias_of_first
-from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, Known, is_plain, library, options_of
+from sigswap.kernels.op.registration import AUTOCAST_DEVICES, AttentionOp, is_plain, library, options_of
 
 
 def sigmoid_attention(
@@ -112,11 +112,6 @@ def sigmoid_attention(
         row_cap=row_cap,
     )
     return out
-
-
-def sigmoid_attention_again(query: Tensor, key: Tensor, value: Tensor, known: Known) -> Tensor:
-    """:func:`sigmoid_attention` of tensors like which :mod:`sigswap.kernels.op.repeated` knows others."""
-    return _attention.run_again((query, key, value, None, None, None), known)
 
 
 def sigmoid_probs(

@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from sigswap.errors import SigswapError
 from sigswap.kernels import reference
-from sigswap.kernels.host.problem import Gradients, Options, Problem, Signature, problem_of
+from sigswap.kernels.host.problem import Gradients, Options, Problem
 from sigswap.kernels.host.results import empty_gradients, empty_row_sums
 from sigswap.kernels.op.sharding import meet_dtensors
 
@@ -48,13 +48,6 @@ AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 _Library: Callable[..., Any] = torch.library.Library
 library = _Library("sigswap", "DEF")
 _unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
-
-
-class Known(NamedTuple):
-    """What was made of a call's arguments, once they were checked."""
-
-    options: Options
-    signature: Signature
 
 
 class AttentionOp:
@@ -113,19 +106,6 @@ class AttentionOp:
             out: Tensor = _Attention.apply(self, None, options, False, *inputs)
             return out
         return self.forward(inputs, options)
-
-    def run_again(self, inputs: tuple[Any, ...], known: Known) -> Tensor:
-        """As :meth:`run`, of the dense op without a row cap, for inputs like which it has taken others."""
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[: self.tensors]):
-            out: Tensor = _Attention.apply(self, known, known.options, False, *inputs)
-            return out
-        return self.forward_again(inputs, known)
-
-    def forward_again(self, inputs: tuple[Any, ...], known: Known) -> Tensor:
-        problem = problem_of(inputs, known.options)
-        problem.has_signature(known.signature)
-        out: Tensor = implementation_for(inputs[0].is_cuda).forward(problem)
-        return out
 
     def forward(self, inputs: tuple[Any, ...], options: Options) -> Tensor:
         self._check(*inputs, options)
@@ -264,18 +244,23 @@ _keys_of = torch._C._dispatch_keys
 _included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 
 
+def listens() -> bool:
+    """Whether something may want to know of a call that no keys of the dispatcher tell of."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would run autograd and the implementation on these tensors, and nothing else.
 
     Not so for subclasses, on devices that are not CPU or CUDA, and under modes, torch.func, autocast, forward-mode
     derivatives, tracing, compilation and profiling.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
+    if listens():
         return False
     # As the dispatcher works out where a call goes: the tensors' keys, and what the thread adds and takes away.
     keys = _included().raw_repr()
@@ -284,7 +269,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
             if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
                 return False
             keys |= _keys_of(tensor).raw_repr()
-    return not keys & ~_excluded().raw_repr() & _NOT_PLAIN
+    others = keys & _NOT_PLAIN
+    return not others or not others & ~_excluded().raw_repr()
 
 
 def options_of(*numbers: Any) -> Options | None:
@@ -341,7 +327,7 @@ def implementation_for(cuda: bool) -> ModuleType:
 # Autograd. Written out rather than by torch.library.register_autograd, which takes longer per call.
 
 
-class _Function(_SingleLevelFunction):
+class Function(_SingleLevelFunction):
     """torch.autograd.Function, but for torch.func, whose levels are the dispatcher's matter here (:func:`_recorded`).
 
     Function itself would want a setup_context, and would handle the levels a second time.
@@ -355,26 +341,24 @@ _BESIDE_INPUTS = 4
 """Of _Attention's arguments come before the inputs."""
 
 
-class _Attention(_Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         ctx: Any,
         op: AttentionOp,
-        way: torch._C.DispatchKeySet | Known | None,
+        way: torch._C.DispatchKeySet | None,
         options: Options,
         sums: bool,
         *inputs: Any,
     ) -> Any:
-        """way: through the dispatcher, below a keyset; directly, if None, or by what is known of such inputs. sums: of
-        the op that returns the rows' sums, too."""
+        """way: through the dispatcher, below a keyset; directly, if None. sums: of the op that returns the rows' sums,
+        too."""
         ctx.op, ctx.options, ctx.numbers = op, options, inputs[op.tensors :]
         tensors = inputs[: op.tensors]
         if options.row_cap == 0.0 and not sums:
             ctx.save_for_backward(*tensors)
             if way is None:
                 return op.forward(inputs, options)
-            if isinstance(way, Known):
-                return op.forward_again(inputs, way)
             return _below_autograd_recorded(op.op, way, inputs, options._asdict())
         if way is None:
             out, row_sums = op.forward_with_sums(inputs, options)
@@ -391,23 +375,27 @@ class _Attention(_Function):
         op, saved, grad, row_delta = ctx.op, ctx.saved_tensors, grads[0], None
         tensors, results_of_forward = saved[: op.tensors], saved[op.tensors :]
         needed = ctx.needs_input_grad[_BESIDE_INPUTS : _BESIDE_INPUTS + op.differentiable]
-        results: Sequence[Tensor | None]
         # With create_graph the dispatcher records that there is no second derivative.
         direct = not torch.is_grad_enabled() and is_plain(grad, *saved)  # hooks may have saved others
         if results_of_forward:
             implementation = implementation_for(grad.is_cuda) if direct else reference  # which is made of traceable ops
             grad, row_delta = implementation.undivided(grad, *results_of_forward, ctx.options.row_cap)
         inputs = (grad, *tensors, *ctx.numbers, needed, row_delta)
-        if direct:
-            results = op.backward(inputs, ctx.options)
-        else:
-            results = op.backward_op(*inputs, **ctx.options._asdict())
-            results = [grad if need else None for grad, need in zip(results, needed, strict=True)]
+        by_op = functools.partial(gradients, op.backward_op, needed=needed)
+        results = (op.backward if direct else by_op)(inputs, ctx.options)
         others = [None] * (len(tensors) - len(needed) + len(ctx.numbers))
         return *[None] * _BESIDE_INPUTS, *results, *others
 
 
-class _AttentionBackward(_Function):
+def gradients(
+    backward_op: Any, inputs: tuple[Any, ...], options: Options, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """By the backward op, through the dispatcher. inputs: its inputs; needed: of which of the results."""
+    results = backward_op(*inputs, **options._asdict())
+    return [grad if need else None for grad, need in zip(results, needed, strict=True)]
+
+
+class _AttentionBackward(Function):
     @staticmethod
     def forward(
         ctx: Any, op: AttentionOp, keyset: torch._C.DispatchKeySet, keywords: dict[str, Any], *inputs: Any
@@ -420,7 +408,7 @@ class _AttentionBackward(_Function):
         raise SigswapError(f"{ctx.name} has no second derivative. Compute its first without create_graph.")
 
 
-def _recorded(function: type[_Function], *arguments: Any) -> Any:
+def _recorded(function: type[Function], *arguments: Any) -> Any:
     """function.apply, also as one of several levels of torch.func."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)

@@ -14,7 +14,7 @@ of the mask, over everything that the mask is broadcast to. So there are no atom
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sigswap.kernels.host.forms import FAST
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
-from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
+from sigswap.kernels.host.layout import Layout, contiguous_layout, has_unit_stride, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.results import Backward, gradients_for, hand_over, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.backward_kernels import keys_kernel, mask_kernel, rows_kernel
 from sigswap.kernels.triton.dropout import Draws, draws_for
@@ -61,14 +61,12 @@ def backward(
         if plan.row_biases is not None:
             row_bias, floor = plan.row_biases(problem, count)
         draws = None if plan.draws is None or seed is None else plan.draws(seed, problem.cu_seqlens[0])
-        walked_query, walked_grad, *rest = plan.keys.describe(query, grad_out, row_bias)
         outputs = new_key, new_value, *((new_query, row_sums) if plan.rows is None else (None, None))
-        sides = rest[0] if rest else row_bias, floor, attn_mask, draws
-        plan.keys.launch(walked_query, key, value, walked_grad, delta, *outputs, *sides, *problem.cu_seqlens)
+        sides = row_bias, floor, attn_mask, draws
+        plan.keys(query, key, value, grad_out, delta, *outputs, *sides, *problem.cu_seqlens)
     if plan.rows is not None:
-        keys = plan.rows.describe(key, value)
         own = bias, count, attn_mask, seed
-        plan.rows.launch(query, *keys, grad_out, delta, new_query, row_sums, *own, *problem.cu_seqlens)
+        plan.rows(query, key, value, grad_out, delta, new_query, row_sums, *own, *problem.cu_seqlens)
     if plan.sum_rows is not None and row_sums is not None and new_bias is not None:
         plan.sum_rows(row_sums, new_bias)
     if plan.mask is not None and plan.sum_mask is not None and new_mask is not None:
@@ -79,20 +77,35 @@ def backward(
     return grads
 
 
+def backward_again(problem: Problem) -> Backward | None:
+    """See :func:`sigswap.kernels.dispatch.backward_again`. None: kernels cannot read or write where the tensors are."""
+    signature, grad_out = problem.signature, problem.grad_out
+    grads, written, layouts = gradients_for(problem)
+    elsewhere = any(new is not grad for new, grad in zip(written, grads, strict=True))
+    if grad_out is None or elsewhere or signature.is_empty or not signature.is_readable:
+        return None
+    if not has_unit_stride(grad_out.shape, grad_out.stride()):
+        return None
+    plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None)
+    keys, rows, row_biases, options, none = plan.keys, plan.rows, plan.row_biases, problem.options, (None,) * 4
+    makers = [None if layout is None else maker_of(layout, signature.device) for layout in layouts[:3]]
+
+    def run(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+        new_query, new_key, new_value = [None if make is None else make() for make in makers]
+        if keys is not None:
+            of_rows = new_query if rows is None else None
+            biases: tuple[Tensor | None, Tensor | None] = None, None
+            if row_biases is not None:
+                biases = row_biases(Problem(query, key, value, None, None, None, options), None)
+            keys(query, key, value, grad_out, None, new_key, new_value, of_rows, None, *biases, *none)
+        if rows is not None:
+            rows(query, key, value, grad_out, None, new_query, None, None, None, *none)
+        return new_query, new_key, new_value, None, None
+
+    return run
+
+
 # Plans.
-
-
-class _Walk(NamedTuple):
-    launch: Launch
-    described: tuple[Described, ...] | None
-    """What the kernel walks over (query, grad_out and row biases, or key and value), if it is loaded by tensor
-    descriptors."""
-
-    def describe(self, *tensors: Tensor | None) -> tuple[Any, ...]:
-        if self.described is None:
-            return tensors
-        pairs = zip(self.described, tensors, strict=False)
-        return tuple([by(tensor) for by, tensor in pairs if tensor is not None])
 
 
 class _Plan(NamedTuple):
@@ -104,9 +117,9 @@ class _Plan(NamedTuple):
     are as many logarithms as sigmoids. So they come from a tensor, where they differ between rows."""
     draws: Draws | None
     """For keys alone, too."""
-    keys: _Walk | None
+    keys: Launch | None
     """dK and dV, and if rows is None dQ and the row sums of dS, too."""
-    rows: _Walk | None
+    rows: Launch | None
     """dQ and the row sums of dS."""
     sum_rows: Sum | None
     mask: Launch | None
@@ -165,7 +178,7 @@ def _walk_rows_of_keys(
     draws: Draws | None,
     tile: Tile | None,
     tma: bool | None,
-) -> _Walk:
+) -> Launch:
     """grad_query and sums: of what is worked out together with dK and dV."""
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or key_tile_for(signature)
@@ -201,8 +214,7 @@ def _walk_rows_of_keys(
     operands = walked[0], key, value, walked[1], delta, grad_key, grad_value, grad_query, row_sums
     tensors = (*operands, bias, floor, signature.attn_mask, words, *signature.cu_layouts())
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
-    launch = Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Walk(launch, described)
+    return Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
 
 
 def _walk_keys_of_rows(
@@ -213,7 +225,7 @@ def _walk_keys_of_rows(
     sums: bool,
     tile: Tile | None,
     tma: bool | None,
-) -> _Walk:
+) -> Launch:
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
     if tma is None:
@@ -229,8 +241,7 @@ def _walk_keys_of_rows(
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
-    launch = Launch(rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Walk(launch, described)
+    return Launch(rows_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
 
 
 def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict[str, int | bool]:

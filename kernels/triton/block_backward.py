@@ -5,11 +5,10 @@ rows. Each walks over the full blocks first, without any mask, and then over the
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from sigswap.kernels.host.blocks import BLOCK
 from sigswap.kernels.host.forms import AUTO
@@ -65,32 +64,16 @@ def backward(problem: Problem, tuning: Tuning = _AS_CHOSEN) -> Gradients:
         row_bias = new_tensor(plan.biases.layout, query.device)
         floor = None if plan.biases.floor is None else new_tensor(plan.biases.floor, query.device)
         plan.biases.launch(row_bias, floor, bias, blocks.visible, None, None)
-        walked = plan.keys.describe(query, grad_out, row_bias)
         lists = blocks.keys, blocks.key_bits
-        plan.keys.launch(walked[0], key, value, walked[1], delta, new_key, new_value, walked[2], floor, *lists)
+        plan.keys(query, key, value, grad_out, delta, new_key, new_value, row_bias, floor, *lists)
     if plan.rows is not None:
         row_sums = None if plan.sum_rows is None else plan.sum_rows.empty_parts()
-        keys = plan.rows.describe(key, value)
         sides = bias, blocks.visible, blocks.rows, blocks.row_bits
-        plan.rows.launch(query, *keys, grad_out, delta, new_query, row_sums, *sides)
+        plan.rows(query, key, value, grad_out, delta, new_query, row_sums, *sides)
         if plan.sum_rows is not None and row_sums is not None and new_bias is not None:
             plan.sum_rows(row_sums, new_bias)
     hand_over(grads, written)
     return grads
-
-
-class _Walk(NamedTuple):
-    launch: Launch
-    described: tuple[Described, ...] | None
-    """What the kernel walks over (query, grad_out and row biases, or key and value), if it is loaded by tensor
-    descriptors."""
-
-    def describe(self, *tensors: Tensor) -> tuple[Any, ...]:
-        return (
-            tensors
-            if self.described is None
-            else tuple(by(each) for by, each in zip(self.described, tensors, strict=True))
-        )
 
 
 class _Biases(NamedTuple):
@@ -105,8 +88,8 @@ class _Plan(NamedTuple):
     """The launches of a backward, in their order; None: not needed."""
 
     biases: _Biases | None
-    keys: _Walk | None
-    rows: _Walk | None
+    keys: Launch | None
+    rows: Launch | None
     sum_rows: Sum | None
 
 
@@ -168,7 +151,7 @@ def _walk_rows_of_keys(
     biases: _Biases,
     blocks: BlockLayouts,
     tuning: Tuning,
-) -> _Walk:
+) -> Launch:
     query, key, value = signature.query, signature.key, signature.value
     tile = within_block(tuning.key_tile or key_tile_for(signature))
     described: tuple[Described, ...] | None = None
@@ -189,7 +172,7 @@ def _walk_rows_of_keys(
     members = signature.batch * signature.kv_heads
     arguments |= {"members": members, "span": min(tuning.key_span or KEY_SPAN, members)}
     programs = triton.cdiv(signature.kv_len, BLOCK) * (BLOCK // tile.keys) * members
-    launch = Launch(
+    return Launch(
         keys_kernel,
         programs,
         signature.device,
@@ -197,7 +180,6 @@ def _walk_rows_of_keys(
         arguments,
         **tile.launch_options(),
     )
-    return _Walk(launch, described)
 
 
 def _walk_keys_of_rows(
@@ -208,7 +190,7 @@ def _walk_keys_of_rows(
     row_sums: Layout | None,
     blocks: BlockLayouts,
     tuning: Tuning,
-) -> _Walk:
+) -> Launch:
     query, key, value = signature.query, signature.key, signature.value
     tile = within_block(tuning.row_tile or row_tile_for(signature))
     described = None
@@ -222,10 +204,7 @@ def _walk_keys_of_rows(
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, delta, grad_query, row_sums, signature.bias, blocks.visible, blocks.rows)
     programs = triton.cdiv(signature.q_len, BLOCK) * (BLOCK // tile.rows) * members
-    launch = Launch(
-        rows_kernel, programs, signature.device, (*tensors, blocks.bits), arguments, **tile.launch_options()
-    )
-    return _Walk(launch, described)
+    return Launch(rows_kernel, programs, signature.device, (*tensors, blocks.bits), arguments, **tile.launch_options())
 
 
 def _with_tma(signature: Signature, tuning: Tuning) -> bool:

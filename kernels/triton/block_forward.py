@@ -4,14 +4,13 @@ ones in a second loop, with a bit per score."""
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.blocks import BLOCK
-from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
+from sigswap.kernels.host.launch import Launch, by_rows, describable
 from sigswap.kernels.host.layout import Layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
 from sigswap.kernels.host.results import empty_output
@@ -63,22 +62,14 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
     blocks, row_sums = problem.blocks, problem.row_sums
     assert blocks is not None
     of_sums = None if row_sums is None else layout_of(row_sums)
-    plan = _plan(problem.signature, layout_of(out), of_sums, layouts_of(blocks), tile, tma, span)
-    key, value = problem.key, problem.value
-    keys = (key, value) if plan.described is None else (plan.described[0](key), plan.described[1](value))
+    launch = _launch(problem.signature, layout_of(out), of_sums, layouts_of(blocks), tile, tma, span)
     sides = problem.bias, blocks.visible, blocks.rows, blocks.row_bits
-    plan.launch(problem.query, *keys, out, row_sums, *sides)
+    launch(problem.query, problem.key, problem.value, out, row_sums, *sides)
     return out
 
 
-class _Plan(NamedTuple):
-    launch: Launch
-    described: tuple[Described, Described] | None
-    """key and value, if they are loaded by tensor descriptors."""
-
-
 @functools.lru_cache(MAX_PLANS)
-def _plan(
+def _launch(
     signature: Signature,
     out: Layout,
     row_sums: Layout | None,
@@ -86,7 +77,7 @@ def _plan(
     tile: Tile | None,
     tma: bool | None,
     span: int | None,
-) -> _Plan:
+) -> Launch:
     """row_sums: None: not asked for."""
     query, key, value = signature.query, signature.key, signature.value
     tile = within_block(tile or tile_for(signature))
@@ -120,8 +111,7 @@ def _plan(
         blocks.bits,
     )
     programs = triton.cdiv(signature.q_len, BLOCK) * (BLOCK // tile.rows) * members
-    launch = Launch(_forward_kernel, programs, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, described)
+    return Launch(_forward_kernel, programs, signature.device, tensors, arguments, **tile.launch_options())
 
 
 @triton.jit

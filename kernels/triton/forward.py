@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.forms import AUTO, FAST
-from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
+from sigswap.kernels.host.launch import Launch, by_rows, describable
 from sigswap.kernels.host.layout import Layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.results import Forward, empty_output, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.common import (
     _AUTO,
@@ -62,21 +62,30 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
     plan = _plan(problem.signature, of_given, of_sums, tile, tma)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
-    if plan.described:
-        by_key, by_value = plan.described
-        operands = query, by_key(key), by_value(value), out, row_sums
-    else:
-        operands = query, key, value, out, row_sums
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
-    plan.launch(*operands, problem.bias, count, problem.attn_mask, seed, *problem.cu_seqlens)
+    plan.launch(query, key, value, out, row_sums, problem.bias, count, problem.attn_mask, seed, *problem.cu_seqlens)
     return out
+
+
+def forward_again(problem: Problem) -> Forward | None:
+    """See :func:`sigswap.kernels.dispatch.forward_again`."""
+    signature = problem.signature
+    if signature.is_empty or not signature.is_readable:
+        return None
+    plan = _plan(signature, None, None, None, None)
+    launch, new_output, others = plan.launch, maker_of(plan.out, signature.device), (None,) * 7
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = new_output()
+        launch(query, key, value, out, *others)
+        return out
+
+    return run
 
 
 class _Plan(NamedTuple):
     launch: Launch
     out: Layout
-    described: tuple[Described, Described] | None
-    """key and value, if they are loaded by tensor descriptors."""
     counts: Counts | None
 
 
@@ -103,7 +112,7 @@ def _plan(
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, out, described, counts_for(signature))
+    return _Plan(launch, out, counts_for(signature))
 
 
 def tile_for(signature: Signature) -> Tile:

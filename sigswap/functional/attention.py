@@ -117,9 +117,9 @@ def sigmoid_attention(
     ):
         # Checking the arguments of a call like an earlier one would take longer than launching the kernel.
         again = repeated.key_of(query, key, value, bias, is_causal, scale, enable_gqa)
-        known = None if again is None else repeated.known(again)
+        known = None if again is None else repeated.known(again, query, key, value)
         if known is not None:
-            return dense.sigmoid_attention_again(query, key, value, known)
+            return repeated.run(known, query, key, value)
     check_types({"query": query, "key": key, "value": value}, scale, dropout_p, softcap, row_cap)
     check_switches(is_causal=is_causal, enable_gqa=enable_gqa)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):

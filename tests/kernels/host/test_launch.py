@@ -20,7 +20,7 @@ from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, EXACT_TANH, F
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import FEW_SCORES, Packed, Problem, Signature, _signature
 from sigswap.kernels.host.recording import recorded_by
-from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.results import gradients_for, hand_over, maker_of
 
 OPTIONS = Options(0.25)
 OTHER_OPTIONS = Options(0.5, -1.0, False, True, True, 3, 4, 2.0, 0.5, 1.0)
@@ -181,6 +181,19 @@ def test_gradients_that_exist_are_taken_as_they_are() -> None:
     grads, written, layouts = gradients_for(Problem(*inputs, None, OPTIONS, output_mask=needed, grads=given))
     assert grads is given and list(written) == list(given)
     assert layouts == tuple(None if grad is None else layout_of(grad) for grad in given)
+
+
+@pytest.mark.parametrize("by_inductor", [True, False])
+def test_new_tensors_have_their_layout(by_inductor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not by_inductor:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu", raising=False)
+    like = torch.empty_like(heads_tensor())
+    make = maker_of(layout_of(like), like.device)
+    first, second = make(), make()
+    assert layout_of(first) == layout_of(second) == layout_of(like) and first.device == like.device
+    assert first.data_ptr() != second.data_ptr() and not first._is_view()
+    with torch.inference_mode():
+        assert make().is_inference()
 
 
 # Launches.

@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sigswap
-from sigswap.errors import ArgumentError
+from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import settings
 from sigswap.kernels.op import repeated
+
+CUDA = torch.cuda.is_available()
+
+
+def gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")(test))
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +27,10 @@ def nothing_known() -> Iterator[None]:
     repeated._known.clear()
     yield
     repeated._known.clear()
+
+
+def all_known() -> list[repeated.Known]:
+    return [known for each in repeated._known.values() for known in each]
 
 
 def tensors(heads: int = 4, kv_heads: int = 4, rows: int = 7, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -45,9 +56,9 @@ def assert_near(out: Tensor, expected: Tensor) -> None:
 def test_the_second_call_is_known_and_has_its_own_numbers(options: dict[str, Any]) -> None:
     first, second = tensors(), [2 * tensor for tensor in tensors()]
     assert_near(sigswap.sigmoid_attention(*first, **options), exact(*first, **options))
-    (known,) = repeated._known.values()
+    (known,) = all_known()
     assert_near(sigswap.sigmoid_attention(*second, **options), exact(*second, **options))
-    assert list(repeated._known.values()) == [known]
+    assert all_known() == [known]
 
 
 @pytest.mark.parametrize("float_type", [torch.float16, torch.bfloat16])
@@ -117,7 +128,8 @@ def test_other_layouts_and_settings_are_other_calls(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(settings, "sigmoid_form", form)
         for each in (query, query.contiguous(), odd):
             assert_near(sigswap.sigmoid_attention(each, key, value), expected)
-    assert len({known.signature for known in repeated._known.values()}) == len(repeated._known) == 6
+    # What does not start at a multiple of 16 bytes is none of the usual calls.
+    assert len({known.signature for known in all_known()}) == len(all_known()) == 4
 
 
 def test_what_is_none_of_the_usual_calls_is_not_kept() -> None:
@@ -138,3 +150,237 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         query, key, value = tensors(rows=rows)
         assert_near(sigswap.sigmoid_attention(query, key, value), exact(query, key, value))
     assert len(repeated._known) <= 3
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        lambda t: torch.nested.nested_tensor(list(t)),
+        lambda t: torch.nested.nested_tensor([each.transpose(0, 1) for each in t], layout=torch.jagged),
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+    ],
+)
+def test_unusual_tensors_in_the_place_of_known_ones(place: int, unusual: Any) -> None:
+    inputs = tensors()
+    for _ in range(2):
+        sigswap.sigmoid_attention(*inputs)
+    others = list(inputs)
+    others[place] = unusual(inputs[place])
+    with pytest.raises(ArgumentError):
+        sigswap.sigmoid_attention(*others)
+
+
+# Backwards of known calls.
+
+
+def leaves_of(inputs: list[Tensor]) -> list[Tensor]:
+    """New ones, laid out as the inputs."""
+    return [tensor.clone().requires_grad_() for tensor in inputs]
+
+
+def assert_gradients(grads: tuple[Tensor, ...], inputs: list[Tensor], grad_out: Tensor) -> None:
+    leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.grad(exact(*leaves), leaves, grad_out.double())
+    for grad, right in zip(grads, expected, strict=True):
+        assert (grad.double() - right).norm() <= 2e-2 * right.norm()
+
+
+def test_gradients_of_other_layouts_and_of_some_inputs() -> None:
+    inputs = tensors()
+    grad_out = torch.randn(2, 4, 7, 8).bfloat16()
+    odd = torch.empty(grad_out.numel() + 1, dtype=grad_out.dtype)[1:].view(grad_out.shape).copy_(grad_out)
+    strided = grad_out.transpose(2, 3).contiguous().transpose(2, 3)
+    for _ in range(3):
+        for given in (grad_out, strided, odd, torch.ones(()).bfloat16().expand(grad_out.shape)):
+            leaves = leaves_of(inputs)
+            grads = torch.autograd.grad(sigswap.sigmoid_attention(*leaves), leaves, given)
+            assert_gradients(grads, inputs, given)
+        leaves = leaves_of(inputs)
+        (grad,) = torch.autograd.grad(sigswap.sigmoid_attention(*leaves), leaves[1], grad_out)
+        whole = leaves_of(inputs)
+        (_, expected, _) = torch.autograd.grad(sigswap.sigmoid_attention(*whole), whole, grad_out)
+        assert torch.equal(grad, expected)
+    assert all(1 < len(known._backwards) <= repeated.MAX_KINDS for known in all_known())
+
+
+@pytest.mark.parametrize("other", ["contiguous", "an offset", "a subclass"])
+def test_hooks_on_saved_tensors_may_put_others_in_their_place(other: str) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if other == "a subclass":
+            return tensor.as_subclass(Own)
+        if other == "contiguous":
+            return tensor.contiguous()
+        numbers = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        return numbers[1:].view(tensor.shape).copy_(tensor)
+
+    inputs, grad_out = tensors(), torch.randn(2, 4, 7, 8).bfloat16()
+    for hooked in (False, True, False, True):
+        leaves = leaves_of(inputs)
+        if hooked:
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), unpack):
+                out = sigswap.sigmoid_attention(*leaves)
+        else:
+            out = sigswap.sigmoid_attention(*leaves)
+        assert_gradients(torch.autograd.grad(out, leaves, grad_out), inputs, grad_out)
+
+
+def test_a_tensor_that_lies_elsewhere_after_the_forward() -> None:
+    """By its ``data``, about which autograd does not know."""
+    inputs, grad_out = tensors(), torch.randn(2, 4, 7, 8).bfloat16()
+    for _ in range(2):
+        leaves = leaves_of(inputs)
+        out = sigswap.sigmoid_attention(*leaves)
+        leaves[0].data = leaves[0].data.contiguous()
+        assert_gradients(torch.autograd.grad(out, leaves, grad_out), inputs, grad_out)
+
+
+def test_a_known_call_has_no_second_derivative_either() -> None:
+    inputs = tensors()
+    for _ in range(2):
+        leaves = leaves_of(inputs)
+        out = sigswap.sigmoid_attention(*leaves)
+        first = torch.autograd.grad(out.float().sum(), leaves, create_graph=True)
+        with pytest.raises(SigswapError, match="second derivative"):
+            torch.autograd.grad(first[0].float().sum(), leaves)
+
+
+def test_the_state_of_a_backward_is_a_part_of_what_is_known() -> None:
+    inputs, grad_out = tensors(), torch.randn(2, 4, 7, 8).bfloat16()
+    for deterministic in (False, False, True, False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            leaves = leaves_of(inputs)
+            grads = torch.autograd.grad(sigswap.sigmoid_attention(*leaves), leaves, grad_out)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert_gradients(grads, inputs, grad_out)
+    (known,) = all_known()
+    assert sorted(each.state[1] for each in known._backwards) == [False, True]
+
+
+def test_under_transforms_and_autocast_known_calls_are_as_others() -> None:
+    inputs = tensors()
+    grad_out = torch.ones(2, 4, 7, 8).bfloat16()
+    for _ in range(2):
+        assert_near(sigswap.sigmoid_attention(*inputs), exact(*inputs))
+        assert_near(torch.vmap(sigswap.sigmoid_attention)(*[t[None] for t in inputs])[0], exact(*inputs))
+        grads = torch.func.grad(lambda *t: sigswap.sigmoid_attention(*t).sum(), argnums=(0, 1, 2))(*inputs)
+        assert_gradients(grads, inputs, grad_out)
+        with torch.autocast("cpu", torch.float16):
+            assert sigswap.sigmoid_attention(*inputs).dtype == torch.float16
+        with torch.inference_mode():
+            assert sigswap.sigmoid_attention(*inputs).is_inference()
+        functional = torch.func.functionalize(lambda *three: sigswap.sigmoid_attention(*three))
+        graph = make_fx(functional, tracing_mode="symbolic")(*inputs)
+        assert any("sigmoid_attention" in str(node.target) for node in graph.graph.nodes)
+        assert_near(graph(*inputs), exact(*inputs))
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def gpu_tensors() -> list[Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(2, 1024, 8, 64, device="cuda").bfloat16().transpose(1, 2) for _ in range(3)]
+
+
+def step(inputs: list[Tensor], is_causal: bool = False) -> tuple[Tensor, ...]:
+    """The output, and the gradients of its sum."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = sigswap.sigmoid_attention(*leaves, is_causal=is_causal)
+    return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def exact_step(inputs: list[Tensor], is_causal: bool = False) -> tuple[Tensor, ...]:
+    query, key, value = leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    seen = seen.tril() if is_causal else seen
+    scores = query @ key.mT * query.shape[-1] ** -0.5 - seen.sum(-1, keepdim=True).double().log()
+    out = torch.where(seen, scores.sigmoid(), 0.0) @ value
+    return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def assert_all_near(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for each, right in zip(results, expected, strict=True):
+        assert (each.double() - right).norm() <= 1e-2 * right.norm()
+
+
+@gpu
+@pytest.mark.parametrize("rows", [64, 1024])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_known_calls_on_a_gpu(rows: int, is_causal: bool, gpu_tensors: list[Tensor]) -> None:
+    for scale in (1, 2, 0.5):  # the first is not known
+        inputs = [(scale * tensor)[:, :, :rows] for tensor in gpu_tensors]
+        assert_all_near(step(inputs, is_causal), exact_step(inputs, is_causal))
+    assert all_known()
+
+
+@gpu
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_other_tensors_at_the_same_addresses(rows: int) -> None:
+    """Tensor maps are kept by address: of what has come to lie there, and of other layouts."""
+    memory = [torch.empty(2 * 1024 * 8 * 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    for seed in range(3):
+        for heads in (8, 4):
+            torch.manual_seed(seed)
+            shape = (2, rows, heads, 64)
+            numbers = [each[: 2 * rows * heads * 64].view(shape).copy_(torch.randn(shape)) for each in memory]
+            inputs = [each.transpose(1, 2) for each in numbers]
+            assert_all_near(step(inputs), exact_step(inputs))
+
+
+@gpu
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_known_calls_in_a_cuda_graph_and_on_another_stream(rows: int, gpu_tensors: list[Tensor]) -> None:
+    inputs = [tensor[:, :, :rows].clone() for tensor in gpu_tensors]
+    for _ in range(2):
+        sigswap.sigmoid_attention(*inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        beside = sigswap.sigmoid_attention(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_near(beside, exact_step(inputs)[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sigswap.sigmoid_attention(*inputs)
+    for tensor in inputs:
+        tensor.neg_()
+    inputs[0].mul_(0.5)
+    graph.replay()
+    assert_near(out, exact_step(inputs)[0])
+
+
+@gpu
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_hooks_hear_of_known_calls(rows: int, gpu_tensors: list[Tensor]) -> None:
+    from triton import knobs
+
+    inputs, names = [tensor[:, :, :rows] for tensor in gpu_tensors], []
+    for _ in range(2):
+        step(inputs)
+
+    def hear(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    before = knobs.runtime.launch_enter_hook
+    chained = hasattr(before, "add")
+    if chained:
+        before.add(hear)
+    else:
+        knobs.runtime.launch_enter_hook = hear
+    try:
+        results = step(inputs)
+    finally:
+        if chained:
+            before.remove(hear)
+        else:
+            knobs.runtime.launch_enter_hook = before
+    assert len(names) >= 2
+    assert_all_near(results, exact_step(inputs))

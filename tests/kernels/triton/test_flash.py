@@ -32,6 +32,7 @@ from sigswap.kernels.host import problem as problems
 from sigswap.kernels.host.layout import layout_of, output_layout, readable_mask
 from sigswap.kernels.host.problem import Options, Packed, Problem
 from sigswap.kernels.host.results import empty_row_sums
+from sigswap.kernels.op import registration, repeated
 from sigswap.kernels.triton import backward as flash_bwd
 from sigswap.kernels.triton import decode, row_caps, short_masked, split_keys, sums
 from sigswap.kernels.triton import forward as flash_fwd
@@ -542,6 +543,36 @@ def test_interpreted_windows_are_dispatched_shard1(monkeypatch: pytest.MonkeyPat
         calls = [new.hits + new.misses - old.hits - old.misses for new, old in zip(after, before, strict=True)]
         assert calls == ([0, 0] if rest else [1, 1])
         assert_no_worse(results, problem)
+
+
+@in_interpreter
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_interpreted_known_calls_shard2(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the plans are kept, forward and backward."""
+    monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
+    monkeypatch.setattr(dispatch, "_usable", dispatch._usable.__wrapped__)
+    monkeypatch.setattr(registration, "implementation_for", lambda is_cuda: dispatch)
+    monkeypatch.setattr(repeated, "_known", {})
+    for rows, keys in ((40, 50), (70, 150)):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            shapes = (1, rows, 4, 24), (1, keys, 2, 24), (1, keys, 2, 24)
+            leaves = [torch.randn(shape).half().transpose(1, 2).requires_grad_() for shape in shapes]
+            grad_out = torch.randn(1, 4, rows, 24).half()
+            out = sigmoid_attention(*leaves, is_causal=is_causal, enable_gqa=True)
+            grads = torch.autograd.grad(out, leaves, grad_out)
+            exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+            query, key, value = exact[0], *[each.repeat_interleave(2, 1) for each in exact[1:]]
+            seen = torch.ones(rows, keys).tril().bool() if is_causal else torch.ones(rows, keys).bool()
+            scores = query @ key.mT * 24**-0.5 - seen.sum(-1, keepdim=True).double().log()
+            expected = torch.where(seen, scores.sigmoid(), 0.0) @ value
+            right = torch.autograd.grad(expected, exact, grad_out.double())
+            for each, other in zip((out, *grads), (expected, *right), strict=True):
+                assert (each.double() - other).norm() <= 3e-3 * other.norm()
+    assert len(repeated._known) == 2
+    assert all(len(known._backwards) == 1 for (known,) in repeated._known.values())
 
 
 @in_interpreter
