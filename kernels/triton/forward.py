@@ -31,6 +31,7 @@ from sigswap.kernels.triton.common import (
     is_edge,
     keys_of_rows,
     load_rows,
+    mask_unit,
     places_of_rows,
     probabilities,
     row_biases,
@@ -47,9 +48,11 @@ def supports(problem: Problem) -> bool:
     return problem.signature.too_much() is None
 
 
-def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = None) -> Tensor:
-    """Deterministic. tile and tma override the tile configuration and the use of tensor descriptors, for tests and
-    tuning."""
+def forward(
+    problem: Problem, *, tile: Tile | None = None, tma: bool | None = None, whole_masks: bool | None = None
+) -> Tensor:
+    """Deterministic. tile, tma and whole_masks override the tile configuration, the use of tensor descriptors, and
+    whether several numbers of a mask are loaded at once, for tests and tuning."""
     if problem.signature.is_empty:
         if problem.row_sums is not None:
             problem.row_sums.zero_()
@@ -59,7 +62,7 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
     query, key, value, given, row_sums = problem.query, problem.key, problem.value, problem.out, problem.row_sums
     of_given = None if given is None else layout_of(given)
     of_sums = None if row_sums is None else layout_of(row_sums)
-    plan = _plan(problem.signature, of_given, of_sums, tile, tma)
+    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     if plan.described:
@@ -82,7 +85,12 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(MAX_PLANS)
 def _plan(
-    signature: Signature, out: Layout | None, row_sums: Layout | None, tile: Tile | None, tma: bool | None
+    signature: Signature,
+    out: Layout | None,
+    row_sums: Layout | None,
+    tile: Tile | None,
+    tma: bool | None,
+    whole_masks: bool | None,
 ) -> _Plan:
     """out: None: of a new output. row_sums: None: not asked for."""
     out = out or signature.output()
@@ -98,6 +106,7 @@ def _plan(
         "TMA": described is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
+        "MASK_UNIT": mask_unit(signature, whole_masks),
     }
     operands = query, *(described or (key, value)), out, row_sums
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
@@ -167,7 +176,7 @@ def _accumulate(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, SUMS: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """acc += p v, and row_sum += sum_j p if SUMS, over all keys that some of the rows see; none, unless active is 1."""
     bias *= unit_of(FORM)
@@ -183,6 +192,7 @@ def _accumulate(
         p, _ = probabilities(
             scores, bias[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
             scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
+            None, MASK_UNIT,
         )  # fmt: skip
         if SUMS:
             if start + BLOCK_N > kv_len:
@@ -211,7 +221,7 @@ def _forward_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses. sum_out, if given, gets
     the rows' sums of p before dropout.
@@ -291,7 +301,7 @@ def _forward_kernel(
             mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, SUMS,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, SUMS, MASK_UNIT,
         )  # fmt: skip
     if FORM != _FAST:
         acc, row_sum = _accumulate(
@@ -300,7 +310,7 @@ def _forward_kernel(
             mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, SUMS,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, SUMS, MASK_UNIT,
         )  # fmt: skip
 
     factor = 1.0 / P_SCALE
