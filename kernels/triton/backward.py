@@ -189,7 +189,18 @@ def _plan(
     if grad_mask is not None and mask_sums is None:
         parts, mask = _mask_launch(signature, grad_out, delta, whole_masks)
         sum_mask = Sum(grad_mask, parts, signature.device)
-    return _Plan(counts_for(signature), row_biases, draws, keys, rows, sum_rows, mask, sum_mask, mask_sums, query_sums)
+    return _Plan(
+        counts_for(signature, mask_unit(signature, whole_masks)),
+        row_biases,
+        draws,
+        keys,
+        rows,
+        sum_rows,
+        mask,
+        sum_mask,
+        mask_sums,
+        query_sums,
+    )
 
 
 def _together(signature: Signature, tile: Tile | None) -> bool:

@@ -43,16 +43,26 @@ from sigswap.kernels.triton.common import (
 from sigswap.kernels.triton.dropout import first_row, kept, row_draws, scale_of
 from sigswap.kernels.triton.row_biases import Counts, counts_for
 
+UNGUARDED = False
+"""Whether the compiler is told that there are keys, where sequences are not packed. The way around a loop that may have
+no iterations puts zeros in the accumulators, in a place where ptxas then finds them defined while products are in
+flight, and has each product of the kernel wait for the one before (Triton 3.6 and 3.8, with a mask)."""
+
 
 def supports(problem: Problem) -> bool:
     return problem.signature.too_much() is None
 
 
 def forward(
-    problem: Problem, *, tile: Tile | None = None, tma: bool | None = None, whole_masks: bool | None = None
+    problem: Problem,
+    *,
+    tile: Tile | None = None,
+    tma: bool | None = None,
+    whole_masks: bool | None = None,
+    unguarded: bool | None = None,
 ) -> Tensor:
-    """Deterministic. tile, tma and whole_masks override the tile configuration, the use of tensor descriptors, and
-    whether several numbers of a mask are loaded at once, for tests and tuning."""
+    """Deterministic. tile, tma, whole_masks and unguarded override the tile configuration, the use of tensor
+    descriptors, whether several numbers of a mask are loaded at once, and UNGUARDED, for tests and tuning."""
     if problem.signature.is_empty:
         if problem.row_sums is not None:
             problem.row_sums.zero_()
@@ -62,7 +72,7 @@ def forward(
     query, key, value, given, row_sums = problem.query, problem.key, problem.value, problem.out, problem.row_sums
     of_given = None if given is None else layout_of(given)
     of_sums = None if row_sums is None else layout_of(row_sums)
-    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks)
+    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks, unguarded)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     if plan.described:
@@ -91,6 +101,7 @@ def _plan(
     tile: Tile | None,
     tma: bool | None,
     whole_masks: bool | None,
+    unguarded: bool | None,
 ) -> _Plan:
     """out: None: of a new output. row_sums: None: not asked for."""
     out = out or signature.output()
@@ -107,12 +118,13 @@ def _plan(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "MASK_UNIT": mask_unit(signature, whole_masks),
+        "FILLED": signature.packed is None and (UNGUARDED if unguarded is None else unguarded),
     }
     operands = query, *(described or (key, value)), out, row_sums
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, out, described, counts_for(signature))
+    return _Plan(launch, out, described, counts_for(signature, mask_unit(signature, whole_masks)))
 
 
 def tile_for(signature: Signature) -> Tile:
@@ -221,13 +233,13 @@ def _forward_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses. sum_out, if given, gets
     the rows' sums of p before dropout.
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest, of total_q rows and total_k
-    keys; each sequence has its own.
+    keys; each sequence has its own. FILLED: there are keys for certain.
     """
     scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -270,6 +282,8 @@ def _forward_kernel(
         if count is not None:
             count += mask_batch * stride_count_b + head64 * stride_count_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
+    if FILLED:
+        tl.assume(kv_len > 0)
 
     queries = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
     row_bias = row_biases(
