@@ -31,7 +31,17 @@ from sigswap.kernels.triton.common import mask_unit
 from sigswap.kernels.triton.dropout import Draws, draws_for
 from sigswap.kernels.triton.row_biases import Counts, RowBiases, counts_for, row_biases_for
 from sigswap.kernels.triton.sums import Sum
-from sigswap.kernels.triton.tile_sums import MaskSums, QuerySums, are_by_tiles, mask_sums_for, query_sums_for
+from sigswap.kernels.triton.tile_sums import (
+    MaskSums,
+    QuerySums,
+    are_by_tiles,
+    is_alone,
+    mask_sums_for,
+    query_sums_for,
+)
+
+FEWER_PASSES = False
+"""Whether scores under a mask with rows are computed once or twice on Hopper GPUs, not three times."""
 
 
 def supports(problem: Problem) -> bool:
@@ -47,7 +57,7 @@ def backward(
     passes: int | None = None,
     whole_masks: bool | None = None,
 ) -> Gradients:
-    """Deterministic, with three passes.
+    """Deterministic, if passes_for() is 3, or each number of the mask is one score's.
 
     key_tile (of the kernel of dK and dV), row_tile (of dQ's), tma, passes (how often scores are computed where a mask
     has rows, once to three times) and whole_masks (whether several of its numbers are loaded at once) are for tests and
@@ -233,7 +243,8 @@ def _walk_rows_of_keys(
         grad_query = None
     if tma is None:
         pays = signature.options.dropout_p == 0.0  # otherwise 0.46 ms without and 0.49 with them, at head_dim 64
-        tma = pays and signature.tma(min(signature.q_len, signature.kv_len))
+        adds = mask_sums is not None or query_sums is not None
+        tma = pays and signature.tma(min(signature.q_len, signature.kv_len), masked=adds)
     described: tuple[Described, ...] | None = None
     if tma and describable(query) and describable(grad_out):
         described = by_rows(query, tile.rows), by_rows(grad_out, tile.rows)
@@ -346,8 +357,16 @@ def _mask_launch(
 
 
 def passes_for(problem: Problem) -> int:
-    """How often scores are computed where a mask has rows."""
-    return 3
+    """How often scores are computed where a mask has rows: by one kernel, which adds to sums of dQ and of the mask's
+    gradient; by two, of which the first adds to the latter; or by three that add to nothing."""
+    signature = problem.signature
+    if not signature.masked_by_rows or not FEWER_PASSES or signature.element_size != 2:
+        return 3
+    if not 90 <= limits_of(signature.device).capability < 100:
+        return 3
+    if torch.are_deterministic_algorithms_enabled():
+        return 2 if is_alone(signature) else 3
+    return 1 if max(signature.widths) <= 64 else 2  # wider ones have no registers left for dQ
 
 
 # Tile configurations.

@@ -109,7 +109,7 @@ def _plan(
     tile = tile or tile_for(signature)
     described = None
     if tma is None:
-        tma = signature.tma(signature.kv_len) and signature.options.dropout_p == 0.0
+        tma = signature.tma(signature.kv_len, masked=UNGUARDED) and signature.options.dropout_p == 0.0
     if tma and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     arguments = signature.arguments(q=query, k=key, v=value, o=out)

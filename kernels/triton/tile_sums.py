@@ -56,13 +56,19 @@ def are_by_tiles(signature: Signature) -> bool:
     return mask is not None and signature.packed is None and mask.shape[2:] == (signature.q_len, signature.kv_len)
 
 
+def is_alone(signature: Signature) -> bool:
+    """Whether the mask is not broadcast, but for rows or keys, so that programs need not add to what others have."""
+    mask = signature.attn_mask
+    return mask is not None and mask.shape[:2] == (signature.batch, signature.heads)
+
+
 def mask_sums_for(signature: Signature, grad: Layout, tile: Tile) -> MaskSums:
     """grad: of the mask's gradient, [b, h, M, N] with any strides. tile: of the kernel that adds."""
     batch, heads, q_len, kv_len = grad.shape
     row_blocks, key_blocks = triton.cdiv(q_len, tile.rows), triton.cdiv(kv_len, tile.keys)
     layout = contiguous_layout((batch, heads, row_blocks, key_blocks, tile.rows * tile.keys), torch.float32)
     over_batch, over_heads = batch < signature.batch, heads < signature.heads
-    alone = not over_batch and not over_heads
+    alone = is_alone(signature)
     band = signature.band()
     arguments = dict(zip(("stride_b", "stride_h", "stride_m", "stride_n"), grad.strides_or_zero(4), strict=True))
     arguments |= {"heads": heads, "q_len": q_len, "kv_len": kv_len}
