@@ -515,7 +515,6 @@ class Signature:
             "FORM": self.form(),
             "SLOW": self.slow_form(),
             "PRECISION": self._precision(),
-            "MASK_UNIT": 1,
             "UNIT": unit,
             "WIDE": are_wide(strides),
         }

@@ -99,8 +99,8 @@ def query_sums_for(signature: Signature, grad: Layout, tile: Tile) -> QuerySums:
     width = signature.widths[0]
     blocks = triton.cdiv(q_len, tile.rows)
     layout = contiguous_layout((batch, heads, blocks, tile.rows * width), torch.float32)
-    arguments = dict(zip(("stride_b", "stride_h", "stride_m"), grad.strides_or_zero(3), strict=True))
-    arguments |= {"heads": heads, "q_len": q_len, "scale": signature.options.scale}
+    strides = dict(zip(("stride_b", "stride_h", "stride_m"), grad.strides_or_zero(3), strict=True))
+    arguments = strides | {"heads": heads, "q_len": q_len, "scale": signature.options.scale}
     arguments |= {"HEAD_DIM": dim, "BLOCK_M": tile.rows, "BLOCK_D": width}
     arguments["WARPS"] = tile.launch_options()["num_warps"]
     programs = batch * heads * blocks
