@@ -27,9 +27,21 @@ from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signatur
 from sigswap.kernels.host.results import Backward, gradients_for, hand_over, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.backward_kernels import keys_kernel, mask_kernel, rows_kernel
+from sigswap.kernels.triton.common import mask_unit
 from sigswap.kernels.triton.dropout import Draws, draws_for
 from sigswap.kernels.triton.row_biases import Counts, RowBiases, counts_for, row_biases_for
 from sigswap.kernels.triton.sums import Sum
+from sigswap.kernels.triton.tile_sums import (
+    MaskSums,
+    QuerySums,
+    are_by_tiles,
+    is_alone,
+    mask_sums_for,
+    query_sums_for,
+)
+
+FEWER_PASSES = False
+"""Whether scores under a mask with rows are computed once or twice on Hopper GPUs, not three times."""
 
 
 def supports(problem: Problem) -> bool:
@@ -37,9 +49,20 @@ def supports(problem: Problem) -> bool:
 
 
 def backward(
-    problem: Problem, *, key_tile: Tile | None = None, row_tile: Tile | None = None, tma: bool | None = None
+    problem: Problem,
+    *,
+    key_tile: Tile | None = None,
+    row_tile: Tile | None = None,
+    tma: bool | None = None,
+    passes: int | None = None,
+    whole_masks: bool | None = None,
 ) -> Gradients:
-    """Deterministic. key_tile (of the kernel of dK and dV), row_tile (of dQ's) and tma are for tests and tuning."""
+    """Deterministic, if passes_for() is 3, or each number of the mask is one score's.
+
+    key_tile (of the kernel of dK and dV), row_tile (of dQ's), tma, passes (how often scores are computed where a mask
+    has rows, once to three times) and whole_masks (whether several of its numbers are loaded at once) are for tests and
+    tuning.
+    """
     grads, written, layouts = gradients_for(problem)
     if problem.signature.is_empty:
         for grad in grads:
@@ -52,21 +75,32 @@ def backward(
     new_query, new_key, new_value, new_bias, new_mask = written
     delta = problem.row_delta
     of_delta = None if delta is None else layout_of(delta)
-    plan = _plan(problem.signature, layout_of(grad_out), of_delta, layouts, key_tile, row_tile, tma)
+    passes = passes or passes_for(problem)
+    tuning = key_tile, row_tile, tma, passes, whole_masks
+    plan = _plan(problem.signature, layout_of(grad_out), of_delta, layouts, *tuning)
 
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
     row_sums = None if plan.sum_rows is None else plan.sum_rows.empty_parts()
+    if row_sums is not None and plan.query_sums is not None:
+        row_sums.zero_()
+    mask_sums = None if plan.mask_sums is None else plan.mask_sums.empty(query.device)
+    query_sums = None if plan.query_sums is None else plan.query_sums.empty(query.device)
     if plan.keys is not None:
         row_bias, floor = bias, None
         if plan.row_biases is not None:
             row_bias, floor = plan.row_biases(problem, count)
         draws = None if plan.draws is None or seed is None else plan.draws(seed, problem.cu_seqlens[0])
-        outputs = new_key, new_value, *((new_query, row_sums) if plan.rows is None else (None, None))
+        of_rows = (None if plan.query_sums else new_query, row_sums) if plan.rows is None else (None, None)
+        outputs = new_key, new_value, *of_rows, mask_sums, query_sums
         sides = row_bias, floor, attn_mask, draws
         plan.keys(query, key, value, grad_out, delta, *outputs, *sides, *problem.cu_seqlens)
     if plan.rows is not None:
         own = bias, count, attn_mask, seed
         plan.rows(query, key, value, grad_out, delta, new_query, row_sums, *own, *problem.cu_seqlens)
+    if plan.mask_sums is not None:
+        plan.mask_sums.finish(mask_sums, new_mask)
+    if plan.query_sums is not None:
+        plan.query_sums.finish(query_sums, new_query)
     if plan.sum_rows is not None and row_sums is not None and new_bias is not None:
         plan.sum_rows(row_sums, new_bias)
     if plan.mask is not None and plan.sum_mask is not None and new_mask is not None:
@@ -86,7 +120,7 @@ def backward_again(problem: Problem) -> Backward | None:
         return None
     if not has_unit_stride(grad_out.shape, grad_out.stride()):
         return None
-    plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None)
+    plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None, 3, None)
     keys, rows, row_biases, options, none = plan.keys, plan.rows, plan.row_biases, problem.options, (None,) * 4
     makers = [None if layout is None else maker_of(layout, signature.device) for layout in layouts[:3]]
 
@@ -97,7 +131,7 @@ def backward_again(problem: Problem) -> Backward | None:
             biases: tuple[Tensor | None, Tensor | None] = None, None
             if row_biases is not None:
                 biases = row_biases(Problem(query, key, value, None, None, None, options), None)
-            keys(query, key, value, grad_out, None, new_key, new_value, of_rows, None, *biases, *none)
+            keys(query, key, value, grad_out, None, new_key, new_value, of_rows, None, None, None, *biases, *none)
         if rows is not None:
             rows(query, key, value, grad_out, None, new_query, None, None, None, *none)
         return new_query, new_key, new_value, None, None
@@ -124,6 +158,8 @@ class _Plan(NamedTuple):
     sum_rows: Sum | None
     mask: Launch | None
     sum_mask: Sum | None
+    mask_sums: MaskSums | None
+    query_sums: QuerySums | None
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -135,27 +171,59 @@ def _plan(
     key_tile: Tile | None,
     row_tile: Tile | None,
     tma: bool | None,
+    passes: int,
+    whole_masks: bool | None,
 ) -> _Plan:
     """grads: of query, key, value, bias and attn_mask; None: not needed."""
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
-    keys = rows = row_biases = draws = sum_rows = mask = sum_mask = None
+    keys = rows = row_biases = draws = sum_rows = mask = sum_mask = mask_sums = query_sums = None
     sums = grad_bias is not None
     need_rows, need_keys = grad_query is not None or sums, grad_key is not None or grad_value is not None
-    together = need_keys and _together(signature, key_tile)
+    tile = key_tile or key_tile_for(signature)
+    if passes < 3 and grad_mask is not None and are_by_tiles(signature):
+        mask_sums = mask_sums_for(signature, grad_mask, tile)
+        need_keys = True
+    if passes == 1 and signature.masked_by_rows and grad_query is not None:
+        query_sums = query_sums_for(signature, grad_query, tile)
+        need_keys = True
+    together = query_sums is not None or (need_keys and _together(signature, key_tile))
     if need_keys:
         row_biases, draws = row_biases_for(signature), draws_for(signature)
         rows_too = (grad_query, sums) if together else (None, False)
+        to_add = mask_sums, query_sums
         keys = _walk_rows_of_keys(
-            signature, grad_out, delta, grad_key, grad_value, *rows_too, row_biases, draws, key_tile, tma
+            signature,
+            grad_out,
+            delta,
+            grad_key,
+            grad_value,
+            *rows_too,
+            *to_add,
+            row_biases,
+            draws,
+            tile,
+            tma,
+            whole_masks,
         )
     if need_rows and not together:
-        rows = _walk_keys_of_rows(signature, grad_out, delta, grad_query, sums, row_tile, tma)
+        rows = _walk_keys_of_rows(signature, grad_out, delta, grad_query, sums, row_tile, tma, whole_masks)
     if grad_bias is not None:
         sum_rows = Sum(grad_bias, (*signature.query.shape[:3], 1), signature.device)
-    if grad_mask is not None:
-        parts, mask = _mask_launch(signature, grad_out, delta)
+    if grad_mask is not None and mask_sums is None:
+        parts, mask = _mask_launch(signature, grad_out, delta, whole_masks)
         sum_mask = Sum(grad_mask, parts, signature.device)
-    return _Plan(counts_for(signature), row_biases, draws, keys, rows, sum_rows, mask, sum_mask)
+    return _Plan(
+        counts_for(signature, mask_unit(signature, whole_masks)),
+        row_biases,
+        draws,
+        keys,
+        rows,
+        sum_rows,
+        mask,
+        sum_mask,
+        mask_sums,
+        query_sums,
+    )
 
 
 def _together(signature: Signature, tile: Tile | None) -> bool:
@@ -174,17 +242,22 @@ def _walk_rows_of_keys(
     grad_value: Layout | None,
     grad_query: Layout | None,
     sums: bool,
+    mask_sums: MaskSums | None,
+    query_sums: QuerySums | None,
     row_biases: RowBiases | None,
     draws: Draws | None,
-    tile: Tile | None,
+    tile: Tile,
     tma: bool | None,
+    whole_masks: bool | None,
 ) -> Launch:
     """grad_query and sums: of what is worked out together with dK and dV."""
     query, key, value = signature.query, signature.key, signature.value
-    tile = tile or key_tile_for(signature)
+    if query_sums is not None:
+        grad_query = None
     if tma is None:
         pays = signature.options.dropout_p == 0.0  # otherwise 0.46 ms without and 0.49 with them, at head_dim 64
-        tma = pays and signature.tma(min(signature.q_len, signature.kv_len))
+        adds = mask_sums is not None or query_sums is not None
+        tma = pays and signature.tma(min(signature.q_len, signature.kv_len), masked=adds)
     described: tuple[Described, ...] | None = None
     if tma and describable(query) and describable(grad_out):
         described = by_rows(query, tile.rows), by_rows(grad_out, tile.rows)
@@ -204,14 +277,18 @@ def _walk_rows_of_keys(
         arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums, delta=delta)
-    arguments |= _loop_arguments(tile, described)
+    arguments |= _loop_arguments(tile, described) | {"MASK_UNIT": mask_unit(signature, whole_masks)}
+    arguments |= {"ALONE": False, "ORDER": 0, "stride_sums_b": 0, "stride_sums_h": 0}
+    arguments |= {} if mask_sums is None else mask_sums.arguments()
+    arguments |= {"ADD": query_sums is not None, "WARPS": tile.launch_options()["num_warps"]}
     arguments["draw_rows"] = 0 if words is None else words.shape[1]
     arguments["BIAS_ROWS"] = row_biases is not None
     arguments["VISIBLE"] = signature.options.visible_bias and row_biases is None
     floors = floor.strides_or_zero(2) if floor is not None else (0, 0)
     arguments["stride_floor_b"], arguments["stride_floor_h"] = floors
     walked = described or (query, grad_out)
-    operands = walked[0], key, value, walked[1], delta, grad_key, grad_value, grad_query, row_sums
+    added = None if mask_sums is None else mask_sums.layout, None if query_sums is None else query_sums.layout
+    operands = walked[0], key, value, walked[1], delta, grad_key, grad_value, grad_query, row_sums, *added
     tensors = (*operands, bias, floor, signature.attn_mask, words, *signature.cu_layouts())
     blocks = triton.cdiv(signature.kv_len, tile.keys) * signature.batch * signature.kv_heads
     return Launch(keys_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
@@ -225,6 +302,7 @@ def _walk_keys_of_rows(
     sums: bool,
     tile: Tile | None,
     tma: bool | None,
+    whole_masks: bool | None,
 ) -> Launch:
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
@@ -236,7 +314,7 @@ def _walk_keys_of_rows(
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
     arguments |= output_arguments(arguments, dq=grad_query, sum=row_sums, delta=delta)
-    arguments |= _loop_arguments(tile, described)
+    arguments |= _loop_arguments(tile, described) | {"MASK_UNIT": mask_unit(signature, whole_masks)}
     outputs = delta, grad_query, row_sums
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *signature.cu_layouts())
@@ -248,7 +326,9 @@ def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict
     return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
-def _mask_launch(signature: Signature, grad_out: Layout, delta: Layout | None) -> tuple[tuple[int, ...], Launch]:
+def _mask_launch(
+    signature: Signature, grad_out: Layout, delta: Layout | None, whole_masks: bool | None
+) -> tuple[tuple[int, ...], Launch]:
     """Partial sums of dS, float32 [parts, *mask's shape], and what computes them."""
     assert signature.attn_mask is not None
     query, key, value, shape = signature.query, signature.key, signature.value, signature.attn_mask.shape
@@ -277,6 +357,7 @@ def _mask_launch(signature: Signature, grad_out: Layout, delta: Layout | None) -
         "OVER_KEYS": over_keys,
         "BLOCK_M": rows,
         "BLOCK_N": keys,
+        "MASK_UNIT": mask_unit(signature, whole_masks),
     }
     tensors = (query, key, value, grad_out, delta, out, *signature.side_layouts())
     warps = min(4 if signature.element_size == 2 else 8, rows * keys // 64)  # as in Tile.launch_options()
@@ -284,6 +365,19 @@ def _mask_launch(signature: Signature, grad_out: Layout, delta: Layout | None) -
     return out.shape, Launch(
         mask_kernel, tiles * splits, signature.device, tensors, arguments, num_warps=warps, num_stages=stages
     )
+
+
+def passes_for(problem: Problem) -> int:
+    """How often scores are computed where a mask has rows: by one kernel, which adds to sums of dQ and of the mask's
+    gradient; by two, of which the first adds to the latter; or by three that add to nothing."""
+    signature = problem.signature
+    if not signature.masked_by_rows or not FEWER_PASSES or signature.element_size != 2:
+        return 3
+    if not 90 <= limits_of(signature.device).capability < 100:
+        return 3
+    if torch.are_deterministic_algorithms_enabled():
+        return 2 if is_alone(signature) else 3
+    return 1 if max(signature.widths) <= 64 else 2  # wider ones have no registers left for dQ
 
 
 # Tile configurations.

@@ -27,6 +27,7 @@ from sigswap.kernels.triton.common import (
     unit_of,
 )
 from sigswap.kernels.triton.dropout import drawn_rows, first_place, first_row, kept, row_draws, scale_of
+from sigswap.kernels.triton.tile_sums import add_tile
 
 # Device functions. In the kernel of dK and dV tiles of scores are [keys, rows], else [rows, keys].
 
@@ -36,7 +37,7 @@ def _score_gradients(
     s, dp, delta, row_bias, row, col, mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len,
     shift, left, right, scale, softcap, dropout_p, edge, end,
     MASK_ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
+    DROPOUT: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """(p after dropout but for its factor 1 / (1 - dropout_p), dS, dX).
 
@@ -45,7 +46,7 @@ def _score_gradients(
     """
     p, slope = probabilities(
         s, row_bias, row, col, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right, scale, softcap,
-        edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
+        edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM, None, MASK_UNIT,
     )  # fmt: skip
     dropped = p
     if DROPOUT:
@@ -65,23 +66,24 @@ def _score_gradients(
 
 @triton.jit
 def _accumulate_keys(
-    dk, dv, keys, values, col0, active, q, do, delta, dq_out, sum_out, stride_q_n, stride_do_n, stride_delta_n,
-    stride_dq_n, stride_sum_n, bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, draws, draw_rows,
-    drawn, q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
+    dk, dv, keys, values, col0, active, q, do, delta, dq_out, sum_out, mask_sums, dq_sums, stride_q_n, stride_do_n,
+    stride_delta_n, stride_dq_n, stride_sum_n, bias, bias_at, batch, head, mask, stride_mask_m, stride_mask_n, draws,
+    draw_rows, drawn, q_len, kv_len, shift, left, right, scale, softcap, const_bias, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASK_UNIT: tl.constexpr, WARPS: tl.constexpr, ALONE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk += dX^T q and dv += p^T dO over all rows that see some of the keys; none, unless active is 1.
 
-    With dq_out or sum_out these are all keys: then dQ and the row sums of dS are stored, too, for all rows.
+    With dq_out or sum_out these are all keys: then dQ and the row sums of dS are stored, too, for all rows; if ADD,
+    they are added to what other keys gave, dQ in dq_sums. mask_sums: where dS is added to, or stored, if ALONE.
     """
     col = (col0 + tl.arange(0, BLOCK_N))[:, None]
     last_col = tl.minimum(col0 + BLOCK_N, kv_len) - 1
     begin, end = rows_of_keys(col0, last_col, q_len, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M)
-    if dq_out is not None or sum_out is not None:
+    if not ADD and (dq_out is not None or sum_out is not None):
         begin, end = 0, q_len
     for start in range(begin, end * active, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
@@ -105,7 +107,7 @@ def _accumulate_keys(
         p, ds, dx = _score_gradients(
             s, dp, row_delta, row_bias[None, :], row[None, :], col, mask, stride_mask_m, stride_mask_n, first_word,
             second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, col0 + BLOCK_N > kv_len,
-            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
+            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM, MASK_UNIT,
         )  # fmt: skip
         if P_SCALE != 1.0:
             p *= P_SCALE
@@ -115,19 +117,29 @@ def _accumulate_keys(
             dq = tl.dot(dx.to(keys.dtype).T, keys, input_precision=PRECISION) * scale
             store_rows(dq_out, dq, start, q_len, stride_dq_n, HEAD_DIM, BLOCK_M, BLOCK_D)
         if sum_out is not None:
-            tl.store(sum_out + row.to(tl.int64) * stride_sum_n, tl.sum(ds, 0), mask=row < q_len)
+            if ADD:
+                place = sum_out + row.to(tl.int64) * stride_sum_n
+                tl.atomic_add(place, tl.sum(ds, 0), mask=row < q_len, sem="relaxed")
+            else:
+                tl.store(sum_out + row.to(tl.int64) * stride_sum_n, tl.sum(ds, 0), mask=row < q_len)
+        if dq_sums is not None:
+            dq = tl.dot(dx.to(keys.dtype).T, keys, input_precision=PRECISION)
+            add_tile(dq_sums + tl.cast(start, tl.int64) * BLOCK_D, dq, WARPS, False)
+        if mask_sums is not None:
+            place = (start // BLOCK_M * tl.cdiv(kv_len, BLOCK_N) + col0 // BLOCK_N).to(tl.int64)
+            add_tile(mask_sums + place * (BLOCK_M * BLOCK_N), ds, WARPS, ALONE)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
-    q, k, v, do, delta, dk_out, dv_out, dq_out, sum_out, bias, floor, mask, draws, cu_q, cu_k,
+    q, k, v, do, delta, dk_out, dv_out, dq_out, sum_out, mask_sums, dq_sums, bias, floor, mask, draws, cu_q, cu_k,
     stride_q_b, stride_q_h, stride_q_n, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_do_b, stride_do_h, stride_do_n,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     stride_dq_b, stride_dq_h, stride_dq_n, stride_sum_b, stride_sum_h, stride_sum_n,
     stride_delta_b, stride_delta_h, stride_delta_n,
-    stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h,
+    stride_bias_b, stride_bias_h, stride_floor_b, stride_floor_h, stride_sums_b, stride_sums_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, mask_batches,
     heads, group, q_len, kv_len, total_q, total_k, left, right, scale, softcap, const_bias, dropout_p, draw_rows,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -136,10 +148,14 @@ def keys_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
+    WARPS: tl.constexpr, ALONE: tl.constexpr, ADD: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it. With dq_out or sum_out,
-    which need that there is one block of keys, also dQ and the row sums of dS.
+    which need that there is one block of keys, also dQ and the row sums of dS; if ADD several blocks add to the latter.
+    mask_sums and dq_sums: the sums of tiles of dS, stored if ALONE, and of dQ, if wanted. ORDER: of programs, so that
+    those which add to the same tiles run at about the same time: fastest are blocks of keys; the batch (1); heads (2);
+    both (3).
 
     The row bias is const_bias, less ln kv_len if VISIBLE, plus bias, if it is a number per head; or all in bias, a
     vector of rows (BIAS_ROWS), of which floor has each block's minimum, if FORM is AUTO. q, do, and a bias of rows:
@@ -155,10 +171,25 @@ def keys_kernel(
     stride_dq_n = row_stride(stride_dq_n, WIDE)
     blocks = tl.cdiv(kv_len, BLOCK_N)
     # Under a causal mask the first keys take longest, and start first.
-    col0 = tl.program_id(0) % blocks * BLOCK_N
     kv_heads = heads // group
-    kv_head = (tl.program_id(0) // blocks) % kv_heads
-    batch = tl.program_id(0) // blocks // kv_heads
+    if ORDER == 0:
+        col0 = tl.program_id(0) % blocks * BLOCK_N
+        kv_head = (tl.program_id(0) // blocks) % kv_heads
+        batch = tl.program_id(0) // blocks // kv_heads
+    elif ORDER == 1:
+        batches = tl.num_programs(0) // (blocks * kv_heads)
+        batch = tl.program_id(0) % batches
+        col0 = (tl.program_id(0) // batches) % blocks * BLOCK_N
+        kv_head = tl.program_id(0) // batches // blocks
+    elif ORDER == 2:
+        kv_head = tl.program_id(0) % kv_heads
+        col0 = (tl.program_id(0) // kv_heads) % blocks * BLOCK_N
+        batch = tl.program_id(0) // kv_heads // blocks
+    else:
+        units = tl.num_programs(0) // blocks
+        kv_head = tl.program_id(0) % units % kv_heads
+        batch = tl.program_id(0) % units // kv_heads
+        col0 = tl.program_id(0) // units * BLOCK_N
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
     padded_len = q_len
     if cu_q is not None:
@@ -182,6 +213,8 @@ def keys_kernel(
     v += batch64 * stride_v_b + kv_head64 * stride_v_h
     if mask is not None:
         mask += (batch % mask_batches).to(tl.int64) * stride_mask_b
+    if mask_sums is not None:
+        mask_sums += (batch % mask_batches).to(tl.int64) * stride_sums_b * (BLOCK_M * BLOCK_N)
     if VISIBLE:
         const_bias -= tl.log(tl.maximum(kv_len, 1).to(tl.float32))
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
@@ -199,7 +232,11 @@ def keys_kernel(
             q_head += batch64 * stride_q_b + head64 * stride_q_h
             do_head += batch64 * stride_do_b + head64 * stride_do_h
         bias_head, mask_head, head_bias, dq_head, sum_head = bias, mask, const_bias, dq_out, sum_out
-        delta_head = delta
+        delta_head, mask_sums_head, dq_sums_head = delta, mask_sums, dq_sums
+        if mask_sums is not None:
+            mask_sums_head += head64 * stride_sums_h * (BLOCK_M * BLOCK_N)
+        if dq_sums is not None:
+            dq_sums_head += (batch64 * heads + head64) * (tl.cdiv(q_len, BLOCK_M) * BLOCK_M * BLOCK_D)
         if delta is not None:
             delta_head += batch64 * stride_delta_b + head64 * stride_delta_h
         if dq_out is not None:
@@ -230,21 +267,23 @@ def keys_kernel(
         if FORM >= _FAST:
             dk, dv = _accumulate_keys(
                 dk, dv, keys, values, col0, fast, q_head, do_head, delta_head, dq_head, sum_head,
+                mask_sums_head, dq_sums_head,
                 stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head, bias_at, batch, head,
                 mask_head, stride_mask_m, stride_mask_n,
                 draws, draw_rows, drawn, q_len, kv_len, shift, left, right, scale, softcap, head_bias, dropout_p,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS, HAS_LEFT, HAS_RIGHT,
                 SOFTCAP,
-                DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION,
+                DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, MASK_UNIT, WARPS, ALONE, ADD,
             )  # fmt: skip
         if FORM != _FAST:
             dk, dv = _accumulate_keys(
                 dk, dv, keys, values, col0, 1 - fast if FORM == _AUTO else 1, q_head, do_head, delta_head,
-                dq_head, sum_head, stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head,
+                dq_head, sum_head, mask_sums_head, dq_sums_head,
+                stride_q_n, stride_do_n, stride_delta_n, stride_dq_n, stride_sum_n, bias_head,
                 bias_at, batch, head, mask_head, stride_mask_m, stride_mask_n, draws, draw_rows, drawn, q_len,
                 kv_len, shift, left, right, scale, softcap,
                 head_bias, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, BIAS_ROWS,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, MASK_UNIT, WARPS, ALONE, ADD,
             )  # fmt: skip
 
     if dk_out is not None:
@@ -267,7 +306,7 @@ def _accumulate_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, SUM: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq += dX k and row_sum += sum_j dS over all keys that some of the rows see; none, unless active is 1."""
     row_bias *= unit_of(FORM)
@@ -284,7 +323,7 @@ def _accumulate_rows(
         _, ds, dx = _score_gradients(
             s, dp, delta, row_bias[:, None], row, col, mask, stride_mask_m, stride_mask_n, first_word,
             second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p, edge, start + BLOCK_N > kv_len,
-            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM,
+            MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, FORM, ASM, MASK_UNIT,
         )  # fmt: skip
         if SUM:
             row_sum += tl.sum(ds, 1)
@@ -308,7 +347,7 @@ def rows_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
     scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
@@ -382,7 +421,7 @@ def rows_kernel(
             mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap, dropout_p,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            DROPOUT, sum_out is not None, _FAST, ASM, TMA, PRECISION,
+            DROPOUT, sum_out is not None, _FAST, ASM, TMA, PRECISION, MASK_UNIT,
         )  # fmt: skip
     if FORM != _FAST:
         dq, row_sum = _accumulate_rows(
@@ -390,7 +429,7 @@ def rows_kernel(
             stride_v_n, batch, kv_head, mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len,
             shift, left, right,
             scale, softcap, dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, SLOW, ASM, TMA, PRECISION,
+            HAS_RIGHT, SOFTCAP, DROPOUT, sum_out is not None, SLOW, ASM, TMA, PRECISION, MASK_UNIT,
         )  # fmt: skip
     if dq_out is not None:
         dq_out += batch64 * stride_dq_b + head64 * stride_dq_h
@@ -417,6 +456,7 @@ def mask_kernel(
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     OVER_BATCH: tl.constexpr, OVER_HEADS: tl.constexpr, OVER_ROWS: tl.constexpr, OVER_KEYS: tl.constexpr,
     ASM: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the mask's gradient, summed over a part of what the mask is broadcast to.
 
@@ -510,7 +550,7 @@ def mask_kernel(
             s, dp, row_delta, row_bias[:, None], row[:, None], col[None, :],
             mask + own_batch64 * stride_mask_b + head64 * stride_mask_h, stride_mask_m, stride_mask_n, first_word,
             second_word, q_len, kv_len, shift, left, right, scale, softcap, dropout_p,
-            True, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM,
+            True, True, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, _ACCURATE, ASM, MASK_UNIT,
         )  # fmt: skip
         total += ds
 

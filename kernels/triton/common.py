@@ -34,6 +34,7 @@ import triton.language as tl
 
 from sigswap.kernels import MASKED_SCORE
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, FAST_BIAS, SHORT_TANH, TAIL
+from sigswap.kernels.host.problem import Signature
 
 _ACCURATE = tl.constexpr(ACCURATE)
 _TAIL = tl.constexpr(TAIL)
@@ -47,6 +48,9 @@ ROW_BIAS_BLOCK = 256
 """Rows of a block of bias_kernel()."""
 _ROW_BIAS_BLOCK = tl.constexpr(ROW_BIAS_BLOCK)
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+WHOLE_MASKS = False
+"""Whether several numbers of a mask with rows are loaded at once, where the number of keys allows it."""
 
 
 def tail_assembly(pack: int, *, cubic: bool = False) -> str:
@@ -113,13 +117,21 @@ _TANH_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 16))
 UNSPECIALIZED = (
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "da", "dq", "dk", "dv") for dim in "bhn"),
     *("stride_sum_b", "stride_sum_h", "stride_sum_n", "stride_delta_b", "stride_delta_h", "stride_delta_n"),
-    *("stride_floor_b", "stride_floor_h", "stride_out_h"),
+    *("stride_floor_b", "stride_floor_h", "stride_out_h", "stride_sums_b", "stride_sums_h"),
     *("heads", "group", "q_len", "kv_len", "total_q", "total_k", "left", "right", "scale", "softcap", "const_bias"),
     *("dropout_p", "row_cap"),
     *("stride_split", "splits", "mask_batches", "terms", "terms_per_split", "tiles", "total", "draw_rows"),
 )
 """Scalars whose value (1, a multiple of 16) must not compile another kernel. Strides of operands come in units of 8
 elements, if they allow it, so nothing is lost."""
+
+
+def mask_unit(signature: Signature, whole: bool | None = None) -> int:
+    """The kernels' MASK_UNIT: 16 where so many keys divide all, so that 16 bytes of a mask are loaded at once; else 1.
+    whole: overrides that, for tests and tuning."""
+    if whole is None:
+        whole = WHOLE_MASKS
+    return 16 if whole and signature.masked_by_rows and signature.kv_len % 16 == 0 else 1
 
 
 @triton.jit
@@ -265,11 +277,13 @@ def probabilities(
     FORM: tl.constexpr,
     ASM: tl.constexpr,
     seen=None,
+    MASK_UNIT: tl.constexpr = 1,
 ):
     """p, before dropout, and d(score) / d(scale * s), from a tile s of q . k.
 
     row_bias is in units of unit_of(FORM). edge: whether the band cuts the tile. seen: which scores are visible, if not
-    all are, besides mask and band. Masked scores become -inf before the
+    all are, besides mask and band. MASK_UNIT: a divisor of kv_len, and of the numbers of a mask that a thread loads at
+    once. Masked scores become -inf before the
     sigmoid, so that a NaN in a masked key does not reach its neighbour through the shared reciprocal, and 0 after it.
     """
     unit: tl.constexpr = 0.5 if FORM == _FAST else _LOG2E  # unit_of(FORM), whose result is no constant
@@ -282,7 +296,7 @@ def probabilities(
         x = s * (scale * unit) + row_bias
     if mask is not None:
         pointers = mask + col.to(tl.int64) * stride_mask_n
-        inside = col < kv_len
+        inside = col < kv_len // MASK_UNIT * MASK_UNIT  # so that the compiler knows it of kv_len
         if MASK_ROWS:
             pointers += row.to(tl.int64) * stride_mask_m
             inside &= row < q_len

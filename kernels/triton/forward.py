@@ -31,6 +31,7 @@ from sigswap.kernels.triton.common import (
     is_edge,
     keys_of_rows,
     load_rows,
+    mask_unit,
     places_of_rows,
     probabilities,
     row_biases,
@@ -42,14 +43,26 @@ from sigswap.kernels.triton.common import (
 from sigswap.kernels.triton.dropout import first_row, kept, row_draws, scale_of
 from sigswap.kernels.triton.row_biases import Counts, counts_for
 
+UNGUARDED = False
+"""Whether the compiler is told that there are keys, where sequences are not packed. The way around a loop that may have
+no iterations puts zeros in the accumulators, in a place where ptxas then finds them defined while products are in
+flight, and has each product of the kernel wait for the one before (Triton 3.6 and 3.8, with a mask)."""
+
 
 def supports(problem: Problem) -> bool:
     return problem.signature.too_much() is None
 
 
-def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = None) -> Tensor:
-    """Deterministic. tile and tma override the tile configuration and the use of tensor descriptors, for tests and
-    tuning."""
+def forward(
+    problem: Problem,
+    *,
+    tile: Tile | None = None,
+    tma: bool | None = None,
+    whole_masks: bool | None = None,
+    unguarded: bool | None = None,
+) -> Tensor:
+    """Deterministic. tile, tma, whole_masks and unguarded override the tile configuration, the use of tensor
+    descriptors, whether several numbers of a mask are loaded at once, and UNGUARDED, for tests and tuning."""
     if problem.signature.is_empty:
         if problem.row_sums is not None:
             problem.row_sums.zero_()
@@ -59,7 +72,7 @@ def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = No
     query, key, value, given, row_sums = problem.query, problem.key, problem.value, problem.out, problem.row_sums
     of_given = None if given is None else layout_of(given)
     of_sums = None if row_sums is None else layout_of(row_sums)
-    plan = _plan(problem.signature, of_given, of_sums, tile, tma)
+    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks, unguarded)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
@@ -72,7 +85,7 @@ def forward_again(problem: Problem) -> Forward | None:
     signature = problem.signature
     if signature.is_empty or not signature.is_readable:
         return None
-    plan = _plan(signature, None, None, None, None)
+    plan = _plan(signature, None, None, None, None, None, None)
     launch, new_output, others = plan.launch, maker_of(plan.out, signature.device), (None,) * 7
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,7 +104,13 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(MAX_PLANS)
 def _plan(
-    signature: Signature, out: Layout | None, row_sums: Layout | None, tile: Tile | None, tma: bool | None
+    signature: Signature,
+    out: Layout | None,
+    row_sums: Layout | None,
+    tile: Tile | None,
+    tma: bool | None,
+    whole_masks: bool | None,
+    unguarded: bool | None,
 ) -> _Plan:
     """out: None: of a new output. row_sums: None: not asked for."""
     out = out or signature.output()
@@ -99,7 +118,7 @@ def _plan(
     tile = tile or tile_for(signature)
     described = None
     if tma is None:
-        tma = signature.tma(signature.kv_len) and signature.options.dropout_p == 0.0
+        tma = signature.tma(signature.kv_len, masked=UNGUARDED) and signature.options.dropout_p == 0.0
     if tma and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     arguments = signature.arguments(q=query, k=key, v=value, o=out)
@@ -107,12 +126,14 @@ def _plan(
         "TMA": described is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
+        "MASK_UNIT": mask_unit(signature, whole_masks),
+        "FILLED": signature.packed is None and (UNGUARDED if unguarded is None else unguarded),
     }
     operands = query, *(described or (key, value)), out, row_sums
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, out, counts_for(signature))
+    return _Plan(launch, out, counts_for(signature, mask_unit(signature, whole_masks)))
 
 
 def tile_for(signature: Signature) -> Tile:
@@ -176,7 +197,7 @@ def _accumulate(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, SUMS: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """acc += p v, and row_sum += sum_j p if SUMS, over all keys that some of the rows see; none, unless active is 1."""
     bias *= unit_of(FORM)
@@ -192,6 +213,7 @@ def _accumulate(
         p, _ = probabilities(
             scores, bias[:, None], rows, cols, mask, stride_mask_m, stride_mask_n, q_len, kv_len, shift, left, right,
             scale, softcap, edge, MASK_ROWS, HAS_LEFT, HAS_RIGHT, SOFTCAP, FORM, ASM,
+            None, MASK_UNIT,
         )  # fmt: skip
         if SUMS:
             if start + BLOCK_N > kv_len:
@@ -220,13 +242,13 @@ def _forward_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, CAP: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head. k, v: descriptors if TMA, else addresses. sum_out, if given, gets
     the rows' sums of p before dropout.
 
     With cu_q and cu_k (packed sequences) q_len and kv_len are the longest, of total_q rows and total_k
-    keys; each sequence has its own.
+    keys; each sequence has its own. FILLED: there are keys for certain.
     """
     scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
     stride_q_b, stride_q_h, stride_q_n = elements(stride_q_b, stride_q_h, stride_q_n, UNIT, WIDE)
@@ -269,6 +291,8 @@ def _forward_kernel(
         if count is not None:
             count += mask_batch * stride_count_b + head64 * stride_count_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
+    if FILLED:
+        tl.assume(kv_len > 0)
 
     queries = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)
     row_bias = row_biases(
@@ -300,7 +324,7 @@ def _forward_kernel(
             mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, SUMS,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, _FAST, ASM, TMA, PRECISION, SUMS, MASK_UNIT,
         )  # fmt: skip
     if FORM != _FAST:
         acc, row_sum = _accumulate(
@@ -309,7 +333,7 @@ def _forward_kernel(
             mask, stride_mask_m, stride_mask_n, first_word, second_word, q_len, kv_len, shift, left, right, scale,
             softcap,
             dropout_p, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK_ROWS, HAS_LEFT,
-            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, SUMS,
+            HAS_RIGHT, SOFTCAP, DROPOUT, P_SCALE, SLOW, ASM, TMA, PRECISION, SUMS, MASK_UNIT,
         )  # fmt: skip
 
     factor = 1.0 / P_SCALE

@@ -36,13 +36,14 @@ class Counts(NamedTuple):
         return count
 
 
-def counts_for(signature: Signature) -> Counts | None:
-    """None: they are known without counting."""
+def counts_for(signature: Signature, unit: int = 1) -> Counts | None:
+    """None: they are known without counting. unit: the kernel's MASK_UNIT."""
     if not signature.counted:
         return None
     batch, heads, rows = signature.count_shape()
-    block_m, block_n = (1, 1024) if rows == 1 else (16, 128)
+    block_m, block_n = (1, 1024) if rows == 1 else (16, 128 if unit == 1 else 512)
     arguments = signature.arguments() | {"heads": heads, "q_len": rows, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    arguments["MASK_UNIT"] = unit
     # With rows == 1 there is no band, and q_len is the number of rows only.
     blocks = triton.cdiv(rows, block_m) * heads * batch
     layout = contiguous_layout((batch, heads, rows))
@@ -135,7 +136,7 @@ def count_kernel(
     mask, count, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     heads, q_len, kv_len, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """count[b, h, i] = the keys that row i sees: in its band, and not masked. b and h: of the mask."""
     blocks = tl.cdiv(q_len, BLOCK_M)
@@ -151,7 +152,7 @@ def count_kernel(
     for key in range(begin, end, BLOCK_N):
         col = key + tl.arange(0, BLOCK_N)
         pointers = mask + (row.to(tl.int64) * stride_mask_m)[:, None] + (col.to(tl.int64) * stride_mask_n)[None, :]
-        inside = (row < q_len)[:, None] & (col < kv_len)[None, :]
+        inside = (row < q_len)[:, None] & (col < kv_len // MASK_UNIT * MASK_UNIT)[None, :]
         if HAS_LEFT:
             inside &= col[None, :] >= (row + (shift - left))[:, None]
         if HAS_RIGHT:
