@@ -49,9 +49,6 @@ ROW_BIAS_BLOCK = 256
 _ROW_BIAS_BLOCK = tl.constexpr(ROW_BIAS_BLOCK)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
-WHOLE_MASKS = False
-"""Whether several numbers of a mask with rows are loaded at once, where the number of keys allows it."""
-
 
 def tail_assembly(pack: int, *, cubic: bool = False) -> str:
     """PTX of a tail form, from y = x log2 e, of as many elements. -inf gives 2^-60 where it takes the accurate form."""
@@ -129,9 +126,7 @@ elements, if they allow it, so nothing is lost."""
 def mask_unit(signature: Signature, whole: bool | None = None) -> int:
     """The kernels' MASK_UNIT: 16 where so many keys divide all, so that 16 bytes of a mask are loaded at once; else 1.
     whole: overrides that, for tests and tuning."""
-    if whole is None:
-        whole = WHOLE_MASKS
-    return 16 if whole and signature.masked_by_rows and signature.kv_len % 16 == 0 else 1
+    return 16 if whole is not False and signature.masked_by_rows and signature.kv_len % 16 == 0 else 1
 
 
 @triton.jit

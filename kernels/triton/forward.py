@@ -43,11 +43,6 @@ from sigswap.kernels.triton.common import (
 from sigswap.kernels.triton.dropout import first_row, kept, row_draws, scale_of
 from sigswap.kernels.triton.row_biases import Counts, counts_for
 
-UNGUARDED = False
-"""Whether the compiler is told that there are keys, where sequences are not packed. The way around a loop that may have
-no iterations puts zeros in the accumulators, in a place where ptxas then finds them defined while products are in
-flight, and has each product of the kernel wait for the one before (Triton 3.6 and 3.8, with a mask)."""
-
 
 def supports(problem: Problem) -> bool:
     return problem.signature.too_much() is None
@@ -59,10 +54,9 @@ def forward(
     tile: Tile | None = None,
     tma: bool | None = None,
     whole_masks: bool | None = None,
-    unguarded: bool | None = None,
 ) -> Tensor:
-    """Deterministic. tile, tma, whole_masks and unguarded override the tile configuration, the use of tensor
-    descriptors, whether several numbers of a mask are loaded at once, and UNGUARDED, for tests and tuning."""
+    """Deterministic. tile, tma and whole_masks override the tile configuration, the use of tensor descriptors, and
+    whether several numbers of a mask are loaded at once, for tests and tuning."""
     if problem.signature.is_empty:
         if problem.row_sums is not None:
             problem.row_sums.zero_()
@@ -72,7 +66,7 @@ def forward(
     query, key, value, given, row_sums = problem.query, problem.key, problem.value, problem.out, problem.row_sums
     of_given = None if given is None else layout_of(given)
     of_sums = None if row_sums is None else layout_of(row_sums)
-    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks, unguarded)
+    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
@@ -85,7 +79,7 @@ def forward_again(problem: Problem) -> Forward | None:
     signature = problem.signature
     if signature.is_empty or not signature.is_readable:
         return None
-    plan = _plan(signature, None, None, None, None, None, None)
+    plan = _plan(signature, None, None, None, None, None)
     launch, new_output, others = plan.launch, maker_of(plan.out, signature.device), (None,) * 7
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -110,7 +104,6 @@ def _plan(
     tile: Tile | None,
     tma: bool | None,
     whole_masks: bool | None,
-    unguarded: bool | None,
 ) -> _Plan:
     """out: None: of a new output. row_sums: None: not asked for."""
     out = out or signature.output()
@@ -118,7 +111,7 @@ def _plan(
     tile = tile or tile_for(signature)
     described = None
     if tma is None:
-        tma = signature.tma(signature.kv_len, masked=UNGUARDED) and signature.options.dropout_p == 0.0
+        tma = signature.tma(signature.kv_len, masked=True) and signature.options.dropout_p == 0.0
     if tma and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     arguments = signature.arguments(q=query, k=key, v=value, o=out)
@@ -127,7 +120,7 @@ def _plan(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "MASK_UNIT": mask_unit(signature, whole_masks),
-        "FILLED": signature.packed is None and (UNGUARDED if unguarded is None else unguarded),
+        "FILLED": signature.packed is None,
     }
     operands = query, *(described or (key, value)), out, row_sums
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
@@ -292,6 +285,8 @@ def _forward_kernel(
             count += mask_batch * stride_count_b + head64 * stride_count_h
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     if FILLED:
+        # The way around a loop that may have no iterations puts zeros in the accumulators, where ptxas then finds them
+        # defined while products are in flight, and has each product wait for the one before (Triton 3.6 and 3.8).
         tl.assume(kv_len > 0)
 
     queries = load_rows(q, batch, head, row0, q_len, stride_q_n, HEAD_DIM, BLOCK_M, BLOCK_D, False)

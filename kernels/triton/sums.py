@@ -32,11 +32,19 @@ class Sum:
     def empty_parts(self) -> Tensor:
         return new_tensor(self._layout, self._device)
 
+    def zero_parts(self) -> Tensor:
+        return zeros(self._layout, self._device)
+
     def __call__(self, parts: Tensor, out: Tensor) -> None:
         if self._launch is None:
             out.copy_(parts.sum_to_size(out.shape))
         else:
             self._launch(parts, out)
+
+
+def zeros(layout: Layout, device: torch.device) -> Tensor:
+    """A contiguous tensor. By full(), which inductor lowers, as it does not torch.zeros()."""
+    return torch.full(layout.shape, 0.0, dtype=layout.dtype, device=device)
 
 
 def _launch(layout: Layout, parts: tuple[int, ...], device: torch.device) -> Launch | None:

@@ -20,6 +20,7 @@ from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
 from sigswap.kernels.host.problem import Signature
 from sigswap.kernels.host.tiles import Tile
 from sigswap.kernels.triton.common import UNSPECIALIZED, single
+from sigswap.kernels.triton.sums import zeros
 
 # The gradient of an additive mask.
 
@@ -39,7 +40,7 @@ class MaskSums(NamedTuple):
 
     def empty(self, device: torch.device) -> Tensor:
         if self.filled:
-            return torch.zeros(self.layout.shape, dtype=torch.float32, device=device)
+            return zeros(self.layout, device)
         return new_tensor(self.layout, device)
 
     def arguments(self) -> dict[str, int | bool]:
@@ -90,7 +91,7 @@ class QuerySums(NamedTuple):
     finish: Launch
 
     def empty(self, device: torch.device) -> Tensor:
-        return torch.zeros(self.layout.shape, dtype=torch.float32, device=device)
+        return zeros(self.layout, device)
 
 
 def query_sums_for(signature: Signature, grad: Layout, tile: Tile) -> QuerySums:

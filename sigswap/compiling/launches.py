@@ -43,6 +43,7 @@ _BESIDE = {
     torch.ops.aten.transpose.int,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.expand.default,
+    torch.ops.aten.full.default,
     torch.ops.aten.unsqueeze.default,
 }
 """What else an op may do: other functions of ATen may be ones that inductor decomposes earlier, and no longer knows."""

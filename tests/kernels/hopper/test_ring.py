@@ -152,7 +152,9 @@ def test_it_goes_round(head_dim: int, is_causal: bool) -> None:
     query, key, value, grad_out = (
         torch.randn(shape, generator=draw, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)
     )
-    options = Options(head_dim**-0.5, is_causal=is_causal, const_bias=-float(torch.log(torch.tensor(1000.0))))
+    options = Options(
+        head_dim**-0.5, is_causal=is_causal, const_bias=-float(torch.log(torch.tensor(1000.0))), visible_bias=False
+    )
     needed = (True, True, True, False, False)
     expected = gradients_of(query, key, value, grad_out, is_causal)
     for _ in range(3):

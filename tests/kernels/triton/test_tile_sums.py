@@ -120,7 +120,7 @@ def test_in_the_interpreter(shard: int) -> None:
 @pytest.mark.parametrize("index", range(20), ids=lambda index: f"{index}-shard{index % 5}")
 def test_interpreted(index: int) -> None:
     tuning = {"passes": 1 + index // 5 % 2, "whole_masks": True, "tma": index % 3 == 0}
-    assert_no_worse(random_problem(index), {"whole_masks": True, "unguarded": True}, tuning)
+    assert_no_worse(random_problem(index), {"whole_masks": True}, tuning)
 
 
 @in_interpreter
@@ -139,11 +139,10 @@ def test_interpreted_programs_own_their_tiles_or_take_turns_shard1() -> None:
 @pytest.mark.parametrize("index", range(40))
 def test_random(index: int, passes: int) -> None:
     tuning = {"passes": passes, "whole_masks": index % 2 == 0, "tma": index % 3 > 0}
-    assert_no_worse(random_problem(index), {"whole_masks": index % 2 == 0, "unguarded": True}, tuning)
+    assert_no_worse(random_problem(index), {"whole_masks": index % 2 == 0}, tuning)
 
 
-def test_nothing_is_added_in_any_order_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backward, "FEWER_PASSES", True)
+def test_nothing_is_added_in_any_order_where_that_was_asked_for() -> None:
     rows = torch.empty(2, 4, 256, 64, dtype=torch.bfloat16, device="meta")
 
     def passes(*shape: int) -> tuple[int, int]:
