@@ -391,16 +391,17 @@ def _kernel(
     k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
-    keys_read = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    # One of each buffer: who counts items, slowly, might miss that one barrier completes twice, and wait for ever.
+    keys_read = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barrier)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    mbarrier.init(keys_read, 1 if APART else 2)
     for i in gl.static_range(BUFFERS):
         mbarrier.init(k_full.index(i), 1)
         mbarrier.init(v_full.index(i), 1)
         mbarrier.init(kv_empty.index(i), 3 if RING else 2)
+        mbarrier.init(keys_read.index(i), 1 if APART else 2)
     for i in gl.static_range(_STAGES):
         mbarrier.init(full.index(i), 1)
         mbarrier.init(empty.index(i), 2)
@@ -457,7 +458,7 @@ def _kernel(
                 )),
             ],
             [4, 4, 1, 1, 1, 1],
-            [192, 88, 40, 40, 40, 40],
+            [192, 88, 40, 40, 40, 40] if RING else [200, 88, 24, 24, 24, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(

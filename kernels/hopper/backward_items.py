@@ -172,15 +172,13 @@ def count_items(shared, RING: gl.constexpr):
     if RING:
         buffer = 0
         kv_phase = 0
-        keys_phase = 0
         mbarrier.wait(k_full.index(0), 0)
         span = number_of(places, 0, 1)
         while span > 0:
             unit = number_of(places, buffer, 4) * kv_heads + number_of(places, buffer, 2)
-            mbarrier.wait(keys_read, keys_phase)
+            mbarrier.wait(keys_read.index(buffer), kv_phase)
             mbarrier.arrive(kv_empty.index(buffer))
             count(items_ended(counters, unit // in_turn), 1)
-            keys_phase ^= 1
             if BUFFERS == 2:
                 buffer ^= 1
             if buffer == 0:

@@ -123,7 +123,7 @@ def add_queries(
                 phase ^= 1
         if RING:
             sync()  # whoever waits for the barrier relies on what all warps have added
-        mbarrier.arrive(keys_read)
+        mbarrier.arrive(keys_read.index(buffer))
         buffer ^= 1
         if buffer == 0:
             kv_phase ^= 1
@@ -186,7 +186,6 @@ def compute(
 
     buffer = 0
     kv_phase = 0
-    keys_phase = 0
     # Of queries and output gradients.
     stage = 0
     phase = 0
@@ -512,7 +511,7 @@ def compute(
                 add_row_sums(last_sums + ROW_SUMS_AT, row_sums, of_row_sums)
             # Both warpgroups read all the keys.
             sync()
-            mbarrier.arrive(keys_read)
+            mbarrier.arrive(keys_read.index(buffer))
             slot ^= 1
             if slot == 0:
                 slot_phase ^= 1
@@ -535,7 +534,7 @@ def compute(
         sync()
         own_dv = v_tiles.index(buffer + zero).slice(PART * HALF, HALF, ROWS_AT)
         store_rows(dv, k_batch, kv_head, col0, 0, stored_keys, own_dv, PACKED)
-        mbarrier.wait(keys_read, keys_phase if BUFFERS == 2 else kv_phase)
+        mbarrier.wait(keys_read.index(buffer), kv_phase)
         _put(keys.slice(PART * HALF, HALF, 0), dk_acc, scale, CUT)
         fence_async_shared()
         sync()
@@ -545,7 +544,6 @@ def compute(
         sync()
         mbarrier.arrive(kv_empty.index(buffer))
         if BUFFERS == 2:
-            keys_phase ^= 1
             buffer ^= 1
         if buffer == 0:
             kv_phase ^= 1

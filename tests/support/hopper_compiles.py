@@ -138,7 +138,8 @@ def assert_backward_products_in_flight(
     absent |= {} if bias == "heads" else {"parts": None}
     absent |= {} if by_row and form == AUTO else {"floor": None}
     absent |= {} if capped else {"delta": None}
-    absent |= {"dq": None, "chunks": None} if packed or bias == "rows" else {}
+    has_ring = not packed and band != "window" and not softcapped and bias != "rows"
+    absent |= {} if has_ring else {"dq": None, "chunks": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
     spilled = 32 if dim < 128 else 256 if bias else 128
     width = 64 if dim == 64 else 128
