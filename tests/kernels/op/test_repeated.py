@@ -249,6 +249,23 @@ def test_a_known_call_has_no_second_derivative_either() -> None:
             torch.autograd.grad(first[0].float().sum(), leaves)
 
 
+def test_gradients_in_batches() -> None:
+    """By vmap, whose tensors have no addresses."""
+    inputs, grads_out = tensors(), torch.randn(3, 2, 4, 7, 8).bfloat16()
+    for _ in range(2):
+        leaves = leaves_of(inputs)
+        out = sigswap.sigmoid_attention(*leaves)
+        batches = torch.autograd.grad(out, leaves, grads_out, is_grads_batched=True)
+        for index, grad_out in enumerate(grads_out):
+            assert_gradients(tuple(batch[index] for batch in batches), inputs, grad_out)
+    rows = torch.autograd.functional.jacobian(
+        lambda query: sigswap.sigmoid_attention(query, *inputs[1:])[0, 0, 0], inputs[0], vectorize=True
+    )
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.functional.jacobian(lambda query: exact(query, *leaves[1:])[0, 0, 0], leaves[0])
+    assert_near(rows, expected)
+
+
 def test_the_state_of_a_backward_is_a_part_of_what_is_known() -> None:
     inputs, grad_out = tensors(), torch.randn(2, 4, 7, 8).bfloat16()
     for deterministic in (False, False, True, False, True):
