@@ -172,6 +172,24 @@ def test_unusual_tensors_in_the_place_of_known_ones(place: int, unusual: Any) ->
         sigswap.sigmoid_attention(*others)
 
 
+@pytest.mark.parametrize("place", [None, 0, 1])
+def test_one_tensor_in_several_places_is_known(place: int | None) -> None:
+    """place: of what is a tensor of its own, such as a query of keys that are the values, too."""
+    for _ in range(3):
+        own, shared = (torch.randn_like(tensors()[1]).requires_grad_() for _ in range(2))
+        given = [own if index == place else shared for index in range(3)]
+        out = sigswap.sigmoid_attention(*given)
+        out.sum().backward()
+        exactly = {id(tensor): tensor.detach().double().requires_grad_() for tensor in given}
+        expected = exact(*[exactly[id(tensor)] for tensor in given])
+        expected.sum().backward()
+        assert_near(out, expected)
+        for tensor in given:
+            assert_near(tensor.grad, exactly[id(tensor)].grad)
+    (known,) = all_known()
+    assert len(known._backwards) == 1
+
+
 # Backwards of known calls.
 
 
