@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import settings
-from sigswap.kernels.op import repeated
+from sigswap.kernels.op import registration, repeated
 
 CUDA = torch.cuda.is_available()
 
@@ -255,6 +255,37 @@ def test_a_tensor_that_lies_elsewhere_after_the_forward() -> None:
         out = sigswap.sigmoid_attention(*leaves)
         leaves[0].data = leaves[0].data.contiguous()
         assert_gradients(torch.autograd.grad(out, leaves, grad_out), inputs, grad_out)
+
+
+@pytest.mark.parametrize("row_cap", [None, 0.5])
+@pytest.mark.parametrize("moved", [0, 2, -1])
+def test_a_saved_tensor_on_another_device_is_an_error(
+    moved: int, row_cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would read what lies elsewhere. Here meta stands for another device, whose tensors are plain."""
+    for module in (repeated, registration):
+        monkeypatch.setattr(module, "is_plain", lambda *_: True)
+    inputs = tensors()
+    for _ in range(3):
+        leaves, saved = leaves_of(inputs), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.detach()) or len(saved) - 1,
+            lambda index, saved=saved: saved[index].to("meta") if index == moved % len(saved) else saved[index],
+        ):
+            out = sigswap.sigmoid_attention(*leaves, row_cap=row_cap)
+        with pytest.raises(SigswapError, match="is on meta now, and the output's gradient is on cpu"):
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+@gpu
+def test_a_parameter_that_left_the_gpu_before_backward_is_an_error(gpu_tensors: list[Tensor]) -> None:
+    for _ in range(3):
+        leaves = leaves_of(gpu_tensors)
+        out = sigswap.sigmoid_attention(*leaves)
+        leaves[0].data = leaves[0].data.cpu()
+        with pytest.raises(SigswapError, match="is on cpu now, and the output's gradient is on cuda"):
+            torch.autograd.grad(out, leaves[1:], torch.ones_like(out))
+        assert_all_near(step(gpu_tensors), exact_step(gpu_tensors))
 
 
 def test_a_known_call_has_no_second_derivative_either() -> None:
