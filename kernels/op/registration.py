@@ -250,6 +250,7 @@ def listens() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )

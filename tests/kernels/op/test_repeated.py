@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import checkpoint as checkpoints
 
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
@@ -286,6 +287,26 @@ def test_a_parameter_that_left_the_gpu_before_backward_is_an_error(gpu_tensors: 
         with pytest.raises(SigswapError, match="is on cpu now, and the output's gradient is on cuda"):
             torch.autograd.grad(out, leaves[1:], torch.ones_like(out))
         assert_all_near(step(gpu_tensors), exact_step(gpu_tensors))
+
+
+def test_selective_checkpoints_see_known_calls() -> None:
+    seen: list[str] = []
+
+    def policy(context: Any, op: Any, *inputs: Any, **keywords: Any) -> checkpoints.CheckpointPolicy:
+        seen.append(str(op))
+        return checkpoints.CheckpointPolicy.PREFER_RECOMPUTE
+
+    leaves = leaves_of(tensors())
+    for _ in range(3):
+        sigswap.sigmoid_attention(*leaves)
+        seen.clear()
+        checkpoints.checkpoint(
+            sigswap.sigmoid_attention,
+            *leaves,
+            use_reentrant=False,
+            context_fn=lambda: checkpoints.create_selective_checkpoint_contexts(policy),
+        )
+        assert seen == ["sigswap.sigmoid_attention.default"]
 
 
 def test_a_known_call_has_no_second_derivative_either() -> None:
