@@ -25,9 +25,18 @@ def like(*tensors: Tensor) -> Alike:
     guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
     if guards is None:
         return _like(*tensors)
-    sizes, strides = ([list(of(tensor)) for tensor in tensors] for of in (Tensor.size, Tensor.stride))
-    alike: Alike = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    return alike
+    # It refuses tensors of which two are the same one. So these are given once, and have to be the same one again.
+    firsts = [next(place for place, other in enumerate(tensors) if other is tensor) for tensor in tensors]
+    places = sorted(set(firsts))
+    different = [tensors[place] for place in places]
+    sizes, strides = ([list(of(tensor)) for tensor in different] for of in (Tensor.size, Tensor.stride))
+    alike: Alike = guards(*different, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    if len(places) == len(tensors):
+        return alike
+    same = [(place, first) for place, first in enumerate(firsts) if place != first]
+    return lambda *others: (
+        all(others[place] is others[first] for place, first in same) and alike(*[others[place] for place in places])
+    )
 
 
 def _like(*tensors: Tensor) -> Alike:

@@ -118,6 +118,7 @@ class AttentionOp:
 
     def backward(self, inputs: tuple[Any, ...], options: Options) -> Gradients:
         """inputs: of the backward op, all of them. None: not needed."""
+        check_on_one_device(self.name, inputs)
         return self._backward(implementation_for(inputs[1].is_cuda).backward, inputs, options)
 
     def _register(self) -> None:
@@ -249,6 +250,7 @@ def listens() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
@@ -378,6 +380,7 @@ class _Attention(Function):
         # With create_graph the dispatcher records that there is no second derivative.
         direct = not torch.is_grad_enabled() and is_plain(grad, *saved)  # hooks may have saved others
         if results_of_forward:
+            check_on_one_device(op.name, (grad, *results_of_forward))
             implementation = implementation_for(grad.is_cuda) if direct else reference  # which is made of traceable ops
             grad, row_delta = implementation.undivided(grad, *results_of_forward, ctx.options.row_cap)
         inputs = (grad, *tensors, *ctx.numbers, needed, row_delta)
@@ -393,6 +396,19 @@ def gradients(
     """By the backward op, through the dispatcher. inputs: its inputs; needed: of which of the results."""
     results = backward_op(*inputs, **options._asdict())
     return [grad if need else None for grad, need in zip(results, needed, strict=True)]
+
+
+def check_on_one_device(name: str, inputs: Sequence[Any]) -> None:
+    """Of a backward: what it got from the forward may have been moved since. Kernels take addresses, and would read on
+    the GPU what lies elsewhere."""
+    device = inputs[0].device
+    for each in inputs:
+        if isinstance(each, Tensor) and each.device != device:
+            raise SigswapError(
+                f"The backward of {name} needs a tensor that is on {each.device} now, and the output's gradient is on "
+                f"{device}. Leave parameters and inputs where they are until backward has run, and have hooks on "
+                "saved tensors return them to their device."
+            )
 
 
 class _AttentionBackward(Function):

@@ -18,7 +18,7 @@ from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Options, Problem
 from sigswap.kernels.host.results import Backward, Forward
 from sigswap.kernels.op import registration
 from sigswap.kernels.op.alike import Alike, are_aligned, like
-from sigswap.kernels.op.registration import Function, gradients, is_plain, listens
+from sigswap.kernels.op.registration import Function, check_on_one_device, gradients, is_plain, listens
 
 _HALF = (torch.bfloat16, torch.float16)
 """What becomes of float32 depends on PyTorch's settings."""
@@ -42,14 +42,16 @@ class Known:
 
     def backward(self, needed: tuple[bool, ...], grad_out: Tensor, *saved: Tensor) -> Gradients | None:
         """The gradients of query, key and value; needed: which. None: through the dispatcher."""
-        if listens() or not are_aligned(grad_out, *saved):
+        if listens():
             return None
         state = needed, torch.are_deterministic_algorithms_enabled(), settings.sigmoid_form
         for known in self._backwards:
             if known.state == state and known.alike(grad_out, *saved):
-                return known.run(grad_out, *saved)
-        if not is_plain(grad_out, *saved) or saved[0].dtype not in _HALF:
+                return known.run(grad_out, *saved) if are_aligned(grad_out, *saved) else None
+        # Only plain tensors have addresses: not what vmap makes of gradients.
+        if not is_plain(grad_out, *saved) or saved[0].dtype not in _HALF or not are_aligned(grad_out, *saved):
             return None
+        check_on_one_device("sigmoid_attention", (grad_out, *saved))
         query, key, value = saved
         problem = Problem(query, key, value, None, None, None, self.options, grad_out=grad_out)
         problem.output_mask = *needed, False, False

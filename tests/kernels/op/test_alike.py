@@ -65,7 +65,7 @@ def test_what_changes_where_calls_go_makes_them_differ(like: Callable[..., alike
             return func(*args, **(kwargs or {}))
 
     def inside(tensor: Tensor) -> Tensor:
-        seen.append(is_alike(tensor, tensor))
+        seen.append(is_alike(tensor, tensor.clone()))
         return tensor
 
     seen: list[bool] = []
@@ -81,6 +81,14 @@ def test_what_changes_where_calls_go_makes_them_differ(like: Callable[..., alike
     with torch.no_grad():
         assert is_alike(*inputs)
     assert is_alike(*inputs)
+
+
+def test_one_tensor_in_several_places(like: Callable[..., alike.Alike]) -> None:
+    tensor, other = pair()
+    is_alike, of_three = like(tensor, tensor), like(tensor, other[:1], tensor)
+    assert is_alike(tensor, tensor) and is_alike(other, other) and of_three(other, tensor[:1], other)
+    assert not is_alike(other[:1], other[:1]) and not is_alike(other, other[:1]) and not is_alike(1.0, 1.0)
+    assert not of_three(other, other, other) and not of_three(other[:1], other[:1], other)
 
 
 def test_what_required_gradients_goes_on_to(like: Callable[..., alike.Alike]) -> None:

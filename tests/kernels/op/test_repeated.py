@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import checkpoint as checkpoints
 
 import sigswap
 from sigswap.errors import ArgumentError, SigswapError
 from sigswap.kernels import settings
-from sigswap.kernels.op import repeated
+from sigswap.kernels.op import registration, repeated
 
 CUDA = torch.cuda.is_available()
 
@@ -172,6 +173,24 @@ def test_unusual_tensors_in_the_place_of_known_ones(place: int, unusual: Any) ->
         sigswap.sigmoid_attention(*others)
 
 
+@pytest.mark.parametrize("place", [None, 0, 1])
+def test_one_tensor_in_several_places_is_known(place: int | None) -> None:
+    """place: of what is a tensor of its own, such as a query of keys that are the values, too."""
+    for _ in range(3):
+        own, shared = (torch.randn_like(tensors()[1]).requires_grad_() for _ in range(2))
+        given = [own if index == place else shared for index in range(3)]
+        out = sigswap.sigmoid_attention(*given)
+        out.sum().backward()
+        exactly = {id(tensor): tensor.detach().double().requires_grad_() for tensor in given}
+        expected = exact(*[exactly[id(tensor)] for tensor in given])
+        expected.sum().backward()
+        assert_near(out, expected)
+        for tensor in given:
+            assert_near(tensor.grad, exactly[id(tensor)].grad)
+    (known,) = all_known()
+    assert len(known._backwards) == 1
+
+
 # Backwards of known calls.
 
 
@@ -239,6 +258,57 @@ def test_a_tensor_that_lies_elsewhere_after_the_forward() -> None:
         assert_gradients(torch.autograd.grad(out, leaves, grad_out), inputs, grad_out)
 
 
+@pytest.mark.parametrize("row_cap", [None, 0.5])
+@pytest.mark.parametrize("moved", [0, 2, -1])
+def test_a_saved_tensor_on_another_device_is_an_error(
+    moved: int, row_cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would read what lies elsewhere. Here meta stands for another device, whose tensors are plain."""
+    for module in (repeated, registration):
+        monkeypatch.setattr(module, "is_plain", lambda *_: True)
+    inputs = tensors()
+    for _ in range(3):
+        leaves, saved = leaves_of(inputs), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.detach()) or len(saved) - 1,
+            lambda index, saved=saved: saved[index].to("meta") if index == moved % len(saved) else saved[index],
+        ):
+            out = sigswap.sigmoid_attention(*leaves, row_cap=row_cap)
+        with pytest.raises(SigswapError, match="is on meta now, and the output's gradient is on cpu"):
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+@gpu
+def test_a_parameter_that_left_the_gpu_before_backward_is_an_error(gpu_tensors: list[Tensor]) -> None:
+    for _ in range(3):
+        leaves = leaves_of(gpu_tensors)
+        out = sigswap.sigmoid_attention(*leaves)
+        leaves[0].data = leaves[0].data.cpu()
+        with pytest.raises(SigswapError, match="is on cpu now, and the output's gradient is on cuda"):
+            torch.autograd.grad(out, leaves[1:], torch.ones_like(out))
+        assert_all_near(step(gpu_tensors), exact_step(gpu_tensors))
+
+
+def test_selective_checkpoints_see_known_calls() -> None:
+    seen: list[str] = []
+
+    def policy(context: Any, op: Any, *inputs: Any, **keywords: Any) -> checkpoints.CheckpointPolicy:
+        seen.append(str(op))
+        return checkpoints.CheckpointPolicy.PREFER_RECOMPUTE
+
+    leaves = leaves_of(tensors())
+    for _ in range(3):
+        sigswap.sigmoid_attention(*leaves)
+        seen.clear()
+        checkpoints.checkpoint(
+            sigswap.sigmoid_attention,
+            *leaves,
+            use_reentrant=False,
+            context_fn=lambda: checkpoints.create_selective_checkpoint_contexts(policy),
+        )
+        assert seen == ["sigswap.sigmoid_attention.default"]
+
+
 def test_a_known_call_has_no_second_derivative_either() -> None:
     inputs = tensors()
     for _ in range(2):
@@ -247,6 +317,23 @@ def test_a_known_call_has_no_second_derivative_either() -> None:
         first = torch.autograd.grad(out.float().sum(), leaves, create_graph=True)
         with pytest.raises(SigswapError, match="second derivative"):
             torch.autograd.grad(first[0].float().sum(), leaves)
+
+
+def test_gradients_in_batches() -> None:
+    """By vmap, whose tensors have no addresses."""
+    inputs, grads_out = tensors(), torch.randn(3, 2, 4, 7, 8).bfloat16()
+    for _ in range(2):
+        leaves = leaves_of(inputs)
+        out = sigswap.sigmoid_attention(*leaves)
+        batches = torch.autograd.grad(out, leaves, grads_out, is_grads_batched=True)
+        for index, grad_out in enumerate(grads_out):
+            assert_gradients(tuple(batch[index] for batch in batches), inputs, grad_out)
+    rows = torch.autograd.functional.jacobian(
+        lambda query: sigswap.sigmoid_attention(query, *inputs[1:])[0, 0, 0], inputs[0], vectorize=True
+    )
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.functional.jacobian(lambda query: exact(query, *leaves[1:])[0, 0, 0], leaves[0])
+    assert_near(rows, expected)
 
 
 def test_the_state_of_a_backward_is_a_part_of_what_is_known() -> None:
