@@ -5,8 +5,8 @@
 # Guess:     the cache on disk knows what a kernel depends on: its source, the functions it calls, and the global
 #            constants it reads, which have to be tl.constexpr for that. So `from tiles import WIDTH` and `tiles.WIDTH`
 #            are two spellings of one thing.
-# Behaviour: a name is in the key of the cache with its value. An attribute of a module is compiled in as a constant just
-#            so, and its value is in no key. After tiles.py was edited, a new process runs the kernel that was compiled
+# Behaviour: a name is in the key of the cache with its value. An attribute of a module is compiled in as a constant,
+#            too, and its value is in no key. After tiles.py was edited, a new process runs the kernel that was compiled
 #            for the old value, until the cache is deleted or the kernel's own text changes: no error, no warning.
 # Seen:      WIDTH 64: the kernel with WIDTH holds 64, the one with tiles.WIDTH 64
 #            WIDTH 32: the kernel with WIDTH holds 32, the one with tiles.WIDTH 64; with another cache 32
