@@ -22,6 +22,7 @@ from sigswap.kernels.op import dense
 triton = pytest.importorskip("triton")
 
 LAUNCH = "triton_kernel_wrapper_functional"
+NEW = torch.ops.aten.empty_strided.default, torch.ops.aten.full.default
 OPS = (
     torch.ops.sigswap.sigmoid_attention.default,
     torch.ops.sigswap.sigmoid_attention_backward.default,
@@ -101,6 +102,7 @@ CASES = {
     "limited registers": Case(q_len=50, kv_len=50, dim=64, bias=None),
     "position bias": Case(mask=(1, 4, 70, 70)),
     "position bias, causal": Case(mask=(1, 4, 70, 70), is_causal=True),
+    "position bias, row bias": Case(mask=(1, 4, 70, 70), bias=(1, 4, 70, 1)),
     "padding": Case(mask=(2, 1, 1, 70), kv_heads=2),
     "windows": Case(q_len=49, kv_len=49, batch=8, mask=(4, 4, 49, 49)),
     "decode": Case(q_len=1, kv_len=1100, kv_heads=2, is_causal=True, bottom_right=True),
@@ -149,10 +151,25 @@ def test_graph(name: str, h100: None) -> None:
     assert [(r.shape, r.stride(), r.dtype) for r in results] == [(e.shape, e.stride(), e.dtype) for e in expected]
     for node in graph.graph.nodes:
         if str(node.target) == LAUNCH:
-            # Only what is new is written: no input, and nothing twice.
+            # Only what is new is written: no input, and nothing twice. What is added to has zeros.
             for written in node.kwargs["tensors_to_clone"]:
-                new = torch.ops.aten.empty_strided.default, torch.ops.aten.full.default
-                assert node.kwargs["kwargs"][written].target in new
+                assert node.kwargs["kwargs"][written].target in NEW
+
+
+@pytest.mark.parametrize("bias", [(1, 4, 1, 1), (1, 4, 70, 1)])
+def test_what_is_added_to_has_zeros(bias: tuple[int, ...], h100: None) -> None:
+    """Sums of dQ, of the mask's gradient, and of the bias's: they keep no backward from becoming launches."""
+    graph = traced(Case(mask=(1, 4, 70, 70), bias=bias))
+    assert make_launches_visible(graph.graph) == 2
+    full = torch.ops.aten.full.default
+    launches = [node for node in graph.graph.nodes if str(node.target) == LAUNCH]
+    zeros = {
+        name: node.kwargs["kwargs"][name].args[1]
+        for node in launches
+        for name in node.kwargs["tensors_to_clone"]
+        if node.kwargs["kwargs"][name].target is full
+    }
+    assert zeros == {"sum_out": 0, "mask_sums": 0, "dq_sums": 0}
 
 
 def test_layers_that_share_a_mask_count_its_keys_once(h100: None) -> None:
