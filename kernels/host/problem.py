@@ -457,8 +457,7 @@ class Signature:
         return min(self.kv_len, band.left + band.right + 1) if band.has_left and band.has_right else self.kv_len
 
     def tma(self, shortest: int, *, masked: bool = False) -> bool:
-        """Whether tensor descriptors of [B, H, N, D] tensors pay off, for tensors that are describable(). masked: also
-        under a mask with rows."""
+        """Whether tensor descriptors pay off, for tensors that are describable(); masked: below a mask with rows."""
         if not self.descriptors or (self.masked_by_rows and not masked) or self.element_size != 2:
             return False
         if limits_of(self.device).capability < 90:
