@@ -32,7 +32,7 @@ The sums are added in no fixed order: two runs differ by rounding. ``torch.use_d
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -110,7 +110,6 @@ def backward(problem: Problem) -> Gradients:
     if parts is not None and plan.packed is not None:
         parts.zero_()  # there may be fewer items than parts: how many is in the GPU's memory
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
-    described = [by(tensor) for by, tensor in zip(plan.described, tensors, strict=True)]
     items = tiles = bias = floor = delta = None
     if plan.packed is not None:
         items, tiles = plan.packed.items(problem)
@@ -124,13 +123,11 @@ def backward(problem: Problem) -> Gradients:
         bias = plan.rows.described(numbers)
     if plan.deltas is not None:
         delta = plan.deltas(problem)
-    ring: tuple[Any, Any] = None, None
-    if plan.chunks is not None and plan.pieces is not None and new_query is not None:
-        ring = plan.chunks(sums), plan.pieces(new_query)
+    ring = (sums, new_query) if plan.finish is None else (None, None)
     if bias is None:
-        plan.launch(*described, sums, parts, problem.bias, None, delta, items, *ring)
+        plan.launch(*tensors, sums, parts, problem.bias, None, delta, items, *ring)
     else:
-        plan.launch(*described, sums, None, bias, floor, delta, items, *ring)
+        plan.launch(*tensors, sums, None, bias, floor, delta, items, *ring)
     if plan.finish is not None:
         of_rows = None if bias is None else new_bias if parts is None else parts
         plan.finish(sums, new_query, of_rows, items, tiles)
@@ -174,17 +171,11 @@ class _Packed(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    described: tuple[Described, ...]
-    """query, key, value, grad_out and the gradients of key and value."""
     deltas: Deltas | None
     """Where rows have a cap."""
     launch: Launch
     sums: Layout
     """Of dQ, as the kernel adds it up."""
-    chunks: Chunks | None
-    """Of those, where they are a ring."""
-    pieces: Pieces | None
-    """Of the gradient of query, then."""
     finish: Launch | None
     """Where they are no ring, but those of all rows."""
     rows: RowTiles | None
@@ -275,7 +266,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     )  # fmt: skip
     launch = Launch(_kernel, count, signature.device, tensors, arguments, num_warps=4)
     if ring is not None:
-        return _Plan(described, deltas, launch, sums, chunks, pieces, None, rows, packed, sum_parts)
+        return _Plan(deltas, launch, sums, None, rows, packed, sum_parts)
     of_rows = (parts or grad_bias) if row_sums else None
     strides = (0, 0, 0) if of_rows is None else of_rows.strides_or_zero(3)
     finish_arguments = signature.arguments(dq=grad_query) | {"tiles": tiles, "DIM": width}
@@ -288,7 +279,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     outputs = sums, grad_query, of_rows, items, tiles_of_items
     warps = 4 if width == 96 else 8
     finish = Launch(of_tile, programs, signature.device, outputs, finish_arguments, num_warps=warps)
-    return _Plan(described, deltas, launch, sums, None, None, finish, rows, packed, sum_parts)
+    return _Plan(deltas, launch, sums, finish, rows, packed, sum_parts)
 
 
 def _packed_for(signature: Signature, row_delta: Layout | None) -> _Packed:
