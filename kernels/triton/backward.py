@@ -10,7 +10,7 @@ Three kernels, each of which owns what it writes: one of dK and dV, by blocks of
 them; one of dQ and dbias, by blocks of rows, over keys; and, where an additive mask wants its gradient, one by tiles
 of the mask, over everything that the mask is broadcast to. So there are no atomics: all is deterministic.
 
-That are nine matrix products, and each kernel loads the mask. On Hopper GPUs the first adds dS to float32 sums of the
+These are nine matrix products, and each kernel loads the mask. On Hopper GPUs the first adds dS to float32 sums of the
 mask's gradient, and for heads of up to 64 columns dQ to sums of its own: seven products in two kernels, or five in one
 (:mod:`sigswap.kernels.triton.tile_sums`). What several programs add to is then added up in no fixed order, which
 ``torch.use_deterministic_algorithms`` avoids.
