@@ -164,7 +164,7 @@ def unknown_zero():
 def probabilities(
     s, scale, row_bias, start, col0, key, row, shift, left, right, fast,
     BY_ROW: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
-    FEW: gl.constexpr,
+    AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """sigmoid(scale * s + row_bias); 0 outside the band. If BY_ROW the row bias is in s already."""
     if FORM == _FAST:
@@ -177,7 +177,7 @@ def probabilities(
         x += row_bias
     else:
         x = _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT, HAS_RIGHT)
-    return sigmoid(x, fast, FORM, SLOW, True, FEW)
+    return sigmoid(x, fast, FORM, SLOW, True, AT_ONCE)
 
 
 @gluon.jit
@@ -200,7 +200,7 @@ def _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT: gl.constexpr, 
 def soft_capped_probabilities(
     s, scale, softcap, unit, row_bias, biases, start, col0, key, row, shift, left, right, fast,
     BANDED: gl.constexpr, BIAS_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    FORM: gl.constexpr, SLOW: gl.constexpr, FEW: gl.constexpr,
+    FORM: gl.constexpr, SLOW: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """sigmoid(softcap * tanh(scale / softcap * s) + row_bias), and 1 - tanh^2 in float16, which takes fewer registers.
 
@@ -216,7 +216,7 @@ def soft_capped_probabilities(
         bias = row_bias * unit
     x, slope = soft_capped_with_slope(s, scale / softcap, softcap * unit, bias)
     x = _hide(x, start, col0, key, row, shift, left, right, HAS_LEFT, HAS_RIGHT)
-    return sigmoid(x, fast, FORM, SLOW, True, FEW), slope
+    return sigmoid(x, fast, FORM, SLOW, True, AT_ONCE), slope
 
 
 @gluon.jit
@@ -298,15 +298,32 @@ def _reciprocal(number):
 @gluon.jit
 def put_row_biases(
     biases, start, head_bias, scale, q_len, kv_len, shift, left, right,
-    VISIBLE: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHORT: gl.constexpr,
+    VISIBLE: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHORT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """b_i / scale of a tile's rows, in shared memory. SHORT: by log_of_visible()'s few instructions, which were faster
-    at head_dim 64 (519 TFLOP/s instead of 504 with 16,384 keys on an H200), but cost registers."""
-    row = start + gl.arange(0, _ROWS, BY_THREAD)
-    result = gl.full([_ROWS], 0.0, gl.float32, BY_THREAD) + head_bias
+    at head_dim 64 (519 TFLOP/s instead of 504 with 16,384 keys on an H200), but cost registers.
+
+    TERMS: biases is a bfloat16 tile [rows, 16], and each row's number the sum of the first three in it.
+    """
+    of_terms: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, of_terms) if TERMS else BY_THREAD
+    row = start + gl.arange(0, _ROWS, LAYOUT)
+    result = gl.full([_ROWS], 0.0, gl.float32, LAYOUT) + head_bias
     if VISIBLE:
         result -= log_of_visible(row, kv_len, shift, left, right, HAS_LEFT, HAS_RIGHT, SHORT)
-    biases.store(result * _reciprocal(scale))
+    result *= _reciprocal(scale)
+    if TERMS:
+        # Infinity would meet zeros in the product.
+        result = gl.where(result < -1e30, -1e30, gl.where(result > 1e30, 1e30, result))
+        first = result.to(gl.bfloat16).to(gl.float32)
+        second = (result - first).to(gl.bfloat16).to(gl.float32)
+        # Those of the last eight columns meet zeros, so that all threads do the same.
+        column = gl.arange(0, 16, gl.SliceLayout(0, of_terms))[None, :] % 8
+        rest = gl.where(column == 2, (result - first - second)[:, None], 0.0)
+        terms = gl.where(column == 0, first[:, None], gl.where(column == 1, second[:, None], rest))
+        biases.store(terms.to(gl.bfloat16))
+    else:
+        biases.store(result)
 
 
 @gluon.jit
@@ -345,6 +362,20 @@ def start_of_scores(biases, LAYOUT: gl.constexpr, KEYS_OF_PART: gl.constexpr, BA
     if BANDED:
         start += biases.load(gl.SliceLayout(0, LAYOUT))[None, :]
     return start
+
+
+@gluon.jit
+def start_by_biases(ones, terms, no_scores):
+    """start_of_scores(), as a product with what put_row_biases() put there as terms."""
+    return warpgroup_mma(ones, terms.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def ones_of_terms(HEIGHT: gl.constexpr):
+    """What start_by_biases() multiplies terms by: [keys, 16], ones and behind the third column zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    column = gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
+    return gl.where(column < 3, gl.full([HEIGHT, 16], 1.0, gl.bfloat16, layout), 0.0)
 
 
 @gluon.jit

@@ -207,7 +207,7 @@ def finish_tiles(
                 numbers = buffers.index(chunk % BUFFERS)
                 numbers = numbers._reinterpret(gl.float32, [4, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
                 for piece in gl.static_range(4):
-                    _round(numbers.index(piece), scale, results.index(piece))
+                    _round(numbers.index(piece), scale, results.index(piece), DIM == FIRST)
                 fence_async_shared()
                 sync()
                 for piece in gl.static_range(4):
@@ -224,20 +224,24 @@ def finish_tiles(
 
 
 @gluon.jit
-def _round(numbers, scale, result):
+def _round(numbers, scale, result, BY_COLUMN: gl.constexpr):
     values = numbers.load(gl.BlockedLayout([4], [32], [1], [0])) * scale
-    # [eight columns, row, two columns, row and that 8 below, column]
-    low = values.to(result.dtype).reshape([2, 8, 4, 2, 2]).permute((3, 1, 0, 2, 4)).reshape([PIECE, PIECE])
-    result.reshape([PIECE, PIECE]).store(low)
+    # [eight columns, row, two columns, row and that 8 below, column], or, BY_COLUMN, rows and columns the other way.
+    low = values.to(result.dtype).reshape([2, 8, 4, 2, 2])
+    low = low.permute((0, 2, 4, 3, 1)) if BY_COLUMN else low.permute((3, 1, 0, 2, 4))
+    result.reshape([PIECE, PIECE]).store(low.reshape([PIECE, PIECE]))
 
 
 @gluon.jit
 def _store(dq, batch, head, start, result, NUMBER: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr):
-    """The piece of that number: of the columns that were added together, pieces follow one another by rows."""
+    """The piece of that number: of the columns that were added together, pieces follow one another by rows, or, if all
+    were, by columns."""
     BEFORE: gl.constexpr = NUMBER * 4 // FIRST * FIRST
     ACROSS: gl.constexpr = (FIRST if BEFORE + FIRST <= DIM else DIM - BEFORE) // PIECE
-    ROW: gl.constexpr = (NUMBER - BEFORE // 4) // ACROSS * PIECE
-    COLUMN: gl.constexpr = BEFORE + (NUMBER - BEFORE // 4) % ACROSS * PIECE
+    DOWN: gl.constexpr = (NUMBER - BEFORE // 4) // ACROSS
+    ALONG: gl.constexpr = (NUMBER - BEFORE // 4) % ACROSS
+    ROW: gl.constexpr = (ALONG if DIM == FIRST else DOWN) * PIECE
+    COLUMN: gl.constexpr = BEFORE + (DOWN if DIM == FIRST else ALONG) * PIECE
     tma.async_copy_shared_to_global(dq, [batch, head, start + ROW, COLUMN], result)
 
 

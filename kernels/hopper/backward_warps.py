@@ -33,6 +33,7 @@ from sigswap.kernels.hopper.backward_common import (
     soft_capped_probabilities,
     start_at_biases,
     start_at_delta,
+    start_by_biases,
     start_of_scores,
     start_row_sums,
     sum_per_thread,
@@ -83,11 +84,15 @@ def add_queries(
     sums, k_tiles, ds_tiles, ones, places, k_full, ds_full, ds_empty, keys_read, group, all_tiles,
     DIM: gl.constexpr, ROW_SUMS: gl.constexpr, RING: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: dS times all keys, which is added to dQ in memory, and, without a soft cap, sums of rows of dS."""
+    """A warpgroup: all keys times dS, which is added to dQ in memory, and, without a soft cap, sums of rows of dS.
+
+    A tile of dQ is [columns, rows] here: so the keys of an item stay in registers, and only dS is read from shared
+    memory, whose bandwidth is the bottleneck.
+    """
     ROW_PRODUCT: gl.constexpr = ROW_SUMS and not SOFTCAP
-    of_rows: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    of_columns: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
     of_row_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    no_rows = gl.zeros([_ROWS, DIM], gl.float32, of_rows)
+    no_columns = gl.zeros([DIM, _ROWS], gl.float32, of_columns)
     no_sums = gl.zeros([_ROWS, 8], gl.float32, of_row_sums)
     slot = 0
     phase = 0
@@ -98,7 +103,7 @@ def add_queries(
     while span > 0:
         begin = number_of(places, buffer, 0)
         head = number_of(places, buffer, 2) * group
-        keys = k_tiles.index(buffer).reshape([_KEYS, DIM])
+        keys = k_tiles.index(buffer).reshape([_KEYS, DIM]).permute((1, 0)).load(gl.DotOperandLayout(0, of_columns, 2))
         end = begin + span * _ROWS
         start = begin + 0
         tile = number_of(places, buffer, 5) + begin // _ROWS
@@ -106,7 +111,7 @@ def add_queries(
             mbarrier.wait(ds_full.index(slot), phase)
             ds = ds_tiles.index(slot)
             place = sums + tile.to(gl.int64) * (_ROWS * (DIM + 1 if ROW_SUMS else DIM))
-            token = warpgroup_mma(ds.permute((1, 0)), keys, no_rows, use_acc=False, is_async=True)
+            token = warpgroup_mma(keys, ds, no_columns, use_acc=False, is_async=True)
             if ROW_PRODUCT:
                 row_token = start_row_sums(ds, ones.index(0), no_sums)
                 dq, row_sums = warpgroup_mma_wait(0, deps=[token, row_token])
@@ -114,7 +119,7 @@ def add_queries(
                 dq = warpgroup_mma_wait(0, deps=[token])
             sync()
             mbarrier.arrive(ds_empty.index(slot))
-            add_tile(place, dq, of_rows)
+            add_tile(place, dq, of_columns)
             if ROW_PRODUCT:
                 add_row_sums(place + _ROWS * DIM, row_sums, of_row_sums)
             start, tile, head = next_tile(start, tile, head, begin, end, all_tiles - span)
@@ -129,6 +134,11 @@ def add_queries(
             kv_phase ^= 1
         mbarrier.wait(k_full.index(buffer), kv_phase)
         span = number_of(places, buffer, 1)
+
+
+@gluon.jit
+def _next_stage(stage):
+    return gl.where(stage == _STAGES - 1, 0, stage + 1)
 
 
 @gluon.jit
@@ -164,6 +174,12 @@ def compute(
     # Scores start from the biases of rows, which with a soft cap are added to its result, in the sigmoid's unit.
     BY_ROW: gl.constexpr = (BANDED or BIAS_ROWS) and not SOFTCAP
     PUTS_BIASES: gl.constexpr = BANDED and not BIAS_ROWS
+    # They start as a product, not as numbers that are read and copied to all keys, which took a tenth of the time.
+    BIAS_PRODUCT: gl.constexpr = PUTS_BIASES and biases.dtype == gl.bfloat16
+    # dS is handed over when the next tile's products have started: no one waits until it is in shared memory.
+    LATE: gl.constexpr = APART and (not PUTS_BIASES or BIAS_PRODUCT)
+    # Scores whose sigmoids are worked out together.
+    AT_ONCE: gl.constexpr = 32 if APART else 8 if BANDED else 1
     # Neither p nor the soft cap's slope is kept until dP is known, unless dS is summed, which is without that slope.
     SLOPE_FIRST: gl.constexpr = SOFTCAP and not SUMS and not ROW_SUMS
     SLOPE_LAST: gl.constexpr = SOFTCAP and (SUMS or ROW_SUMS)
@@ -178,7 +194,7 @@ def compute(
     no_scores = gl.zeros([HALF, _ROWS], gl.float32, of_scores)
     no_rows = gl.zeros([_ROWS, COLUMNS], gl.float32, of_rows)
     no_sums = gl.zeros([_ROWS, 8], gl.float32, of_row_sums)
-    if not BIAS_ROWS:
+    if not BIAS_ROWS and not BIAS_PRODUCT:
         biases = biases.index(PART)
     sums += PART * _ROWS * FIRST_COLUMNS
     if SUMS:
@@ -252,12 +268,17 @@ def compute(
                 fast = lowest_bias(floor, place, group, stride_bias_h, begin, end, rows_len) >= _FAST_BIAS
         per_score = 1.0 / gl.where(fast, 0.5, _LOG2E) if SOFTCAP else scale
         if PUTS_BIASES:
+            bias_tile = biases
+            if BIAS_PRODUCT:
+                bias_tile = biases.index(PART * _STAGES + stage)
             put_row_biases(
-                biases, start, row_bias, per_score, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
-                HAS_RIGHT, APART,
+                bias_tile, start, row_bias, per_score, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
+                HAS_RIGHT, APART, BIAS_PRODUCT,
             )  # fmt: skip
         unit = gl.where(fast, 0.5, _LOG2E)
         if APART:
+            if BIAS_PRODUCT:
+                fence_async_shared()  # products read it
             sync()
         else:
             # dS of a tile before the first: zeros.
@@ -266,11 +287,17 @@ def compute(
             sync()
             mbarrier.arrive(ds_full.index(slot))
 
+        if APART:
+            # They stay in registers: products read one operand less from shared memory.
+            mbarrier.wait(v_full.index(buffer), kv_phase)
+            held_values = (values.slice(PART * HALF, HALF, 0).load(gl.DotOperandLayout(0, of_scores, 2)),)
         # The first tile.
         mbarrier.wait(full.index(stage), phase)
         rows = cut(q_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
         grads = cut(do_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
-        if BIAS_ROWS and not SOFTCAP:
+        if BIAS_PRODUCT:
+            s_start = start_by_biases(ones.index(0), bias_tile, no_scores)
+        elif BIAS_ROWS and not SOFTCAP:
             s_start = start_at_biases(biases.index(stage), scale, of_scores, HALF)
         else:
             s_start = start_of_scores(biases, of_scores, HALF, BY_ROW)
@@ -279,18 +306,21 @@ def compute(
         if DELTA:
             minus = minus_of_keys(col0 + key, keys_len)
             dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
-        mbarrier.wait(v_full.index(buffer), kv_phase)
-        dp_token = start_over_columns(cut(values.slice(PART * HALF, HALF, 0), CUT), grads, dp_start, DELTA)
+        if APART:
+            dp_token = start_over_columns(held_values, grads, dp_start, DELTA)
+        else:
+            mbarrier.wait(v_full.index(buffer), kv_phase)
+            dp_token = start_over_columns(cut(values.slice(PART * HALF, HALF, 0), CUT), grads, dp_start, DELTA)
         s = warpgroup_mma_wait(PIECES, deps=[s_token])
         if SOFTCAP:
             p, slope = soft_capped_probabilities(
                 s, scale, softcap, unit, row_bias, biases.index(stage) if BIAS_ROWS else biases, start, col0, key, row,
-                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
+                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, AT_ONCE,
             )  # fmt: skip
         else:
             p = probabilities(
                 s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
+                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, AT_ONCE,
             )  # fmt: skip
         p_operands = as_operands(_rounded(p, P_SCALE, dtype, DIM), of_keys, of_rest, CUT)
         if SLOPE_FIRST:
@@ -322,18 +352,22 @@ def compute(
             last_head = kv_head * group + group - 1
             row_bias = without_head + load_head_bias(own_bias, gl.minimum(head_next, last_head), stride_bias_h)
         if PUTS_BIASES and not SOFTCAP:
+            bias_tile = biases
+            if BIAS_PRODUCT:
+                bias_tile = biases.index(PART * _STAGES + _next_stage(stage))
             put_row_biases(
-                biases, start_next, row_bias, scale, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
-                HAS_RIGHT, APART,
+                bias_tile, start_next, row_bias, scale, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
+                HAS_RIGHT, APART, BIAS_PRODUCT,
             )  # fmt: skip
         fence_async_shared()
         sync()
-        mbarrier.arrive(ds_full.index(written))
+        if not LATE:
+            mbarrier.arrive(ds_full.index(written))
         if PUTS_BIASES and SOFTCAP:
             # All warps have read those of this tile. Another sync() comes before they read these.
             put_row_biases(
                 biases, start_next, row_bias, per_score, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
-                HAS_RIGHT, APART,
+                HAS_RIGHT, APART, False,
             )  # fmt: skip
 
         if APART:
@@ -369,7 +403,10 @@ def compute(
             if ROW_PRODUCT and not APART:
                 own = ds_tiles.index(slot).slice(PART * HALF, HALF, 0)
                 row_token = start_row_sums(own, ones.index(zero), no_sums)
-            if not BIAS_ROWS or SOFTCAP:
+            if BIAS_PRODUCT:
+                bias_tile = biases.index(PART * _STAGES + stage + zero)
+                s_start = start_by_biases(ones.index(zero), bias_tile, no_scores)
+            elif not BIAS_ROWS or SOFTCAP:
                 s_start = start_of_scores(biases, of_scores, HALF, BY_ROW)
             mbarrier.wait(full.index(stage), phase)
             if BIAS_ROWS and not SOFTCAP:
@@ -382,10 +419,24 @@ def compute(
             if APART:
                 if DELTA:
                     dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
-                dp_token = start_over_columns(own_values, grads, dp_start, DELTA)
-                results = warpgroup_mma_wait(2 * PIECES, deps=dk_tokens + ds_operands)
+                dp_token = start_over_columns(held_values, grads, dp_start, DELTA)
+                if BIAS_PRODUCT:
+                    start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, all_tiles - span)
+                    if GROUPED and HEAD_BIAS:
+                        row_bias = without_head + load_head_bias(
+                            own_bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h
+                        )
+                    put_row_biases(
+                        biases.index(PART * _STAGES + _next_stage(stage)), start_next, row_bias, scale, rows_len,
+                        keys_len, shift, left, right, VISIBLE, HAS_LEFT, HAS_RIGHT, APART, BIAS_PRODUCT,
+                    )  # fmt: skip
+                if LATE:
+                    fence_async_shared()
+                results = warpgroup_mma_wait(2 * PIECES + BIAS_PRODUCT, deps=dk_tokens + ds_operands)
                 dk_acc = results[:PIECES]
                 sync()
+                if LATE:
+                    mbarrier.arrive(ds_full.index(slot ^ 1))
                 mbarrier.arrive(empty.index(stage_before))
             else:
                 awaited = dk_tokens + ds_operands
@@ -413,12 +464,12 @@ def compute(
             if SOFTCAP:
                 p, slope = soft_capped_probabilities(
                     s, scale, softcap, unit, row_bias, biases.index(stage) if BIAS_ROWS else biases, start, col0, key,
-                    row, shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
+                    row, shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, AT_ONCE,
                 )  # fmt: skip
             else:
                 p = probabilities(
                     s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-                    BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, not APART,
+                    BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, AT_ONCE,
                 )  # fmt: skip
             p_operands = as_operands(_rounded(p, P_SCALE, dtype, DIM), of_keys, of_rest, CUT)
             if SLOPE_FIRST:
@@ -440,26 +491,28 @@ def compute(
             ds_tiles.index(written).slice(PART * HALF, HALF, 0).store(ds_low)
             if SUMS:
                 sum_of_ds += gl.convert_layout(sum_per_thread(ds), BY_THREAD)
-            start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, all_tiles - span)
+            if not BIAS_PRODUCT:
+                start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, all_tiles - span)
             if GROUPED and SUMS:
                 own_parts, sum_of_ds = end_of_head(own_parts, sum_of_ds, head_next - head, blocks, 256)
-            if GROUPED and HEAD_BIAS:
+            if GROUPED and HEAD_BIAS and not BIAS_PRODUCT:
                 row_bias = without_head + load_head_bias(
                     own_bias, gl.minimum(head_next, kv_head * group + group - 1), stride_bias_h
                 )
-            if PUTS_BIASES and not SOFTCAP:
+            if PUTS_BIASES and not SOFTCAP and not BIAS_PRODUCT:
                 put_row_biases(
                     biases, start_next, row_bias, scale, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
-                    HAS_RIGHT, APART,
+                    HAS_RIGHT, APART, False,
                 )  # fmt: skip
-            fence_async_shared()
-            sync()
-            mbarrier.arrive(ds_full.index(written))
+            if not LATE:
+                fence_async_shared()
+                sync()
+                mbarrier.arrive(ds_full.index(written))
             if PUTS_BIASES and SOFTCAP:
                 # All warps have read those of this tile. Another sync() comes before they read these.
                 put_row_biases(
                     biases, start_next, row_bias, per_score, rows_len, keys_len, shift, left, right, VISIBLE, HAS_LEFT,
-                    HAS_RIGHT, APART,
+                    HAS_RIGHT, APART, False,
                 )  # fmt: skip
             if APART:
                 slot ^= 1
@@ -475,9 +528,13 @@ def compute(
         rows_before = cut(q_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
         if APART:
             dk_tokens = start_by_columns(ds_operands, rows_before, dk_acc, CUT)
+            if LATE:
+                fence_async_shared()
             results = warpgroup_mma_wait(0, deps=dk_tokens + ds_operands)
             dk_acc = results[:PIECES]
             sync()
+            if LATE:
+                mbarrier.arrive(ds_full.index(slot ^ 1))
         else:
             mbarrier.wait(ds_full.index(slot), slot_phase)
             dk_tokens = start_by_columns(ds_operands, rows_before, dk_acc, CUT)

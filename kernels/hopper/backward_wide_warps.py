@@ -166,7 +166,7 @@ def compute_values(
     if BANDED and not BIAS_ROWS:
         put_row_biases(
             biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
-            HAS_RIGHT, False,
+            HAS_RIGHT, False, False,
         )  # fmt: skip
         sync()
     elif VISIBLE:
@@ -190,12 +190,12 @@ def compute_values(
     if SOFTCAP:
         p, slope = soft_capped_probabilities(
             s, scale, softcap, unit, row_bias, biases.index(0) if BIAS_ROWS else biases, start, col0, key, row,
-            shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, True,
+            shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, 8,
         )  # fmt: skip
     else:
         p = probabilities(
             s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, True,
+            BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, 8,
         )  # fmt: skip
     p_operand = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
     if SOFTCAP and not SUMS:
@@ -213,7 +213,7 @@ def compute_values(
     if BANDED and not BIAS_ROWS:
         put_row_biases(
             biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
-            HAS_RIGHT, False,
+            HAS_RIGHT, False, False,
         )  # fmt: skip
         sync()
     mbarrier.arrive(slopes_full.index(0))
@@ -259,12 +259,12 @@ def compute_values(
         if SOFTCAP:
             p, slope = soft_capped_probabilities(
                 s, scale, softcap, unit, row_bias, biases.index(stage) if BIAS_ROWS else biases, start, col0, key, row,
-                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, True,
+                shift, left, right, fast, BANDED, BIAS_ROWS, HAS_LEFT, HAS_RIGHT, FORM, SLOW, 8,
             )  # fmt: skip
         else:
             p = probabilities(
                 s, scale, row_bias * unit, start, col0, key, row, shift, left, right, fast,
-                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, True,
+                BY_ROW, HAS_LEFT, HAS_RIGHT, FORM, SLOW, 8,
             )  # fmt: skip
         p_next = gl.convert_layout((p * P_SCALE).to(dtype), as_operand)
         # The second warpgroup has read what lies there: this one has waited for dS of that tile.
@@ -293,8 +293,8 @@ def compute_values(
             # All warps have read those of this tile. Another sync() comes before they read these.
             put_row_biases(
                 biases, start, row_bias, per_score, q_len, kv_len, shift, left, right, VISIBLE, HAS_LEFT,
-                HAS_RIGHT, False,
-            )  # fmt: skip
+                HAS_RIGHT, False, False,
+        )  # fmt: skip
         mbarrier.wait(ds_full.index(slot_before), slot_phase_before)
         # Both have read the output gradients of the tile before.
         sync()

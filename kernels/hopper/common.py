@@ -133,6 +133,9 @@ _CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(32, BY_KEY, cubic=True)
 _FEW_CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY, cubic=True))
 _EXACT_ASSEMBLY = tl.constexpr(exact_assembly(8, BY_ROW))
 _EXACT_ASSEMBLY_BY_KEY = tl.constexpr(exact_assembly(8, BY_KEY))
+_SINGLE_ASSEMBLY = tl.constexpr(
+    "{ .reg .f32 t; neg.f32 t, $1; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+)
 _CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
 _FEW_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _SOFT_CAP_PACK = tl.constexpr(32)
@@ -281,19 +284,19 @@ def soft_capped_with_slope(s, scale, factor, bias):
 
 
 @gluon.jit
-def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr, BY_KEY: gl.constexpr, FEW: gl.constexpr):
+def sigmoid(x, fast, FORM: gl.constexpr, SLOW: gl.constexpr, BY_KEY: gl.constexpr, AT_ONCE: gl.constexpr):
     """As triton_common.sigmoid(), in fewer registers; and -inf gives exactly 0 in every form.
 
     x: of a product's tile, [rows, keys] or, BY_KEY, [keys, rows]. fast: if FORM is AUTO, whether the form is FAST, else
-    it is SLOW, which ACCURATE stands for, too. FEW: eight scores at a time, BY_KEY, where there are no registers for
-    more.
+    it is SLOW, which ACCURATE stands for, too. AT_ONCE: 32 scores at a time, or 8, BY_KEY, where there are no registers
+    for more; or 1, where special instructions do not limit the kernel: two for each score, in all forms but FAST.
     """
     if FORM == _FAST:
         p = _fast_sigmoid(x)
     elif FORM == _AUTO:
-        p = _fast_sigmoid(x) if fast else _slow_sigmoid(x, SLOW, BY_KEY, FEW)
+        p = _fast_sigmoid(x) if fast else _slow_sigmoid(x, SLOW, BY_KEY, AT_ONCE)
     else:
-        p = _slow_sigmoid(x, SLOW, BY_KEY, FEW)
+        p = _slow_sigmoid(x, SLOW, BY_KEY, AT_ONCE)
     return p
 
 
@@ -310,15 +313,17 @@ def _fast_sigmoid(x):
 
 
 @gluon.jit
-def _slow_sigmoid(x, FORM: gl.constexpr, BY_KEY: gl.constexpr, FEW: gl.constexpr):
+def _slow_sigmoid(x, FORM: gl.constexpr, BY_KEY: gl.constexpr, AT_ONCE: gl.constexpr):
     LONG_TAIL: gl.constexpr = _TAIL_ASSEMBLY_BY_KEY if BY_KEY else _TAIL_ASSEMBLY
-    TAIL: gl.constexpr = _FEW_TAIL_ASSEMBLY_BY_KEY if FEW else LONG_TAIL
+    TAIL: gl.constexpr = _FEW_TAIL_ASSEMBLY_BY_KEY if AT_ONCE == 8 else LONG_TAIL
     LONG_CUBIC: gl.constexpr = _CUBIC_TAIL_ASSEMBLY_BY_KEY if BY_KEY else _CUBIC_TAIL_ASSEMBLY
-    CUBIC: gl.constexpr = _FEW_CUBIC_TAIL_ASSEMBLY_BY_KEY if FEW else LONG_CUBIC
+    CUBIC: gl.constexpr = _FEW_CUBIC_TAIL_ASSEMBLY_BY_KEY if AT_ONCE == 8 else LONG_CUBIC
     EXACT: gl.constexpr = _EXACT_ASSEMBLY_BY_KEY if BY_KEY else _EXACT_ASSEMBLY
     ASSEMBLY: gl.constexpr = TAIL if FORM == _TAIL else (CUBIC if FORM == _CUBIC_TAIL else EXACT)
-    EIGHT: gl.constexpr = FEW or (FORM != _TAIL and FORM != _CUBIC_TAIL)
+    EIGHT: gl.constexpr = FORM != _TAIL and FORM != _CUBIC_TAIL
+    PACK: gl.constexpr = 8 if EIGHT and AT_ONCE == 32 else AT_ONCE
     return gl.inline_asm_elementwise(
-        ASSEMBLY, _FEW_CONSTRAINTS if EIGHT else _CONSTRAINTS, [x],
-        dtype=gl.float32, is_pure=True, pack=8 if EIGHT else 32,
+        _SINGLE_ASSEMBLY if PACK == 1 else ASSEMBLY,
+        "=r,r" if PACK == 1 else _FEW_CONSTRAINTS if PACK == 8 else _CONSTRAINTS, [x],
+        dtype=gl.float32, is_pure=True, pack=PACK,
     )  # fmt: skip

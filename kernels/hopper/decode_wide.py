@@ -360,7 +360,7 @@ def _attend(
                 x = gl.where(key[None, :] <= (row + shift + right)[:, None], x, float("-inf"))
             if HAS_LEFT:
                 x = gl.where(key[None, :] >= (row + shift - left)[:, None], x, float("-inf"))
-        p = sigmoid(x, fast, FORM, SLOW, False, False)
+        p = sigmoid(x, fast, FORM, SLOW, False, 32)
         if SUMS:
             partial_sums += gl.sum(p, 1)
         rounded = (p * P_SCALE).to(dtype)

@@ -90,7 +90,7 @@ def _probabilities(
                 x = gl.where(key[None, :] <= (row + shift + right)[:, None], x, float("-inf"))
             if HAS_LEFT:
                 x = gl.where(key[None, :] >= (row + shift - left)[:, None], x, float("-inf"))
-    return sigmoid(x, fast, FORM, SLOW, False, False)
+    return sigmoid(x, fast, FORM, SLOW, False, 32)
 
 
 @gluon.jit

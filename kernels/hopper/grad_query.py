@@ -77,12 +77,17 @@ def finish_columns_kernel(
     sums += tile.to(tl.int64) * (_ROWS * DIM if db is None else _ROWS * (DIM + 1))
     width = tl.where(column0 < FIRST, FIRST, DIM - FIRST)
     before = tl.where(column0 < FIRST, 0, FIRST)
-    # [warp, eight columns, row, two columns, row and that 8 below, column], of which a warp has 16 times its width.
-    WARP: tl.constexpr = 16 * COLUMNS
-    number = tl.arange(0, 4 * WARP)
-    place = before * _ROWS + number // WARP * (16 * width) + (column0 - before) * 16 + number % WARP
-    numbers = tl.load(sums + place).reshape(4, COLUMNS // 8, 8, 4, 2, 2)
-    numbers = numbers.permute(0, 4, 2, 1, 3, 5).reshape(_ROWS, COLUMNS)
+    if DIM == FIRST:
+        # [warp, eight rows, column, two rows, column and that 8 behind, row]
+        numbers = tl.load(sums + tl.arange(0, _ROWS * DIM)).reshape(DIM // 16, _ROWS // 8, 8, 4, 2, 2)
+        numbers = numbers.permute(1, 3, 5, 0, 4, 2).reshape(_ROWS, DIM)
+    else:
+        # [warp, eight columns, row, two columns, row and that 8 below, column], of which a warp has 16 times its width.
+        WARP: tl.constexpr = 16 * COLUMNS
+        number = tl.arange(0, 4 * WARP)
+        place = before * _ROWS + number // WARP * (16 * width) + (column0 - before) * 16 + number % WARP
+        numbers = tl.load(sums + place).reshape(4, COLUMNS // 8, 8, 4, 2, 2)
+        numbers = numbers.permute(0, 4, 2, 1, 3, 5).reshape(_ROWS, COLUMNS)
     row = start + tl.arange(0, _ROWS)
     column = column0 + tl.arange(0, COLUMNS)
     dq += batch * stride_dq_b + head * stride_dq_h + tl.cast(start, tl.int64) * stride_dq_n
