@@ -48,7 +48,7 @@ def _build(cell: Cell, inputs: Inputs) -> Implementation:
 
 def _decode(cell: Cell, query: Tensor, cache: _Cache) -> Callable[[], Tensor]:
     module = package_module("flashinfer.decode", PACKAGE)
-    on_tensor_cores = cell.heads >= 4 * cell.kv_heads  # as SGLang chooses among its two kernels
+    on_tensor_cores = cell.heads >= 4 * cell.kv_heads  # SGLang's rule for which of its kernels to take
     wrapper = module.BatchDecodeWithPagedKVCacheWrapper(
         _workspace(query), cache.layout, use_tensor_cores=on_tensor_cores
     )
