@@ -59,11 +59,15 @@ def run(
         console: Shows the progress.
 
     Raises:
-        ArgumentError: A suite, a peer, the dtype or the mode is unknown, or no cell has such a label.
+        ArgumentError: A suite, a peer, the dtype or the mode is unknown, a named peer is in none of the suites, a named
+            suite has none of the named peers, or no cell has such a label.
         BenchmarkError: There is no GPU that sigswap's kernels run on.
     """
+    named_suites = suites
     suites = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
     wanted = _known("peer", peers, peer_names())
+    if peers is not None:
+        _require_peers(wanted, suites, each=named_suites is not None)
     _known("dtype", [dtype], DTYPES)
     _known("mode", [] if mode is None else [mode], MODES)
     chosen = [cell for suite in suites for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
@@ -119,6 +123,20 @@ def _known(what: str, names: Sequence[str] | None, known: Collection[str]) -> li
         if name not in known:
             raise ArgumentError(f"{what} {name!r} is not one of {', '.join(known)}.")
     return chosen
+
+
+def _require_peers(wanted: Sequence[str], suites: Sequence[str], each: bool) -> None:
+    """Raises unless each of the peers is measured in one of the suites, and, if ``each``, one of them in each suite."""
+    has = {suite: [peer.name for peer in peers_of(suite)] for suite in suites}
+    for name in wanted:
+        if not any(name in names for names in has.values()):
+            known = "; ".join(f"{suite} has {', '.join(names)}" for suite, names in has.items())
+            raise ArgumentError(f"peer {name!r} is not measured in {', '.join(suites)}: {known}.")
+    for suite, names in has.items():
+        if each and not set(names) & set(wanted):
+            raise ArgumentError(
+                f"suite {suite!r} is measured beside none of the peers {', '.join(wanted)}: it has {', '.join(names)}."
+            )
 
 
 def _require_gpu() -> None:

@@ -75,7 +75,7 @@ def softmax_attention(cell: Cell, inputs: Inputs) -> Tensor:
 
 
 @pytest.mark.parametrize("cell", FEATURES, ids=lambda cell: cell.label)
-@pytest.mark.parametrize("name", ["cudnn", "efficient", "flex", "fa3", "fa4"])
+@pytest.mark.parametrize("name", ["cudnn", "efficient", "flex", "flashinfer", "fa3", "fa4"])
 def test_a_peer_has_a_feature_or_says_so(
     name: str, cell: Cell, calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,15 +347,19 @@ def test_flash_attention_says_which_cells_it_does_not_take(
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "package"),
+    ("name", "cell", "module", "package"),
     [
-        ("fa3", "fa3_fwd_interface", "fa3-fwd"),
-        ("fa4", "flash_attn.cute", "flash-attn-4"),
-        ("triton-sigmoid", "triton_sigmoid", "triton-sigmoid"),
+        ("fa3", TRAIN, "fa3_fwd_interface", "fa3-fwd"),
+        ("fa4", TRAIN, "flash_attn.cute", "flash-attn-4"),
+        ("flashinfer", DECODE, "flashinfer.decode", "flashinfer-python"),
+        ("flashinfer", LATENT, "flashinfer.mla", "flashinfer-python"),
+        ("triton-sigmoid", TRAIN, "triton_sigmoid", "triton-sigmoid"),
     ],
 )
-def test_a_peer_whose_package_is_missing(name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_whose_package_is_missing(
+    name: str, cell: Cell, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert find_peer(name).package == package
     with pytest.raises(BenchmarkError, match=f"It needs the package {package}: .*{module.split('.')[0]}"):
-        find_peer(name).implementation(TRAIN, make_inputs(TRAIN, torch.bfloat16, "cpu"))
+        find_peer(name).implementation(cell, make_inputs(cell, torch.bfloat16, "cpu"))

@@ -450,6 +450,19 @@ def test_without_a_gpu() -> None:
             "suite 'trian' is not one of train, short, decode, varlen, host, features, models, generation.",
         ),
         (("--peers", "fa5"), "peer 'fa5' is not one of fa2, fa3, fa4, cudnn,"),
+        (("--suite", "host", "--peers", "cudnn"), "peer 'cudnn' is not measured in host: host has sdpa."),
+        (
+            ("--suite", "host", "--peers", "sdpa", "--peers", "unfused"),
+            "peer 'unfused' is not measured in host: host has sdpa.",
+        ),
+        (
+            ("--peers", "unfused"),
+            "peer 'unfused' is not measured in train, short, decode, varlen, host: train has fa2,",
+        ),
+        (
+            ("--suite", "train", "--suite", "host", "--peers", "cudnn", "--peers", "fa3"),
+            "suite 'host' is measured beside none of the peers cudnn, fa3: it has sdpa.",
+        ),
         (("--cell", "ViT*"), "no cell of train, short, decode, varlen, host has a label like ViT*."),
         (("--dtype", "int8"), "dtype 'int8' is not one of bf16, fp16, fp32."),
         (("--json", "nowhere/figures.json"), "there is no directory nowhere"),
@@ -460,6 +473,16 @@ def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 1 and message in result.stderr
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    "arguments",
+    [("--peers", "cudnn"), ("--suite", "train", "--suite", "varlen", "--peers", "fa3", "--peers", "padded")],
+)
+def test_peers_need_not_be_in_every_suite(arguments: tuple[str, ...]) -> None:
+    """The first: no suite is named, and host, one of those by default, has others."""
+    assert "needs an NVIDIA GPU" in run(*arguments).stderr
 
 
 def test_a_plot_without_matplotlib_fails_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ columns, their order and colours, JSON, the versions of packages and the help of
 
 from __future__ import annotations
 
-from sigswap.bench.peers import flash_attention, flex, sdpa, triton_sigmoid
+from sigswap.bench.peers import flash_attention, flashinfer, flex, sdpa, triton_sigmoid
 from sigswap.bench.peers.peer import Peer
 
 PEERS: tuple[Peer, ...] = (
@@ -17,6 +17,7 @@ PEERS: tuple[Peer, ...] = (
     sdpa.EFFICIENT,
     sdpa.SDPA,
     flex.FLEX,
+    flashinfer.FLASHINFER,
     sdpa.PADDED,
     sdpa.NESTED,
     triton_sigmoid.TRITON_SIGMOID,
