@@ -178,6 +178,8 @@ def compute(
     BIAS_PRODUCT: gl.constexpr = PUTS_BIASES and biases.dtype == gl.bfloat16
     # dS is handed over when the next tile's products have started: no one waits until it is in shared memory.
     LATE: gl.constexpr = APART and (not PUTS_BIASES or BIAS_PRODUCT)
+    # Values stay in registers: products read one operand less from shared memory.
+    HELD: gl.constexpr = APART and not SOFTCAP
     # Scores whose sigmoids are worked out together.
     AT_ONCE: gl.constexpr = 32 if APART else 8 if BANDED else 1
     # Neither p nor the soft cap's slope is kept until dP is known, unless dS is summed, which is without that slope.
@@ -287,8 +289,7 @@ def compute(
             sync()
             mbarrier.arrive(ds_full.index(slot))
 
-        if APART:
-            # They stay in registers: products read one operand less from shared memory.
+        if HELD:
             mbarrier.wait(v_full.index(buffer), kv_phase)
             held_values = (values.slice(PART * HALF, HALF, 0).load(gl.DotOperandLayout(0, of_scores, 2)),)
         # The first tile.
@@ -306,7 +307,7 @@ def compute(
         if DELTA:
             minus = minus_of_keys(col0 + key, keys_len)
             dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
-        if APART:
+        if HELD:
             dp_token = start_over_columns(held_values, grads, dp_start, DELTA)
         else:
             mbarrier.wait(v_full.index(buffer), kv_phase)
@@ -419,7 +420,7 @@ def compute(
             if APART:
                 if DELTA:
                     dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
-                dp_token = start_over_columns(held_values, grads, dp_start, DELTA)
+                dp_token = start_over_columns(held_values if HELD else own_values, grads, dp_start, DELTA)
                 if BIAS_PRODUCT:
                     start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, all_tiles - span)
                     if GROUPED and HEAD_BIAS:
