@@ -16,6 +16,7 @@ from sigswap.kernels import dispatch
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
 from sigswap.kernels.host.recording import recorded_by
+from sigswap.kernels.triton import decode
 from tests.support.h100 import pretended
 
 SHAPES = {
@@ -23,6 +24,8 @@ SHAPES = {
     "some blocks": (2, 4, 4, 300, 280, 64),
     "grouped": (1, 4, 2, 70, 200, 32),
     "one row": (2, 4, 4, 1, 700, 64),
+    "one row of many heads": (2, 160, 160, 1, 600, 32),
+    "some rows of groups": (1, 8, 2, 3, 1500, 128),
     "long": (2, 16, 16, 1024, 1024, 64),
     "long and wide": (1, 16, 16, 1024, 1024, 128),
     "long and narrow": (2, 16, 16, 1024, 1024, 32),
@@ -34,6 +37,7 @@ OPTIONS = {
     "a window": Options(0.125, window_left=100, window_right=0),
     "a soft cap": Options(0.125, softcap=4.0),
 }
+CAPPED = {"a row cap": Options(0.125, row_cap=0.5)}
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +71,10 @@ def launches(run: Any, given: list[Tensor]) -> tuple[Any, list[Any]]:
     return results, records
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS | CAPPED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_forward_again_launches_the_same(shape: str, options: str) -> None:
-    chosen = OPTIONS[options]
+    chosen = (OPTIONS | CAPPED)[options]
 
     def anew(*given: Tensor) -> Tensor:
         return dispatch.forward(Problem(*given, None, None, None, chosen))
@@ -106,6 +110,17 @@ def test_a_backward_again_launches_the_same(shape: str, options: str, needed: tu
         assert [grad is not None for grad in grads] == list(mask) == [grad is not None for grad in right]
         pairs = zip(grads, right, strict=True)
         assert all(grad is None or layout_of(grad) == layout_of(other) for grad, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"), [("one row", 2), ("some rows of groups", 2), ("one row of many heads", 1)]
+)
+def test_decoding_goes_by_its_plan(shape: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the choice of a kernel, for parts of the keys and their sum, and for all keys at once."""
+    again = dispatch.forward_again(Problem(*tensors(shape, 0), None, None, None, Options(0.125)))
+    monkeypatch.setattr(dispatch, "forward", None)
+    (_, launched) = launches(again, tensors(shape, 1))
+    assert len(launched) == number and launched[0][0] is decode._decode_kernel
 
 
 @pytest.mark.parametrize("strided", ["an input", "the output's gradient", "rows"])
