@@ -119,8 +119,7 @@ def backward(problem: Problem) -> Gradients:
         if plan.packed.deltas is not None:
             delta, _ = plan.packed.deltas(items, tiles, problem.row_delta)
     elif plan.rows is not None:
-        numbers, floor = plan.rows.biases(problem, None)
-        bias = plan.rows.described(numbers)
+        bias, floor = plan.rows.biases(problem, None)
     if plan.deltas is not None:
         delta = plan.deltas(problem)
     ring = (sums, new_query) if plan.finish is None else (None, None)
