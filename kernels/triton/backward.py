@@ -27,9 +27,9 @@ from torch import Tensor
 
 from sigswap.kernels.host.forms import FAST
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
-from sigswap.kernels.host.layout import Layout, contiguous_layout, has_unit_stride, layout_of
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import Backward, gradients_for, hand_over, maker_of
+from sigswap.kernels.host.results import Backward, gradients_for, hand_over, layouts_in_place, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.backward_kernels import keys_kernel, mask_kernel, rows_kernel
 from sigswap.kernels.triton.common import mask_unit
@@ -115,12 +115,8 @@ def backward(
 
 def backward_again(problem: Problem) -> Backward | None:
     """See :func:`sigswap.kernels.dispatch.backward_again`. None: kernels cannot read or write where the tensors are."""
-    signature, grad_out = problem.signature, problem.grad_out
-    grads, written, layouts = gradients_for(problem)
-    elsewhere = any(new is not grad for new, grad in zip(written, grads, strict=True))
-    if grad_out is None or elsewhere or signature.is_empty or not signature.is_readable:
-        return None
-    if not has_unit_stride(grad_out.shape, grad_out.stride()):
+    signature, grad_out, layouts = problem.signature, problem.grad_out, layouts_in_place(problem)
+    if grad_out is None or layouts is None:
         return None
     plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None, 3, None)
     keys, rows, row_biases, options, none = plan.keys, plan.rows, plan.row_biases, problem.options, (None,) * 4

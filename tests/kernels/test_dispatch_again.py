@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
+from sigswap.kernels.hopper import backward
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
 from sigswap.kernels.host.recording import recorded_by
@@ -28,6 +29,7 @@ SHAPES = {
     "some rows of groups": (1, 8, 2, 3, 1500, 128),
     "long": (2, 16, 16, 1024, 1024, 64),
     "long and wide": (1, 16, 16, 1024, 1024, 128),
+    "longer and wide": (1, 4, 4, 2048, 2048, 128),
     "long and narrow": (2, 16, 16, 1024, 1024, 32),
     "no rows": (2, 4, 4, 0, 64, 64),
 }
@@ -123,6 +125,22 @@ def test_decoding_goes_by_its_plan(shape: str, number: int, monkeypatch: pytest.
     assert len(launched) == number and launched[0][0] is decode._decode_kernel
 
 
+@pytest.mark.parametrize("shape", ["long", "long and wide", "longer and wide"])
+@pytest.mark.parametrize("options", ["plain", "causal"])
+def test_long_backwards_go_by_their_plan(shape: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sums of dQ in a ring, and of all rows, which a second kernel puts in order."""
+    inputs = tensors(shape, 0)
+    problem = Problem(*inputs, None, None, None, OPTIONS[options], grad_out=inputs[0])
+    problem.output_mask = True, True, True, False, False
+    again = dispatch.backward_again(problem)
+    monkeypatch.setattr(backward, "backward", None)
+    (grads, launched) = launches(again, [inputs[0], *inputs])
+    assert [each[0] is backward._kernel for each in launched] == (
+        [True, False] if shape == "longer and wide" else [True]
+    )
+    assert [grad is None for grad in grads] == [False, False, False, True, True]
+
+
 @pytest.mark.parametrize("strided", ["an input", "the output's gradient", "rows"])
 def test_what_kernels_cannot_read_is_copied_again(strided: str) -> None:
     """And what they cannot write to is written elsewhere."""
@@ -166,8 +184,8 @@ def test_the_device_of_the_tensors_is_the_current_one(monkeypatch: pytest.Monkey
     given = tensors("one block", 1)
     again = dispatch.forward_again(Problem(*given, None, None, None, Options(0.1)))
     mask = True, True, True, False, False
-    backward = Problem(*given, None, None, None, Options(0.1), grad_out=given[0], output_mask=mask)
-    backward_again = dispatch.backward_again(backward)
+    with_grad_out = Problem(*given, None, None, None, Options(0.1), grad_out=given[0], output_mask=mask)
+    backward_again = dispatch.backward_again(with_grad_out)
     monkeypatch.setattr(dispatch, "_on", On)
     for run, inputs in ((again, given), (backward_again, [given[0], *given])):
         current.clear()

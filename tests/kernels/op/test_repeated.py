@@ -424,6 +424,17 @@ def test_known_calls_on_a_gpu(rows: int, is_causal: bool, gpu_tensors: list[Tens
 
 
 @gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_known_backwards_whose_sums_are_put_in_order_after(is_causal: bool) -> None:
+    """Of longer, wider heads."""
+    torch.manual_seed(4)
+    inputs = [torch.randn(1, 2048, 4, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(3)]
+    for scale in (1, 2, 0.5):
+        given = [scale * tensor for tensor in inputs]
+        assert_all_near(step(given, is_causal), exact_step(given, is_causal))
+
+
+@gpu
 @pytest.mark.parametrize("rows", [64, 1024])
 def test_other_tensors_at_the_same_addresses(rows: int) -> None:
     """Tensor maps are kept by address: of what has come to lie there, and of other layouts."""
