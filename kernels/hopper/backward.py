@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -70,7 +71,7 @@ from sigswap.kernels.hopper.packed import (
 from sigswap.kernels.host.launch import Described, Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
-from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.results import Backward, gradients_for, hand_over, layouts_in_place, maker_of
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.sums import Sum
 
@@ -120,8 +121,7 @@ def backward(problem: Problem) -> Gradients:
         if plan.packed.deltas is not None:
             delta, _ = plan.packed.deltas(items, tiles, problem.row_delta)
     elif plan.rows is not None:
-        numbers, floor = plan.rows.biases(problem, None)
-        bias = plan.rows.described(numbers)
+        bias, floor = plan.rows.biases(problem, None)
     if plan.deltas is not None:
         delta = plan.deltas(problem)
     ring = (sums, new_query) if plan.finish is None else (None, None)
@@ -137,6 +137,28 @@ def backward(problem: Problem) -> Gradients:
         plan.sum_parts(parts, new_bias)
     hand_over(grads, written)
     return grads
+
+
+def backward_again(problem: Problem) -> Backward | None:
+    """See :func:`sigswap.kernels.dispatch.backward_again`. None: copies are needed."""
+    device, grad_out, layouts = problem.signature.device, problem.grad_out, layouts_in_place(problem)
+    if grad_out is None or layouts is None:
+        return None
+    plan = _plan(problem.signature, layout_of(grad_out), layouts, None)
+    launch, finish, none = plan.launch, plan.finish, (None,) * 5
+    makers = [maker_of(layout, device) for layout in layouts[:3] if layout is not None]
+    new_sums = maker_of(plan.sums, device)
+
+    def run(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+        new_query, new_key, new_value = [make() for make in makers]
+        sums = new_sums().zero_()
+        ring = (sums, new_query) if finish is None else (None, None)
+        launch(query, key, value, grad_out, new_key, new_value, sums, *none, *ring)
+        if finish is not None:
+            finish(sums, new_query, None, None, None)
+        return new_query, new_key, new_value, None, None
+
+    return run
 
 
 def columns_of(signature: Signature) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
@@ -98,14 +99,14 @@ class Deltas(NamedTuple):
     layout: Layout
     described: Numbers
 
-    def __call__(self, problem: Problem) -> Any:
+    def __call__(self, problem: Problem) -> Tensor:
         """row_delta is copied, unless it lies as descriptors need it."""
         delta = problem.row_delta
         assert delta is not None
         numbers = delta[..., 0]
         if numbers.stride() != self.layout.strides or not is_aligned(delta):
             numbers = new_tensor(self.layout, delta.device).copy_(numbers)
-        return self.described(numbers)
+        return numbers
 
 
 def deltas_for(signature: Signature) -> Deltas:

@@ -102,26 +102,25 @@ def backward(problem: Problem) -> Gradients:
     assert new_key is not None and new_value is not None
     parts = None if plan.sum_parts is None else plan.sum_parts.empty_parts()
     tensors = problem.query, problem.key, problem.value, grad_out, new_key, new_value
-    described = [None if by is None else by(tensors[index % 6]) for index, by in enumerate(plan.described)]
+    given = *tensors, *(tensor if there else None for tensor, there in zip(tensors, plan.rest, strict=True))
     delta = None if plan.deltas is None else plan.deltas(problem)
     if plan.rows is None:
         bias, floor, by_head, by_row = problem.bias, None, parts, None
     else:
-        biases, floor = plan.rows.biases(problem, None)
-        bias, by_head, by_row = plan.rows.described(biases), None, new_bias if parts is None else parts
+        bias, floor = plan.rows.biases(problem, None)
+        by_head, by_row = None, new_bias if parts is None else parts
     if plan.ds is None:
         assert plan.sums is not None and plan.finish is not None
         sums = torch.zeros(plan.sums.shape, dtype=torch.float32, device=problem.query.device)
         for launch in plan.launches:
-            launch(*described, None, sums, by_head, bias, floor, delta)
+            launch(*given, None, sums, by_head, bias, floor, delta)
         plan.finish(sums, new_query, by_row, None, None)
     else:
         ds = new_tensor(plan.ds.layout, problem.query.device)
-        out, read = plan.ds.written(ds), plan.ds.read(ds)
-        keys = [None if by is None else by(problem.key) for by in plan.ds.keys]
+        rest_of_key = problem.key if plan.ds.rest_of_key else None
         for launch, multiply in zip(plan.launches, plan.ds.multiply, strict=True):
-            launch(*described, out, None, by_head, bias, floor, delta)
-            multiply(read, *keys, new_query, by_row)
+            launch(*given, ds, None, by_head, bias, floor, delta)
+            multiply(ds, problem.key, rest_of_key, new_query, by_row)
     if plan.sum_parts is not None:
         assert parts is not None and new_bias is not None
         plan.sum_parts(parts, new_bias)
@@ -145,15 +144,17 @@ class _Stored(NamedTuple):
 
     layout: Layout
     written: _Square
-    read: Described
-    keys: tuple[Described, Described | None]
+    """How launches get it."""
+    rest_of_key: bool
+    """Whether key has columns behind those of the first tile, which come once more, in tiles of their own."""
     multiply: tuple[Launch, ...]
     """By the keys, after each launch."""
 
 
 class _Plan(NamedTuple):
-    described: tuple[Described | None, ...]
-    """query, key, value, grad_out and the gradients of key and value; then the rest of their columns, if any."""
+    rest: tuple[bool, ...]
+    """Which of query, key, value, grad_out and the gradients of key and value have columns behind those of the first
+    tile. They are given once more, for tiles of these."""
     deltas: Deltas | None
     """Where rows have a cap."""
     launches: tuple[Launch, ...]
@@ -241,7 +242,8 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         at_once = heads_at_once(signature, blocks, count)
         own = arguments | {"first_unit": first, "units": count, "at_once": at_once}
         launches.append(Launch(_kernel, blocks * count, signature.device, tensors, own, num_warps=4))
-    return _Plan(described, deltas, tuple(launches), stored, sums, finish, rows, sum_parts)
+    further = tuple([each is not None for each in rest])
+    return _Plan(further, deltas, tuple(launches), stored, sums, finish, rows, sum_parts)
 
 
 def _stages(signature: Signature) -> int:
@@ -285,7 +287,7 @@ def _stored(
         own = arguments | {"first_head": first * group, "among": count, "ROW_SUMS": of_rows is not None}
         tensors = read, *keys, grad_query, of_rows
         multiply.append(Launch(product_kernel, tiles * count, signature.device, tensors, own, **PRODUCT_OPTIONS))
-    return _Stored(layout, _Square(layout), read, keys, tuple(multiply))
+    return _Stored(layout, _Square(layout), bool(other_keys), tuple(multiply))
 
 
 def _first_part(width: int) -> int:

@@ -84,15 +84,12 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     plan = _plan(problem.signature, problem.row_sums is not None, splits)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides)
     partial, partial_sums = plan.parts.empty(out, problem.row_sums)
-    halves, rest = plan.described
-    plan.launch(halves(key), rest(key), query, partial, partial_sums, problem.bias)
+    plan.launch(key, key, query, partial, partial_sums, problem.bias)
     plan.parts.sum(partial, partial_sums, out, problem.row_sums)
     return out
 
 
 class _Plan(NamedTuple):
-    described: tuple[Tiles, Tiles]
-    """key, by half tiles and by the rest of them."""
     launch: Launch
     out: Layout
     parts: Parts
@@ -109,10 +106,10 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     parts = parts_of(signature, out, splits, sums=sums)
     arguments = signature.arguments(q=signature.query, o=parts.target)
     arguments |= parts.arguments | {"ALONE": rows <= ROWS}
-    described = Tiles(signature.key, KEYS, HALF), Tiles(signature.key, KEYS, REST)
-    tensors = (*described, signature.query, parts.target, parts.target_sums, signature.bias)
+    halves, rest = Tiles(signature.key, KEYS, HALF), Tiles(signature.key, KEYS, REST)
+    tensors = (halves, rest, signature.query, parts.target, parts.target_sums, signature.bias)
     launch = Launch(_kernel, programs * splits, device, tensors, arguments, num_warps=4)
-    return _Plan(described, launch, out, parts)
+    return _Plan(launch, out, parts)
 
 
 # Device functions.

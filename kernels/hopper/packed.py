@@ -99,11 +99,11 @@ class TileNumbers(NamedTuple):
     """Of the least of each tile."""
     described: Numbers
 
-    def __call__(self, plan: Tensor, tiles: Tensor, given: Tensor | None) -> tuple[Any, Tensor | None]:
+    def __call__(self, plan: Tensor, tiles: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
         out = new_tensor(self.layout, plan.device)
         floor = None if self.floor is None else new_tensor(self.floor, plan.device)
         self.launch(out, floor, given, plan, tiles)
-        return self.described(out), floor
+        return out, floor
 
 
 def tile_numbers_for(signature: Signature, given: Layout | None, *, biases: bool) -> TileNumbers:

@@ -28,10 +28,6 @@ class Described:
         self._kind: Any = TensorDescriptor
         self._checked: dict[str, Any] | None = None
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """What a :class:`Launch` takes for it: the tensor, which it describes, or knows a tensor map of."""
-        return tensor
-
     def descriptor(self, tensor: Tensor) -> Any:
         # Making one checks what is the same in all tensors of a layout. That takes as long as the launch.
         if self._checked is None:

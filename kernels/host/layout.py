@@ -26,7 +26,8 @@ class Layout(NamedTuple):
 
     def strides_or_zero(self, dims: int) -> tuple[int, ...]:
         """The first strides, 0 where there is one element: its index is 0, or it is broadcast."""
-        return tuple(0 if size == 1 else stride for size, stride in zip(self.shape[:dims], self.strides, strict=False))
+        pairs = zip(self.shape, self.strides[:dims], strict=False)  # parts of a torch.Size take long to make
+        return tuple([0 if size == 1 else stride for size, stride in pairs])
 
 
 def layout_of(tensor: Tensor) -> Layout:
@@ -107,6 +108,11 @@ def width(dim: int) -> int:
 def next_power_of_2(number: int) -> int:
     """The least power of 2 that is not below the number; Triton's, without Triton."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up; Triton's takes the host sixty times as long."""
+    return -(-number // divisor)
 
 
 def output_layout(query: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -78,6 +78,18 @@ def gradients_for(problem: Problem) -> tuple[Gradients, Gradients, tuple[Layout 
     return grads, tuple(written), layouts
 
 
+def layouts_in_place(problem: Problem) -> tuple[Layout | None, ...] | None:
+    """The layouts of new gradients, None for what is not needed, where kernels read all tensors as they lie, and write
+    gradients in themselves; else None."""
+    grads, written, layouts = gradients_for(problem)
+    if any(new is not grad for new, grad in zip(written, grads, strict=True)) or problem.signature.is_empty:
+        return None
+    grad_out = problem.grad_out
+    if grad_out is None or not problem.signature.is_readable or not has_unit_stride(grad_out.shape, grad_out.stride()):
+        return None
+    return layouts
+
+
 def hand_over(grads: Gradients, written: Gradients) -> None:
     """Copies to the gradients what was written in new tensors."""
     if written is grads:

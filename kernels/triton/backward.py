@@ -27,9 +27,9 @@ from torch import Tensor
 
 from sigswap.kernels.host.forms import FAST
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
-from sigswap.kernels.host.layout import Layout, contiguous_layout, has_unit_stride, layout_of
+from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import Backward, gradients_for, hand_over, maker_of
+from sigswap.kernels.host.results import Backward, gradients_for, hand_over, layouts_in_place, maker_of
 from sigswap.kernels.host.tiles import Tile, fit, limits_of
 from sigswap.kernels.triton.backward_kernels import keys_kernel, mask_kernel, rows_kernel
 from sigswap.kernels.triton.common import mask_unit
@@ -57,13 +57,11 @@ def backward(
     row_tile: Tile | None = None,
     tma: bool | None = None,
     passes: int | None = None,
-    whole_masks: bool | None = None,
 ) -> Gradients:
     """Deterministic, if passes_for() is 3, or each number of the mask is one score's.
 
-    key_tile (of the kernel of dK and dV), row_tile (of dQ's), tma, passes (how often scores are computed where a mask
-    has rows, once to three times) and whole_masks (whether several of its numbers are loaded at once) are for tests and
-    tuning.
+    key_tile (of the kernel of dK and dV), row_tile (of dQ's), tma and passes (how often scores are computed where a
+    mask has rows, once to three times) are for tests and tuning.
     """
     grads, written, layouts = gradients_for(problem)
     if problem.signature.is_empty:
@@ -78,7 +76,7 @@ def backward(
     delta = problem.row_delta
     of_delta = None if delta is None else layout_of(delta)
     passes = passes or passes_for(problem)
-    tuning = key_tile, row_tile, tma, passes, whole_masks
+    tuning = key_tile, row_tile, tma, passes
     plan = _plan(problem.signature, layout_of(grad_out), of_delta, layouts, *tuning)
 
     count = None if attn_mask is None or plan.counts is None else plan.counts(attn_mask)
@@ -115,14 +113,10 @@ def backward(
 
 def backward_again(problem: Problem) -> Backward | None:
     """See :func:`sigswap.kernels.dispatch.backward_again`. None: kernels cannot read or write where the tensors are."""
-    signature, grad_out = problem.signature, problem.grad_out
-    grads, written, layouts = gradients_for(problem)
-    elsewhere = any(new is not grad for new, grad in zip(written, grads, strict=True))
-    if grad_out is None or elsewhere or signature.is_empty or not signature.is_readable:
+    signature, grad_out, layouts = problem.signature, problem.grad_out, layouts_in_place(problem)
+    if grad_out is None or layouts is None:
         return None
-    if not has_unit_stride(grad_out.shape, grad_out.stride()):
-        return None
-    plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None, 3, None)
+    plan = _plan(signature, layout_of(grad_out), None, layouts, None, None, None, 3)
     keys, rows, row_biases, options, none = plan.keys, plan.rows, plan.row_biases, problem.options, (None,) * 4
     makers = [None if layout is None else maker_of(layout, signature.device) for layout in layouts[:3]]
 
@@ -174,7 +168,6 @@ def _plan(
     row_tile: Tile | None,
     tma: bool | None,
     passes: int,
-    whole_masks: bool | None,
 ) -> _Plan:
     """grads: of query, key, value, bias and attn_mask; None: not needed."""
     grad_query, grad_key, grad_value, grad_bias, grad_mask = grads
@@ -205,17 +198,16 @@ def _plan(
             draws,
             tile,
             tma,
-            whole_masks,
         )
     if need_rows and not together:
-        rows = _walk_keys_of_rows(signature, grad_out, delta, grad_query, sums, row_tile, tma, whole_masks)
+        rows = _walk_keys_of_rows(signature, grad_out, delta, grad_query, sums, row_tile, tma)
     if grad_bias is not None:
         sum_rows = Sum(grad_bias, (*signature.query.shape[:3], 1), signature.device)
     if grad_mask is not None and mask_sums is None:
-        parts, mask = _mask_launch(signature, grad_out, delta, whole_masks)
+        parts, mask = _mask_launch(signature, grad_out, delta)
         sum_mask = Sum(grad_mask, parts, signature.device)
     return _Plan(
-        counts_for(signature, mask_unit(signature, whole_masks)),
+        counts_for(signature, mask_unit(signature)),
         row_biases,
         draws,
         keys,
@@ -250,7 +242,6 @@ def _walk_rows_of_keys(
     draws: Draws | None,
     tile: Tile,
     tma: bool | None,
-    whole_masks: bool | None,
 ) -> Launch:
     """grad_query and sums: of what is worked out together with dK and dV."""
     query, key, value = signature.query, signature.key, signature.value
@@ -279,7 +270,7 @@ def _walk_rows_of_keys(
         arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1], "const_bias": 0.0}
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, dq=grad_query, sum=row_sums, delta=delta)
-    arguments |= _loop_arguments(tile, described) | {"MASK_UNIT": mask_unit(signature, whole_masks)}
+    arguments |= _loop_arguments(tile, described) | {"MASK_UNIT": mask_unit(signature)}
     arguments |= {"ALONE": False, "ORDER": 0, "stride_sums_b": 0, "stride_sums_h": 0}
     arguments |= {} if mask_sums is None else mask_sums.arguments()
     arguments |= {"ADD": query_sums is not None, "WARPS": tile.launch_options()["num_warps"]}
@@ -304,7 +295,6 @@ def _walk_keys_of_rows(
     sums: bool,
     tile: Tile | None,
     tma: bool | None,
-    whole_masks: bool | None,
 ) -> Launch:
     query, key, value = signature.query, signature.key, signature.value
     tile = tile or row_tile_for(signature)
@@ -316,7 +306,7 @@ def _walk_keys_of_rows(
     row_sums = contiguous_layout(query.shape[:3], torch.float32) if sums else None
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
     arguments |= output_arguments(arguments, dq=grad_query, sum=row_sums, delta=delta)
-    arguments |= _loop_arguments(tile, described) | {"MASK_UNIT": mask_unit(signature, whole_masks)}
+    arguments |= _loop_arguments(tile, described) | {"MASK_UNIT": mask_unit(signature)}
     outputs = delta, grad_query, row_sums
     keys = described or (key, value)
     tensors = (query, *keys, grad_out, *outputs, *signature.side_layouts(), *signature.cu_layouts())
@@ -328,9 +318,7 @@ def _loop_arguments(tile: Tile, described: tuple[Described, ...] | None) -> dict
     return {"TMA": described is not None, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
-def _mask_launch(
-    signature: Signature, grad_out: Layout, delta: Layout | None, whole_masks: bool | None
-) -> tuple[tuple[int, ...], Launch]:
+def _mask_launch(signature: Signature, grad_out: Layout, delta: Layout | None) -> tuple[tuple[int, ...], Launch]:
     """Partial sums of dS, float32 [parts, *mask's shape], and what computes them."""
     assert signature.attn_mask is not None
     query, key, value, shape = signature.query, signature.key, signature.value, signature.attn_mask.shape
@@ -359,7 +347,7 @@ def _mask_launch(
         "OVER_KEYS": over_keys,
         "BLOCK_M": rows,
         "BLOCK_N": keys,
-        "MASK_UNIT": mask_unit(signature, whole_masks),
+        "MASK_UNIT": mask_unit(signature),
     }
     tensors = (query, key, value, grad_out, delta, out, *signature.side_layouts())
     warps = min(4 if signature.element_size == 2 else 8, rows * keys // 64)  # as in Tile.launch_options()

@@ -123,10 +123,9 @@ UNSPECIALIZED = (
 elements, if they allow it, so nothing is lost."""
 
 
-def mask_unit(signature: Signature, whole: bool | None = None) -> int:
-    """The kernels' MASK_UNIT: 16 where so many keys divide all, so that 16 bytes of a mask are loaded at once; else 1.
-    whole: overrides that, for tests and tuning."""
-    return 16 if whole is not False and signature.masked_by_rows and signature.kv_len % 16 == 0 else 1
+def mask_unit(signature: Signature) -> int:
+    """The kernels' MASK_UNIT: 16 where so many keys divide all, so that a mask is loaded 16 bytes at once; else 1."""
+    return 16 if signature.masked_by_rows and signature.kv_len % 16 == 0 else 1
 
 
 @triton.jit

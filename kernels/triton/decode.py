@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout
+from sigswap.kernels.host.layout import Layout, cdiv, next_power_of_2
 from sigswap.kernels.host.problem import MAX_PLANS, Problem, Signature
-from sigswap.kernels.host.results import empty_output
+from sigswap.kernels.host.results import Forward, empty_output, maker_of
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import (
     _ACCURATE,
@@ -64,6 +64,28 @@ def forward(problem: Problem, *, splits: int | None = None) -> Tensor:
     return out
 
 
+def forward_again(problem: Problem) -> Forward | None:
+    """See :func:`sigswap.kernels.dispatch.forward_again`. None: copies are needed, or there is a row cap."""
+    signature = problem.signature
+    if signature.is_empty or not signature.is_readable or problem.options.row_cap > 0.0:
+        return None
+    plan = _plan(signature, False, None)
+    launch, add, sides = plan.launch, plan.parts.add, (None,) * 4
+    new_output, new_parts = maker_of(plan.out, signature.device), maker_of(plan.parts.partial, signature.device)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = new_output()
+        if add is None:
+            launch(query, key, value, out, *sides)
+        else:
+            parts = new_parts()
+            launch(query, key, value, parts, *sides)
+            add(parts, None, out, None)
+        return out
+
+    return run
+
+
 class _Plan(NamedTuple):
     launch: Launch
     out: Layout
@@ -78,10 +100,10 @@ def _plan(signature: Signature, sums: bool, splits: int | None) -> _Plan:
     batch, heads, kv_heads = signature.batch, signature.heads, signature.kv_heads
     q_len, kv_len, device = signature.q_len, signature.kv_len, signature.device
     rows = q_len * (heads // kv_heads)
-    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    block_m = min(MAX_ROWS, max(16, next_power_of_2(rows)))
     dim = max(signature.widths)
-    block_n = max(16, min(128, 16384 // (dim * signature.element_size), triton.next_power_of_2(kv_len)))
-    programs = batch * kv_heads * triton.cdiv(rows, block_m)
+    block_n = max(16, min(128, 16384 // (dim * signature.element_size), next_power_of_2(kv_len)))
+    programs = batch * kv_heads * cdiv(rows, block_m)
     if splits is None:
         splits = splits_for(programs, kv_len, AT_ONCE * limits_of(device).multiprocessors)
     parts = parts_of(signature, out, splits, sums=sums)
@@ -171,12 +193,13 @@ def _decode_kernel(
         acc *= 1.0 / P_SCALE
     if CAP:
         acc /= tl.maximum(row_sum, single(row_cap))[:, None]
+    before = split.to(tl.int64) * (stride_split // VALUE_DIM)  # rows of other parts
     if sum_out is not None:
-        of_rows = (split.to(tl.int64) * (stride_split // VALUE_DIM) + (batch64 * heads + head) * q_len) + row
+        of_rows = (before + (batch64 * heads + head) * q_len) + row
         tl.store(sum_out + of_rows, row_sum, mask=index < group * q_len)
 
     dim = tl.arange(0, BLOCK_DV)
-    out += split.to(tl.int64) * stride_split + batch64 * stride_o_b
+    out += before * VALUE_DIM + batch64 * stride_o_b  # a product of a constant, so that 16 bytes are stored at once
     targets = out + head * stride_o_h + row.to(tl.int64) * stride_o_n
     inside = (index < group * q_len)[:, None] & (dim < VALUE_DIM)[None, :]
     tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)

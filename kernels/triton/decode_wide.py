@@ -195,12 +195,13 @@ def _kernel(
         acc *= 1.0 / P_SCALE
     if CAP:
         acc /= tl.maximum(row_sum, single(row_cap))[:, None]
+    before = split.to(tl.int64) * (stride_split // VALUE_DIM)  # rows of other parts
     if sum_out is not None:
-        of_rows = (split.to(tl.int64) * (stride_split // VALUE_DIM) + (batch64 * heads + head) * q_len) + row
+        of_rows = (before + (batch64 * heads + head) * q_len) + row
         tl.store(sum_out + of_rows, row_sum, mask=index < group * q_len)
 
     dim = tl.arange(0, BLOCK_DV)
-    out += split.to(tl.int64) * stride_split + batch64 * stride_o_b
+    out += before * VALUE_DIM + batch64 * stride_o_b  # a product of a constant, so that 16 bytes are stored at once
     targets = out + head * stride_o_h + row.to(tl.int64) * stride_o_n
     inside = (index < group * q_len)[:, None] & (dim < VALUE_DIM)[None, :]
     tl.store(targets[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)

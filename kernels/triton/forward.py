@@ -48,15 +48,9 @@ def supports(problem: Problem) -> bool:
     return problem.signature.too_much() is None
 
 
-def forward(
-    problem: Problem,
-    *,
-    tile: Tile | None = None,
-    tma: bool | None = None,
-    whole_masks: bool | None = None,
-) -> Tensor:
-    """Deterministic. tile, tma and whole_masks override the tile configuration, the use of tensor descriptors, and
-    whether several numbers of a mask are loaded at once, for tests and tuning."""
+def forward(problem: Problem, *, tile: Tile | None = None, tma: bool | None = None) -> Tensor:
+    """Deterministic. tile and tma override the tile configuration and the use of tensor descriptors, for tests and
+    tuning."""
     if problem.signature.is_empty:
         if problem.row_sums is not None:
             problem.row_sums.zero_()
@@ -66,7 +60,7 @@ def forward(
     query, key, value, given, row_sums = problem.query, problem.key, problem.value, problem.out, problem.row_sums
     of_given = None if given is None else layout_of(given)
     of_sums = None if row_sums is None else layout_of(row_sums)
-    plan = _plan(problem.signature, of_given, of_sums, tile, tma, whole_masks)
+    plan = _plan(problem.signature, of_given, of_sums, tile, tma)
     out = query.new_empty_strided(plan.out.shape, plan.out.strides) if given is None else given
     count = None if problem.attn_mask is None or plan.counts is None else plan.counts(problem.attn_mask)
     seed = problem.seed if problem.options.dropout_p > 0.0 else None
@@ -79,7 +73,7 @@ def forward_again(problem: Problem) -> Forward | None:
     signature = problem.signature
     if signature.is_empty or not signature.is_readable:
         return None
-    plan = _plan(signature, None, None, None, None, None)
+    plan = _plan(signature, None, None, None, None)
     launch, new_output, others = plan.launch, maker_of(plan.out, signature.device), (None,) * 7
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -103,7 +97,6 @@ def _plan(
     row_sums: Layout | None,
     tile: Tile | None,
     tma: bool | None,
-    whole_masks: bool | None,
 ) -> _Plan:
     """out: None: of a new output. row_sums: None: not asked for."""
     out = out or signature.output()
@@ -119,14 +112,14 @@ def _plan(
         "TMA": described is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "MASK_UNIT": mask_unit(signature, whole_masks),
+        "MASK_UNIT": mask_unit(signature),
         "FILLED": signature.packed is None,
     }
     operands = query, *(described or (key, value)), out, row_sums
     tensors = (*operands, *signature.side_layouts(), *signature.cu_layouts())
     blocks = triton.cdiv(signature.q_len, tile.rows) * signature.batch * signature.heads
     launch = Launch(_forward_kernel, blocks, signature.device, tensors, arguments, **tile.launch_options())
-    return _Plan(launch, out, counts_for(signature, mask_unit(signature, whole_masks)))
+    return _Plan(launch, out, counts_for(signature, mask_unit(signature)))
 
 
 def tile_for(signature: Signature) -> Tile:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
-from sigswap.kernels.host.layout import Layout, contiguous_layout, new_tensor
+from sigswap.kernels.host.layout import Layout, cdiv, contiguous_layout, new_tensor, next_power_of_2
 from sigswap.kernels.host.problem import Signature
 from sigswap.kernels.triton.common import UNSPECIALIZED, single
 
@@ -43,8 +43,8 @@ def splits_for(programs: int, kv_len: int, at_once: int) -> int:
     """
     splits = at_once // programs
     if splits * programs < 0.9 * at_once:
-        splits = max(splits, min(triton.cdiv(WAVES * at_once, programs), kv_len // MIN_KEYS_IN_WAVES))
-    return int(max(1, min(splits, triton.cdiv(kv_len, MIN_KEYS))))
+        splits = max(splits, min(cdiv(WAVES * at_once, programs), kv_len // MIN_KEYS_IN_WAVES))
+    return int(max(1, min(splits, cdiv(kv_len, MIN_KEYS))))
 
 
 class Parts(NamedTuple):
@@ -92,8 +92,8 @@ def _adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *
     for."""
     splits, batch, heads, rows, value_dim = partial.shape
     out = signature.output()
-    terms = min(TERMS, triton.next_power_of_2(splits))
-    block = min(1024, NUMBERS // terms, triton.next_power_of_2(value_dim * rows))
+    terms = min(TERMS, next_power_of_2(splits))
+    block = min(1024, NUMBERS // terms, next_power_of_2(value_dim * rows))
     total = batch * heads * rows * value_dim
     arguments: dict[str, Any] = dict(zip(("stride_o_b", "stride_o_h", "stride_o_n"), out.strides, strict=False))
     arguments |= {"total": total, "splits": splits, "heads": heads, "q_len": rows, "DIM": value_dim}
@@ -101,7 +101,7 @@ def _adder(signature: Signature, partial: Layout, partial_sums: Layout | None, *
     row_cap = signature.options.row_cap
     own_sums = contiguous_layout(partial.shape[1:4], torch.float32) if sums else None
     tensors = partial, partial_sums, out, own_sums
-    programs = triton.cdiv(total, block)
+    programs = cdiv(total, block)
     arguments |= {"row_cap": row_cap, "CAP": row_cap > 0.0}
     return Launch(_add_kernel, programs, signature.device, tensors, arguments)
 

@@ -13,9 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sigswap.kernels import dispatch
+from sigswap.kernels.hopper import backward
 from sigswap.kernels.host.layout import layout_of
 from sigswap.kernels.host.problem import Options, Problem
 from sigswap.kernels.host.recording import recorded_by
+from sigswap.kernels.triton import decode
 from tests.support.h100 import pretended
 
 SHAPES = {
@@ -23,8 +25,11 @@ SHAPES = {
     "some blocks": (2, 4, 4, 300, 280, 64),
     "grouped": (1, 4, 2, 70, 200, 32),
     "one row": (2, 4, 4, 1, 700, 64),
+    "one row of many heads": (2, 160, 160, 1, 600, 32),
+    "some rows of groups": (1, 8, 2, 3, 1500, 128),
     "long": (2, 16, 16, 1024, 1024, 64),
     "long and wide": (1, 16, 16, 1024, 1024, 128),
+    "longer and wide": (1, 4, 4, 2048, 2048, 128),
     "long and narrow": (2, 16, 16, 1024, 1024, 32),
     "no rows": (2, 4, 4, 0, 64, 64),
 }
@@ -34,6 +39,7 @@ OPTIONS = {
     "a window": Options(0.125, window_left=100, window_right=0),
     "a soft cap": Options(0.125, softcap=4.0),
 }
+CAPPED = {"a row cap": Options(0.125, row_cap=0.5)}
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +73,10 @@ def launches(run: Any, given: list[Tensor]) -> tuple[Any, list[Any]]:
     return results, records
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS | CAPPED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_forward_again_launches_the_same(shape: str, options: str) -> None:
-    chosen = OPTIONS[options]
+    chosen = (OPTIONS | CAPPED)[options]
 
     def anew(*given: Tensor) -> Tensor:
         return dispatch.forward(Problem(*given, None, None, None, chosen))
@@ -106,6 +112,33 @@ def test_a_backward_again_launches_the_same(shape: str, options: str, needed: tu
         assert [grad is not None for grad in grads] == list(mask) == [grad is not None for grad in right]
         pairs = zip(grads, right, strict=True)
         assert all(grad is None or layout_of(grad) == layout_of(other) for grad, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"), [("one row", 2), ("some rows of groups", 2), ("one row of many heads", 1)]
+)
+def test_decoding_goes_by_its_plan(shape: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the choice of a kernel, for parts of the keys and their sum, and for all keys at once."""
+    again = dispatch.forward_again(Problem(*tensors(shape, 0), None, None, None, Options(0.125)))
+    monkeypatch.setattr(dispatch, "forward", None)
+    (_, launched) = launches(again, tensors(shape, 1))
+    assert len(launched) == number and launched[0][0] is decode._decode_kernel
+
+
+@pytest.mark.parametrize("shape", ["long", "long and wide", "longer and wide"])
+@pytest.mark.parametrize("options", ["plain", "causal"])
+def test_long_backwards_go_by_their_plan(shape: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sums of dQ in a ring, and of all rows, which a second kernel puts in order."""
+    inputs = tensors(shape, 0)
+    problem = Problem(*inputs, None, None, None, OPTIONS[options], grad_out=inputs[0])
+    problem.output_mask = True, True, True, False, False
+    again = dispatch.backward_again(problem)
+    monkeypatch.setattr(backward, "backward", None)
+    (grads, launched) = launches(again, [inputs[0], *inputs])
+    assert [each[0] is backward._kernel for each in launched] == (
+        [True, False] if shape == "longer and wide" else [True]
+    )
+    assert [grad is None for grad in grads] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("strided", ["an input", "the output's gradient", "rows"])
@@ -151,8 +184,8 @@ def test_the_device_of_the_tensors_is_the_current_one(monkeypatch: pytest.Monkey
     given = tensors("one block", 1)
     again = dispatch.forward_again(Problem(*given, None, None, None, Options(0.1)))
     mask = True, True, True, False, False
-    backward = Problem(*given, None, None, None, Options(0.1), grad_out=given[0], output_mask=mask)
-    backward_again = dispatch.backward_again(backward)
+    with_grad_out = Problem(*given, None, None, None, Options(0.1), grad_out=given[0], output_mask=mask)
+    backward_again = dispatch.backward_again(with_grad_out)
     monkeypatch.setattr(dispatch, "_on", On)
     for run, inputs in ((again, given), (backward_again, [given[0], *given])):
         current.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -151,6 +152,20 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         query, key, value = tensors(rows=rows)
         assert_near(sigswap.sigmoid_attention(query, key, value), exact(query, key, value))
     assert len(repeated._known) <= 3
+
+
+def test_a_cache_that_grows_is_another_call_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And puts out what is known in the end, with what is the same all the time: that is known again then."""
+    monkeypatch.setattr(repeated, "MAX_PLANS", 5)
+    same, (query, *_) = tensors(), tensors(rows=1)
+    whole = [torch.randn(2, 40, 4, size).bfloat16().transpose(1, 2) for size in (16, 8)]
+    for keys in range(10, 40):
+        assert_near(sigswap.sigmoid_attention(*same), exact(*same))
+        key, value = (tensor[:, :, :keys] for tensor in whole)
+        for _ in range(2):  # of two layers
+            assert_near(sigswap.sigmoid_attention(query, key, value), exact(query, key, value))
+        assert len(all_known()) <= 5
+        assert {known.signature.kv_len for known in all_known()} >= {keys}
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -409,6 +424,17 @@ def test_known_calls_on_a_gpu(rows: int, is_causal: bool, gpu_tensors: list[Tens
 
 
 @gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_known_backwards_whose_sums_are_put_in_order_after(is_causal: bool) -> None:
+    """Of longer, wider heads."""
+    torch.manual_seed(4)
+    inputs = [torch.randn(1, 2048, 4, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(3)]
+    for scale in (1, 2, 0.5):
+        given = [scale * tensor for tensor in inputs]
+        assert_all_near(step(given, is_causal), exact_step(given, is_causal))
+
+
+@gpu
 @pytest.mark.parametrize("rows", [64, 1024])
 def test_other_tensors_at_the_same_addresses(rows: int) -> None:
     """Tensor maps are kept by address: of what has come to lie there, and of other layouts."""
@@ -444,14 +470,12 @@ def test_known_calls_in_a_cuda_graph_and_on_another_stream(rows: int, gpu_tensor
     assert_near(out, exact_step(inputs)[0])
 
 
-@gpu
-@pytest.mark.parametrize("rows", [64, 1024])
-def test_hooks_hear_of_known_calls(rows: int, gpu_tensors: list[Tensor]) -> None:
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The names of the kernels that Triton's hook hears of inside."""
     from triton import knobs
 
-    inputs, names = [tensor[:, :, :rows] for tensor in gpu_tensors], []
-    for _ in range(2):
-        step(inputs)
+    names: list[str] = []
 
     def hear(metadata: Any) -> None:
         names.append(metadata.get()["name"])
@@ -463,11 +487,154 @@ def test_hooks_hear_of_known_calls(rows: int, gpu_tensors: list[Tensor]) -> None
     else:
         knobs.runtime.launch_enter_hook = hear
     try:
-        results = step(inputs)
+        yield names
     finally:
         if chained:
             before.remove(hear)
         else:
             knobs.runtime.launch_enter_hook = before
+
+
+@gpu
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_hooks_hear_of_known_calls(rows: int, gpu_tensors: list[Tensor]) -> None:
+    inputs = [tensor[:, :, :rows] for tensor in gpu_tensors]
+    for _ in range(2):
+        step(inputs)
+    with heard() as names:
+        results = step(inputs)
     assert len(names) >= 2
     assert_all_near(results, exact_step(inputs))
+
+
+# Decoding on a GPU, which is two launches: of parts of the keys, and of their sum.
+
+
+def decoding(keys: int = 1500, batch: int = 2, heads: int = 8, rows: int = 1, dim: int = 64) -> list[Tensor]:
+    """A new token, or some, against a cache of two key heads."""
+    torch.manual_seed(keys + heads)
+    shapes = (batch, heads, rows, dim), (batch, 2, keys, dim), (batch, 2, keys, dim)
+    return [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+
+
+def decoded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return sigswap.sigmoid_attention(query, key, value, enable_gqa=True)
+
+
+def exactly_decoded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    group = query.shape[1] // key.shape[1]
+    return exact(query, *(tensor.repeat_interleave(group, 1) for tensor in (key, value)))
+
+
+@gpu
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"rows": 5},
+        {"dim": 128, "keys": 4096},
+        {"dim": 40},
+        {"batch": 300, "keys": 600},  # one part of the keys
+    ],
+)
+def test_known_decoding(sizes: dict[str, int]) -> None:
+    inputs = decoding(**sizes)
+    for scale in (1, 2, 0.5):  # the first is not known
+        given = [scale * tensor for tensor in inputs]
+        assert_near(decoded(*given), exactly_decoded(*given))
+        for tensor in given:  # in place
+            tensor.neg_()
+        given[0].neg_()
+        assert_near(decoded(*given), exactly_decoded(*given))
+    assert len(all_known()) == 1
+
+
+@gpu
+def test_known_decoding_under_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = decoding()
+    leaves = [inputs[0].clone().requires_grad_(), *inputs[1:]]
+    for form in ("auto", "accurate", "auto", "fast"):
+        monkeypatch.setattr(settings, "sigmoid_form", form)
+        with torch.inference_mode():
+            assert_near(decoded(*[tensor.clone() for tensor in inputs]), exactly_decoded(*inputs))
+        assert_near(decoded(*inputs), exactly_decoded(*inputs))
+        out = decoded(*leaves)
+        assert_near(out, exactly_decoded(*inputs))
+        right = [inputs[0].double().requires_grad_(), *inputs[1:]]
+        (expected,) = torch.autograd.grad(exactly_decoded(*right).sum(), right[0])
+        assert_near(torch.autograd.grad(out.sum(), leaves[0])[0], expected)
+
+
+@gpu
+def test_known_decoding_on_another_stream_and_in_a_cuda_graph() -> None:
+    inputs = decoding()
+    for _ in range(2):
+        decoded(*inputs)
+    side, outs = torch.cuda.Stream(), []
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):  # parts of both streams are in the allocator's memory at the same time
+        with torch.cuda.stream(side):
+            outs.append(decoded(*inputs))
+        outs.append(decoded(*inputs))
+    torch.cuda.current_stream().wait_stream(side)
+    for out in outs:
+        assert torch.equal(out, outs[0])
+    assert_near(outs[0], exactly_decoded(*inputs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decoded(*inputs)
+    for scale in (-1.0, 0.5):
+        for tensor in inputs:
+            tensor.mul_(scale)
+        graph.replay()
+        assert_near(out, exactly_decoded(*inputs))
+
+
+@gpu
+@pytest.mark.parametrize("static", [True, False])
+def test_decoding_with_a_cache_that_grows(static: bool) -> None:
+    """static: in memory for all that is to come, of which each step sees more; else a new cache each time."""
+    query, key, value = decoding(keys=1400)
+    for keys in (*range(505, 530), *range(1020, 1030), 1400):  # 512: decoding's own kernel
+        cache = [tensor[:, :, :keys] for tensor in (key, value)]
+        cache = cache if static else [tensor.clone() for tensor in cache]
+        for scale in (1, 2):
+            assert_near(decoded(scale * query, *cache), exactly_decoded(scale * query, *cache))
+
+
+@gpu
+def test_decoding_with_a_cache_at_other_addresses() -> None:
+    query, key, value = decoding()
+    memory = torch.empty(2 * key.numel() + 64, device="cuda", dtype=key.dtype)
+    for start in (0, 8, 1, 16, 4, 0, 3):  # in numbers of two bytes: some are no multiples of 16 bytes
+        second = start + key.numel() + 8
+        cache = [memory[at : at + key.numel()].view(key.shape) for at in (start, second)]
+        cache[0].copy_(key)
+        cache[1].copy_(value)
+        assert_near(decoded(query, *cache), exactly_decoded(query, *cache))
+    known = len(all_known())
+    heads_last = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (key, value)]
+    for _ in range(2):
+        assert_near(decoded(query, *heads_last), exactly_decoded(query, *heads_last))
+    assert len(all_known()) == known + 1
+
+
+@gpu
+def test_hooks_hear_of_both_launches_of_known_decoding() -> None:
+    inputs = decoding()
+    for _ in range(2):
+        decoded(*inputs)
+    with heard() as names:
+        out = decoded(*inputs)
+    assert names == ["_decode_kernel", "_add_kernel"]
+    assert_near(out, exactly_decoded(*inputs))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_known_decoding_on_a_device_that_is_not_the_current_one() -> None:
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        inputs = [tensor.to(device) for tensor in decoding()]
+        for _ in range(3):
+            assert torch.cuda.current_device() == 0
+            assert_near(decoded(*inputs), exactly_decoded(*inputs))
