@@ -228,6 +228,24 @@ def test_dropout_draws_the_ops_numbers(packed: bool) -> None:
     torch.testing.assert_close(TABLE[op](*inputs, scale=0.3, dropout_p=0.4), op(*inputs, scale=0.3, dropout_p=0.4))
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_dropout_is_written_out_in_exported_programs(by_blocks: bool) -> None:
+    mask = sigswap.BlockMask.from_mask(torch.ones(5, 5).tril().bool()) if by_blocks else None
+
+    class Dropped(torch.nn.Module):
+        def forward(self, query: Tensor) -> Tensor:
+            return sigswap.sigmoid_attention(query, query, query, dropout_p=0.4, block_mask=mask)
+
+    query = torch.randn(2, 3, 5, 8)
+    program = torch.export.export(Dropped(), (query,)).run_decompositions(sigswap.decompositions())
+    assert "sigswap" not in program.graph_module.code
+    outputs = []
+    for call in (program.module(), Dropped()):
+        torch.manual_seed(1)
+        outputs.append(call(query))
+    torch.testing.assert_close(*outputs)
+
+
 def test_a_nan_in_a_mask_is_none_that_hides() -> None:
     query = torch.randn(1, 2, 3, 8, dtype=torch.float64)
     mask = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
