@@ -112,7 +112,8 @@ def lists_of(kind: Tensor, place: Tensor) -> Tensor:
 
 def packed(tiles: Tensor) -> Tensor:
     """Bool [n, 128, 128] as int32 [n, 128, 4], a bit each."""
-    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=tiles.device)
+    # Not torch.tensor([1, 2, 4 ...]), which torch.export would trace as a constant that is changed in place.
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=tiles.device)
     octets = (tiles.reshape(*tiles.shape[:-1], BLOCK // 8, 8) * weights).sum(-1, dtype=torch.uint8)
     words: Tensor = octets.contiguous().view(torch.int32)
     return words
@@ -144,7 +145,7 @@ def dense_mask(blocks: Blocks, q_len: int, kv_len: int) -> Tensor:
 def _inside(length: int, device: torch.device) -> Tensor:
     """How many of each block's rows, or keys, are below the length."""
     starts = torch.arange(0, length, BLOCK, device=device)
-    return (length - starts).clamp_(max=BLOCK)
+    return (length - starts).clamp(max=BLOCK)
 
 
 def _tiles(chunk: Tensor) -> Tensor:

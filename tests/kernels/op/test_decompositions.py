@@ -178,6 +178,18 @@ def test_blocks_of_a_mask_and_what_differentiates_attention_under_them_are_writt
     torch.testing.assert_close(graph(query, mask), (expected, grad))
 
 
+def test_blocks_of_a_mask_are_written_out_in_exported_programs() -> None:
+    class Blocked(torch.nn.Module):
+        def forward(self, query: Tensor, mask: Tensor) -> Tensor:
+            return sigmoid_attention_blocks(query, query, query, None, blocks_of_mask(mask), scale=0.4)
+
+    query, mask = torch.randn(2, 2, 140, 8, dtype=torch.float64), torch.rand(2, 1, 140, 140) > 0.3
+    program = torch.export.export(Blocked(), (query, mask)).run_decompositions(sigswap.decompositions())
+    assert "sigswap" not in program.graph_module.code
+    expected, _ = definition(query, query, query, None, mask, scale=0.4)
+    torch.testing.assert_close(program.module()(query, mask), expected)
+
+
 @pytest.mark.parametrize("options", ["plain", "decoding", "window"])
 def test_packed(options: str) -> None:
     chosen = {"scale": 0.4, **OPTIONS[options]}
