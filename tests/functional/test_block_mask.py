@@ -86,6 +86,15 @@ def test_of_flex_attentions_lists() -> None:
     assert torch.equal(BlockMask.from_flex(without).dense()[0, 0], wanted)
 
 
+@pytest.mark.parametrize("behind", [-1, 7, 1 << 20])
+def test_of_flex_attentions_lists_with_any_numbers_behind_their_ends(behind: int) -> None:
+    """FlexAttention does not look at them."""
+    counts = torch.tensor([[[1, 2]]], dtype=torch.int32)
+    indices = torch.tensor([[[[0, behind], [0, 1]]]], dtype=torch.int32)
+    of_flex = FlexBlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=128, mask_mod=lambda b, h, i, j: i >= j)
+    assert torch.equal(BlockMask.from_flex(of_flex).dense()[0, 0], torch.ones(256, 256, dtype=torch.bool).tril())
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": -2.0}, {"row_cap": 0.5}, {"softcap": 2.0, "scale": 0.4}], ids=str)
 def test_attention_is_that_under_the_mask(options: dict[str, Any]) -> None:
     mask, block_mask = dense(by_head, 2, 4), BlockMask.from_function(by_head, 2, 4, ROWS, KEYS)
@@ -158,6 +167,7 @@ def test_what_it_says_of_itself() -> None:
         (lambda: BlockMask.from_function(None, None, None, 3, 3), "must be a function"),  # type: ignore[arg-type]
         (lambda: BlockMask.from_function(lambda b, h, i, j: i - j, None, None, 3, 3), "must return a bool tensor"),
         (lambda: BlockMask.from_function(lambda b, h, i, j: True, None, None, 3, 3), "must return a bool tensor"),
+        (lambda: BlockMask.from_function(lambda b, h, i, j: (i > j)[None], 2, None, 3, 3), r"one bool for each.*\[1\]"),
         (lambda: BlockMask.from_flex(torch.ones(3)), "must be FlexAttention's BlockMask"),
     ],
 )
