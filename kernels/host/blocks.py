@@ -134,10 +134,11 @@ def dense_mask(blocks: Blocks, q_len: int, kv_len: int) -> Tensor:
     at = torch.arange(key_blocks, device=rows.device)
     full, both = rows[..., :1], rows[..., :1] + rows[..., 1:2]
     kind = torch.where(at < full, FULL, torch.where(at < both, MIXED, EMPTY))
-    kind, place = (torch.empty_like(each).scatter_(-1, order, each) for each in (kind, place))
-    mask = (kind == FULL)[..., None, None].expand(*kind.shape, BLOCK, BLOCK).clone()
+    # Nothing is changed in place: selective checkpoints that save every result would refuse it.
+    kind, place = (each.scatter(-1, order, each) for each in (kind, place))
+    mask = (kind == FULL)[..., None, None].expand(*kind.shape, BLOCK, BLOCK)
     mixed = kind == MIXED
-    mask[mixed] = unpacked(blocks.row_bits[place[mixed]])
+    mask = mask.index_put((mixed,), unpacked(blocks.row_bits[place[mixed]]))
     mask = mask.transpose(3, 4).reshape(batch, heads, row_blocks * BLOCK, key_blocks * BLOCK)
     return mask[:, :, :q_len, :kv_len].contiguous()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint as checkpoints
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
@@ -132,6 +134,27 @@ def test_leading_dimensions_grouped_heads_and_dropout() -> None:
         torch.manual_seed(4)
         results.append(sigswap.sigmoid_attention(query, key, value, enable_gqa=True, dropout_p=0.3, **keyword))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("policy", ["MUST_SAVE", "PREFER_SAVE", "MUST_RECOMPUTE", "PREFER_RECOMPUTE"])
+@pytest.mark.parametrize("saved", ["sigswap", ""], ids=["attention", "all"])
+def test_dropout_in_selective_checkpoints(saved: str, policy: str) -> None:
+    """saved: in the names of the ops that the policy is of. The mask of an attention with dropout is made of blocks."""
+    block_mask = BlockMask.from_function(documents, None, None, ROWS, ROWS)
+
+    def attend(query: Tensor) -> Tensor:
+        return sigswap.sigmoid_attention(query, query, query, block_mask=block_mask, dropout_p=0.3).sin()
+
+    def policy_of(context: Any, op: Any, *inputs: Any, **keywords: Any) -> checkpoints.CheckpointPolicy:
+        return checkpoints.CheckpointPolicy[policy if saved in str(op) else "PREFER_RECOMPUTE"]
+
+    contexts = functools.partial(checkpoints.create_selective_checkpoint_contexts, policy_of)
+    query = torch.randn(1, 2, ROWS, 8, requires_grad=True)
+    grads = []
+    for run in (attend, lambda query: checkpoints.checkpoint(attend, query, use_reentrant=False, context_fn=contexts)):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(run(query).sum(), query)[0])
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 def test_compiled() -> None:
