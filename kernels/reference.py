@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -171,7 +172,8 @@ def kept(seed: Tensor, row: Tensor, column: Tensor, dropout_p: float) -> Tensor:
     first, second = philox(seed.reshape(()), row)
     x = (((column * COLUMN) & _WORD) ^ first) * FIRST & _WORD
     x = (x ^ (x >> SHIFT) ^ second) * SECOND & _WORD
-    return x >= int(min(torch.tensor(dropout_p, dtype=torch.float32).item() * RANGE, LAST))
+    (share,) = struct.unpack("f", struct.pack("f", dropout_p))  # not by a tensor, which torch.export would trace
+    return x >= int(min(share * RANGE, LAST))
 
 
 def philox(seed: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:

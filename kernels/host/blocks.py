@@ -112,7 +112,8 @@ def lists_of(kind: Tensor, place: Tensor) -> Tensor:
 
 def packed(tiles: Tensor) -> Tensor:
     """Bool [n, 128, 128] as int32 [n, 128, 4], a bit each."""
-    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=tiles.device)
+    # Not torch.tensor([1, 2, 4 ...]), which torch.export would trace as a constant that is changed in place.
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=tiles.device)
     octets = (tiles.reshape(*tiles.shape[:-1], BLOCK // 8, 8) * weights).sum(-1, dtype=torch.uint8)
     words: Tensor = octets.contiguous().view(torch.int32)
     return words
@@ -133,10 +134,11 @@ def dense_mask(blocks: Blocks, q_len: int, kv_len: int) -> Tensor:
     at = torch.arange(key_blocks, device=rows.device)
     full, both = rows[..., :1], rows[..., :1] + rows[..., 1:2]
     kind = torch.where(at < full, FULL, torch.where(at < both, MIXED, EMPTY))
-    kind, place = (torch.empty_like(each).scatter_(-1, order, each) for each in (kind, place))
-    mask = (kind == FULL)[..., None, None].expand(*kind.shape, BLOCK, BLOCK).clone()
+    # Nothing is changed in place: selective checkpoints that save every result would refuse it.
+    kind, place = (each.scatter(-1, order, each) for each in (kind, place))
+    mask = (kind == FULL)[..., None, None].expand(*kind.shape, BLOCK, BLOCK)
     mixed = kind == MIXED
-    mask[mixed] = unpacked(blocks.row_bits[place[mixed]])
+    mask = mask.index_put((mixed,), unpacked(blocks.row_bits[place[mixed]]))
     mask = mask.transpose(3, 4).reshape(batch, heads, row_blocks * BLOCK, key_blocks * BLOCK)
     return mask[:, :, :q_len, :kv_len].contiguous()
 
@@ -144,7 +146,7 @@ def dense_mask(blocks: Blocks, q_len: int, kv_len: int) -> Tensor:
 def _inside(length: int, device: torch.device) -> Tensor:
     """How many of each block's rows, or keys, are below the length."""
     starts = torch.arange(0, length, BLOCK, device=device)
-    return (length - starts).clamp_(max=BLOCK)
+    return (length - starts).clamp(max=BLOCK)
 
 
 def _tiles(chunk: Tensor) -> Tensor:

@@ -113,10 +113,11 @@ class BlockMask:
         batch, heads, q_len, kv_len = (int(size) for size in block_mask.shape[-4:])
         device = block_mask.kv_indices.device
         rows_in, keys_in = block_mask.BLOCK_SIZE
-        mixed = _listed(block_mask.kv_num_blocks, block_mask.kv_indices)
+        key_blocks = -(-kv_len // keys_in)
+        mixed = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, key_blocks)
         full = None
         if block_mask.full_kv_num_blocks is not None:
-            full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+            full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, key_blocks)
         sizes = (batch, heads, q_len, kv_len)
         inside = _evaluated(block_mask.mask_mod, sizes, device)
         key_block = torch.arange(kv_len, device=device) // keys_in
@@ -176,6 +177,8 @@ def _evaluated(mask_mod: MaskFunction, sizes: tuple[int, ...], device: torch.dev
         if not isinstance(found, Tensor) or found.dtype != torch.bool:
             kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise ArgumentError(f"mask_mod must return a bool tensor, not {kind}.")
+        if found.dim() > 0:  # under vmap: it is called for each score
+            raise ArgumentError(f"mask_mod must return one bool for each score, [], not {list(found.shape)}.")
         return found
 
     each: Any = function
@@ -191,8 +194,9 @@ def _evaluated(mask_mod: MaskFunction, sizes: tuple[int, ...], device: torch.dev
     return part
 
 
-def _listed(counts: Tensor, indices: Tensor) -> Tensor:
-    """Bool [b, h, row blocks, key blocks]: which are among the first ``counts`` of the indices."""
+def _listed(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
+    """Bool [b, h, row blocks, key blocks]: which are among the first ``counts`` of the indices. What is behind these
+    may be any number."""
     places = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    found = torch.zeros_like(indices, dtype=torch.int32)
-    return found.scatter_add_(-1, indices.long(), places.int()) > 0
+    found = torch.zeros((*indices.shape[:-1], key_blocks + 1), dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, indices.long().where(places, key_blocks), True)[..., :key_blocks]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint as checkpoints
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
@@ -86,6 +88,15 @@ def test_of_flex_attentions_lists() -> None:
     assert torch.equal(BlockMask.from_flex(without).dense()[0, 0], wanted)
 
 
+@pytest.mark.parametrize("behind", [-1, 7, 1 << 20])
+def test_of_flex_attentions_lists_with_any_numbers_behind_their_ends(behind: int) -> None:
+    """FlexAttention does not look at them."""
+    counts = torch.tensor([[[1, 2]]], dtype=torch.int32)
+    indices = torch.tensor([[[[0, behind], [0, 1]]]], dtype=torch.int32)
+    of_flex = FlexBlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=128, mask_mod=lambda b, h, i, j: i >= j)
+    assert torch.equal(BlockMask.from_flex(of_flex).dense()[0, 0], torch.ones(256, 256, dtype=torch.bool).tril())
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": -2.0}, {"row_cap": 0.5}, {"softcap": 2.0, "scale": 0.4}], ids=str)
 def test_attention_is_that_under_the_mask(options: dict[str, Any]) -> None:
     mask, block_mask = dense(by_head, 2, 4), BlockMask.from_function(by_head, 2, 4, ROWS, KEYS)
@@ -125,6 +136,27 @@ def test_leading_dimensions_grouped_heads_and_dropout() -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("policy", ["MUST_SAVE", "PREFER_SAVE", "MUST_RECOMPUTE", "PREFER_RECOMPUTE"])
+@pytest.mark.parametrize("saved", ["sigswap", ""], ids=["attention", "all"])
+def test_dropout_in_selective_checkpoints(saved: str, policy: str) -> None:
+    """saved: in the names of the ops that the policy is of. The mask of an attention with dropout is made of blocks."""
+    block_mask = BlockMask.from_function(documents, None, None, ROWS, ROWS)
+
+    def attend(query: Tensor) -> Tensor:
+        return sigswap.sigmoid_attention(query, query, query, block_mask=block_mask, dropout_p=0.3).sin()
+
+    def policy_of(context: Any, op: Any, *inputs: Any, **keywords: Any) -> checkpoints.CheckpointPolicy:
+        return checkpoints.CheckpointPolicy[policy if saved in str(op) else "PREFER_RECOMPUTE"]
+
+    contexts = functools.partial(checkpoints.create_selective_checkpoint_contexts, policy_of)
+    query = torch.randn(1, 2, ROWS, 8, requires_grad=True)
+    grads = []
+    for run in (attend, lambda query: checkpoints.checkpoint(attend, query, use_reentrant=False, context_fn=contexts)):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(run(query).sum(), query)[0])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_compiled() -> None:
     block_mask = BlockMask.from_function(documents, None, None, ROWS, KEYS)
     tensors = [each.requires_grad_() for each in draw()]
@@ -158,6 +190,7 @@ def test_what_it_says_of_itself() -> None:
         (lambda: BlockMask.from_function(None, None, None, 3, 3), "must be a function"),  # type: ignore[arg-type]
         (lambda: BlockMask.from_function(lambda b, h, i, j: i - j, None, None, 3, 3), "must return a bool tensor"),
         (lambda: BlockMask.from_function(lambda b, h, i, j: True, None, None, 3, 3), "must return a bool tensor"),
+        (lambda: BlockMask.from_function(lambda b, h, i, j: (i > j)[None], 2, None, 3, 3), r"one bool for each.*\[1\]"),
         (lambda: BlockMask.from_flex(torch.ones(3)), "must be FlexAttention's BlockMask"),
     ],
 )

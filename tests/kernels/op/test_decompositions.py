@@ -178,6 +178,18 @@ def test_blocks_of_a_mask_and_what_differentiates_attention_under_them_are_writt
     torch.testing.assert_close(graph(query, mask), (expected, grad))
 
 
+def test_blocks_of_a_mask_are_written_out_in_exported_programs() -> None:
+    class Blocked(torch.nn.Module):
+        def forward(self, query: Tensor, mask: Tensor) -> Tensor:
+            return sigmoid_attention_blocks(query, query, query, None, blocks_of_mask(mask), scale=0.4)
+
+    query, mask = torch.randn(2, 2, 140, 8, dtype=torch.float64), torch.rand(2, 1, 140, 140) > 0.3
+    program = torch.export.export(Blocked(), (query, mask)).run_decompositions(sigswap.decompositions())
+    assert "sigswap" not in program.graph_module.code
+    expected, _ = definition(query, query, query, None, mask, scale=0.4)
+    torch.testing.assert_close(program.module()(query, mask), expected)
+
+
 @pytest.mark.parametrize("options", ["plain", "decoding", "window"])
 def test_packed(options: str) -> None:
     chosen = {"scale": 0.4, **OPTIONS[options]}
@@ -226,6 +238,24 @@ def test_dropout_draws_the_ops_numbers(packed: bool) -> None:
     else:
         inputs, op = (*(torch.randn(2, 3, 5, 8) for _ in range(3)), None, None, seed), OPS.sigmoid_attention.default
     torch.testing.assert_close(TABLE[op](*inputs, scale=0.3, dropout_p=0.4), op(*inputs, scale=0.3, dropout_p=0.4))
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_dropout_is_written_out_in_exported_programs(by_blocks: bool) -> None:
+    mask = sigswap.BlockMask.from_mask(torch.ones(5, 5).tril().bool()) if by_blocks else None
+
+    class Dropped(torch.nn.Module):
+        def forward(self, query: Tensor) -> Tensor:
+            return sigswap.sigmoid_attention(query, query, query, dropout_p=0.4, block_mask=mask)
+
+    query = torch.randn(2, 3, 5, 8)
+    program = torch.export.export(Dropped(), (query,)).run_decompositions(sigswap.decompositions())
+    assert "sigswap" not in program.graph_module.code
+    outputs = []
+    for call in (program.module(), Dropped()):
+        torch.manual_seed(1)
+        outputs.append(call(query))
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_nan_in_a_mask_is_none_that_hides() -> None:
