@@ -11,15 +11,18 @@ makes that fast:
   one, which is before that one ends: the first rows of the next are there then, and of heads of up to 64 columns keys
   and values.
 - dS goes from one warpgroup to the other through shared memory: each computes half of the columns of dQ, over all 128
-  keys, one tile late. Of heads of up to 64 columns it goes to a third warpgroup, for which there are registers then.
+  keys, one tile late. Of heads of up to 64 columns it goes to a third warpgroup, for which there are registers then,
+  also for that one's keys and the others' values, which so are not read from shared memory by each product, and for
+  half a tile's time until it is handed over, in which no one waits for it to be there.
 - Of 65 to 96 columns, which are loaded as 128, 64 and 32 are multiplied.
 - The sums of dQ lie in memory as the registers of a matrix product hold them: each thread adds 16 bytes at a time,
   without a way through shared memory, whose bandwidth is the bottleneck.
 - Of short sequences they are a ring in L2, and two warps of each program put them in order, as dQ, while the others are
   at the next heads (:mod:`sigswap.kernels.hopper.backward_ring`). Else they are filled with zeros before, and a second
   kernel puts them in order.
-- Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them. With a soft
-  cap, which they are added to, they are read from shared memory where probabilities are computed.
+- Under a band (causal, a window) row biases differ. Scores start from them, so that no register holds them; of heads of
+  up to 64 columns by a product of ones and of each bias in three terms of bfloat16. With a soft cap, which they are
+  added to, they are read from shared memory where probabilities are computed.
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - A bias tensor that differs between rows comes with the queries, worked out before. Its gradient is a product of dS
   with ones, eight columns wide, next to that of dQ: sums over keys cost next to nothing there, and many shuffles in
@@ -55,8 +58,9 @@ from sigswap.kernels.hopper.backward_common import (
     visible_keys,
 )
 from sigswap.kernels.hopper.backward_items import _KEYS, _PLACE, _STAGES, KEYS, count_items, load
+from sigswap.kernels.hopper.backward_queries import add_queries
 from sigswap.kernels.hopper.backward_ring import CHUNK_ROWS, Chunks, Pieces, finish_tiles, ring_for
-from sigswap.kernels.hopper.backward_warps import add_queries, compute
+from sigswap.kernels.hopper.backward_warps import compute
 from sigswap.kernels.hopper.common import tiles_like
 from sigswap.kernels.hopper.grad_query import finish_columns_kernel, finish_kernel
 from sigswap.kernels.hopper.packed import (
@@ -331,9 +335,9 @@ def _kernel(
     that use it, and what they add to dQ.
 
     DIM: columns that are multiplied, 64, 96 or 128. APART: whether a warpgroup of its own adds up dQ.
-    sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ all columns if APART; else the columns of one
-    warpgroup, half of them or 64, then the others; if ROW_SUMS of each row the sum of dS behind them. Behind all tiles
-    is the counter of items that were taken, int32. If there is dq, tiles of a ring, and all its counters.
+    sums: float32 [B * H * ceil(M / 64), ...], zeros: of each tile of dQ [columns, rows] if APART; else the columns of
+    one warpgroup, half of them or 64, then the others; if ROW_SUMS of each row the sum of dS behind them. Behind all
+    tiles is the counter of items that were taken, int32. If there is dq, tiles of a ring, and all its counters.
     parts: float32 [B, H, blocks of keys, 2, 128]: sums of dS, if SUMS.
     bias, floor: of a tensor that differs between rows, BIAS_ROWS, b_i and the least of blocks of it (RowBiases);
     strides of bias count its rows then.

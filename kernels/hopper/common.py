@@ -57,6 +57,12 @@ def exact_assembly(pack: int, sharing: tuple[tuple[int, ...], ...]) -> str:
     return " ".join([*lines, *_exact(pack, sharing), "}"])
 
 
+SINGLE_ASSEMBLY = (
+    "{ .reg .f32 t; neg.f32 t, $1; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+)
+"""PTX of the sigmoid of one element from y = x log2 e, to 1e-6. -inf gives 0."""
+
+
 def _exact(pack: int, sharing: tuple[tuple[int, ...], ...]) -> list[str]:
     """t / (1 + t). Of t up to 2^30, so that the product of four sums is a number."""
     lines = []
@@ -133,9 +139,7 @@ _CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(32, BY_KEY, cubic=True)
 _FEW_CUBIC_TAIL_ASSEMBLY_BY_KEY = tl.constexpr(tail_assembly(8, BY_KEY, cubic=True))
 _EXACT_ASSEMBLY = tl.constexpr(exact_assembly(8, BY_ROW))
 _EXACT_ASSEMBLY_BY_KEY = tl.constexpr(exact_assembly(8, BY_KEY))
-_SINGLE_ASSEMBLY = tl.constexpr(
-    "{ .reg .f32 t; neg.f32 t, $1; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
-)
+_SINGLE_ASSEMBLY = tl.constexpr(SINGLE_ASSEMBLY)
 _CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 32))
 _FEW_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _SOFT_CAP_PACK = tl.constexpr(32)

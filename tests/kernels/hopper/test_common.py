@@ -18,6 +18,7 @@ try:
     from sigswap.kernels.hopper.common import (
         BY_KEY,
         BY_ROW,
+        SINGLE_ASSEMBLY,
         exact_assembly,
         soft_cap_assembly,
         tail_assembly,
@@ -162,6 +163,15 @@ def test_exact_assembly(sharing: tuple[tuple[int, ...], ...]) -> None:
     exact = 1 / (1 + np.exp2(-np.clip(y.astype(np.float64), -1000, 1000)))
     assert (np.abs(found - exact) <= 1e-6 * exact + 2e-38).all()
     assert found[0, 0] == 0
+
+
+def test_the_assembly_of_single_scores() -> None:
+    y = np.linspace(-160, 160, LANES, dtype=F32)
+    y[:3] = np.nan, np.inf, -np.inf
+    found = sigmoid_of(SINGLE_ASSEMBLY, y[None])[0]
+    assert np.isnan(found[0]) and found[1] == 1 and found[2] == 0
+    expected = 1 / (1 + np.exp2(-y[3:].astype(np.float64)))
+    assert (np.abs(found[3:] - expected) <= 1e-6 * expected + 1e-38).all()
 
 
 @pytest.mark.parametrize("assembly", [tail_assembly, exact_assembly])
