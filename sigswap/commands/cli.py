@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -271,7 +272,8 @@ def convert(
             if model.startswith("timm:") and not pretrained:
                 console.print("Its weights are random: --pretrained loads those that timm knows.", highlight=False)
                 return
-            command = f"sigswap compare {out} {model}{_held_out(built, model)}{' --allow-code' if code else ''}"
+            paths = shlex.join([str(out), model])
+            command = f"sigswap compare {paths}{_held_out(built, model)}{' --allow-code' if code else ''}"
             console.print(f"What the swap did to it: {command}", highlight=False, soft_wrap=True, markup=False)
 
 

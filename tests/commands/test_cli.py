@@ -231,31 +231,32 @@ def word_llama(directory: Path) -> None:
 
 def test_compare(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    word_llama(tmp_path / "in")
-    done = run("convert", tmp_path / "in", "--out", tmp_path / "out")
+    word_llama(tmp_path / "m y")
+    done = run("convert", tmp_path / "m y", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert f"sigswap compare {tmp_path / 'out'} {tmp_path / 'in'} --text FILE\n" in done.stdout
+    assert f"sigswap compare {tmp_path / 'out'} '{tmp_path / 'm y'}' --text FILE\n" in done.stdout
     text = "\n".join(" ".join(f"w{(3 * i + j * j) % 48}" for j in range(10)) for i in range(40))
     (tmp_path / "text.txt").write_text(text)
     options = ("--text", tmp_path / "text.txt", "--length", 32, "--samples", 5, "--json", tmp_path / "figures.json")
-    result = run("compare", tmp_path / "out", tmp_path / "in", *options, "--picture", tmp_path / "picture.png")
+    result = run("compare", tmp_path / "out", tmp_path / "m y", *options, "--picture", tmp_path / "picture.png")
     assert result.exit_code == 0, result.output
     assert all(word in result.stdout for word in ("original (softmax)", "copying", "tokens back", "loss with 0 to 15"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m y")
     ids = torch.tensor(tokenizer(text)["input_ids"][: 5 * 32]).view(5, 32)
-    model, original = sigswap.load(tmp_path / "out"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    model = sigswap.load(tmp_path / "out")
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m y")
     expected = sigswap.compare(model, original, [{"input_ids": ids}], tokens=tokenizer, progress=False)
     assert figures == expected.to_dict()
     # Without text, and without a tokenizer.
-    for file in [*(tmp_path / "in").glob("tokenizer*"), *(tmp_path / "out").glob("tokenizer*")]:
+    for file in [*(tmp_path / "m y").glob("tokenizer*"), *(tmp_path / "out").glob("tokenizer*")]:
         file.unlink()
-    result = run("compare", tmp_path / "out", tmp_path / "in", "--max-length", 32)
+    result = run("compare", tmp_path / "out", tmp_path / "m y", "--max-length", 32)
     assert result.exit_code == 0 and "the model wrote itself" in result.stdout and "copying" in result.stdout
-    result = run("compare", tmp_path / "out", tmp_path / "in", "--text", tmp_path / "text.txt")
+    result = run("compare", tmp_path / "out", tmp_path / "m y", "--text", tmp_path / "text.txt")
     assert result.exit_code == 1 and "has no tokenizer" in " ".join(result.stderr.split())
 
 
