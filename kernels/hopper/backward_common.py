@@ -315,7 +315,7 @@ def put_row_biases(
     result *= _reciprocal(scale)
     if TERMS:
         # Infinity would meet zeros in the product.
-        result = gl.where(result < -1e30, -1e30, gl.where(result > 1e30, 1e30, result))
+        result = gl.where(result < -3e38, -3e38, gl.where(result > 3e38, 3e38, result))
         first = result.to(gl.bfloat16).to(gl.float32)
         second = (result - first).to(gl.bfloat16).to(gl.float32)
         # Those of the last eight columns meet zeros, so that all threads do the same.

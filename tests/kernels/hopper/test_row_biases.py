@@ -18,11 +18,15 @@ pytestmark = [
 LENGTH, DIM = 1280, 64
 
 
-def gradients(biases: list[float], scale: float, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Of query, key and value, of one head per bias, and the same in float64."""
+def gradients(
+    biases: list[float], scale: float, dtype: torch.dtype, large: float = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of query, key and value, of one head per bias, and the same in float64. large: a factor of the second head."""
     torch.manual_seed(0)
     shape = 1, len(biases), LENGTH, DIM
-    leaves = [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
+    factors = torch.ones(len(biases), 1, 1, device="cuda")
+    factors[1] = large
+    leaves = [(torch.randn(shape, device="cuda") * factors).to(dtype).requires_grad_() for _ in range(3)]
     bias = torch.tensor(biases, device="cuda").view(1, -1, 1, 1)
     grad_out = torch.randn(shape, device="cuda").to(dtype)
     sigswap.sigmoid_attention(*leaves, bias=bias, is_causal=True, scale=scale).backward(grad_out)
@@ -44,8 +48,9 @@ def test_biases_are_as_exact_as_float32(scale: float, dtype: torch.dtype) -> Non
             assert error < bound
 
 
-def test_what_is_not_finite_spoils_no_other_head() -> None:
-    found, exact = gradients([-7.3, float("-inf"), float("nan"), -6.9], DIM**-0.5, torch.bfloat16)
+@pytest.mark.parametrize("large", [1.0, 1e16])
+def test_what_is_not_finite_spoils_no_other_head(large: float) -> None:
+    found, exact = gradients([-7.3, float("-inf"), float("nan"), -6.9], DIM**-0.5, torch.bfloat16, large)
     for gradient, expected in zip(found, exact, strict=True):
         for head in (0, 3):
             error = (gradient[:, head].double() - expected[:, head]).norm() / expected[:, head].norm()
