@@ -43,7 +43,7 @@ class BlockMask:
             mask: [B|1, H|1, M, N], or without the first dimensions, on any device. It is not kept.
 
         Raises:
-            ArgumentError: It is no such tensor.
+            ArgumentError: It is no such tensor, or on the meta device.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -135,6 +135,8 @@ class BlockMask:
     def _of(cls, sizes: tuple[int, ...], part: Callable[[int, int], Tensor], device: torch.device) -> BlockMask:
         if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ArgumentError(f"The sizes of a mask by blocks must be positive integers, not {list(sizes)}.")
+        if device.type == "meta":
+            raise ArgumentError("A mask by blocks is made of numbers, which the meta device has not: use another.")
         # Not as inference tensors: a mask made while a model is evaluated may be trained with, and is saved then.
         with torch.inference_mode(False), torch.no_grad():
             return cls(blocks_of((sizes[0], sizes[1], sizes[2], sizes[3]), part, device), sizes[2], sizes[3])

@@ -185,6 +185,7 @@ def test_what_it_says_of_itself() -> None:
         (lambda: BlockMask.from_mask([[True]]), "must be a bool tensor, not list"),  # type: ignore[arg-type]
         (lambda: BlockMask.from_mask(torch.ones(3, dtype=torch.bool)), r"not \[3\]"),
         (lambda: BlockMask.from_mask(torch.ones(0, 3, dtype=torch.bool)), "must be positive integers"),
+        (lambda: BlockMask.from_mask(torch.ones(3, 3, dtype=torch.bool, device="meta")), "the meta device has not"),
         (lambda: BlockMask.from_function(documents, None, None, 0, 3), "must be positive integers"),
         (lambda: BlockMask.from_function(documents, None, None, 3.0, 3), "must be positive integers"),  # type: ignore[arg-type]
         (lambda: BlockMask.from_function(None, None, None, 3, 3), "must be a function"),  # type: ignore[arg-type]
