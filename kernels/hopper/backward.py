@@ -361,8 +361,8 @@ def _kernel(
     places = gl.allocate_shared_memory(gl.int32, [BUFFERS * _PLACE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Scores start from row biases by a product. With more columns that was 1% to 2% slower.
     BIAS_PRODUCT: gl.constexpr = APART and BANDED and not BIAS_ROWS and not SOFTCAP
-    # What a partition has no use for is not handed to it.
     terms: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+    # What a partition has no use for is not handed to it.
     if not BIAS_ROWS:
         if BIAS_PRODUCT:
             biases = gl.allocate_shared_memory(gl.bfloat16, [2 * _STAGES, _ROWS, 16], terms)

@@ -48,6 +48,8 @@ _ADD_ONE = tl.constexpr(
 )
 BY_THREAD = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 """One number, or several, of each thread of a warpgroup."""
+_OF_TERMS = tl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
+"""Of put_row_biases()'s terms, and of what they are multiplied by."""
 
 
 def takes(problem: Problem) -> bool:
@@ -306,8 +308,7 @@ def put_row_biases(
 
     TERMS: biases is a bfloat16 tile [rows, 16], and each row's number the sum of the first three in it.
     """
-    of_terms: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, of_terms) if TERMS else BY_THREAD
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, _OF_TERMS) if TERMS else BY_THREAD
     row = start + gl.arange(0, _ROWS, LAYOUT)
     result = gl.full([_ROWS], 0.0, gl.float32, LAYOUT) + head_bias
     if VISIBLE:
@@ -319,7 +320,7 @@ def put_row_biases(
         first = result.to(gl.bfloat16).to(gl.float32)
         second = (result - first).to(gl.bfloat16).to(gl.float32)
         # Those of the last eight columns meet zeros, so that all threads do the same.
-        column = gl.arange(0, 16, gl.SliceLayout(0, of_terms))[None, :] % 8
+        column = gl.arange(0, 16, gl.SliceLayout(0, _OF_TERMS))[None, :] % 8
         rest = gl.where(column == 2, (result - first - second)[:, None], 0.0)
         terms = gl.where(column == 0, first[:, None], gl.where(column == 1, second[:, None], rest))
         biases.store(terms.to(gl.bfloat16))
@@ -374,9 +375,8 @@ def start_by_biases(ones, terms, no_scores):
 @gluon.jit
 def ones_of_terms(HEIGHT: gl.constexpr):
     """What start_by_biases() multiplies terms by: [keys, 16], ones and behind the third column zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    column = gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
-    return gl.where(column < 3, gl.full([HEIGHT, 16], 1.0, gl.bfloat16, layout), 0.0)
+    column = gl.arange(0, 16, gl.SliceLayout(0, _OF_TERMS))[None, :]
+    return gl.where(column < 3, gl.full([HEIGHT, 16], 1.0, gl.bfloat16, _OF_TERMS), 0.0)
 
 
 @gluon.jit

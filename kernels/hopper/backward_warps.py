@@ -357,13 +357,13 @@ def compute(
                 s_start = start_at_biases(biases.index(stage), scale, of_scores, HALF)
             rows = cut(q_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
             grads = cut(do_tiles.index(stage).reshape([_ROWS, WIDTH]), CUT)
-            own_values = cut(values_now.slice(PART * HALF, HALF, 0), CUT)
+            own_values = held_values if HELD else cut(values_now.slice(PART * HALF, HALF, 0), CUT)
             s_token = start_over_columns(cut(keys_now.slice(PART * HALF, HALF, 0), CUT), rows, s_start, BY_ROW)
             dp_start = no_scores
             if APART:
                 if DELTA:
                     dp_start = start_at_delta(deltas.index(stage), minus, of_scores)
-                dp_token = start_over_columns(held_values if HELD else own_values, grads, dp_start, DELTA)
+                dp_token = start_over_columns(own_values, grads, dp_start, DELTA)
                 if BIAS_PRODUCT:
                     start_next, tile_next, head_next = next_tile(start, tile, head, begin, end, all_tiles - span)
                     if GROUPED and HEAD_BIAS:
