@@ -50,6 +50,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid not in left_out]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What is there by now, most of it imported, stays: neither the garbage collector nor a conversion, which looks for
+    tensors among all that the collector knows, goes through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """For tests in which a conversion has to find what a module of tests holds."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """No test sees another's compiled code, guards, recompile counts or grad mode."""

@@ -595,6 +595,7 @@ def cached_mask(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
+@pytest.mark.usefixtures("thawed")
 def test_caches_hold_no_fake_tensors() -> None:
     class Masked(Chunked):
         def forward(self, x: Tensor) -> Tensor:

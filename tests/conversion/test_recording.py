@@ -283,6 +283,7 @@ def fakes() -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("thawed")
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.__name__)
 def test_caches_of_the_models_code(cache: Callable[[int], Tensor], values: bool) -> None:

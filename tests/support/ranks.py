@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -90,6 +91,7 @@ def _run(
         "LOCAL_WORLD_SIZE": str(size),
     }
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before: no collection and no conversion goes through it
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
