@@ -150,7 +150,8 @@ def check_unreduced(model: nn.Module, to_do: str) -> None:
 
 def _is_in_ddp(model: nn.Module) -> bool:
     kind = getattr(sys.modules.get("torch.nn.parallel.distributed"), "DistributedDataParallel", nn.Identity)
-    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    # Not by issubclass: it is an abstract class, which asks Python code about each type in the process.
+    wrappers = [thing for thing in gc.get_objects() if kind in type(thing).__mro__]
     return any(module is model for wrapper in wrappers for module in wrapper.module.modules())
 
 
