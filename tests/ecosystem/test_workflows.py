@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_once import made_once
 from torch import Tensor, nn
 
 import sigswap
@@ -34,6 +35,7 @@ def randomised(model: Any) -> Any:
     return model
 
 
+@made_once
 def bert(attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     config = transformers.BertConfig(**SMALL, num_attention_heads=2, pad_token_id=0)
@@ -41,6 +43,7 @@ def bert(attention: str = "sdpa") -> Any:
     return randomised(sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True)))
 
 
+@made_once
 def llama(**fields: Any) -> Any:
     torch.manual_seed(0)
     sizes = {**SMALL, "num_attention_heads": 2, "pad_token_id": 0, "initializer_range": 0.3, **fields}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made_once import made_once
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -93,11 +94,13 @@ def randomized(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@made_once
 def converted_own(config: SigmoidConfig | None = None, **kwargs: Any) -> nn.Module:
     model = build(**kwargs)
     return randomized(sigswap.convert(model, config, example_inputs=WORDS))
 
 
+@made_once
 def converted_bert(name: str = "BertForMaskedLM", **fields: Any) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, name)(transformers.BertConfig(**SMALL_BERT, **fields))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_once import made_once
 
 import sigswap
 from sigswap.saving.model_card import model_card
@@ -21,6 +22,7 @@ SMALL = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_atte
 IDS = torch.arange(1, 13).view(2, 6)
 
 
+@made_once
 def model() -> Any:
     torch.manual_seed(0)
     plain = transformers.BertModel(transformers.BertConfig(**SMALL, num_hidden_layers=3, pad_token_id=0))

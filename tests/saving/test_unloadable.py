@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from made_once import made_once
 from safetensors.torch import load_file
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -22,6 +23,7 @@ IDS = torch.arange(8).view(1, 8)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
+@made_once
 def bert(kind: str = "BertModel", **config: Any) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, kind)(transformers.BertConfig(vocab_size=20, **SIZES)).eval()

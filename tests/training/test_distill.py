@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_once import made_once
 from torch import Tensor, nn
 from zoo import BY_NAME, call, hf, randomise
 
@@ -35,6 +36,7 @@ def texts(count: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
 
 
+@made_once
 def converted() -> tuple[Any, Any]:
     """A calibrated language model, and the original."""
     original = language_model()

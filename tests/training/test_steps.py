@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_once import made_once
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import hf, randomise
@@ -38,6 +39,7 @@ def texts(count: int = 4, length: int = 12, padded: bool = False) -> list[dict[s
     return batches
 
 
+@made_once
 def pair(variant: str = "sdpa", **config: Any) -> tuple[Any, Any]:
     """A converted language model with biases away from 0, and the original."""
     original = randomise(hf("LlamaForCausalLM", variant, num_hidden_layers=1), gain=0.7).eval()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interruptions import interrupted, lines_of
+from made_once import made_once
 from torch import Tensor, nn
 
 import sigswap
@@ -31,6 +32,7 @@ class Block(nn.Module):
         return result
 
 
+@made_once
 def model() -> nn.Module:
     torch.manual_seed(0)
     return sigswap.convert(nn.Sequential(Block(), Block()), ALL, example_inputs=torch.randn(2, 5, 8))
@@ -150,6 +152,7 @@ def trainer(folder: Path, each: nn.Module, **arguments: Any) -> Any:
     return transformers.Trainer(each, args, train_dataset=data, **kept)
 
 
+@made_once
 def decoder(config: sigswap.SigmoidConfig | None = ALL) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
