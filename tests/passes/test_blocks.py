@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import Graphs
+from made_once import made_once
 from torch import Tensor, nn
 
 import sigswap
@@ -29,6 +30,7 @@ def blocks_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_blocks, "pays", pays)
 
 
+@made_once
 def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 

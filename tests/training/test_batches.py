@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_once import made_once
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -50,6 +51,7 @@ class Once:
         return self.batches
 
 
+@made_once
 def converted() -> nn.Module:
     torch.manual_seed(0)
     return sigswap.convert(nn.Sequential(Attention()).eval(), example_inputs=X)

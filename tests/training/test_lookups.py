@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import VOCABULARY, ShiftedDecoder, text, trained_to_copy
+from made_once import made_once
 from torch import Tensor, nn
 from zoo import BY_NAME, hf, randomise
 
@@ -278,6 +279,7 @@ def seen_by(model: Any, batches: list[Any], **options: Any) -> tuple[list[Tensor
     return first, report
 
 
+@made_once
 def swapped(**config: Any) -> Any:
     return sigswap.convert(randomise(hf("LlamaForCausalLM", **config)).eval(), QUERY_BIAS)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_once import made_once
 from torch import Tensor, nn
 from zoo import BY_NAME, hf, randomise
 
@@ -23,6 +24,11 @@ VOCABULARY = 61
 
 def llama() -> Any:
     return randomise(hf("LlamaForCausalLM"), gain=0.7).eval()
+
+
+@made_once
+def converted(config: sigswap.SigmoidConfig | None = None) -> Any:
+    return sigswap.convert(llama(), config)
 
 
 def texts(count: int = 3) -> list[dict[str, Tensor]]:
@@ -89,7 +95,7 @@ def test_a_decoder_gets_what_its_config_leaves_open(given: dict[str, Any], tmp_p
     ],
 )
 def test_what_a_config_says_is_as_it_says(config: sigswap.SigmoidConfig) -> None:
-    model = sigswap.convert(llama(), config)
+    model = converted(config)
     before = names(model)
     sigswap.calibrate(model, texts(), progress=False)
     assert names(model) == before and caps(model) == {None} and conversion_of(model).config == config
@@ -106,7 +112,7 @@ def test_encoders_and_vision_models_get_none() -> None:
 
 def test_by_path() -> None:
     config = sigswap.SigmoidConfig(overrides={"*.0.*": {"first_token": False}})
-    model = sigswap.convert(llama(), config)
+    model = converted(config)
     sigswap.calibrate(model, texts(), progress=False)
     first, second = (model.model.layers[index].self_attn.sigswap.site(0) for index in range(2))
     assert first.query_weight is not None and first.length_share is None and first.row_cap is None
@@ -151,7 +157,7 @@ def test_without_one_product_there_is_the_first_key_alone() -> None:
 
 
 def test_a_failed_calibration_adds_nothing() -> None:
-    model = sigswap.convert(llama())
+    model = converted()
     conversion = conversion_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -168,7 +174,7 @@ def test_a_failed_calibration_adds_nothing() -> None:
 
 
 def test_terms_that_are_added_in_inference_mode_can_be_trained() -> None:
-    model = sigswap.convert(llama())
+    model = converted()
     with torch.inference_mode():
         sigswap.calibrate(model, texts(), progress=False)
     model(**texts(1)[0]).logits.sum().backward()
