@@ -228,6 +228,7 @@ def compare(
         original: the model before the conversion, or a converted copy, which then runs as softmax; or where it is: a
             directory or hub id of transformers, one that sigswap.save wrote, ``timm:NAME`` or ``module:function``.
             ``None``: ``model`` itself with the swap switched off, which is the original until its weights are trained.
+            peft's adapters are off in it as well, and so is what was trained beside them (``modules_to_save``).
         batches: as for :func:`sigswap.calibrate`; some that neither a calibration nor a training has seen. ``None``:
             inputs made from what the model knows of itself.
         tokens: of language models, what lookups are made of: the tokenizer, or token ids; as for distill.

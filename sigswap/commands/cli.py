@@ -317,7 +317,7 @@ def compare(
     Language models: loss, divergence, and what loss does not show: copying and recall. Others: agreement, or
     embeddings. Each figure stands beside the original's.
     """
-    with failures(False, debug):
+    with failures(False, debug, "compare"):
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
         from sigswap.saving.transformers_hook import is_transformers_model

@@ -75,7 +75,7 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Calibrate the converted model in DIR, and save it."""
-    with failures(as_json, debug):
+    with failures(as_json, debug, "calibrate"):
         check_saved(directory)
         check_empty(out, force)
         import sigswap

@@ -105,13 +105,20 @@ _IN_HINT = {
     "include": "--include GLOB",
     "overrides": "overrides, in Python",
 }
+# Batches have another option in these commands.
+_BATCHES_IN_HINT = {
+    "calibrate": "a file to --data, or batches to sigswap.calibrate in Python",
+    "compare": _IN_HINT["example_inputs"],
+}
 
 
 def _in_message(argument: str, value: str) -> str:
     return _IN_MESSAGE.get(argument, _option(argument))
 
 
-def _in_hint(argument: str, value: str) -> str:
+def _in_hint(argument: str, value: str, command: str | None) -> str:
+    if argument == "batches":
+        return _BATCHES_IN_HINT.get(command or "", _IN_HINT[argument])
     if value == "None" and argument not in _IN_HINT:
         return f"no {_option(argument)}"
     return _IN_HINT.get(argument, _option(f"no_{argument}" if value == "False" else argument))
@@ -123,9 +130,9 @@ def working(what: str) -> Status:
 
 
 @contextmanager
-def failures(as_json: bool, debug: bool) -> Iterator[None]:
+def failures(as_json: bool, debug: bool, command: str | None = None) -> Iterator[None]:
     """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1; Ctrl-C into one and
-    130."""
+    130. ``command`` is named where its options for the same argument differ from other commands'."""
     if not debug:  # PyTorch logs a traceback of what fails on fake tensors, before it is raised
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
@@ -146,7 +153,7 @@ def failures(as_json: bool, debug: bool) -> Iterator[None]:
         if isinstance(error, SigswapError):
             report["message"] = error.spelled(_in_message)
             if error.hint is not None:
-                report["hint"] = error.hint.spelled(_in_hint)
+                report["hint"] = error.hint.spelled(lambda argument, value: _in_hint(argument, value, command))
             text = " ".join([report["message"], report.get("hint", "")]).rstrip()
         elif isinstance(error, OSError) and error.filename is not None:
             text = report["message"] = f"{error.filename}: {error.strerror}."

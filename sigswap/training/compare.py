@@ -91,8 +91,8 @@ def compare_models(
     notes = []
     if original is None:
         notes.append(
-            "The original is this model with the swap switched off, and adapters of peft: its base weights are the "
-            "converted one's."
+            "The original is this model with the swap switched off, and with it adapters of peft and what they have "
+            "trained beside themselves (modules_to_save): all other weights are the converted one's."
         )
     calls: Iterable[Inputs]
     if batches is None:

@@ -484,6 +484,20 @@ def test_errors_name_options(tmp_path: Path, arguments: tuple[str, ...], option:
         assert name not in message
 
 
+def test_errors_about_batches_name_the_option_of_the_command(tmp_path: Path) -> None:
+    """``--data`` of calibrate and ``--example`` of compare, neither of which has ``--calibrate``."""
+    run("convert", f"{HERE}:build", "--out", tmp_path / "out", "--example", f"{HERE}:inputs")
+    calls = {
+        "Pass a file to --data,": ("calibrate", tmp_path / "out", "--out", tmp_path / "again", "--data", "none"),
+        "Pass --example MODULE:FUNCTION,": ("compare", tmp_path / "out", f"{HERE}:build"),
+    }
+    for hint, call in calls.items():
+        result = run(*call, "--allow-code")
+        message = " ".join(result.stderr.split())
+        assert result.exit_code == 1 and hint in message, message
+        assert "--calibrate" not in message
+
+
 def test_a_converted_directory_is_not_converted_again(tmp_path: Path) -> None:
     example = ("--example", f"{HERE}:inputs")
     run("convert", f"{HERE}:build", "--out", tmp_path / "out", *example)

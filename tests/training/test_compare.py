@@ -360,6 +360,26 @@ def test_layers_against_their_definition(kind: str, cap: float | None) -> None:
 # The call, its report, and what it leaves behind
 
 
+def test_without_an_original_adapters_and_what_was_trained_beside_them_are_off() -> None:
+    peft = pytest.importorskip("peft")
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=61, num_labels=4, **SIZES)
+    ).eval()
+    randomise(model)
+    original = copy.deepcopy(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).eval()
+    sigswap.convert(adapted)
+    with torch.no_grad():
+        trained = adapted.base_model.model.classifier.modules_to_save["default"]
+        trained.weight.copy_(-trained.weight)  # what the trained head says is the least likely to the original
+        trained.bias.copy_(-trained.bias)
+        batches = [{**batch, "labels": original(**batch).logits.argmax(-1)} for batch in texts()]
+    result = sigswap.compare(adapted, None, batches)
+    assert result["accuracy"].original == 1
+    assert result["accuracy"].converted == 0
+    assert any("modules_to_save" in note for note in result.notes)
+
+
 def test_original_may_be_a_copy_a_directory_or_the_model_itself(tmp_path: Path) -> None:
     original = randomise(hf("LlamaForCausalLM")).eval()
     model = converted(original)
