@@ -15,9 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigswap.kernels.hopper.common import (
+    _SCALE,
     as_operands,
     cut,
     log_of_visible,
+    scaled_sigmoid,
     sigmoid,
     sigmoid_of_rows,
     soft_capped,
@@ -75,9 +77,10 @@ def _row_sums(
 def _probabilities(
     s, scale, row_bias, row, key, last_row, last_key, shift, left, right, fast, softcap,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr, SOFTCAP: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """sigmoid(scale * s + row_bias), both in the form's unit, or sigmoid(softcap * tanh(scale * s) + row_bias), softcap
-    and row_bias in it; 0 outside the band."""
+    and row_bias in it; 0 outside the band. SCALED: SCALE times that."""
     x = soft_capped(s, scale, softcap, row_bias[:, None]) if SOFTCAP else s * scale + row_bias[:, None]
     if HAS_LEFT or HAS_RIGHT:
         edge = False
@@ -90,7 +93,7 @@ def _probabilities(
                 x = gl.where(key[None, :] <= (row + shift + right)[:, None], x, float("-inf"))
             if HAS_LEFT:
                 x = gl.where(key[None, :] >= (row + shift - left)[:, None], x, float("-inf"))
-    return sigmoid(x, fast, FORM, SLOW, False, 32)
+    return scaled_sigmoid(x, fast, FORM, SLOW) if SCALED else sigmoid(x, fast, FORM, SLOW, False, 32)
 
 
 @gluon.jit
@@ -215,6 +218,9 @@ def attend(
     PRODUCTS: gl.constexpr = 2 if V_CUT else V_PARTS
     dtype: gl.constexpr = k_tiles.dtype
     SUMS: gl.constexpr = CAP or sum_out is not None
+    # Probabilities are scaled as they are computed, but for their sums.
+    SCALED: gl.constexpr = P_SCALE != 1.0 and not SUMS
+    gl.static_assert(not SCALED or P_SCALE == _SCALE)
     # All but the last rows may see no key of the last blocks.
     SKIPS: gl.constexpr = HAS_RIGHT and KEYS <= (WARPGROUPS - 1 - PART) * _ROWS
     NEXT: gl.constexpr = (PART + 1) % WARPGROUPS
@@ -297,11 +303,11 @@ def attend(
             mbarrier.arrive(q_empty, pred=own_count == 1)
         p = _probabilities(
             s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right, fast,
-            own_cap, HAS_LEFT, HAS_RIGHT, FORM, SLOW, SOFTCAP,
+            own_cap, HAS_LEFT, HAS_RIGHT, FORM, SLOW, SOFTCAP, SCALED,
         )  # fmt: skip
         if SUMS:
             partial_sums = _partial_sums(p)
-        p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
+        p_operands = as_operands((p if SCALED else p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # In each turn the scores of this block, and the part of the block before in the output.
         for i in range(1, own_count):
@@ -327,14 +333,14 @@ def attend(
                 mbarrier.arrive(q_empty, pred=i == own_count - 1)  # for the next item's
             p = _probabilities(
                 s, own_scale, row_bias, row, start + key_of_block, last_row, start + KEYS - 1, shift, left, right,
-                fast, own_cap, HAS_LEFT, HAS_RIGHT, FORM, SLOW, SOFTCAP,
+                fast, own_cap, HAS_LEFT, HAS_RIGHT, FORM, SLOW, SOFTCAP, SCALED,
             )  # fmt: skip
             if SUMS:
                 partial_sums += _partial_sums(p)
             sums = _added(sum_tokens, p_operands)
             sync()
             mbarrier.arrive(v_empty.index(stage_before))
-            p_operands = as_operands((p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
+            p_operands = as_operands((p if SCALED else p * P_SCALE).to(dtype), of_out, of_rest, V_CUT)
 
         # The last block's part.
         if SKIPS and TURNS:

@@ -18,6 +18,7 @@ try:
     from sigswap.kernels.hopper.common import (
         BY_KEY,
         BY_ROW,
+        SCALE,
         SINGLE_ASSEMBLY,
         exact_assembly,
         soft_cap_assembly,
@@ -155,11 +156,26 @@ def test_tail_assembly(sharing: tuple[tuple[int, ...], ...], pack: int, cubic: b
     assert found[1, 2] == 0
 
 
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_scaled_tail_assembly(kind: str) -> None:
+    """Off by 5e-4 of itself at most, and by less where it is small; exact where one of the warp's is large."""
+    y = np.random.default_rng(0).uniform(-40, -5.0001, (32, LANES)).astype(F32)
+    y[1, 2] = -np.inf
+    if kind == "large":
+        y[5, 7] = 3
+    found = sigmoid_of(tail_assembly(32, BY_ROW, scaled=True), y) / SCALE
+    exact = 1 / (1 + np.exp2(-y.astype(np.float64)))
+    allowed = np.minimum(0.016 * exact, 5.5e-4) if kind == "small" else 0
+    assert (np.abs(found - exact) <= (allowed + 1e-6) * exact).all()
+    assert found[1, 2] == 0
+
+
 @pytest.mark.parametrize("sharing", [BY_ROW, BY_KEY])
-def test_exact_assembly(sharing: tuple[tuple[int, ...], ...]) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_exact_assembly(sharing: tuple[tuple[int, ...], ...], scaled: bool) -> None:
     y = np.random.default_rng(0).uniform(-100, 100, (8, LANES)).astype(F32)
     y[:, 0] = [-np.inf, np.inf, 0, -126, 129, 3e38, -3e38, 30]
-    found = sigmoid_of(exact_assembly(8, sharing), y)
+    found = sigmoid_of(exact_assembly(8, sharing, scaled=scaled), y) / (SCALE if scaled else 1)
     exact = 1 / (1 + np.exp2(-np.clip(y.astype(np.float64), -1000, 1000)))
     assert (np.abs(found - exact) <= 1e-6 * exact + 2e-38).all()
     assert found[0, 0] == 0
