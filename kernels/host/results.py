@@ -87,11 +87,13 @@ def gradients_for(problem: Problem) -> tuple[Gradients, Gradients, tuple[Layout 
     return grads, tuple(written), layouts
 
 
-def gradient_arguments(arguments: dict[str, Any], **grads: Layout | None) -> dict[str, Any]:
+def gradient_arguments(
+    arguments: dict[str, Any], grads: dict[str, Layout | None], *, in_units: bool = True
+) -> dict[str, Any]:
     """Strides of the gradients of query, key and value, named as in Signature.arguments(), in units of 8 elements where
     all allow it (GRAD_UNIT), so that kernels store 16 bytes at once; and WIDE for all. None: not needed."""
     given = {name: layout for name, layout in grads.items() if layout is not None}
-    unit = UNIT if all(has_whole_rows(layout) for layout in given.values()) else 1
+    unit = UNIT if in_units and all(has_whole_rows(layout) for layout in given.values()) else 1
     strides = {name: layout.strides_or_zero(3) for name, layout in given.items()}
     names = [f"stride_{name}_{dim}" for name in grads for dim in "bhn"]
     numbers = (stride // unit for name in grads for stride in strides.get(name, (0, 0, 0)))

@@ -15,7 +15,7 @@ from sigswap.kernels.host.forms import AUTO
 from sigswap.kernels.host.launch import Described, Launch, by_rows, describable
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, new_tensor
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import gradient_arguments, gradients_for, hand_over
+from sigswap.kernels.host.results import gradients_for, hand_over
 from sigswap.kernels.host.tiles import Tile
 from sigswap.kernels.triton import blocks as shared
 from sigswap.kernels.triton.backward import key_tile_for, row_tile_for
@@ -163,8 +163,7 @@ def _walk_rows_of_keys(
         strides = strides[0] // rows, strides[1] // rows
     floors = (0, 0) if biases.floor is None else biases.floor.strides_or_zero(2)
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= gradient_arguments(arguments, dk=grad_key, dv=grad_value)
-    arguments |= output_arguments(arguments, delta=delta)
+    arguments |= output_arguments(arguments, dk=grad_key, dv=grad_value, delta=delta)
     arguments |= {"stride_bias_b": strides[0], "stride_bias_h": strides[1]}
     arguments |= {"stride_floor_b": floors[0], "stride_floor_h": floors[1]}
     arguments |= _loop_arguments(signature, blocks, blocks.keys, tile, described)
@@ -198,8 +197,7 @@ def _walk_keys_of_rows(
     if _with_tma(signature, tuning) and describable(key) and describable(value):
         described = by_rows(key, tile.keys), by_rows(value, tile.keys)
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= gradient_arguments(arguments, dq=grad_query)
-    arguments |= output_arguments(arguments, sum=row_sums, delta=delta)
+    arguments |= output_arguments(arguments, dq=grad_query, sum=row_sums, delta=delta)
     members = signature.batch * signature.heads
     arguments |= _loop_arguments(signature, blocks, blocks.rows, tile, described)
     arguments |= {"members": members, "span": min(tuning.row_span or ROW_SPAN, members)}

@@ -25,6 +25,7 @@ from sigswap.kernels.triton.common import (
     load_rows,
     probabilities,
     row_biases,
+    row_stride,
     single,
     store_rows,
     unit_of,
@@ -139,7 +140,7 @@ def keys_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it.
 
@@ -151,8 +152,7 @@ def keys_kernel(
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
     stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
-    stride_dk_b, stride_dk_h, stride_dk_n = elements(stride_dk_b, stride_dk_h, stride_dk_n, GRAD_UNIT, WIDE)
-    stride_dv_b, stride_dv_h, stride_dv_n = elements(stride_dv_b, stride_dv_h, stride_dv_n, GRAD_UNIT, WIDE)
+    stride_dk_n, stride_dv_n = row_stride(stride_dk_n, WIDE), row_stride(stride_dv_n, WIDE)
     kv_heads = heads // group
     number, member = place_of_program(tl.cdiv(kv_len, _BLOCK) * (_BLOCK // BLOCK_N), members, span)
     batch, kv_head = member // kv_heads, member % kv_heads
@@ -293,7 +293,7 @@ def rows_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS_ROWS: tl.constexpr, VISIBLE: tl.constexpr,
     SOFTCAP: tl.constexpr, FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
     scale, softcap, const_bias = single(scale), single(softcap), single(const_bias)
@@ -301,7 +301,7 @@ def rows_kernel(
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
     stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
-    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, GRAD_UNIT, WIDE)
+    stride_dq_n = row_stride(stride_dq_n, WIDE)
     number, member = place_of_program(tl.cdiv(q_len, _BLOCK) * (_BLOCK // BLOCK_M), members, span)
     batch, head = member // heads, member % heads
     kv_head = head // group

@@ -326,6 +326,12 @@ def elements(stride_b, stride_h, stride_n, UNIT: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
+def row_stride(stride, WIDE: tl.constexpr):
+    """An output's stride between rows."""
+    return tl.cast(stride, tl.int64) if WIDE else stride
+
+
+@triton.jit
 def sequence(cu_seqlens, number, longest, total):
     """(first row, rows) of one of packed sequences, int64 and int32.
 

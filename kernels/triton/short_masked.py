@@ -137,7 +137,7 @@ def _plan_backward(
     query, key, value, device = signature.query, signature.key, signature.value, signature.device
     *written, grad_bias, grad_mask = grads
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= gradient_arguments(arguments, **dict(zip(("dq", "dk", "dv"), written, strict=True)))
+    arguments |= gradient_arguments(arguments, dict(zip(("dq", "dk", "dv"), written, strict=True)))
     arguments |= output_arguments(arguments, delta=delta)
     splits, divided = _division(signature, programs)
     batches, heads, rows = divided["mask_batches"], signature.heads, signature.q_len

@@ -52,7 +52,7 @@ def widths_of_stores(launch: Launch) -> set[int]:
     return {int(count or 1) * int(bits) // 8 for count, bits in stores}
 
 
-def with_gradients(dim: int, length: int = 300, mask: Tensor | None = None) -> tuple[Problem, Any]:
+def with_gradients(dim: int, length: int = 200, mask: Tensor | None = None) -> tuple[Problem, Any]:
     """Of all but the mask; and their layouts."""
     tensors = [rows(4, 4, length, dim) for _ in range(4)]
     needed = True, True, True, False, False
@@ -93,12 +93,12 @@ def test_gradients_of_short_sequences_under_a_mask() -> None:
 
 def test_strides_of_gradients_are_in_units_where_all_allow_it() -> None:
     whole, odd = layout_of(torch.empty(2, 3, 5, 16)), layout_of(torch.empty(2, 3, 5, 20)[..., :16])
-    arguments = gradient_arguments({"WIDE": False}, dq=whole, dk=None)
+    arguments = gradient_arguments({"WIDE": False}, {"dq": whole, "dk": None})
     assert arguments == {
         **{"stride_dq_b": 30, "stride_dq_h": 10, "stride_dq_n": 2},
         **{"stride_dk_b": 0, "stride_dk_h": 0, "stride_dk_n": 0},
         **{"GRAD_UNIT": 8, "WIDE": False},
     }
-    arguments = gradient_arguments({"WIDE": True}, dq=whole, dk=odd)
+    arguments = gradient_arguments({"WIDE": True}, {"dq": whole, "dk": odd})
     assert [arguments[f"stride_{name}_n"] for name in ("dq", "dk")] == [16, 20]
     assert arguments["GRAD_UNIT"] == 1 and arguments["WIDE"]
