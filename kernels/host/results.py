@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sigswap.kernels.host.layout import Layout, has_unit_stride, layout_of, output_layout
+from sigswap.kernels.host.layout import (
+    UNIT,
+    Layout,
+    are_wide,
+    has_unit_stride,
+    has_whole_rows,
+    layout_of,
+    output_layout,
+)
 from sigswap.kernels.host.problem import Gradients, Problem
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,6 +85,20 @@ def gradients_for(problem: Problem) -> tuple[Gradients, Gradients, tuple[Layout 
     if needed is not None and all(new is grad for new, grad in zip(written, grads, strict=True)):
         signature.gradient_layouts[needed] = layouts
     return grads, tuple(written), layouts
+
+
+def gradient_arguments(
+    arguments: dict[str, Any], grads: dict[str, Layout | None], *, in_units: bool = True
+) -> dict[str, Any]:
+    """Strides of the gradients of query, key and value, named as in Signature.arguments(), in units of 8 elements where
+    all allow it (GRAD_UNIT), so that kernels store 16 bytes at once; and WIDE for all. None: not needed."""
+    given = {name: layout for name, layout in grads.items() if layout is not None}
+    unit = UNIT if in_units and all(has_whole_rows(layout) for layout in given.values()) else 1
+    strides = {name: layout.strides_or_zero(3) for name, layout in given.items()}
+    names = [f"stride_{name}_{dim}" for name in grads for dim in "bhn"]
+    numbers = (stride // unit for name in grads for stride in strides.get(name, (0, 0, 0)))
+    wide = arguments["WIDE"] or are_wide(strides.values())
+    return dict(zip(names, numbers, strict=True)) | {"GRAD_UNIT": unit, "WIDE": wide}
 
 
 def layouts_in_place(problem: Problem) -> tuple[Layout | None, ...] | None:

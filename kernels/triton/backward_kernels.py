@@ -19,7 +19,6 @@ from sigswap.kernels.triton.common import (
     load_rows,
     probabilities,
     row_biases,
-    row_stride,
     rows_of_keys,
     sequence,
     single,
@@ -148,7 +147,7 @@ def keys_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
     WARPS: tl.constexpr, ALONE: tl.constexpr, ADD: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head, over all query heads that use it. With dq_out or sum_out,
@@ -167,8 +166,9 @@ def keys_kernel(
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
     stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
-    stride_dk_n, stride_dv_n = row_stride(stride_dk_n, WIDE), row_stride(stride_dv_n, WIDE)
-    stride_dq_n = row_stride(stride_dq_n, WIDE)
+    stride_dk_b, stride_dk_h, stride_dk_n = elements(stride_dk_b, stride_dk_h, stride_dk_n, GRAD_UNIT, WIDE)
+    stride_dv_b, stride_dv_h, stride_dv_n = elements(stride_dv_b, stride_dv_h, stride_dv_n, GRAD_UNIT, WIDE)
+    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, GRAD_UNIT, WIDE)
     blocks = tl.cdiv(kv_len, BLOCK_N)
     # Under a causal mask the first keys take longest, and start first.
     kv_heads = heads // group
@@ -347,7 +347,7 @@ def rows_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, P_SCALE: tl.constexpr,
     FORM: tl.constexpr, SLOW: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, WIDE: tl.constexpr, MASK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and the row sums of dS, of BLOCK_M rows of one query head. k, v: descriptors if TMA."""
     scale, softcap, const_bias, dropout_p = single(scale), single(softcap), single(const_bias), single(dropout_p)
@@ -355,7 +355,7 @@ def rows_kernel(
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
     stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
-    stride_dq_n = row_stride(stride_dq_n, WIDE)
+    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, GRAD_UNIT, WIDE)
     blocks = tl.cdiv(q_len, BLOCK_M)
     row0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = (tl.program_id(0) // blocks) % heads

@@ -22,7 +22,7 @@ from torch import Tensor
 from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature, output_arguments
-from sigswap.kernels.host.results import gradients_for, hand_over
+from sigswap.kernels.host.results import gradient_arguments, gradients_for, hand_over
 from sigswap.kernels.host.tiles import limits_of
 from sigswap.kernels.triton.common import (
     _MASKED_SCORE,
@@ -30,7 +30,6 @@ from sigswap.kernels.triton.common import (
     elements,
     load_numbers,
     load_rows,
-    row_stride,
     sigmoid,
     single,
     store_numbers,
@@ -138,7 +137,8 @@ def _plan_backward(
     query, key, value, device = signature.query, signature.key, signature.value, signature.device
     *written, grad_bias, grad_mask = grads
     arguments = signature.arguments(q=query, k=key, v=value, do=grad_out)
-    arguments |= output_arguments(arguments, delta=delta, **dict(zip(("dq", "dk", "dv"), written, strict=True)))
+    arguments |= gradient_arguments(arguments, dict(zip(("dq", "dk", "dv"), written, strict=True)))
+    arguments |= output_arguments(arguments, delta=delta)
     splits, divided = _division(signature, programs)
     batches, heads, rows = divided["mask_batches"], signature.heads, signature.q_len
     sum_bias = sum_mask = None
@@ -283,7 +283,7 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VISIBLE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     P_SCALE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: all gradients of one head, in a part of the sequences that have one mask."""
     scale, const_bias = single(scale), single(const_bias)
@@ -291,8 +291,9 @@ def _backward_kernel(
     stride_k_b, stride_k_h, stride_k_n = elements(stride_k_b, stride_k_h, stride_k_n, UNIT, WIDE)
     stride_v_b, stride_v_h, stride_v_n = elements(stride_v_b, stride_v_h, stride_v_n, UNIT, WIDE)
     stride_do_b, stride_do_h, stride_do_n = elements(stride_do_b, stride_do_h, stride_do_n, UNIT, WIDE)
-    stride_dq_n, stride_dk_n = row_stride(stride_dq_n, WIDE), row_stride(stride_dk_n, WIDE)
-    stride_dv_n = row_stride(stride_dv_n, WIDE)
+    stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, GRAD_UNIT, WIDE)
+    stride_dk_b, stride_dk_h, stride_dk_n = elements(stride_dk_b, stride_dk_h, stride_dk_n, GRAD_UNIT, WIDE)
+    stride_dv_b, stride_dv_h, stride_dv_n = elements(stride_dv_b, stride_dv_h, stride_dv_n, GRAD_UNIT, WIDE)
     split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     own, head = tile // heads, tile % heads
     head64 = head.to(tl.int64)
