@@ -68,11 +68,15 @@ class SigmoidConfig:
             if not isinstance(value, bool) and (value is not None or name not in OPEN):
                 raise ConfigError(f"{{argument}} must be True or False, not {getattr(self, name)!r}.", argument=name)
         if self.qk_norm not in (None, "rms", "layer"):
-            raise ConfigError(f"{{argument}} must be None, 'rms' or 'layer', not {self.qk_norm!r}.", argument="qk_norm")
+            raise ConfigError(
+                f"{{argument}} must be 'rms' or 'layer' where it is given, not {self.qk_norm!r}.", argument="qk_norm"
+            )
         scale = self.layer_scale
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and math.isfinite(scale)):
-            raise ConfigError(f"{{argument}} must be None or a finite number, not {scale!r}.", argument="layer_scale")
+            raise ConfigError(
+                f"{{argument}} must be a finite number where it is given, not {scale!r}.", argument="layer_scale"
+            )
         check_row_cap(self.row_cap)
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(
@@ -171,7 +175,7 @@ def check_row_cap(row_cap: Any) -> None:
     is_number = isinstance(row_cap, int | float) and not isinstance(row_cap, bool)
     if row_cap is not None and not (is_number and 0.0 < row_cap < math.inf):
         raise ConfigError(
-            f"{{argument}} must be None or a positive finite number, not {row_cap!r}.", argument="row_cap"
+            f"{{argument}} must be a positive finite number where it is given, not {row_cap!r}.", argument="row_cap"
         )
 
 

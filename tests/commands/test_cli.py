@@ -299,7 +299,7 @@ def test_row_cap(tmp_path: Path) -> None:
     assert run("convert", tmp_path / "in", "--out", tmp_path / "out", "--row-cap", "0.5").exit_code == 0
     assert sigswap.report(sigswap.load(tmp_path / "out")).notes[-1] == "Row cap: 0.5 (3 attentions)."
     failed = run("convert", tmp_path / "in", "--out", tmp_path / "other", "--row-cap", "0")
-    assert failed.exit_code == 1 and "row-cap must be None or a positive finite number" in failed.stderr
+    assert failed.exit_code == 1 and "row-cap must be a positive finite number where it is given" in failed.stderr
 
 
 def test_a_decoder_that_is_calibrated(tmp_path: Path) -> None:

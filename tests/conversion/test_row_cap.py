@@ -201,7 +201,7 @@ def test_set_row_cap_fails_without_a_trace() -> None:
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, math.inf, math.nan, "1", True])
 def test_errors_of_the_config(cap: Any) -> None:
-    with pytest.raises(ConfigError, match="row_cap must be None or a positive finite number"):
+    with pytest.raises(ConfigError, match="row_cap must be a positive finite number where it is given"):
         SigmoidConfig(row_cap=cap)
     with pytest.raises(ConfigError, match="row_cap"):
         SigmoidConfig(overrides={"*": {"row_cap": cap}})
