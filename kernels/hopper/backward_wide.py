@@ -13,8 +13,8 @@ not hold them. Here both warpgroups have the same 64 keys, and different product
 - With a row cap delta comes with the output gradients, and dP starts from minus delta.
 - dS goes to memory, and a second kernel multiplies it by the keys: dQ. Adding dQ up in memory, as is done for narrower
   heads, takes eight times as many bytes for 64 keys, more than the L2 cache adds while the products are computed.
-- dS of all heads would take much memory. So both kernels are launched by turns, for as many heads as there is memory
-  for; and where there is not enough for one, dQ is added up in memory after all.
+- dS of all heads would take much memory. So both kernels are launched by turns, for some heads at a time
+  (:mod:`sigswap.kernels.hopper.stored_ds`); and where one takes too much, dQ is added up in memory after all.
 
 Heads of 129 to 192 are held as 128 columns and 64, so that no product is wider than they are.
 
@@ -52,12 +52,11 @@ from sigswap.kernels.hopper.common import Tiles
 from sigswap.kernels.hopper.grad_query import (
     _BLOCK,
     _KEYS,
-    BLOCK,
-    KEYS,
     PRODUCT_OPTIONS,
     finish_columns_kernel,
     product_kernel,
 )
+from sigswap.kernels.hopper.stored_ds import BLOCK, KEYS, Lines, lines_for, units_at_once
 from sigswap.kernels.host.launch import Described, Launch, by_rows
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, new_tensor
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature
@@ -71,10 +70,6 @@ LONG = 255
 """With more visible keys per row, on average, this kernel is faster than :mod:`sigswap.kernels.triton.backward`: with
 256 to 1,024 it took 0.28 to 0.41 of its time. Fewer have not been measured."""
 
-STORED_BYTES, MOST_BYTES = 256 << 20, 512 << 20
-"""What dS may take of as many key heads as go through memory at a time; and of one, which is the least, if that takes
-more. 512 MiB are 16,384 queries and as many keys of one head; to add dQ up instead takes 1.2 to 1.3 times as long."""
-
 
 def supports(problem: Problem) -> bool:
     """Whether this kernel takes the backward: of long sequences in half precision, where query or value has a head_dim
@@ -87,9 +82,9 @@ def supports(problem: Problem) -> bool:
     if min(signature.widths) < 128 or signature.packed is not None or not takes(problem):
         return False
     sums = problem.output_mask[3] and signature.bias is not None
-    if problem.options.softcap > 0.0 and sums and (signature.biased_by_rows or not _units_at_once(signature)):
+    if problem.options.softcap > 0.0 and sums and (signature.biased_by_rows or not units_at_once(signature)):
         return False
-    if torch.are_deterministic_algorithms_enabled() and not _units_at_once(signature):
+    if torch.are_deterministic_algorithms_enabled() and not units_at_once(signature):
         return False
     return sees_every_block(signature, KEYS) and visible_keys(signature) > LONG * signature.q_len
 
@@ -129,7 +124,7 @@ def backward(problem: Problem) -> Gradients:
 
 
 class _Square(Described):
-    """dS in memory, [rows of all heads' keys, queries], for Gluon."""
+    """dS in memory, [keys of all tiles, rows of a tile], for Gluon."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout.shape, layout.strides, (KEYS, ROWS), layout.dtype)
@@ -202,12 +197,14 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
     of_queries = signature.arguments(dq=grad_query) | {"DIM": width}
     of_queries |= {f"stride_db_{dim}": stride for dim, stride in zip("bhm", strides, strict=True)}
     units = signature.batch * signature.kv_heads
-    among = _units_at_once(signature)
+    among = units_at_once(signature)
     stored = sums = finish = None
+    lines = Lines(1, 1)
     firsts = [0]
     if among > 0:
         firsts = list(range(0, units, among))
-        stored = _stored(signature, grad_query, of_rows, firsts, min(among, units), of_queries)
+        lines = lines_for(signature)
+        stored = _stored(signature, lines, grad_query, of_rows, firsts, among, of_queries)
     else:
         among = units
         tiles = triton.cdiv(signature.q_len, ROWS)
@@ -224,6 +221,8 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "GROUPED": signature.heads > signature.kv_heads,
         "DELTA": capped,
         "STAGES": _stages(signature),
+        "lines": lines.count,
+        "line_tiles": lines.tiles,
     }
     bias: Layout | Described | None = signature.bias
     floor = None
@@ -251,21 +250,9 @@ def _stages(signature: Signature) -> int:
     return 3 if sum(sum(_columns(each.shape[3])) for each in (signature.query, signature.value)) <= 320 else 2
 
 
-def _units_at_once(signature: Signature) -> int:
-    """Of how many pairs of sequence and key head dS goes through memory at a time; 0: of none, dQ is added up."""
-    q_len = triton.cdiv(signature.q_len, BLOCK) * BLOCK
-    kv_len = triton.cdiv(signature.kv_len, KEYS) * KEYS
-    own = signature.heads // signature.kv_heads * q_len * kv_len * signature.element_size
-    if own > MOST_BYTES:
-        return 0
-    units = signature.batch * signature.kv_heads
-    launches = triton.cdiv(units, max(1, STORED_BYTES // own))
-    at_once: int = triton.cdiv(units, launches)
-    return at_once
-
-
 def _stored(
     signature: Signature,
+    lines: Lines,
     grad_query: Layout,
     of_rows: Layout | None,
     firsts: list[int],
@@ -275,9 +262,9 @@ def _stored(
     wide, rest = _columns(signature.query.shape[3])
     group = signature.heads // signature.kv_heads
     tiles = triton.cdiv(signature.q_len, BLOCK)
-    padded = triton.cdiv(signature.kv_len, KEYS) * KEYS
-    layout = contiguous_layout((among * group * padded, tiles * BLOCK), signature.query.dtype)
+    layout = contiguous_layout((among * group * lines.count * lines.tiles * KEYS, BLOCK), signature.query.dtype)
     read = Described(layout.shape, layout.strides, (KEYS, BLOCK), layout.dtype)
+    arguments |= {"lines": lines.count, "line_tiles": lines.tiles}
     by = by_rows(signature.key, KEYS)
     first_keys, *other_keys = (Described(by.shape, by.strides, (*by.block[:3], n), by.dtype) for n in (wide, rest) if n)
     keys = first_keys, other_keys[0] if other_keys else None
@@ -300,12 +287,12 @@ def _first_part(width: int) -> int:
 
 @gluon.jit(do_not_specialize=[
     "heads", "group", "q_len", "kv_len", "left", "right", "scale", "const_bias", "first_unit", "units", "at_once",
-    "softcap",
+    "softcap", "lines", "line_tiles",
 ])  # fmt: skip
 def _kernel(
     q, k, v, do, dk, dv, q_rest, k_rest, v_rest, do_rest, dk_rest, dv_rest, ds, sums, parts, bias, floor, delta,
     stride_bias_b, stride_bias_h, heads, group, q_len, kv_len, left, right, scale, const_bias,
-    first_unit, units, at_once, softcap,
+    first_unit, units, at_once, softcap, lines, line_tiles,
     VISIBLE: gl.constexpr, BANDED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, BIAS_ROWS: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr,
     GROUPED: gl.constexpr, DELTA: gl.constexpr, P_SCALE: gl.constexpr, FORM: gl.constexpr, SLOW: gl.constexpr,
@@ -339,9 +326,13 @@ def _kernel(
     end = q_len
     BLOCK: gl.constexpr = _BLOCK if STORED else _ROWS
     if HAS_RIGHT:
-        begin = gl.minimum(gl.maximum(col0 - shift - right, 0), q_len - 1) // BLOCK * BLOCK
+        begin = gl.maximum(col0 - shift - right, 0)
     if HAS_LEFT:
         end = gl.minimum(end, gl.minimum(col0 + _KEYS, kv_len) - shift + left)
+    if STORED:
+        place = gl.where(begin < end, place, -1)  # dS of keys that no row sees has none
+    if HAS_RIGHT:
+        begin = gl.minimum(begin, q_len - 1) // BLOCK * BLOCK
     span = gl.maximum(gl.cdiv(end - begin, BLOCK), 1) * (BLOCK // _ROWS)
     fast = True
     if FORM == _AUTO and not BIAS_ROWS:
@@ -449,8 +440,9 @@ def _kernel(
                 dk, dk_rest if Q_REST else 0, ds if STORED else 0, sums, parts, k_tile, v_tile, q_tiles, do_tiles,
                 k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones, deltas,
                 k_full, v_full, q_full, do_full, q_empty, slopes_full, ds_full,
-                k_read, v_read, batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, scale,
-                Q_REST, V_REST, SUMS, ROW_SUMS, GROUPED, DELTA, STORED, SOFTCAP,
+                k_read, v_read, batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place,
+                lines, line_tiles, shift - left, scale,
+                Q_REST, V_REST, SUMS, ROW_SUMS, GROUPED, DELTA, STORED, SOFTCAP, HAS_LEFT,
             )),
             (load, (
                 q, k, v, do, q_rest if Q_REST else 0, k_rest if Q_REST else 0, v_rest if V_REST else 0,

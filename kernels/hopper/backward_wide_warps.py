@@ -34,7 +34,8 @@ from sigswap.kernels.hopper.backward_common import (
     unknown_zero,
 )
 from sigswap.kernels.hopper.common import load_tile, store_tile, sync
-from sigswap.kernels.hopper.grad_query import _KEYS
+from sigswap.kernels.hopper.grad_query import _BLOCK, _KEYS
+from sigswap.kernels.hopper.stored_ds import place_in_gluon
 from sigswap.kernels.triton.common import _AUTO, _FAST_BIAS, _LOG2E
 
 _SLOPE_SCALE = tl.constexpr(65536.0)
@@ -343,13 +344,26 @@ def compute_values(
 
 
 @gluon.jit
+def _store_ds(
+    ds_out, tile, head, start, q_len, col0, lines, line_tiles, to_first, HAS_LEFT: gl.constexpr
+):  # fmt: skip
+    """Where product_kernel() finds it; nowhere, if head is negative. to_first: from a row to the first key it sees."""
+    if head >= 0:
+        key_block = col0 // _KEYS
+        if HAS_LEFT:
+            key_block -= gl.maximum(start // _BLOCK * _BLOCK + to_first, 0) // _KEYS
+        row = place_in_gluon(head, start // _BLOCK, gl.cdiv(q_len, _BLOCK), key_block, lines, line_tiles)
+        store_tile(ds_out, [row, start % _BLOCK], tile)
+
+
+@gluon.jit
 def compute_keys(
     dk, dk_rest, ds_out, sums, parts, k_tile, v_tile, q_tiles, do_tiles,
     k_tile_rest, v_tile_rest, q_tiles_rest, do_tiles_rest, slopes, ds_tiles, ones, deltas,
     k_full, v_full, q_full, do_full, q_empty, slopes_full, ds_full, k_read, v_read,
-    batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, scale,
+    batch, kv_head, heads, group, col0, begin, span, blocks, q_len, kv_len, place, lines, line_tiles, to_first, scale,
     Q_REST: gl.constexpr, V_REST: gl.constexpr, SUMS: gl.constexpr, ROW_SUMS: gl.constexpr, GROUPED: gl.constexpr,
-    DELTA: gl.constexpr, STORED: gl.constexpr, SOFTCAP: gl.constexpr,
+    DELTA: gl.constexpr, STORED: gl.constexpr, SOFTCAP: gl.constexpr, HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: dS, dK, and the other columns of dQ, unless dS is STORED."""
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -418,10 +432,12 @@ def compute_keys(
     fence_async_shared()
     sync()
     mbarrier.arrive(ds_full.index(0))
-    ds_row = place * group * (blocks * _KEYS) + col0
+    place *= group
     if STORED:
-        store_tile(ds_out, [ds_row, begin], ds_tiles.index(0))
-        ds_row += (head - kv_head * group) * (blocks * _KEYS)
+        _store_ds(
+            ds_out, ds_tiles.index(0), place, begin, q_len, col0, lines, line_tiles, to_first, HAS_LEFT
+        )  # fmt: skip
+        place += head - kv_head * group
     mbarrier.wait(k_full, 0)
     keys = k_tile.index(0).reshape([_KEYS, WIDTH])
     keys_rest = k_tile_rest.index(0).reshape([_KEYS, 64]) if Q_REST else 0
@@ -496,8 +512,10 @@ def compute_keys(
         sync()
         mbarrier.arrive(ds_full.index(slot))
         if STORED:
-            store_tile(ds_out, [ds_row, start_now], ds_tiles.index(slot))
-            ds_row += (head_next - head) * (blocks * _KEYS)
+            _store_ds(
+                ds_out, ds_tiles.index(slot), place, start_now, q_len, col0, lines, line_tiles, to_first, HAS_LEFT
+            )  # fmt: skip
+            place += head_next - head
         head = head_next
         ds_operand = ds_next
         if not STORED:

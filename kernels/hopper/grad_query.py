@@ -6,10 +6,8 @@ import triton
 import triton.language as tl
 
 from sigswap.kernels.hopper.backward_common import _ROWS
+from sigswap.kernels.hopper.stored_ds import BLOCK, KEYS, place_in_triton
 from sigswap.kernels.triton.common import elements, store_rows
-
-KEYS, BLOCK = 64, 128
-"""Where dS goes through memory: the keys of a tile of it; the rows of dQ that a product_kernel()'s program has."""
 
 PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 4}
 """Of product_kernel()'s launch."""
@@ -101,43 +99,46 @@ def finish_columns_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "first_head", "among",
+    "heads", "group", "q_len", "kv_len", "left", "right", "scale", "first_head", "among", "lines", "line_tiles",
     "stride_db_b", "stride_db_h", "stride_db_m",
 ])  # fmt: skip
 def product_kernel(
     ds, k, k_rest, dq, db, stride_dq_b, stride_dq_h, stride_dq_n, stride_db_b, stride_db_h, stride_db_m,
-    heads, group, q_len, kv_len, left, right, scale, first_head, among,
+    heads, group, q_len, kv_len, left, right, scale, first_head, among, lines, line_tiles,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, ROW_SUMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of dQ of one head, dS times the keys; if ROW_SUMS, too, of each row the sum of dS.
 
-    ds: [among * keys, queries] of the heads from first_head on, the keys of each up to a multiple of 64. Tiles of 64
-    keys and 128 rows in which no row sees a key are not there.
+    ds: [among * tiles * 64, 128] of the heads from first_head on, as :mod:`sigswap.kernels.hopper.stored_ds` says.
     """
     stride_dq_b, stride_dq_h, stride_dq_n = elements(stride_dq_b, stride_dq_h, stride_dq_n, UNIT, WIDE)
     REST: tl.constexpr = k_rest is not None
     COLUMNS: tl.constexpr = DIM - 64 if REST else DIM
     # Under a causal mask the last rows take longest, and start first.
     place = tl.program_id(0) % among
-    start = (tl.cdiv(q_len, _BLOCK) - 1 - tl.program_id(0) // among) * _BLOCK
+    blocks = tl.cdiv(q_len, _BLOCK)
+    block = blocks - 1 - tl.program_id(0) // among
+    start = block * _BLOCK
     head = (first_head + place) % heads
     batch = (first_head + place) // heads
     shift = kv_len - q_len if BOTTOM_RIGHT else 0
     begin = 0
     end = kv_len
     if HAS_RIGHT:
-        end = tl.minimum(end, start + _BLOCK + shift + right)
+        end = tl.minimum(end, tl.minimum(start + _BLOCK, q_len) + shift + right)
     if HAS_LEFT:
         first = tl.maximum(start + shift - left, 0)
         begin = first // _KEYS * _KEYS
         end = tl.where(first < kv_len, end, 0)
-    first_key = place * (tl.cdiv(kv_len, _KEYS) * _KEYS)
+    row_in_ds = place_in_triton(place, block, blocks, 0, lines, line_tiles)
+    step = place_in_triton(place, block, blocks, 1, lines, line_tiles) - row_in_ds
     acc = tl.zeros((_BLOCK, COLUMNS), tl.float32)
     acc_rest = tl.zeros((_BLOCK, 64), tl.float32)
     sums = tl.zeros((_BLOCK,), tl.float32)
     for col0 in range(begin, end, _KEYS):
-        tile = ds.load([first_key + col0, start])
+        tile = ds.load([row_in_ds, 0])
+        row_in_ds += step
         keys = k.load([batch, head // group, col0, 0]).reshape(_KEYS, COLUMNS)
         acc = tl.dot(tile.T, keys, acc)
         if REST:

@@ -27,7 +27,7 @@ except ImportError as error:
 
 from sigswap.kernels import dispatch, settings
 from sigswap.kernels.hopper import backward as hopper_bwd
-from sigswap.kernels.hopper import backward_common, forward_items, grad_query
+from sigswap.kernels.hopper import backward_common, forward_items, grad_query, stored_ds
 from sigswap.kernels.hopper import backward_wide as hopper_bwd_wide
 from sigswap.kernels.hopper import forward as hopper_fwd
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, NO_TANH, SHORT_TANH, TAIL
@@ -341,7 +341,7 @@ def test_what_is_known_of_a_band_without_building_it(index: int) -> None:
     if right is not None:
         visible &= column <= row + right
     assert backward_common.visible_keys(signature) == int(visible.sum())
-    for keys in (grad_query.KEYS, hopper_bwd.KEYS):
+    for keys in (stored_ds.KEYS, hopper_bwd.KEYS):
         seen = [bool(block.any()) for block in visible.split(keys, 1)]
         assert backward_common.sees_every_block(signature, keys) == all(seen)
     for tile in {*forward_items.TILES.values(), forward_items.LONG}:
@@ -561,24 +561,6 @@ def test_an_exact_soft_cap_is_left_to_triton(no_memory: None, monkeypatch: pytes
         for options, taken in (({}, True), ({"softcap": 50.0}, False)):
             problem = problem_on_no_gpu(2048, dim, options=options)
             assert hopper_fwd.supports(problem) == backward.supports(problem) == taken
-
-
-@pytest.mark.parametrize("index", range(40))
-def test_ds_goes_through_memory_by_as_many_heads_as_it_may_take(index: int, no_memory: None) -> None:
-    draw = random.Random(index)
-    batch, kv_heads, group = draw.choice((1, 3, 16)), draw.choice((1, 4, 5)), draw.choice((1, 2, 8))
-    q_len, kv_len = draw.choice((300, 1024, 5000, 16384)), draw.choice((300, 1024, 5000, 16384))
-    query = torch.empty(batch, kv_heads * group, q_len, 256, dtype=torch.bfloat16, device="meta")
-    key = torch.empty(batch, kv_heads, kv_len, 256, dtype=torch.bfloat16, device="meta")
-    own = group * -(-q_len // 128) * 128 * -(-kv_len // 64) * 64 * 2
-    at_once = hopper_bwd_wide._units_at_once(Problem(query, key, key, None, None, None, Options(1.0)).signature)
-    if own > hopper_bwd_wide.MOST_BYTES:
-        assert at_once == 0
-    else:
-        assert 1 <= at_once <= batch * kv_heads
-        assert at_once == 1 or at_once * own <= hopper_bwd_wide.STORED_BYTES
-        launches = -(-batch * kv_heads // at_once)
-        assert launches == -(-batch * kv_heads // max(1, hopper_bwd_wide.STORED_BYTES // own))
 
 
 def test_another_gluon_leaves_the_other_kernels(

@@ -174,13 +174,16 @@ def test_interpreted_rows_of_dq_2_to_the_31_elements_from_the_first_shard1() -> 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 def test_interpreted_products_2_to_the_31_elements_from_the_first_shard1() -> None:
-    """dS times the keys, of rows that are as far apart as int32 holds for those of a block."""
+    """dS times the keys, of rows that are as far apart as int32 holds for those of a block. A line of dS holds tiles of
+    the first block of rows and the last, one of the second and the last but one; the middle one is alone."""
     torch.manual_seed(0)
-    ds, keys = torch.randn(64, 640), torch.randn(1, 1, 64, 64)
+    stored, keys = torch.randn(3, 2, 64, 128), torch.randn(1, 1, 64, 64)
+    ds = torch.cat([stored[0, 0], stored[1, 0], stored[2, 0], stored[1, 1], stored[0, 1]], 1)
     dq = torch.empty(576 << 22, dtype=torch.bfloat16).as_strided((576, 64), (1 << 22, 1))
     grad_query.product_kernel[(5,)](
-        TensorDescriptor.from_tensor(ds, [64, 128]), TensorDescriptor.from_tensor(keys, [1, 1, 64, 64]), None, dq,
-        None, 0, 0, dq.stride(0), 0, 0, 0, 1, 1, 576, 64, 0, 0, 0.5, 0, 1,
+        TensorDescriptor.from_tensor(stored.view(-1, 128), [64, 128]),
+        TensorDescriptor.from_tensor(keys, [1, 1, 64, 64]), None, dq,
+        None, 0, 0, dq.stride(0), 0, 0, 0, 1, 1, 576, 64, 0, 0, 0.5, 0, 1, 3, 2,
         HEAD_DIM=64, DIM=64, HAS_LEFT=False, HAS_RIGHT=False, BOTTOM_RIGHT=False, ROW_SUMS=False, UNIT=1, WIDE=False,
     )  # fmt: skip
     torch.testing.assert_close(dq.float(), 0.5 * ds[:, :576].mT @ keys[0, 0], rtol=2**-7, atol=1e-4)

@@ -880,7 +880,7 @@ def test_random_problems_on_hopper_with_wide_heads(index: int, monkeypatch: pyte
     problem = hopper_problem(index, wide=True)
     query, key, value, *_ = problem.inputs
     units = key.shape[0] * key.shape[1]
-    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    monkeypatch.setattr(hopper_bwd_wide, "units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
     hopper_bwd_wide._plan.cache_clear()
     for tensor in (query, key, value):  # what is not written is not what it should be
         torch.full_like(tensor, torch.nan)
@@ -1000,7 +1000,7 @@ def test_random_problems_on_hopper_with_wide_heads_capped(index: int, monkeypatc
     """dS goes through memory at once, by parts, or not."""
     problem = capped(hopper_problem(500 + index, wide=True), index)
     units = problem.key.shape[0] * problem.key.shape[1]
-    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    monkeypatch.setattr(hopper_bwd_wide, "units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
     hopper_bwd_wide._plan.cache_clear()
     results = results_of(flash_fwd, hopper_bwd_wide, problem)
     hopper_bwd_wide._plan.cache_clear()
@@ -1122,7 +1122,7 @@ def test_random_problems_on_hopper_with_wide_heads_and_a_soft_cap(index: int, mo
     if problem.bias is not None and problem.bias.shape[2] > 1:
         problem = dataclasses.replace(problem, output_mask=(True, True, True, False, False))
     units = problem.key.shape[0] * problem.key.shape[1]
-    monkeypatch.setattr(hopper_bwd_wide, "_units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
+    monkeypatch.setattr(hopper_bwd_wide, "units_at_once", lambda signature: (units, (units + 1) // 2, 0)[index % 3])
     hopper_bwd_wide._plan.cache_clear()
     results = results_of(flash_fwd, hopper_bwd_wide, problem)
     hopper_bwd_wide._plan.cache_clear()
