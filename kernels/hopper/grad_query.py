@@ -135,7 +135,10 @@ def product_kernel(
     step = place_in_triton(place, block, blocks, 1, lines, line_tiles) - row_in_ds
     acc = tl.zeros((_BLOCK, COLUMNS), tl.float32)
     acc_rest = tl.zeros((_BLOCK, 64), tl.float32)
-    sums = tl.zeros((_BLOCK,), tl.float32)
+    # Sums of rows are a product, too: beside tl.sum() the others would wait for each other; and beside one of eight
+    # columns, as Triton 3.6 makes it.
+    ones = tl.full((_KEYS, 16), 1.0, ds.dtype)
+    sums = tl.zeros((_BLOCK, 16), tl.float32)
     for col0 in range(begin, end, _KEYS):
         tile = ds.load([row_in_ds, 0])
         row_in_ds += step
@@ -144,7 +147,7 @@ def product_kernel(
         if REST:
             acc_rest = tl.dot(tile.T, k_rest.load([batch, head // group, col0, COLUMNS]).reshape(_KEYS, 64), acc_rest)
         if ROW_SUMS:
-            sums += tl.sum(tile.to(tl.float32), 0)
+            sums = tl.dot(tile.T, ones, sums)
     dq += batch.to(tl.int64) * stride_dq_b + head.to(tl.int64) * stride_dq_h + tl.cast(start, tl.int64) * stride_dq_n
     row = start + tl.arange(0, _BLOCK)
     column = tl.arange(0, COLUMNS)
@@ -157,4 +160,4 @@ def product_kernel(
         tl.store(rows + column[None, :], value, mask=inside & (column < HEAD_DIM)[None, :])
     if ROW_SUMS:
         db += batch.to(tl.int64) * stride_db_b + head.to(tl.int64) * stride_db_h
-        tl.store(db + row.to(tl.int64) * stride_db_m, sums.to(db.dtype.element_ty), mask=row < q_len)
+        tl.store(db + row.to(tl.int64) * stride_db_m, tl.max(sums, 1).to(db.dtype.element_ty), mask=row < q_len)

@@ -203,12 +203,15 @@ def assert_wide_products_in_flight(
 
 @pytest.mark.parametrize("dim", [192, 256])
 @pytest.mark.parametrize("banded", [False, True])
-def test_the_product_of_ds_and_keys_is_in_flight(dim: int, banded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row_sums", [False, True])
+def test_the_product_of_ds_and_keys_is_in_flight(dim: int, banded: bool, row_sums: bool, tmp_path: Path) -> None:
     kernel = grad_query.product_kernel
     constants: dict[str, Any] = {"HEAD_DIM": dim, "DIM": dim, "HAS_LEFT": banded, "HAS_RIGHT": banded}
-    constants |= {"BOTTOM_RIGHT": False, "ROW_SUMS": False, "UNIT": 8, "WIDE": False, "db": None}
+    constants |= {"BOTTOM_RIGHT": False, "ROW_SUMS": row_sums, "UNIT": 8, "WIDE": False}
+    constants |= {} if row_sums else {"db": None}
     wide, rest = hopper_bwd_wide._columns(dim)
     types = {"ds": "tensordesc<bf16[64,128]>", "k": f"tensordesc<bf16[1,1,64,{wide}]>", "dq": "*bf16", "scale": "fp32"}
+    types["db"] = "*fp32"
     if rest:
         types["k_rest"] = f"tensordesc<bf16[1,1,64,{rest}]>"
     else:
