@@ -47,7 +47,7 @@ BLOCK_FORWARD = ("triton.block_forward", "reference")
 """Of problems under a mask by blocks, as BLOCK_BACKWARD."""
 BLOCK_BACKWARD = ("triton.block_backward", "reference")
 
-PAGED_FORWARD = ("triton.paged", "reference")
+PAGED_FORWARD = ("hopper.paged_wide", "triton.paged", "reference")
 """Of problems whose keys and values lie in pages, which have no backward."""
 
 PACKED_ROWS = 256

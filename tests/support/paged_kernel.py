@@ -1,5 +1,5 @@
-"""The Triton kernel of keys and values in pages against float64, and wrong numbers in the tensors that say where keys
-are, with which it stays within the tensors; on a GPU, if there is one, else in Triton's interpreter."""
+"""Kernels of keys and values in pages against float64, and wrong numbers in the tensors that say where keys are, with
+which they stay within the tensors; on a GPU, if there is one, else, Triton's, in its interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sigswap.kernels.host.layout import Layout, by_rows, heads_first
 from sigswap.kernels.host.problem import Options, Pages, Problem
-from sigswap.kernels.triton import paged as kernel
+from sigswap.kernels.triton import paged as triton_kernel
 from sigswap.kernels.triton import split_keys
 
 CUDA = torch.cuda.is_available()
@@ -30,7 +30,7 @@ def problem_of(call: Paged, bias: Tensor | None = None, out: Tensor | None = Non
     return Problem(*views, None if bias is None else by_rows(bias), None, None, own, pages=pages, out=out)
 
 
-def check(call: Paged, options: dict[str, Any], splits: int | None) -> None:
+def check(call: Paged, options: dict[str, Any], splits: int | None, kernel: Any = triton_kernel) -> None:
     """The error is at most 1.1 times that of the rounding of probabilities and output, which are of the inputs' dtype:
     at most half a unit of their last place each."""
     bias, window = options["bias"], options["window"] or (-1, -1)
@@ -99,6 +99,7 @@ def check_wrong(
     monkeypatch: pytest.MonkeyPatch,
     *,
     latent: bool = False,
+    kernel: Any = triton_kernel,
 ) -> None:
     """What is read outside of queries and caches is NaN, and so would be the rows that it reaches. Of 64 heads the
     longest sequence has several tiles of rows. latent: of a head of 576 whose first 512 channels are the value."""

@@ -19,7 +19,7 @@ except ImportError as error:
 
 from sigswap.functional.attention import sigmoid_attention
 from sigswap.kernels import dispatch
-from sigswap.kernels.hopper import decode_wide
+from sigswap.kernels.hopper import decode_wide, decode_wide_warps
 from sigswap.kernels.host.forms import ACCURATE, AUTO, CUBIC_TAIL, FAST, TAIL
 from sigswap.kernels.host.problem import Options, Problem
 from sigswap.kernels.triton import decode_wide as triton_wide
@@ -38,22 +38,28 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] 
         ("fp16", "none", ACCURATE, None, True),
     ],
 )
+@pytest.mark.parametrize("paged", [False, True])
 def test_it_compiles_with_its_products_in_flight(
-    dtype: str, band: str, form: int, bias: str | None, capped: bool, tmp_path: Path
+    dtype: str, band: str, form: int, bias: str | None, capped: bool, paged: bool, tmp_path: Path
 ) -> None:
     constants = features(dtype, band, form, bottom_right=True) | {
         "HEAD_DIM": 576,
         "UNIT": 8,
         "CAP": capped,
         "ALONE": bias is None,
+        "PAGE": 128 if paged else 0,
+        "ALIKE": not capped,
     }
+    constants |= {} if paged else dict.fromkeys(("table", "lengths", "cu_q"))
     constants |= (
         {"BIAS_ROWS": bias == "rows"} | ({} if bias else {"bias": None}) | ({} if capped else {"sum_out": None})
     )
-    pointers = {"q": f"*{dtype}", "out": "*fp32"}
+    pointers = {"q": f"*{dtype}", "out": "*fp32"} | dict.fromkeys(("table", "lengths", "cu_q") if paged else (), "*i32")
     rows: dict[str, int | tuple[int, int]] = {"k": (64, 256), "k_rest": (64, 64)}
     # What is spilled are places in shared memory, by the second warpgroup.
-    assert_products_in_flight(decode_wide._kernel, rows, 0, dtype, 320, tmp_path, pointers=pointers, **constants)
+    assert_products_in_flight(
+        decode_wide_warps.attend_kernel, rows, 0, dtype, 320, tmp_path, pointers=pointers, **constants
+    )
 
 
 @pytest.mark.parametrize("heads", [16, 32])

@@ -27,6 +27,7 @@ from sigswap.kernels import dispatch, reference
 from sigswap.kernels.triton import paged as kernel
 
 CUDA = torch.cuda.is_available()
+ON_HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -171,9 +172,10 @@ def test_as_servers_decode_on_a_gpu(page_size: int, heads: int, rows: int, dtype
     call = latent([rows] * 64, keys, page_size=page_size, heads=heads, dtype=dtype)
     check(call, PLAIN, None)
     problem = problem_of(call, scale=576**-0.5, is_causal=True)
-    assert dispatch.chosen(dispatch.PAGED_FORWARD, problem) is kernel
+    chosen = dispatch.chosen(dispatch.PAGED_FORWARD, problem)
+    assert (chosen is kernel) == (not ON_HOPPER or heads <= 32 or page_size < 64)
     out = run(call, is_causal=True, enable_gqa=True)
-    assert torch.equal(out, kernel.forward(problem)[0].transpose(0, 1))
+    assert torch.equal(out, chosen.forward(problem)[0].transpose(0, 1))
 
 
 @pytest.mark.gpu
