@@ -158,13 +158,12 @@ def _tile_of(place, cu_q, sequences, total_q, group):
     before = 0
     for start in range(0, sequences, _SEQUENCES_AT_ONCE):
         index = start + gl.arange(0, _SEQUENCES_AT_ONCE, by_thread)
-        rows = gl.load(cu_q + index, mask=index < sequences, other=0).to(gl.int64)
+        rows = gl.load(cu_q + index, mask=index < sequences, other=0)
         first = gl.minimum(gl.maximum(rows, 0), total_q) * group // _ROWS + index
         before += gl.sum(((first <= place) & (index < sequences)).to(gl.int32), 0)
     batch = gl.maximum(before - 1, 0)
-    rows = gl.minimum(gl.maximum(gl.load(cu_q + batch), 0), total_q).to(gl.int64)
-    number = place - (rows * group // _ROWS + batch)
-    return batch, gl.minimum(gl.maximum(number, 0), place).to(gl.int32)
+    rows = gl.minimum(gl.maximum(gl.load(cu_q + batch), 0), total_q)
+    return batch, gl.maximum(place - (rows * group // _ROWS + batch), 0)
 
 
 @gluon.jit

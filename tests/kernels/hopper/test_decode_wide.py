@@ -56,9 +56,11 @@ def test_it_compiles_with_its_products_in_flight(
     )
     pointers = {"q": f"*{dtype}", "out": "*fp32"} | dict.fromkeys(("table", "lengths", "cu_q") if paged else (), "*i32")
     rows: dict[str, int | tuple[int, int]] = {"k": (64, 256), "k_rest": (64, 64)}
-    # What is spilled are places in shared memory, by the second warpgroup.
+    # What is spilled are places in shared memory: by the second warpgroup, and with Triton 3.8 by both where programs
+    # look for their sequence.
+    spilled = 1000 if paged and capped else 320
     assert_products_in_flight(
-        decode_wide_warps.attend_kernel, rows, 0, dtype, 320, tmp_path, pointers=pointers, **constants
+        decode_wide_warps.attend_kernel, rows, 0, dtype, spilled, tmp_path, pointers=pointers, **constants
     )
 
 
