@@ -391,6 +391,7 @@ def test_original_may_be_a_copy_a_directory_or_the_model_itself(tmp_path: Path) 
         assert result.measures == expected.measures and result.by_distance == expected.by_distance
         assert result.layers == expected.layers
         assert any("swap switched off" in note for note in result.notes) == (given is None)
+        assert not any("peft" in note for note in result.notes)  # for it has none of its adapters
     made = sigswap.compare(model, original, progress=False)
     assert made.kind == "language model" and any("the model wrote itself" in note for note in made.notes)
 
