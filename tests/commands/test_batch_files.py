@@ -110,6 +110,19 @@ def test_a_directory_without_a_tokenizer(name: str, tmp_path: Path) -> None:
     assert "tokenizer's files" in result.stderr and not (tmp_path / "out").exists()
 
 
+def test_what_is_said_of_a_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
+    """Of transformers' reasons, five lines about how it might make one, none is the true one."""
+    hf("LlamaForCausalLM").save_pretrained(tmp_path)
+    hint = "Put the tokenizer's files into the model's directory, or do without data: --calibrate none."
+    with pytest.raises(ArgumentError) as caught:
+        make_batches(hf("LlamaForCausalLM"), str(tmp_path), ["one"])
+    assert str(caught.value) == f"--calibrate: {tmp_path} has no tokenizer. {hint}"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="has a tokenizer that transformers cannot load") as caught:
+        make_batches(hf("LlamaForCausalLM"), str(tmp_path), ["one"])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_of_bytes_needs_no_files(tmp_path: Path) -> None:
     hf("T5Model").save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
