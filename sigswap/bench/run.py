@@ -63,16 +63,7 @@ def run(
             suite has none of the named peers, or no cell has such a label.
         BenchmarkError: There is no GPU that sigswap's kernels run on.
     """
-    named_suites = suites
-    suites = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
-    wanted = _known("peer", peers, peer_names())
-    if peers is not None:
-        _require_peers(wanted, suites, each=named_suites is not None)
-    _known("dtype", [dtype], DTYPES)
-    _known("mode", [] if mode is None else [mode], MODES)
-    chosen = [cell for suite in suites for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
-    if not chosen:
-        raise ArgumentError(f"no cell of {', '.join(suites)} has a label like {', '.join(labels or ())}.")
+    suites, wanted, chosen = choose(suites, labels=labels, peers=peers, dtype=dtype, quick=quick, mode=mode)
     _require_gpu()
     packages = [peer.package for suite in suites for peer in peers_of(suite) if peer.package and peer.name in wanted]
     needed = {"models": ("timm", "transformers"), "generation": ("transformers",)}
@@ -102,6 +93,28 @@ def run(
                 stopped = f"The run ended in {cell.suite} {cell.label}: {error}"
                 break
     return Benchmark(machine, dtype, copy, rows, stopped)
+
+
+def choose(
+    suites: Sequence[str] | None,
+    *,
+    labels: Sequence[str] | None,
+    peers: Sequence[str] | None,
+    dtype: str,
+    quick: bool,
+    mode: str | None,
+) -> tuple[list[str], list[str], list[Cell | ModelCell | GenerationCell]]:
+    """The suites, peers and cells that :func:`run` is to measure; raises its ArgumentErrors, which are about them."""
+    known = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
+    wanted = _known("peer", peers, peer_names())
+    if peers is not None:
+        _require_peers(wanted, known, each=suites is not None)
+    _known("dtype", [dtype], DTYPES)
+    _known("mode", [] if mode is None else [mode], MODES)
+    chosen = [cell for suite in known for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
+    if not chosen:
+        raise ArgumentError(f"no cell of {', '.join(known)} has a label like {', '.join(labels or ())}.")
+    return known, wanted, chosen
 
 
 def _left_out(cell: Cell | ModelCell | GenerationCell) -> Sequence[str]:

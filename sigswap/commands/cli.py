@@ -30,6 +30,7 @@ from sigswap.commands.shared import (
     example_inputs,
     failures,
     print_json,
+    usage,
     working,
 )
 from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint
@@ -218,19 +219,20 @@ def convert(
         "row_cap": row_cap,
     }
     with failures(as_json, debug):
-        saved.check_empty(out, force)
-        for option, value in (("--picture", picture), ("--max-length", max_length)):
-            if value is not None and calibrate is None:
-                raise ArgumentError(f"{option} is for a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
         from sigswap.saving.checkpoint import saved_conversion
         from sigswap.training.pictures import check_picture
 
+        with usage():
+            config = sigswap.SigmoidConfig(**settings)
+            for option, value in (("--picture", picture), ("--max-length", max_length)):
+                if value is not None and calibrate is None:
+                    raise ArgumentError(f"{option} is for a calibration.", hint=Hint("Pass --calibrate as well."))
+        saved.check_empty(out, force)
         if picture is not None:  # what can be told before the minutes of loading, converting and calibrating
             check_picture(picture)
         found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
-        config = sigswap.SigmoidConfig(**settings)
         with working(f"Loading {model}"):
             is_saved = saved_conversion(model) is not None
             built = None if is_saved else build(model, weights=True, pretrained=pretrained, allow_code=False)
@@ -444,20 +446,27 @@ def bench(
     communication overlaps with what.
     """
     with failures(False, debug):
-        if suite is not None and DISTRIBUTED in suite:
-            from sigswap.bench.distributed.run import report
-
-            refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
-            report(refused, json_file, dtype=dtype, quick=quick, labels=cell, profile=profile, console=errors)
-            return
-        if profile is not None:
-            raise ArgumentError("--profile is of the suite distributed alone.")
-        from sigswap.bench import run as benchmark
-        from sigswap.bench.results import check_plot
-
         for path in (json_file, plot):  # before the minutes of measuring
             if path is not None and not path.resolve().parent.is_dir():
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
+        if suite is not None and DISTRIBUTED in suite:
+            from sigswap.bench.distributed.run import choose, report
+
+            refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
+            given = [option for option, value in refused.items() if value]
+            with usage():
+                if given:
+                    raise ArgumentError(f"the suite distributed runs by itself, without {', '.join(given)}.")
+                choose(dtype, quick, cell)
+            report(json_file, dtype=dtype, quick=quick, labels=cell, profile=profile, console=errors)
+            return
+        if profile is not None:
+            raise typer.BadParameter("--profile is of the suite distributed alone.")
+        from sigswap.bench import run as benchmark
+        from sigswap.bench.results import check_plot
+
+        with usage():
+            benchmark.choose(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode)
         if plot is not None:
             check_plot(plot)
         result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=errors)
@@ -504,9 +513,7 @@ def _parse_bias(text: str) -> str | int | float:
             return kind(text)
         except ValueError:
             pass
-    if text != "visible":
-        raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
-    return text
+    return text  # visible, or what SigmoidConfig refuses
 
 
 def _check_remote_code(built: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sigswap.commands.shared import AllowCode, AsJson, Debug, build, failures, print_json, working
+from sigswap.commands.shared import AllowCode, AsJson, Debug, build, failures, print_json, usage, working
 from sigswap.errors import ArgumentError, Hint
 
 Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as an .html page, too.")]
@@ -139,15 +139,18 @@ def distill(
     Calibrate it first. Ctrl-C leaves nothing but the file of --resume.
     """
     with failures(as_json, debug):
-        check_saved(directory)
-        check_empty(out, force)
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
         from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.saving.transformers_hook import is_transformers_model
+        from sigswap.training.distill import check_choices
         from sigswap.training.pictures import check_picture
 
+        with usage():
+            check_choices(train, lr, lift_row_cap)
+        check_saved(directory)
+        check_empty(out, force)
         if picture is not None:
             check_picture(picture)
         found = find_samples(data, samples, "--data")

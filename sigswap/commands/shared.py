@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from sigswap.errors import ArgumentError, SigswapError
+from sigswap.errors import ArgumentError, ConfigError, SigswapError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,7 @@ def build(spec: str, *, weights: bool, pretrained: bool, allow_code: bool) -> nn
     from sigswap.saving.checkpoint import COMPANIONS, is_saved, load
 
     if pretrained and not spec.startswith("timm:"):
-        raise ArgumentError("--pretrained is for timm:NAME.")
+        raise typer.BadParameter("--pretrained is for timm:NAME.")
     if is_saved(spec):
         return load(spec, allow_code=allow_code)
     if spec.startswith("timm:"):
@@ -130,6 +130,17 @@ def working(what: str) -> Status:
 
 
 @contextmanager
+def usage() -> Iterator[None]:
+    """Makes an error of what is done in it, which is to look at options alone, wrong usage, as what typer itself finds
+    of options is."""
+    try:
+        yield
+    except (ArgumentError, ConfigError) as error:
+        hint = "" if error.hint is None else f" {error.hint.spelled(lambda name, _: _option(name))}"
+        raise typer.BadParameter(error.spelled(_in_message) + hint) from None
+
+
+@contextmanager
 def failures(as_json: bool, debug: bool, command: str | None = None) -> Iterator[None]:
     """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1; Ctrl-C into one and
     130. ``command`` is named where its options for the same argument differ from other commands'."""
@@ -137,7 +148,7 @@ def failures(as_json: bool, debug: bool, command: str | None = None) -> Iterator
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
-    except typer.Exit:
+    except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt as interrupt:
         if debug:

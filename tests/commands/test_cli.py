@@ -299,7 +299,7 @@ def test_row_cap(tmp_path: Path) -> None:
     assert run("convert", tmp_path / "in", "--out", tmp_path / "out", "--row-cap", "0.5").exit_code == 0
     assert sigswap.report(sigswap.load(tmp_path / "out")).notes[-1] == "Row cap: 0.5 (3 attentions)."
     failed = run("convert", tmp_path / "in", "--out", tmp_path / "other", "--row-cap", "0")
-    assert failed.exit_code == 1 and "row-cap must be a positive finite number where it is given" in failed.stderr
+    assert failed.exit_code == 2 and "--row-cap must be a positive finite number where it is given" in failed.stderr
 
 
 def test_a_decoder_that_is_calibrated(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_a_mistyped_name_is_asked_for_once(answer: str, message: str, monkeypatc
     [
         (("inspect", "/no/such/directory"), 1, "not a directory or hub id"),
         (("inspect", "a/path/of/three"), 1, "there is no such directory"),
-        (("convert", f"{HERE}:build", "--out", "x", "--max-length", "8"), 1, "--calibrate"),
+        (("convert", f"{HERE}:build", "--out", "x", "--max-length", "8"), 2, "--calibrate"),
         (("inspect", "timm:no_such_model"), 1, "no_such_model"),
         (("inspect", "no_such_module:build"), 1, "no module 'no_such_module'"),
         (("inspect", f"{HERE}:nothing"), 1, "has no 'nothing'"),
@@ -420,15 +420,18 @@ def test_a_mistyped_name_is_asked_for_once(answer: str, message: str, monkeypatc
         (("inspect", f"{HERE}:fail"), 1, "broken [bold]on purpose[/bold]"),
         (("inspect", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs"), 1, "no softmax attention"),
         (("convert", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs", "--out", "x"), 1, "no softmax"),
-        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 1, "--qk-norm"),
-        (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias"),
+        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 2, "--qk-norm must be 'rms' or"),
+        (("convert", f"{HERE}:build", "--out", "x", "--row-cap", "-1"), 2, "--row-cap must be a positive"),
+        (("convert", f"{HERE}:build", "--out", "x", "--layer-scale", "inf"), 2, "--layer-scale must"),
+        (("convert", f"{HERE}:build", "--out", "x", "--bias", "-3"), 2, "--bias=-3: an int is a number of keys"),
+        (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias must be 'visible'"),
         (
             ("convert", f"{HERE}:build", "--example", f"{HERE}:inputs", "--out", "x", "--remote-code"),
             1,
             "--remote-code is for transformers models only",
         ),
         (("convert", f"{HERE}:build"), 2, "--out"),
-        (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 1, "timm:NAME"),
+        (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 2, "timm:NAME"),
         (("no-such-command",), 2, "no-such-command"),
     ],
 )
@@ -465,9 +468,6 @@ def test_mistakes(
             ("convert", "build_another_each_time"),
             "build_another_each_time' builds another model than this one: built is of shape",
         ),
-        (("convert", "build", "--bias", "-3"), "--bias=-3"),
-        (("convert", "build", "--layer-scale", "inf"), "--layer-scale must"),
-        (("convert", "build", "--qk-norm", "other"), "--qk-norm must"),
         (("convert", "build", "--no-learn-bias", "--calibrate", "none"), "Convert with --learn-bias, or --query-bias"),
         (("convert", "build", "--calibrate", "none"), "Pass a file to --calibrate"),
     ],
