@@ -302,6 +302,12 @@ def test_row_cap(tmp_path: Path) -> None:
     assert failed.exit_code == 2 and "--row-cap must be a positive finite number where it is given" in failed.stderr
 
 
+def test_a_warning_is_one_line_without_the_code_that_it_came_from(tmp_path: Path) -> None:
+    done = run("convert", f"{HERE}:build", "--example", f"{HERE}:inputs", "--out", tmp_path / "out", "--bias", "128.0")
+    (line,) = [line for line in done.stderr.splitlines() if "128.0" in line]
+    assert done.exit_code == 0 and line.startswith("Warning: bias=128.0 is a float") and "cli.py" not in done.stderr
+
+
 def test_a_decoder_that_is_calibrated(tmp_path: Path) -> None:
     word_llama(tmp_path / "in")
     (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{(i + 7 * j) % 48}" for j in range(20)) for i in range(9)))
