@@ -20,7 +20,18 @@ import torch
 
 from sigswap.bench import generation, own
 from sigswap.bench import models as bench_models
-from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, GenerationCell, ModelCell, cells, phases
+from sigswap.bench.cells import (
+    DEFAULT_SUITES,
+    DISTRIBUTED,
+    DTYPES,
+    SETUPS,
+    SUITES,
+    Cell,
+    GenerationCell,
+    ModelCell,
+    cells,
+    phases,
+)
 from sigswap.bench.correctness import check
 from sigswap.bench.inputs import make_inputs
 from sigswap.bench.peers import find_peer, peer_names, peers_of
@@ -105,7 +116,7 @@ def choose(
     mode: str | None,
 ) -> tuple[list[str], list[str], list[Cell | ModelCell | GenerationCell]]:
     """The suites, peers and cells that :func:`run` is to measure; raises its ArgumentErrors, which are about them."""
-    known = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
+    known = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES, f", {DISTRIBUTED}")
     wanted = _known("peer", peers, peer_names())
     if peers is not None:
         _require_peers(wanted, known, each=suites is not None)
@@ -129,12 +140,12 @@ def _is_labelled(label: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(label, pattern) for pattern in patterns)
 
 
-def _known(what: str, names: Sequence[str] | None, known: Collection[str]) -> list[str]:
-    """``names`` without duplicates, all that are known if None."""
+def _known(what: str, names: Sequence[str] | None, known: Collection[str], others: str = "") -> list[str]:
+    """``names`` without duplicates, all that are known if None. ``others``: what the command line knows as well."""
     chosen = list(dict.fromkeys(known if names is None else names))
     for name in chosen:
         if name not in known:
-            raise ArgumentError(f"{what} {name!r} is not one of {', '.join(known)}.")
+            raise ArgumentError(f"{what} {name!r} is not one of {', '.join(known)}{others}.")
     return chosen
 
 

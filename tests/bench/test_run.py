@@ -447,7 +447,8 @@ def test_without_a_gpu() -> None:
     [
         (
             ("--suite", "trian"),
-            "suite 'trian' is not one of train, short, decode, varlen, host, features, models, generation.",
+            "suite 'trian' is not one of train, short, decode, varlen, host, features, models, generation, "
+            "distributed.",
         ),
         (("--peers", "fa5"), "peer 'fa5' is not one of fa2, fa3, fa4, cudnn,"),
         (("--suite", "host", "--peers", "cudnn"), "peer 'cudnn' is not measured in host: host has sdpa."),
