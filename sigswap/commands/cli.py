@@ -265,7 +265,7 @@ def convert(
             print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
         else:
             console = Console()
-            console.print(report)
+            console.print(shown)
             if calibration is not None:
                 console.print(calibration)
             code = _factory(built, model) is not None and not model.startswith("timm:")

@@ -149,7 +149,7 @@ def distill(
 
         with usage():
             check_choices(train, lr, lift_row_cap)
-        check_saved(directory)
+        check_saved(directory, original)
         check_empty(out, force)
         if picture is not None:
             check_picture(picture)
@@ -227,13 +227,16 @@ def check_empty(out: Path, force: bool) -> None:
         raise ArgumentError(f"{out} is not empty.", hint=Hint("Choose another directory, or pass --force."))
 
 
-def check_saved(directory: Path) -> None:
+def check_saved(directory: Path, original: str | None = None) -> None:
+    """Raises ArgumentError unless ``directory`` holds a converted model; ``original`` is what comes after it."""
     from sigswap.saving.checkpoint import is_saved
 
+    swapped = original is not None and is_saved(original)
+    hint = Hint("The converted model comes first, then its original.") if swapped else None
     if not directory.is_dir():
-        raise ArgumentError(f"{directory} is not a directory.")
+        raise ArgumentError(f"{directory} is not a directory.", hint=hint)
     if not is_saved(directory):
-        raise ArgumentError(f"{directory} holds no model that sigswap saved.")
+        raise ArgumentError(f"{directory} holds no model that sigswap saved.", hint=hint)
 
 
 def _beside(directory: Path) -> str:

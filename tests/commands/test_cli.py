@@ -264,7 +264,8 @@ def test_compare(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("in", "in"), "holds no model that sigswap saved"),
+        (("in", "in"), "holds no model that sigswap saved."),
+        (("in", "out"), "holds no model that sigswap saved. The converted model comes first, then its original."),
         (("out", "nothing"), "nothing: not a directory or hub id"),
         (("out", "in", "--text", "no.txt"), "--text: there is no no.txt"),
         (
