@@ -251,7 +251,7 @@ def convert(
             )
         if remote_code:
             _check_remote_code(built)  # before the minutes of calibrating
-        calibration = None
+        calibration, shown = None, sigswap.report(built)  # without the calibration, which is shown by itself
         if calibrate is not None:
             batches = None if found is None else make_batches(built, model, found)
             calibration = sigswap.calibrate(built, batches, max_length=max_length)
@@ -259,10 +259,9 @@ def convert(
                 calibration.save(picture)
         with working(f"Saving to {out}"):
             sigswap.save(built, out, factory=_factory(built, model), remote_code=remote_code)
-        report = sigswap.report(built)
         if as_json:
             measured = {} if calibration is None else {"calibration": calibration.to_dict()}
-            print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
+            print_json({"model": model, "out": str(out), **sigswap.report(built).to_dict(), **measured})
         else:
             console = Console()
             console.print(shown)
@@ -330,7 +329,7 @@ def compare(
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if picture is not None:
             check_picture(picture)
-        saved.check_saved(model)
+        saved.check_saved(model, original)
         found = None if text is None else find_samples(text, samples, "--text")
         with working(f"Loading {model} and {original}"):
             converted = sigswap.load(model, allow_code=allow_code)
