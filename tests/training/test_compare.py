@@ -360,6 +360,11 @@ def test_layers_against_their_definition(kind: str, cap: float | None) -> None:
 # The call, its report, and what it leaves behind
 
 
+def test_a_small_error_is_not_shown_as_none() -> None:
+    shown = str(sigswap.Comparison("encoder", 1, [sigswap.Measure("squared error", "", 0.0, 0.000123)]))
+    assert "0.00012" in shown and "0.000 " in shown
+
+
 def test_without_an_original_adapters_and_what_was_trained_beside_them_are_off() -> None:
     peft = pytest.importorskip("peft")
     model = transformers.BertForSequenceClassification(
