@@ -492,7 +492,7 @@ def test_a_plot_without_matplotlib_fails_before_the_run(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(bench, "run", lambda *_, **__: pytest.fail("it ran"))
     result = run("--plot", tmp_path / "plot.png")
-    assert result.exit_code == 1 and "pip install 'sigswap[bench]'" in result.stderr
+    assert result.exit_code == 1 and "pip install 'sigswap[plot]'" in result.stderr
 
 
 def test_files_are_written_and_a_failure_of_sigswap_is_an_error(
