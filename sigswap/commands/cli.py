@@ -495,6 +495,8 @@ def demo(
         from sigswap.commands.demo import run
         from sigswap.training.pictures import check_picture
 
+        if out is not None:
+            saved.check_empty(out, None)
         if picture is not None:
             check_picture(picture)
         result = run(steps=steps, seed=seed, out=out, console=errors)

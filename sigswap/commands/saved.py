@@ -222,9 +222,11 @@ def writes(model: Any) -> bool:
     return bool(hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder)
 
 
-def check_empty(out: Path, force: bool) -> None:
+def check_empty(out: Path, force: bool | None) -> None:
+    """Raises ArgumentError if files in ``out`` could be replaced. ``force``: None if the command has no such option."""
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise ArgumentError(f"{out} is not empty.", hint=Hint("Choose another directory, or pass --force."))
+        hint = Hint("Choose another directory." if force is None else "Choose another directory, or pass --force.")
+        raise ArgumentError(f"{out} is not empty.", hint=hint)
 
 
 def check_saved(directory: Path, original: str | None = None) -> None:
