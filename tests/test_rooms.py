@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -228,6 +229,14 @@ def test_a_function_has_no_more_parameters_than_multi_head_attention_needs() -> 
 def test_parameter_lists_are_not_repeated() -> None:
     repeated = repeated_signatures(ROOT)
     assert len(repeated) <= MOST_REPEATED, "\n".join(repeated)
+
+
+def test_the_design_page_has_the_rooms() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(?:sigswap/)?(\w+)(?:/|\.py)` \|.*\| (.*?) ?\|$", page, re.MULTILINE)
+    rooms = {room: set(may) - set(LEAVES) for room, may in ROOMS.items() if room not in LEAVES}
+    del rooms["the package"], rooms["former_names"]
+    assert {room: set(filter(None, may.split(", "))) for room, may in shown} == rooms
 
 
 LINES = ["x = 1"] * (MOST_LINES + 1)

@@ -260,7 +260,7 @@ def check_plot(path: Path) -> None:
     """
     from sigswap.optional import require
 
-    require("matplotlib", "bench")
+    require("matplotlib", "plot")
     from matplotlib.figure import Figure
 
     endings = Figure().canvas.get_supported_filetypes()

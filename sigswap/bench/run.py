@@ -20,7 +20,18 @@ import torch
 
 from sigswap.bench import generation, own
 from sigswap.bench import models as bench_models
-from sigswap.bench.cells import DEFAULT_SUITES, DTYPES, SETUPS, SUITES, Cell, GenerationCell, ModelCell, cells, phases
+from sigswap.bench.cells import (
+    DEFAULT_SUITES,
+    DISTRIBUTED,
+    DTYPES,
+    SETUPS,
+    SUITES,
+    Cell,
+    GenerationCell,
+    ModelCell,
+    cells,
+    phases,
+)
 from sigswap.bench.correctness import check
 from sigswap.bench.inputs import make_inputs
 from sigswap.bench.peers import find_peer, peer_names, peers_of
@@ -63,16 +74,7 @@ def run(
             suite has none of the named peers, or no cell has such a label.
         BenchmarkError: There is no GPU that sigswap's kernels run on.
     """
-    named_suites = suites
-    suites = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES)
-    wanted = _known("peer", peers, peer_names())
-    if peers is not None:
-        _require_peers(wanted, suites, each=named_suites is not None)
-    _known("dtype", [dtype], DTYPES)
-    _known("mode", [] if mode is None else [mode], MODES)
-    chosen = [cell for suite in suites for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
-    if not chosen:
-        raise ArgumentError(f"no cell of {', '.join(suites)} has a label like {', '.join(labels or ())}.")
+    suites, wanted, chosen = choose(suites, labels=labels, peers=peers, dtype=dtype, quick=quick, mode=mode)
     _require_gpu()
     packages = [peer.package for suite in suites for peer in peers_of(suite) if peer.package and peer.name in wanted]
     needed = {"models": ("timm", "transformers"), "generation": ("transformers",)}
@@ -104,6 +106,28 @@ def run(
     return Benchmark(machine, dtype, copy, rows, stopped)
 
 
+def choose(
+    suites: Sequence[str] | None,
+    *,
+    labels: Sequence[str] | None,
+    peers: Sequence[str] | None,
+    dtype: str,
+    quick: bool,
+    mode: str | None,
+) -> tuple[list[str], list[str], list[Cell | ModelCell | GenerationCell]]:
+    """The suites, peers and cells that :func:`run` is to measure; raises its ArgumentErrors, which are about them."""
+    known = _known("suite", DEFAULT_SUITES if suites is None else suites, SUITES, f", {DISTRIBUTED}")
+    wanted = _known("peer", peers, peer_names())
+    if peers is not None:
+        _require_peers(wanted, known, each=suites is not None)
+    _known("dtype", [dtype], DTYPES)
+    _known("mode", [] if mode is None else [mode], MODES)
+    chosen = [cell for suite in known for cell in cells(suite, quick) if _is_labelled(cell.label, labels)]
+    if not chosen:
+        raise ArgumentError(f"no cell of {', '.join(known)} has a label like {', '.join(labels or ())}.")
+    return known, wanted, chosen
+
+
 def _left_out(cell: Cell | ModelCell | GenerationCell) -> Sequence[str]:
     """The peers that are not measured in the cell unless they are asked for."""
     if isinstance(cell, ModelCell | GenerationCell):
@@ -116,12 +140,12 @@ def _is_labelled(label: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(label, pattern) for pattern in patterns)
 
 
-def _known(what: str, names: Sequence[str] | None, known: Collection[str]) -> list[str]:
-    """``names`` without duplicates, all that are known if None."""
+def _known(what: str, names: Sequence[str] | None, known: Collection[str], others: str = "") -> list[str]:
+    """``names`` without duplicates, all that are known if None. ``others``: what the command line knows as well."""
     chosen = list(dict.fromkeys(known if names is None else names))
     for name in chosen:
         if name not in known:
-            raise ArgumentError(f"{what} {name!r} is not one of {', '.join(known)}.")
+            raise ArgumentError(f"{what} {name!r} is not one of {', '.join(known)}{others}.")
     return chosen
 
 

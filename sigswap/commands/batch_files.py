@@ -121,21 +121,28 @@ def _tokenizer(source: str, option: str) -> Any:
     hint = Hint(
         f"Put the tokenizer's files into the model's directory, or do without data: {_WITHOUT.get(option, option)}."
     )
+    directory = source_directory(source)
+    there = [file.name for file in directory.iterdir()] if directory is not None else []
     try:
         tokenizer = auto.from_pretrained(source)
     except Exception as error:  # OSError, ValueError, KeyError, ImportError, ...: each tokenizer has its own
+        if directory is not None and not _any_matches(there, ("tokenizer*", *_VOCABULARIES)):
+            raise ArgumentError(f"{option}: {source} has no tokenizer.", hint=hint) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ArgumentError(
-            f"{option}: {source} has no tokenizer that transformers can load ({error}).", hint=hint
+            f"{option}: {source} has a tokenizer that transformers cannot load ({reason}).", hint=hint
         ) from error
     # Where the files are missing, transformers makes up a tokenizer that knows no words.
     kinds = getattr(tokenizer, "vocab_files_names", {})
     names = [name for kind, name in kinds.items() if kind != "merges_file" and "config" not in kind]
-    directory = source_directory(source)
-    if names and directory is not None:  # a tokenizer of bytes has none
-        patterns = (*names, *_VOCABULARIES)
-        if not any(fnmatch.fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in patterns):
-            raise ArgumentError(f"{option}: {source} has no vocabulary ({' or '.join(names)}).", hint=hint)
+    # A tokenizer of bytes has none.
+    if names and directory is not None and not _any_matches(there, (*names, *_VOCABULARIES)):
+        raise ArgumentError(f"{option}: {source} has no vocabulary ({' or '.join(names)}).", hint=hint)
     return tokenizer
+
+
+def _any_matches(names: list[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
 
 def _images(model: Any, source: str, files: list[Path], option: str) -> Any:

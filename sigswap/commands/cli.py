@@ -30,6 +30,7 @@ from sigswap.commands.shared import (
     example_inputs,
     failures,
     print_json,
+    usage,
     working,
 )
 from sigswap.errors import AlreadyConvertedError, ArgumentError, BenchmarkError, Hint
@@ -218,19 +219,20 @@ def convert(
         "row_cap": row_cap,
     }
     with failures(as_json, debug):
-        saved.check_empty(out, force)
-        for option, value in (("--picture", picture), ("--max-length", max_length)):
-            if value is not None and calibrate is None:
-                raise ArgumentError(f"{option} is for a calibration.", hint=Hint("Pass --calibrate as well."))
         import sigswap
         from sigswap.commands.batch_files import find_samples, make_batches
         from sigswap.saving.checkpoint import saved_conversion
         from sigswap.training.pictures import check_picture
 
+        with usage():
+            config = sigswap.SigmoidConfig(**settings)
+            for option, value in (("--picture", picture), ("--max-length", max_length)):
+                if value is not None and calibrate is None:
+                    raise ArgumentError(f"{option} is for a calibration.", hint=Hint("Pass --calibrate as well."))
+        saved.check_empty(out, force)
         if picture is not None:  # what can be told before the minutes of loading, converting and calibrating
             check_picture(picture)
         found = None if calibrate in (None, "none") else find_samples(Path(calibrate), samples)
-        config = sigswap.SigmoidConfig(**settings)
         with working(f"Loading {model}"):
             is_saved = saved_conversion(model) is not None
             built = None if is_saved else build(model, weights=True, pretrained=pretrained, allow_code=False)
@@ -249,7 +251,7 @@ def convert(
             )
         if remote_code:
             _check_remote_code(built)  # before the minutes of calibrating
-        calibration = None
+        calibration, shown = None, sigswap.report(built)  # without the calibration, which is shown by itself
         if calibrate is not None:
             batches = None if found is None else make_batches(built, model, found)
             calibration = sigswap.calibrate(built, batches, max_length=max_length)
@@ -257,13 +259,12 @@ def convert(
                 calibration.save(picture)
         with working(f"Saving to {out}"):
             sigswap.save(built, out, factory=_factory(built, model), remote_code=remote_code)
-        report = sigswap.report(built)
         if as_json:
             measured = {} if calibration is None else {"calibration": calibration.to_dict()}
-            print_json({"model": model, "out": str(out), **report.to_dict(), **measured})
+            print_json({"model": model, "out": str(out), **sigswap.report(built).to_dict(), **measured})
         else:
             console = Console()
-            console.print(report)
+            console.print(shown)
             if calibration is not None:
                 console.print(calibration)
             code = _factory(built, model) is not None and not model.startswith("timm:")
@@ -328,7 +329,7 @@ def compare(
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
         if picture is not None:
             check_picture(picture)
-        saved.check_saved(model)
+        saved.check_saved(model, original)
         found = None if text is None else find_samples(text, samples, "--text")
         with working(f"Loading {model} and {original}"):
             converted = sigswap.load(model, allow_code=allow_code)
@@ -444,20 +445,27 @@ def bench(
     communication overlaps with what.
     """
     with failures(False, debug):
-        if suite is not None and DISTRIBUTED in suite:
-            from sigswap.bench.distributed.run import report
-
-            refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
-            report(refused, json_file, dtype=dtype, quick=quick, labels=cell, profile=profile, console=errors)
-            return
-        if profile is not None:
-            raise ArgumentError("--profile is of the suite distributed alone.")
-        from sigswap.bench import run as benchmark
-        from sigswap.bench.results import check_plot
-
         for path in (json_file, plot):  # before the minutes of measuring
             if path is not None and not path.resolve().parent.is_dir():
                 raise ArgumentError(f"{path} cannot be written: there is no directory {path.parent}.")
+        if suite is not None and DISTRIBUTED in suite:
+            from sigswap.bench.distributed.run import choose, report
+
+            refused = {"--suite": len(suite) > 1, "--peers": peers, "--mode": mode, "--plot": plot}
+            given = [option for option, value in refused.items() if value]
+            with usage():
+                if given:
+                    raise ArgumentError(f"the suite distributed runs by itself, without {', '.join(given)}.")
+                choose(dtype, quick, cell)
+            report(json_file, dtype=dtype, quick=quick, labels=cell, profile=profile, console=errors)
+            return
+        if profile is not None:
+            raise typer.BadParameter("--profile is of the suite distributed alone.")
+        from sigswap.bench import run as benchmark
+        from sigswap.bench.results import check_plot
+
+        with usage():
+            benchmark.choose(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode)
         if plot is not None:
             check_plot(plot)
         result = benchmark.run(suite, labels=cell, peers=peers, dtype=dtype, quick=quick, mode=mode, console=errors)
@@ -487,6 +495,8 @@ def demo(
         from sigswap.commands.demo import run
         from sigswap.training.pictures import check_picture
 
+        if out is not None:
+            saved.check_empty(out, None)
         if picture is not None:
             check_picture(picture)
         result = run(steps=steps, seed=seed, out=out, console=errors)
@@ -504,9 +514,7 @@ def _parse_bias(text: str) -> str | int | float:
             return kind(text)
         except ValueError:
             pass
-    if text != "visible":
-        raise typer.BadParameter(f"{text!r} is neither 'visible' nor a number.", param_hint="--bias")
-    return text
+    return text  # visible, or what SigmoidConfig refuses
 
 
 def _check_remote_code(built: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sigswap.commands.shared import AllowCode, AsJson, Debug, build, failures, print_json, working
+from sigswap.commands.shared import AllowCode, AsJson, Debug, build, failures, print_json, usage, working
 from sigswap.errors import ArgumentError, Hint
 
 Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as an .html page, too.")]
@@ -139,15 +139,18 @@ def distill(
     Calibrate it first. Ctrl-C leaves nothing but the file of --resume.
     """
     with failures(as_json, debug):
-        check_saved(directory)
-        check_empty(out, force)
         import sigswap
         from sigswap.commands.batch_files import block_batches, find_samples, find_tokenizer, make_batches
         from sigswap.saving import remote_code
         from sigswap.saving.checkpoint import save
         from sigswap.saving.transformers_hook import is_transformers_model
+        from sigswap.training.distill import check_choices
         from sigswap.training.pictures import check_picture
 
+        with usage():
+            check_choices(train, lr, lift_row_cap)
+        check_saved(directory, original)
+        check_empty(out, force)
         if picture is not None:
             check_picture(picture)
         found = find_samples(data, samples, "--data")
@@ -219,18 +222,23 @@ def writes(model: Any) -> bool:
     return bool(hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder)
 
 
-def check_empty(out: Path, force: bool) -> None:
+def check_empty(out: Path, force: bool | None) -> None:
+    """Raises ArgumentError if files in ``out`` could be replaced. ``force``: None if the command has no such option."""
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise ArgumentError(f"{out} is not empty.", hint=Hint("Choose another directory, or pass --force."))
+        hint = Hint("Choose another directory." if force is None else "Choose another directory, or pass --force.")
+        raise ArgumentError(f"{out} is not empty.", hint=hint)
 
 
-def check_saved(directory: Path) -> None:
+def check_saved(directory: Path, original: str | None = None) -> None:
+    """Raises ArgumentError unless ``directory`` holds a converted model; ``original`` is what comes after it."""
     from sigswap.saving.checkpoint import is_saved
 
+    swapped = original is not None and is_saved(original)
+    hint = Hint("The converted model comes first, then its original.") if swapped else None
     if not directory.is_dir():
-        raise ArgumentError(f"{directory} is not a directory.")
+        raise ArgumentError(f"{directory} is not a directory.", hint=hint)
     if not is_saved(directory):
-        raise ArgumentError(f"{directory} holds no model that sigswap saved.")
+        raise ArgumentError(f"{directory} holds no model that sigswap saved.", hint=hint)
 
 
 def _beside(directory: Path) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from sigswap.errors import ArgumentError, SigswapError
+from sigswap.errors import ArgumentError, ConfigError, SigswapError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +58,7 @@ def build(spec: str, *, weights: bool, pretrained: bool, allow_code: bool) -> nn
     from sigswap.saving.checkpoint import COMPANIONS, is_saved, load
 
     if pretrained and not spec.startswith("timm:"):
-        raise ArgumentError("--pretrained is for timm:NAME.")
+        raise typer.BadParameter("--pretrained is for timm:NAME.")
     if is_saved(spec):
         return load(spec, allow_code=allow_code)
     if spec.startswith("timm:"):
@@ -130,14 +132,45 @@ def working(what: str) -> Status:
 
 
 @contextmanager
+def usage() -> Iterator[None]:
+    """Makes an error of what is done in it, which is to look at options alone, wrong usage, as what typer itself finds
+    of options is."""
+    try:
+        yield
+    except (ArgumentError, ConfigError) as error:
+        hint = "" if error.hint is None else f" {error.hint.spelled(lambda name, _: _option(name))}"
+        raise typer.BadParameter(error.spelled(_in_message) + hint) from None
+
+
+@contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Sigswap's warnings as one line each, without the line of its code that they came from."""
+    others, package = warnings.showwarning, Path(__file__).parents[1]
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **options: Any) -> None:
+        if package in Path(filename).parents:
+            errors.print("[bold yellow]Warning:[/] ", end="")
+            errors.print(str(message), markup=False, soft_wrap=True)
+        else:
+            others(message, category, filename, *where, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
+
+
+@contextmanager
 def failures(as_json: bool, debug: bool, command: str | None = None) -> Iterator[None]:
     """Turns an exception into one line on standard error (and JSON, if asked for) and exit code 1; Ctrl-C into one and
     130. ``command`` is named where its options for the same argument differ from other commands'."""
     if not debug:  # PyTorch logs a traceback of what fails on fake tensors, before it is raised
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
-        yield
-    except typer.Exit:
+        with _own_warnings():
+            yield
+    except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt as interrupt:
         if debug:

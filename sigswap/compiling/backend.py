@@ -93,7 +93,7 @@ def swap_and_lower(
     graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], config: SigmoidConfig
 ) -> tuple[SwapResult, LowerResult]:
     """The backend's passes, on a Dynamo graph, in place: each softmax attention becomes a sigmoid with the bias and the
-    row cap of ``config``, and each sigmoid attention one call of FlashSigmoid."""
+    row cap of ``config``, and each sigmoid attention one call of the op."""
     visible_bias, const_bias = bias_terms(config)
     terms = {"visible_bias": visible_bias, "const_bias": const_bias, "row_cap": config.row_cap}
     keep = _KEPT if _is_converted(graph_module) else None

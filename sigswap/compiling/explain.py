@@ -1,4 +1,4 @@
-"""What the compiler makes of a model's attention: which sites are lowered to FlashSigmoid, with what, and which not."""
+"""What the compiler makes of a model's attention: which sites are lowered to the op, with what, and which not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """sigswap's passes in inductor's own hooks: lowering before autograd, and visible launches after it.
 
 ``torch.compile(converted_model)`` without ``backend="sigswap"`` runs each ``scaled_dot_product_attention`` that was
-swapped as FlashSigmoid already; attention that computes its own scores runs unfused, unless this pass lowers it.
+swapped as the op already; attention that computes its own scores runs unfused, unless this pass lowers it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class InductorLowering(CustomGraphPass):
 
 
 class InductorLaunches(CustomGraphPass):
-    """Makes inductor launch the Triton kernels of FlashSigmoid as its own, instead of calling the op.
+    """Makes inductor launch the Triton kernels of sigswap as its own, instead of calling the op.
 
     A call of the op costs the host more than its launches. The op stays where the GPU works longer than that (from 2^26
     scores) and a kernel needs what inductor does not pass on (tensor descriptors, a limit on registers); where lengths

@@ -90,13 +90,19 @@ def as_call(call: Any, name: str = "example_inputs") -> Inputs:
         return tuple(call), {}
     if isinstance(call, Tensor):
         return (call,), {}
+    hint = Hint('Tokenize text first: tokenizer(texts, padding=True, return_tensors="pt").')
     if name != "example_inputs":
         raise ArgumentError(
             f"{{argument}} holds a {type(call).__name__}; each must be a tensor, a tuple of positional arguments or a "
             "dict of keyword arguments.",
             argument=name,
+            hint=hint if isinstance(call, str) else None,
         )
-    raise ExampleInputsError(f"{{argument}} holds a {type(call).__name__}.", argument=name, hint=_PASS_INPUTS)
+    raise ExampleInputsError(
+        f"{{argument}} holds a {type(call).__name__}.",
+        argument=name,
+        hint=hint if isinstance(call, str) else _PASS_INPUTS,
+    )
 
 
 def accepts(model: nn.Module, name: str) -> bool:

@@ -177,9 +177,10 @@ class Recording:
                     return self.model.get_submodule(example.path)(*args, **kwargs)
         except Exception as error:
             where = f" of {example.path}" if example.path else ""
+            hint = Hint(f"Pass {{example_inputs}} that its forward accepts: {INPUT_FORMS}.", {"example_inputs": ""})
             raise ExampleInputsError(
                 f"{type(self.model).__name__} failed on the example inputs{where} ({type(error).__name__}: {error}).",
-                hint=Hint(f"Pass {{example_inputs}} that its forward accepts: {INPUT_FORMS}.", {"example_inputs": ""}),
+                hint=hint_of_ids(example.inputs) or hint,
             ) from error
 
     def _run(self, example: Example, form: Form | None, way: Way, check: bool = False) -> Run | Exception | None:
@@ -274,3 +275,14 @@ def _clear_frames(error: BaseException | None) -> None:
 
 def _copied_to(device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.detach().to(device, copy=True)
+
+
+def hint_of_ids(inputs: Inputs) -> Hint | None:
+    """What to do about inputs that are lists of token ids, as a tokenizer gives them by default; None if none are."""
+    for name, value in inputs[1].items():
+        first = value
+        while isinstance(first, list) and first:
+            first = first[0]
+        if isinstance(value, list) and isinstance(first, int):
+            return Hint(f'{name} is a list: pass padding=True and return_tensors="pt" to the tokenizer.')
+    return None

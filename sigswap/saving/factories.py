@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
         kwargs["in_chans"] = model.in_chans
     rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
     if rates:
-        kwargs["drop_path_rate"] = max(rates)  # timm's rule gives the last block the whole rate
+        kwargs["drop_path_rate"] = _shortest(max(rates))  # timm's rule gives the last block the whole rate
     yield kwargs
     sized = dict(kwargs)
     for owner in (getattr(model, "patch_embed", None), model):
@@ -108,6 +109,12 @@ def _timm_kwargs(model: Any) -> Iterator[dict[str, Any]]:
     if isinstance(pool, str):
         yield {**kwargs, "global_pool": pool}
         yield {**sized, "global_pool": pool}
+
+
+def _shortest(rate: float) -> float:
+    """0.1 for 0.10000000149011612, which a float32 tensor of rates makes of it, and will again."""
+    single = numpy.float32(rate)
+    return float(str(single)) if float(single) == rate else rate
 
 
 def _compare(model: nn.Module, factory: str, kwargs: dict[str, Any]) -> Difference:

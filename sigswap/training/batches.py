@@ -15,7 +15,7 @@ from sigswap.conversion import accelerate_hooks
 from sigswap.conversion.copies import device_of
 from sigswap.conversion.example_inputs import as_call
 from sigswap.conversion.keeping import hook
-from sigswap.conversion.recording import Inputs
+from sigswap.conversion.recording import Inputs, hint_of_ids
 from sigswap.errors import ArgumentError, CalibrationError, Hint
 from sigswap.transaction import Transaction
 
@@ -100,7 +100,8 @@ def call_model(model: nn.Module, call: Inputs, index: int, run: Callable[..., An
         raise CalibrationError(
             f"{type(model).__name__} failed on batch {index} ({type(error).__name__}: {error}).",
             argument="batches",
-            hint=Hint(
+            hint=hint_of_ids(call)
+            or Hint(
                 "Each batch must be a tensor, a tuple of positional arguments or a dict of keyword arguments that its "
                 "forward takes."
             ),

@@ -79,7 +79,7 @@ class CalibrationReport:
         before, after, unexpressed = (_number(self.mean(field)) for field in ("before", "after", "unexpressed"))
         return (
             f"{self.batches} batches; mean squared error of a head's output, relative: {before} before, {after} after; "
-            f"probability mass that sigmoid cannot express: {unexpressed}."
+            f"probability mass that sigmoid cannot express without a row cap: {unexpressed}."
         )
 
     def to_dict(self) -> dict[str, Any]:

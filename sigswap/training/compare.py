@@ -88,11 +88,15 @@ def compare_models(
             argument="original",
             hint=part_to_pass(model),
         )
+    before = Original(source, with_adapters=original is not None)
     notes = []
     if original is None:
+        off = "The original is this model with the swap switched off"
         notes.append(
-            "The original is this model with the swap switched off, and with it adapters of peft and what they have "
-            "trained beside themselves (modules_to_save): all other weights are the converted one's."
+            f"{off}, and so are peft's adapters and what was trained beside them (modules_to_save); all other weights "
+            "are the same."
+            if before.layers
+            else f"{off}, with the weights that it has now."
         )
     calls: Iterable[Inputs]
     if batches is None:
@@ -100,7 +104,7 @@ def compare_models(
         notes.append(f"Without data: compared on {made}. Batches of real inputs say more.")
     else:
         calls = as_calls(batches)
-    pair = _Pair(model, Original(source, with_adapters=original is not None), list(states))
+    pair = _Pair(model, before, list(states))
     iterator = iter(enumerate(calls))
     with Transaction() as undo, undo:
         thread_state(undo.on_failure)

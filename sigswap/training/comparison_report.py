@@ -204,7 +204,9 @@ class Comparison:
 
 
 def _written(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "share" else f"{value:.3f}"
+    if unit == "share":
+        return f"{value:.1%}"
+    return f"{value:.2g}" if 0.0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
 def _or_nan(value: float | None) -> float:

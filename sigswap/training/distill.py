@@ -338,6 +338,16 @@ def _check_rates(given: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{{argument}} must be a number, 0 or more, not {rate!r}.", argument=name)
 
 
+def check_choices(train: Any, lr: Any, lift_row_cap: Any) -> None:
+    """Raises ArgumentError for a value that is not allowed, of those that the command line has as well."""
+    if train not in ("all", "sigmoid"):
+        raise ArgumentError(f"{{argument}} must be 'all' or 'sigmoid', not {train!r}.", argument="train")
+    _check_rates({"lr": lr})
+    is_number = isinstance(lift_row_cap, int | float) and not isinstance(lift_row_cap, bool)
+    if lift_row_cap is not None and not (is_number and lift_row_cap > 0):
+        raise ArgumentError(f"{{argument}} must be a number above 0, not {lift_row_cap!r}.", argument="lift_row_cap")
+
+
 def _check_arguments(given: Mapping[str, Any]) -> None:
     """Raises ArgumentError for a value of distill's that is not allowed, by name in ``given``."""
     for name in ("steps", "layerwise_steps", "accumulate"):
@@ -347,18 +357,14 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
             raise ArgumentError(
                 f"{{argument}} must be a number of {unit}, {least} or more, not {value!r}.", argument=name
             )
-    if given["train"] not in ("all", "sigmoid"):
-        raise ArgumentError(f"{{argument}} must be 'all' or 'sigmoid', not {given['train']!r}.", argument="train")
-    _check_rates({name: given[name] for name in ("lr", "sigmoid_lr", "weight_decay")})
+    check_choices(given["train"], given["lr"], given["lift_row_cap"])
+    _check_rates({name: given[name] for name in ("sigmoid_lr", "weight_decay")})
     autocast = given["autocast"]
     if autocast not in (None, torch.bfloat16):
         raise ArgumentError(
             f"{{argument}} must be None or torch.bfloat16, not {autocast!r} (float16 would need scaled losses).",
             argument="autocast",
         )
-    cap = given["lift_row_cap"]
-    if cap is not None and (not isinstance(cap, int | float) or isinstance(cap, bool) or not cap > 0):
-        raise ArgumentError(f"{{argument}} must be a number above 0, not {cap!r}.", argument="lift_row_cap")
     if given["callback"] is not None and not callable(given["callback"]):
         raise ArgumentError(f"{{argument}} must be a function, not {given['callback']!r}.", argument="callback")
     if not isinstance(given["resume"], str | os.PathLike | None):

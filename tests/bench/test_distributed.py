@@ -119,8 +119,8 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ArgumentError, match="no directory nowhere"):
         bench.run(quick=True, profile=Path("nowhere"))
     answer = CliRunner().invoke(app, ["bench", "--suite", "distributed", "--peers", "fa2"])
-    assert answer.exit_code == 1 and "--peers" in answer.output
+    assert answer.exit_code == 2 and "--peers" in answer.output
     answer = CliRunner().invoke(app, ["bench", "--suite", "train", "--profile", "."])
-    assert answer.exit_code == 1 and "--profile" in answer.output
+    assert answer.exit_code == 2 and "--profile" in answer.output
     answer = CliRunner().invoke(app, ["bench", "--suite", "distributed", "--suite", "train"])
-    assert answer.exit_code == 1 and "--suite" in answer.output
+    assert answer.exit_code == 2 and "--suite" in answer.output

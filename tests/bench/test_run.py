@@ -447,7 +447,8 @@ def test_without_a_gpu() -> None:
     [
         (
             ("--suite", "trian"),
-            "suite 'trian' is not one of train, short, decode, varlen, host, features, models, generation.",
+            "suite 'trian' is not one of train, short, decode, varlen, host, features, models, generation, "
+            "distributed.",
         ),
         (("--peers", "fa5"), "peer 'fa5' is not one of fa2, fa3, fa4, cudnn,"),
         (("--suite", "host", "--peers", "cudnn"), "peer 'cudnn' is not measured in host: host has sdpa."),
@@ -471,8 +472,10 @@ def test_without_a_gpu() -> None:
 )
 def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     result = run(*arguments)
-    assert result.exit_code == 1 and message in result.stderr
+    assert message in result.stderr
+    assert result.exit_code == (1 if message.startswith("there is no directory") else 2)
 
 
 @without_gpu
@@ -489,7 +492,7 @@ def test_a_plot_without_matplotlib_fails_before_the_run(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(bench, "run", lambda *_, **__: pytest.fail("it ran"))
     result = run("--plot", tmp_path / "plot.png")
-    assert result.exit_code == 1 and "pip install 'sigswap[bench]'" in result.stderr
+    assert result.exit_code == 1 and "pip install 'sigswap[plot]'" in result.stderr
 
 
 def test_files_are_written_and_a_failure_of_sigswap_is_an_error(

@@ -264,7 +264,8 @@ def test_compare(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("in", "in"), "holds no model that sigswap saved"),
+        (("in", "in"), "holds no model that sigswap saved."),
+        (("in", "out"), "holds no model that sigswap saved. The converted model comes first, then its original."),
         (("out", "nothing"), "nothing: not a directory or hub id"),
         (("out", "in", "--text", "no.txt"), "--text: there is no no.txt"),
         (
@@ -299,7 +300,13 @@ def test_row_cap(tmp_path: Path) -> None:
     assert run("convert", tmp_path / "in", "--out", tmp_path / "out", "--row-cap", "0.5").exit_code == 0
     assert sigswap.report(sigswap.load(tmp_path / "out")).notes[-1] == "Row cap: 0.5 (3 attentions)."
     failed = run("convert", tmp_path / "in", "--out", tmp_path / "other", "--row-cap", "0")
-    assert failed.exit_code == 1 and "row-cap must be a positive finite number where it is given" in failed.stderr
+    assert failed.exit_code == 2 and "--row-cap must be a positive finite number where it is given" in failed.stderr
+
+
+def test_a_warning_is_one_line_without_the_code_that_it_came_from(tmp_path: Path) -> None:
+    done = run("convert", f"{HERE}:build", "--example", f"{HERE}:inputs", "--out", tmp_path / "out", "--bias", "128.0")
+    (line,) = [line for line in done.stderr.splitlines() if "128.0" in line]
+    assert done.exit_code == 0 and line.startswith("Warning: bias=128.0 is a float") and "cli.py" not in done.stderr
 
 
 def test_a_decoder_that_is_calibrated(tmp_path: Path) -> None:
@@ -315,7 +322,8 @@ def test_a_decoder_that_is_calibrated(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         state = sigswap.load(out).state_dict()
         assert {name.rpartition(".")[2] for name in state if ".sigswap." in name} == names
-        assert ("row cap 0.01" in " ".join(result.stdout.split())) == (not flags)
+        said = " ".join(result.stdout.split())
+        assert ("row cap 0.01" in said) == (not flags) and said.count("error of a head's output") == 1
 
 
 def test_timm(tmp_path: Path) -> None:
@@ -412,7 +420,7 @@ def test_a_mistyped_name_is_asked_for_once(answer: str, message: str, monkeypatc
     [
         (("inspect", "/no/such/directory"), 1, "not a directory or hub id"),
         (("inspect", "a/path/of/three"), 1, "there is no such directory"),
-        (("convert", f"{HERE}:build", "--out", "x", "--max-length", "8"), 1, "--calibrate"),
+        (("convert", f"{HERE}:build", "--out", "x", "--max-length", "8"), 2, "--calibrate"),
         (("inspect", "timm:no_such_model"), 1, "no_such_model"),
         (("inspect", "no_such_module:build"), 1, "no module 'no_such_module'"),
         (("inspect", f"{HERE}:nothing"), 1, "has no 'nothing'"),
@@ -420,15 +428,18 @@ def test_a_mistyped_name_is_asked_for_once(answer: str, message: str, monkeypatc
         (("inspect", f"{HERE}:fail"), 1, "broken [bold]on purpose[/bold]"),
         (("inspect", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs"), 1, "no softmax attention"),
         (("convert", f"{HERE}:build_without_attention", "--example", f"{HERE}:inputs", "--out", "x"), 1, "no softmax"),
-        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 1, "--qk-norm"),
-        (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias"),
+        (("convert", f"{HERE}:build", "--out", "x", "--qk-norm", "other"), 2, "--qk-norm must be 'rms' or"),
+        (("convert", f"{HERE}:build", "--out", "x", "--row-cap", "-1"), 2, "--row-cap must be a positive"),
+        (("convert", f"{HERE}:build", "--out", "x", "--layer-scale", "inf"), 2, "--layer-scale must"),
+        (("convert", f"{HERE}:build", "--out", "x", "--bias", "-3"), 2, "--bias=-3: an int is a number of keys"),
+        (("convert", f"{HERE}:build", "--out", "x", "--bias", "other"), 2, "--bias must be 'visible'"),
         (
             ("convert", f"{HERE}:build", "--example", f"{HERE}:inputs", "--out", "x", "--remote-code"),
             1,
             "--remote-code is for transformers models only",
         ),
         (("convert", f"{HERE}:build"), 2, "--out"),
-        (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 1, "timm:NAME"),
+        (("convert", f"{HERE}:build", "--out", "x", "--pretrained"), 2, "timm:NAME"),
         (("no-such-command",), 2, "no-such-command"),
     ],
 )
@@ -465,9 +476,6 @@ def test_mistakes(
             ("convert", "build_another_each_time"),
             "build_another_each_time' builds another model than this one: built is of shape",
         ),
-        (("convert", "build", "--bias", "-3"), "--bias=-3"),
-        (("convert", "build", "--layer-scale", "inf"), "--layer-scale must"),
-        (("convert", "build", "--qk-norm", "other"), "--qk-norm must"),
         (("convert", "build", "--no-learn-bias", "--calibrate", "none"), "Convert with --learn-bias, or --query-bias"),
         (("convert", "build", "--calibrate", "none"), "Pass a file to --calibrate"),
     ],

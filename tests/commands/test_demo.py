@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 import sigswap
+from sigswap.commands.cli import app
 from sigswap.commands.demo import run, sentences
 from sigswap.errors import ArgumentError
 
@@ -48,6 +50,13 @@ def test_demo(tmp_path: Path) -> None:
     text = console.export_text()
     assert "equal bit for bit" in text and "not usable" in text
     assert "original (softmax)" in text
+
+
+def test_it_replaces_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sigswap.json").write_text("{}")
+    monkeypatch.setattr("sigswap.commands.demo.run", lambda **_: pytest.fail("it ran"))
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert done.exit_code == 1 and "is not empty. Choose another directory.\n" in done.stderr
 
 
 def test_more_steps_than_text() -> None:

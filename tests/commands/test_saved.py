@@ -89,9 +89,9 @@ def test_distill(saved: Path) -> None:
     capless = run("distill", saved, saved.parent / "original", "--out", trained, "--force", "--data", text,
                   *options, "--lift-row-cap", 1)  # fmt: skip
     assert capless.exit_code == 1 and "cap" in capless.stderr  # no row of it is capped
-    wrong = (*options, "--force", "--train", "some")
-    refused = run("distill", saved, saved.parent / "original", "--out", saved, "--data", text, *wrong)
-    assert refused.exit_code == 1 and "--train" in refused.stderr
+    for wrong in (("--train", "some"), ("--lr", "-1"), ("--lift-row-cap", "nan")):
+        refused = run("distill", "no-such-directory", "original", "--out", saved, "--data", text, *options, *wrong)
+        assert refused.exit_code == 2 and f"{wrong[0]} must be" in refused.stderr
 
 
 def test_revert(saved: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import sigswap
 from sigswap.conversion.example_inputs import as_call, resolve_inputs
+from sigswap.errors import ArgumentError, CalibrationError, ExampleInputsError
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -71,3 +72,14 @@ def test_unknown_inputs_are_asked_for() -> None:
             sigswap.inspect(model)
     finally:
         type(model).main_input_name = before
+
+
+@pytest.mark.parametrize("inputs", ["some words", {"input_ids": [[1, 2, 3]]}], ids=["text", "lists of ids"])
+def test_what_is_no_tensor_yet_is_to_be_made_one_by_the_tokenizer(inputs: object) -> None:
+    """By convert, and by calibrate, whose batches are such inputs."""
+    model = T.BertModel(T.BertConfig(**TEXT)).eval()
+    with pytest.raises(ExampleInputsError, match='return_tensors="pt"'):
+        sigswap.convert(model, example_inputs=[inputs])
+    sigswap.convert(model)
+    with pytest.raises((ArgumentError, CalibrationError), match='return_tensors="pt"'):
+        sigswap.calibrate(model, [inputs], progress=False)

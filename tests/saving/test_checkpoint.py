@@ -538,6 +538,16 @@ def test_timm_round_trip(tmp_path: Path, name: str, kwargs: dict[str, Any]) -> N
     assert torch.equal(loaded.train()(images), trained)  # the dropout rates, too
 
 
+def test_a_timm_models_rate_is_written_as_it_was_given(tmp_path: Path) -> None:
+    """Not as 0.10000000149011612, which the modules have of it."""
+    timm = pytest.importorskip("timm")
+    model = sigswap.convert(timm.create_model("test_vit", drop_path_rate=0.1))
+    sigswap.save(model, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "sigswap.json").read_text())["factory_kwargs"]["drop_path_rate"] == 0.1
+    rates = [block.drop_path1.drop_prob for block in sigswap.load(tmp_path / "m").blocks[1:]]
+    assert rates == [block.drop_path1.drop_prob for block in model.blocks[1:]]
+
+
 def test_timm_fused_attn_switched_off(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("test_vit")

@@ -360,6 +360,11 @@ def test_layers_against_their_definition(kind: str, cap: float | None) -> None:
 # The call, its report, and what it leaves behind
 
 
+def test_a_small_error_is_not_shown_as_none() -> None:
+    shown = str(sigswap.Comparison("encoder", 1, [sigswap.Measure("squared error", "", 0.0, 0.000123)]))
+    assert "0.00012" in shown and "0.000 " in shown
+
+
 def test_without_an_original_adapters_and_what_was_trained_beside_them_are_off() -> None:
     peft = pytest.importorskip("peft")
     model = transformers.BertForSequenceClassification(
@@ -391,6 +396,7 @@ def test_original_may_be_a_copy_a_directory_or_the_model_itself(tmp_path: Path) 
         assert result.measures == expected.measures and result.by_distance == expected.by_distance
         assert result.layers == expected.layers
         assert any("swap switched off" in note for note in result.notes) == (given is None)
+        assert not any("peft" in note for note in result.notes)  # for it has none of its adapters
     made = sigswap.compare(model, original, progress=False)
     assert made.kind == "language model" and any("the model wrote itself" in note for note in made.notes)
 

@@ -16,7 +16,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -71,15 +71,7 @@ def run(
         BenchmarkError: the process is none of several that torchrun has started, or without a GPU not ``quick``, or to
             be profiled.
     """
-    if dtype not in DTYPES:
-        raise ArgumentError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    chosen = [
-        cell
-        for cell in cells(quick)
-        if labels is None or any(fnmatchcase(f"{cell.parallel} {cell.label}", each) for each in labels)
-    ]
-    if not chosen:
-        raise ArgumentError(f"no cell of distributed has a label like {', '.join(labels or ())}.")
+    chosen = choose(dtype, quick, labels)
     if profile is not None and not profile.is_dir():
         raise ArgumentError(f"the traces cannot be written: there is no directory {profile}.")
     with _processes(quick, profile is not None) as mesh:
@@ -95,16 +87,25 @@ def run(
         return DistributedBenchmark(_machine(mesh), mesh.size(), dtype, rows, dist.get_rank() == 0)
 
 
-def report(others: Mapping[str, object], json_file: Path | None, *, console: Console, **arguments: Any) -> None:
+def choose(dtype: str, quick: bool, labels: Sequence[str] | None) -> list[Cell]:
+    """The cells that :func:`run` is to measure; raises its ArgumentErrors about them."""
+    if dtype not in DTYPES:
+        raise ArgumentError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    chosen = [
+        cell
+        for cell in cells(quick)
+        if labels is None or any(fnmatchcase(f"{cell.parallel} {cell.label}", each) for each in labels)
+    ]
+    if not chosen:
+        raise ArgumentError(f"no cell of distributed has a label like {', '.join(labels or ())}.")
+    return chosen
+
+
+def report(json_file: Path | None, *, console: Console, **arguments: Any) -> None:
     """:func:`run` with ``arguments``, and what the command line makes of it: the first rank prints and writes.
 
-    Raises:
-        ArgumentError: an option of ``others`` was given, which this suite does not have.
-        BenchmarkError: as :func:`run`, and if sigswap has failed anywhere.
+    Raises BenchmarkError as :func:`run`, and if sigswap has failed anywhere.
     """
-    given = [name for name, value in others.items() if value]
-    if given:
-        raise ArgumentError(f"the suite distributed runs by itself, without {', '.join(given)}.")
     from rich.console import Console
 
     result = run(**arguments, tell=functools.partial(console.print, markup=False))
