@@ -221,7 +221,7 @@ def _plan(signature: Signature, grad_out: Layout, grads: tuple[Layout | None, ..
         "GROUPED": signature.heads > signature.kv_heads,
         "DELTA": capped,
         "STAGES": _stages(signature),
-        "lines": lines.count,
+        "lines": lines.lines,
         "line_tiles": lines.tiles,
     }
     bias: Layout | Described | None = signature.bias
@@ -262,9 +262,9 @@ def _stored(
     wide, rest = _columns(signature.query.shape[3])
     group = signature.heads // signature.kv_heads
     tiles = triton.cdiv(signature.q_len, BLOCK)
-    layout = contiguous_layout((among * group * lines.count * lines.tiles * KEYS, BLOCK), signature.query.dtype)
+    layout = contiguous_layout((among * group * lines.lines * lines.tiles * KEYS, BLOCK), signature.query.dtype)
     read = Described(layout.shape, layout.strides, (KEYS, BLOCK), layout.dtype)
-    arguments |= {"lines": lines.count, "line_tiles": lines.tiles}
+    arguments |= {"lines": lines.lines, "line_tiles": lines.tiles}
     by = by_rows(signature.key, KEYS)
     first_keys, *other_keys = (Described(by.shape, by.strides, (*by.block[:3], n), by.dtype) for n in (wide, rest) if n)
     keys = first_keys, other_keys[0] if other_keys else None

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 
+from sigswap.kernels.host.layout import cdiv
 from sigswap.kernels.host.problem import MAX_PLANS, Signature
 from sigswap.kernels.host.tiles import limits_of
 
@@ -26,9 +27,9 @@ KEYS, BLOCK = 64, 128
 """The keys and rows of a tile."""
 
 LEAST_BYTES, MOST_BYTES = 128 << 20, 544 << 20
-"""What dS may take: always; and where less would leave multiprocessors idle, or one key head takes more. 544 MiB are
-16,384 queries and as many keys of one head, or 22,000 under a causal mask; to add dQ up instead takes 1.2 to 1.3 times
-as long."""
+"""What dS may take: always; and where less would leave multiprocessors idle, or one key head takes more. Of 16,384
+queries and as many keys of one head it takes 512 MiB, of 23,000 under a causal mask 507; to add dQ up instead takes 1.2
+to 1.3 times as long."""
 
 _KEYS = tl.constexpr(KEYS)
 
@@ -36,13 +37,13 @@ _KEYS = tl.constexpr(KEYS)
 class Lines(NamedTuple):
     """How a head's tiles lie."""
 
-    count: int
+    lines: int
     tiles: int
     """Of a line."""
 
     @property
     def numbers(self) -> int:
-        return self.count * self.tiles * KEYS * BLOCK
+        return self.lines * self.tiles * KEYS * BLOCK
 
 
 def lines_for(signature: Signature) -> Lines:
@@ -70,8 +71,8 @@ def units_at_once(signature: Signature) -> int:
     if own > MOST_BYTES:
         return 0
     units = signature.batch * signature.kv_heads
-    launches = range(triton.cdiv(units, MOST_BYTES // own), triton.cdiv(units, max(1, LEAST_BYTES // own)) + 1)
-    sizes = sorted({triton.cdiv(units, count) for count in launches})
+    launches = range(cdiv(units, MOST_BYTES // own), cdiv(units, max(1, LEAST_BYTES // own)) + 1)
+    sizes = sorted({cdiv(units, count) for count in launches})
     if len(sizes) == 1:
         return sizes[0]
     tiles = _tiles_of_programs(signature)
@@ -112,7 +113,7 @@ def _end(tiles: list[int], units: int, processors: int) -> float:
 # Device functions.
 
 
-def _place_of_tile(head, block, blocks, key_block, lines, line_tiles):  # type: ignore[no-untyped-def]
+def _place_of_tile(head, block, blocks, key_block, lines, line_tiles):
     """The first row in memory of a tile of the head-th head, of which there are as many rows as keys.
 
     block: of rows, of blocks in all. key_block: counted from the first that a row of the block may see.

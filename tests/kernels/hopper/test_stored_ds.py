@@ -58,7 +58,7 @@ class Band:
         for block, rows in enumerate(self.visible.split(BLOCK)):
             seen = [number for number, keys in enumerate(rows.split(KEYS, 1)) if bool(keys.any())]
             start = 0 if self.left is None else max(block * BLOCK + self.shift - self.left, 0) // KEYS
-            line, from_end = (block, False) if block < lines.count else (blocks - 1 - block, True)
+            line, from_end = (block, False) if block < lines.lines else (blocks - 1 - block, True)
             for number in seen:
                 at = number - start
                 found[number, block] = line, lines.tiles - 1 - at if from_end else at
@@ -71,7 +71,7 @@ def test_each_tile_has_a_place_of_its_own(index: int) -> None:
     lines = stored_ds.lines_for(band.problem().signature)
     places = list(band.tiles().values())
     assert len(set(places)) == len(places)
-    assert all(0 <= line < lines.count and 0 <= at < lines.tiles for line, at in places)
+    assert all(0 <= line < lines.lines and 0 <= at < lines.tiles for line, at in places)
 
 
 @pytest.mark.parametrize(("causal", "window", "part"), [(False, -1, 1.0), (True, -1, 0.516), (True, 255, 0.15)])
@@ -95,7 +95,7 @@ def test_interpreted_product_of_stored_ds_shard1(index: int) -> None:
     keys = torch.randn(1, heads, band.kv_len, dim)
     whole = torch.zeros(heads, -(-band.kv_len // KEYS) * KEYS, -(-band.q_len // BLOCK) * BLOCK)
     whole[:, : band.kv_len, : band.q_len] = ds
-    memory = torch.full((heads, lines.count, lines.tiles, KEYS, BLOCK), torch.nan)
+    memory = torch.full((heads, lines.lines, lines.tiles, KEYS, BLOCK), torch.nan)
     for (number, block), (line, at) in band.tiles().items():
         keys_of_tile = whole[:, number * KEYS : (number + 1) * KEYS]
         memory[:, line, at] = keys_of_tile[:, :, block * BLOCK : (block + 1) * BLOCK]
@@ -105,7 +105,7 @@ def test_interpreted_product_of_stored_ds_shard1(index: int) -> None:
         TensorDescriptor.from_tensor(memory.view(-1, BLOCK), [KEYS, BLOCK]),
         TensorDescriptor.from_tensor(keys, [1, 1, KEYS, dim]), None, dq, db, 0, band.q_len * dim, dim,
         0, band.q_len, 1, heads, 1, band.q_len, band.kv_len, left or 0, right or 0, 0.5, 0, heads,
-        lines.count, lines.tiles, HEAD_DIM=dim, DIM=dim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        lines.lines, lines.tiles, HEAD_DIM=dim, DIM=dim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         BOTTOM_RIGHT=band.shift != 0, ROW_SUMS=True, UNIT=1, WIDE=False,
     )  # fmt: skip
     torch.testing.assert_close(dq, 0.5 * ds.mT @ keys[0], rtol=1e-4, atol=1e-4)
