@@ -141,7 +141,7 @@ def assert_backward_products_in_flight(
     has_ring = not packed and band != "window" and not softcapped and bias != "rows"
     absent |= {} if has_ring else {"dq": None, "chunks": None}
     rows: dict[str, int | tuple[int, int]] = {"q": 64, "k": 128, "v": 128, "do": 64, "dk": 64, "dv": 64}
-    spilled = 32 if dim == 64 else 64 if dim == 96 else 256 if bias else 128
+    spilled = 32 if dim == 64 else 72 if dim == 96 else 256 if bias else 128
     width = 64 if dim == 64 else 128
     assert_products_in_flight(
         hopper_bwd._kernel,
