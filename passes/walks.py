@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch.fx import Node
 
@@ -132,11 +132,16 @@ def _is_product(node: Node) -> bool:
     op = op_of(node)
     if op.product:
         return has_two_activations(node)
-    weight = input_at(node, 1) if op.layer and op.name != "addmm" else None
+    if op.name == "addmm" and not has_two_activations(node):
+        return False
+    weight = input_at(node, op.operands[-1] if op.name == "addmm" else 1) if op.layer else None
     if weight is None or not is_floating(weight):
         return False
     return any(above.op == "placeholder" and not above.meta.get(PARAMETER) for above in with_above(weight))
 
 
 def has_two_activations(product: Node) -> bool:
-    return sum(rank_of(source) > 0 and not is_parameter(source) for source in product.all_input_nodes) > 1
+    """Whether two factors of ``product`` or more are no parameters; one tensor may be both. What is added is none."""
+    given = [*product.args[op_of(product).operands[0] :], *product.kwargs.values()]
+    factors = [x for each in given for x in (each if isinstance(each, Sequence) else [each]) if isinstance(x, Node)]
+    return sum(is_floating(factor) and rank_of(factor) > 0 and not is_parameter(factor) for factor in factors) > 1

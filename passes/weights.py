@@ -51,7 +51,8 @@ def weighted_sum(anchor: Node, key_axis: int) -> tuple[tuple[Node, Weights] | No
                 axis = weights.axis
             if axis is None:
                 reduces = (op_of(user).reduces and op_name(user) != "topk") or op_name(user) == "sum"
-                if contraction(user) is None and not op_of(user).layer and not reduces:
+                layer = op_of(user).layer and op_name(user) != "addmm"  # which may be a product of activations
+                if contraction(user) is None and not layer and not reduces:
                     lost.append(user)
                 continue
             name, tensors = op_name(user), len(inputs)

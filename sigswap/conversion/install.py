@@ -23,7 +23,7 @@ from sigswap.conversion.implementations import set_implementations
 from sigswap.conversion.mode import base_class, swapped_class
 from sigswap.conversion.record import RECORD, Conversion, conversion_of, converted_part, owners_of, set_fitted_length
 from sigswap.conversion.replaced import watch_for_exchanges
-from sigswap.conversion.state import OwnerState, decided_models
+from sigswap.conversion.state import OwnerPlan, OwnerState, decided_models
 from sigswap.conversion.switches import Group, Switch
 from sigswap.conversion.wrappers import check_undistributed
 from sigswap.errors import AlreadyConvertedError, ConfigError, ConversionError, Hint
@@ -52,9 +52,7 @@ def convert_within(note: Note, model: nn.Module, conversion: Conversion) -> None
     states: dict[str, OwnerState] = {}
     for plan in conversion.owners:
         owner = _owner(model, plan.path)
-        states[plan.path] = OwnerState(
-            plan, conversion.config.for_path(plan.path), *_dtype_and_device(model, plan.path)
-        )
+        states[plan.path] = _made(model, plan, conversion.config.for_path(plan.path))
     group = Group(len(states))
     for state in states.values():
         state.switch = Switch(group)
@@ -132,11 +130,15 @@ def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState
             continue
         tried = dataclasses.replace(config, **fields)
         try:
-            with torch.inference_mode(False):
-                return OwnerState(plan, tried, *_dtype_and_device(model, plan.path))
+            return _made(model, plan, tried)
         except ConfigError:
             continue
     return None
+
+
+def _made(model: nn.Module, plan: OwnerPlan, config: SigmoidConfig) -> OwnerState:
+    with torch.inference_mode(False):  # for what is made inside of it can never be trained
+        return OwnerState(plan, config, *_dtype_and_device(model, plan.path))
 
 
 def _closed(config: SigmoidConfig, chosen: Mapping[str, OwnerState | None]) -> SigmoidConfig:

@@ -182,20 +182,35 @@ def forget(tensors: Callable[[], list[Tensor]]) -> None:
     gc.collect(0)  # enough for what was made while nothing collected (collect_later)
     if tensors():
         gc.collect()  # what an error's frames have kept for a while is no longer young; cheaper than to look for it
-    for _ in range(2):
-        if tensors():
+    if not tensors():
+        return
+    with unfrozen():
+        for _ in range(2):
             _clear_functools_caches({id(tensor) for tensor in tensors()})
-        for tensor in tensors():
-            _take_out(tensor)
-        if not tensors():
-            return
-        gc.collect()
-    holder = _holder(tensors())
+            for tensor in tensors():
+                _take_out(tensor)
+            if not tensors():
+                return
+            gc.collect()
+        holder = _holder(tensors())
     if holder is not None:
         raise ConversionError(
             "a fake tensor that the model's forward made while it was looked at is still held "
             f"by {holder}, and the model may come upon it. Restart the process before it is used further."
         )
+
+
+@contextlib.contextmanager
+def unfrozen() -> Iterator[None]:
+    """Lets be found what ``gc.freeze()`` has hidden from who looks through the collector's objects, as servers do.
+
+    It is hidden again afterwards, and with it what has come since, for which objects it was cannot be told.
+    """
+    with Transaction() as undo, undo:
+        if gc.get_freeze_count():
+            undo.afterwards("what gc.freeze() hides", gc.freeze)
+            gc.unfreeze()
+        yield
 
 
 def _clear_functools_caches(held: set[int]) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from sigswap.conversion.untouched import unfrozen
 from sigswap.errors import ArgumentError, ConversionError, Hint
 
 # By kind: the module that defines the class, its name, and what of it is the model inside.
@@ -135,9 +136,11 @@ def check_unreduced(model: nn.Module, to_do: str) -> None:
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    if _is_in_ddp(model):
-        gc.collect()  # it may be one that nobody holds any more
-    if _is_in_ddp(model):
+    with unfrozen():
+        if _is_in_ddp(model):
+            gc.collect()  # it may be one that nobody holds any more
+        inside = _is_in_ddp(model)
+    if inside:
         raise ConversionError(
             f"what is inside DistributedDataParallel cannot {to_do}: that would not reduce the gradients of the "
             "parameters that are added.",

@@ -128,6 +128,16 @@ def test_new_parameters_get_a_gradient(name: str) -> None:
         assert gradient.abs().max() > 0, parameter
 
 
+def test_converted_in_inference_mode() -> None:
+    entry = BY_NAME["bert"]
+    model, inputs = entry.build(), entry.make_inputs()
+    config = sigswap.SigmoidConfig(query_bias=True, first_token=True, qk_norm="rms", layer_scale=1.0)
+    with torch.inference_mode():
+        sigswap.convert(model, config, example_inputs=inputs)
+    found = {n: g for n, g in gradients(model, inputs).items() if ".sigswap." in n}
+    assert {name.rpartition(".sigswap.")[2] for name in found} >= {"0.bias", "0.query_weight", "layer_scale"}
+
+
 @pytest.mark.slow
 @some_models
 def test_the_example_run_leaves_no_trace(name: str) -> None:

@@ -307,6 +307,59 @@ def test_distances_of_pairs_are_in_doubt() -> None:
         sigswap.convert(Distances(lambda a, s: s), example_inputs=X)
 
 
+ONE_SEQUENCE: dict[str, Callable[[Tensor, Tensor, Tensor, Attention], Tensor]] = {
+    "addmm": lambda q, k, v, a: torch.addmm(a.qkv.bias[:1], q, k.mT).softmax(-1) @ v,
+    "addmm of a value": lambda q, k, v, a: torch.addmm(q, (q @ k.mT).softmax(-1), v),
+    "addbmm": lambda q, k, v, a: torch.addbmm(q.new_zeros(N, N), q[None], k.mT[None]).softmax(-1) @ v,
+    "addmv": lambda q, k, v, a: torch.addmv(a.qkv.bias[:1], k, q[0]).softmax(0) @ v,
+    "mv of a value": lambda q, k, v, a: v.mT.mv((k @ q[0]).softmax(0)),
+    "outer": lambda q, k, v, a: torch.outer(q[:, 0], k[:, 0]).softmax(-1) @ v,
+    "vecdot": lambda q, k, v, a: torch.linalg.vecdot(q[:, None], k[None]).softmax(-1) @ v,
+    "multi_dot": lambda q, k, v, a: torch.linalg.multi_dot([q, k.mT, k, q.mT]).softmax(-1) @ v,
+    "multi_dot of a value": lambda q, k, v, a: torch.linalg.multi_dot([(q @ k.mT).softmax(-1), v, a.qkv.weight[:16]]),
+    "bilinear": lambda q, k, v, a: (
+        F.bilinear(q.repeat_interleave(N, 0), k.repeat(N, 1), a.qkv.weight[None, :16]).view(N, N).softmax(-1) @ v
+    ),
+    "inner of one tensor": lambda q, k, v, a: torch.inner(q, q).softmax(-1) @ v,
+    "embedding_bag": lambda q, k, v, a: F.embedding_bag(
+        torch.arange(N).expand(N, N), v, per_sample_weights=(q @ k.mT).softmax(-1), mode="sum"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_SEQUENCE)
+def test_products_of_other_names_are_in_doubt(name: str) -> None:
+    class OneSequence(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return ONE_SEQUENCE[name](*self.qkv(x[0]).chunk(3, -1), self)
+
+    model = OneSequence(lambda a, s: s)
+    model(X)
+    with pytest.raises(errors.UnswappableSiteError):
+        sigswap.convert(nn.Sequential(Attention(lambda a, s: s.softmax(-1)), model), example_inputs=X)
+
+
+NO_ATTENTION: dict[str, Callable[[Tensor, Attention], Tensor]] = {
+    "classifier": lambda y, a: torch.addmm(a.qkv.bias, y, a.qkv.weight.mT).softmax(-1) @ a.qkv.weight,
+    "pooling": lambda y, a: torch.mv(y, a.qkv.weight[0]).softmax(0) @ y,
+    "pooling with a bias": lambda y, a: torch.addmv(a.qkv.bias[:1], y, a.qkv.weight[0]).softmax(0) @ y,
+    "embedding_bag": lambda y, a: F.embedding_bag(
+        (top := F.linear(y, a.qkv.weight).topk(3))[1], a.qkv.weight, per_sample_weights=top[0].softmax(-1), mode="sum"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_products_of_other_names_with_parameters_are_none(name: str) -> None:
+    class Pooled(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return NO_ATTENTION[name](x[0], self)
+
+    attention = Attention(lambda a, s: s.softmax(-1))
+    model = sigswap.convert(nn.Sequential(attention, Pooled(lambda a, s: s)), example_inputs=X)
+    assert [site.status for site in sigswap.report(model).sites] == ["swapped", "left"]
+
+
 ROUTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rows": lambda y, w: ((w @ y.mT).softmax(1).mT[..., None] * y[:, :, None]).sum(2),
     "codebook": lambda y, w: (-torch.cdist(y, w)).softmax(-1) @ w,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -170,9 +171,12 @@ def test_a_function_on_a_wrapper(wrapper: str, function: str) -> None:
     assert caps == [module.row_cap for module in model.modules() if hasattr(module, "row_cap")]
 
 
-def test_what_ddp_does_not_know_is_not_added() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_ddp_does_not_know_is_not_added(frozen: bool, thawed: None) -> None:
     inside = bert()
     wrapper = torch.nn.parallel.DistributedDataParallel(inside)
+    if frozen:
+        gc.freeze()
     for part in (wrapper.module, wrapper.module.encoder):
         with pytest.raises(ConversionError, match="inside DistributedDataParallel cannot be converted"):
             sigswap.convert(part)
