@@ -136,7 +136,7 @@ def product_kernel(
     acc = tl.zeros((_BLOCK, COLUMNS), tl.float32)
     acc_rest = tl.zeros((_BLOCK, 64), tl.float32)
     # Sums of rows are a product, too: beside tl.sum() the others would wait for each other; and beside one of eight
-    # columns, as Triton 3.6 makes it.
+    # columns, as Triton 3.6 makes it (findings/triton_sum_beside_products.sh).
     ones = tl.full((_KEYS, 16), 1.0, ds.dtype)
     sums = tl.zeros((_BLOCK, 16), tl.float32)
     for col0 in range(begin, end, _KEYS):
