@@ -78,6 +78,23 @@ def is_summed(exponential: Node) -> bool:
     return any(_sums(user, number) for number in numbers for user in number.users)
 
 
+def is_segmented(exponential: Node) -> bool:
+    """Whether what ``exponential`` gives is divided by sums over segments of it: a softmax as attention along the edges
+    of a graph has it, which for each edge takes the sum over those that lead to the same node."""
+    numbers = _followed([exponential], _is_multiplied)
+    sums = [user for number in numbers for user in number.users if _sums_segments(user, number)]
+    totals = _followed(sums, _is_no_division)
+    return any(_divisor(user, number) in totals for number in numbers for user in number.users)
+
+
+def _sums_segments(user: Node, number: Node) -> bool:
+    """Whether ``user`` adds each of ``number`` to the sum that an index tells."""
+    name = spelling_of(user).rstrip("_")
+    if name == "index_put":
+        return input_at(user, 2) is number and argument(user, 3, "accumulate") is True
+    return name in ("index_add", "scatter_add", "scatter_reduce", "segment_reduce") and number in user.all_input_nodes
+
+
 def _is_product_weighted(number: Node, user: Node) -> bool:
     """Whether ``user`` multiplies a product by ``number``, also the terms of one, before they are summed."""
     other = input_at(user, 1) if input_at(user) is number else input_at(user)

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch.fx import Graph, Node
 
-from sigswap.passes.by_hand import division_of, is_normalised, is_summed
+from sigswap.passes.by_hand import division_of, is_normalised, is_segmented, is_summed
 from sigswap.passes.heads import factor_heads, key_heads, score_heads, score_rows, with_heads
 from sigswap.passes.nodes import (
     argument,
@@ -70,6 +70,9 @@ def find(graph: Graph, *, is_part: bool = False) -> FindResult:
             by_hand = _by_hand(node, data)
             if by_hand is None and is_part and _is_returned(node) and _of_two_activations(node, data):
                 by_hand = LeftAlone(node, "the graph breaks within its softmax, which is written by hand", True)
+            if by_hand is None and is_segmented(node):
+                of_pairs = _of_pairs(node, data)
+                by_hand = LeftAlone(node, "its softmax is over segments, as along the edges of a graph", of_pairs)
             if by_hand is not None:
                 (sites if isinstance(by_hand, AttentionSite) else left).append(by_hand)  # type: ignore[arg-type]
         elif op.name == "flex_attention":
@@ -115,6 +118,21 @@ def _of_two_activations(exponential: Node, data: set[Node]) -> bool:
         for axis in (rank_of(scores) - 1, rank_of(scores) - 2)
         for product in trace_scores(scores, (axis,), set()).products
     )
+
+
+def _of_pairs(exponential: Node, data: set[Node]) -> bool:
+    """Whether ``exponential`` is taken of sums of products of two activations, of whatever form."""
+
+    def is_end(above: Node) -> bool:
+        op = op_of(above)
+        return op.product or op.layer or op.softmax
+
+    def is_pair(above: Node) -> bool:
+        factors = [source for source in above.all_input_nodes if source in data]
+        return op_name(above) == "mul" and len(factors) == 2 and any(op_name(user) == "sum" for user in above.users)
+
+    above = list(with_above(exponential, is_end))
+    return any(is_pair(each) or (op_of(each).product and has_two_activations(each)) for each in above)
 
 
 def _by_hand(node: Node, data: set[Node]) -> AttentionSite | LeftAlone | None:
