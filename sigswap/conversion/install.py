@@ -11,11 +11,12 @@ import fnmatch
 import functools
 import glob
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from sigswap.config import SigmoidConfig
 from sigswap.conversion import accelerate_hooks
@@ -137,7 +138,9 @@ def _with_open_terms(model: nn.Module, conversion: Conversion, state: OwnerState
 
 
 def _made(model: nn.Module, plan: OwnerPlan, config: SigmoidConfig) -> OwnerState:
-    with torch.inference_mode(False):  # for what is made inside of it can never be trained
+    # What is made inside of inference mode can never be trained, and inside of a FakeTensorMode it has no numbers.
+    is_fake = any(isinstance(each, FakeTensor) for each in model.parameters())
+    with torch.inference_mode(False), nullcontext() if is_fake else unset_fake_temporarily():
         return OwnerState(plan, config, *_dtype_and_device(model, plan.path))
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from oracle import count_attention_softmax, sigmoid_oracle
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -136,6 +137,17 @@ def test_converted_in_inference_mode() -> None:
         sigswap.convert(model, config, example_inputs=inputs)
     found = {n: g for n, g in gradients(model, inputs).items() if ".sigswap." in n}
     assert {name.rpartition(".sigswap.")[2] for name in found} >= {"0.bias", "0.query_weight", "layer_scale"}
+
+
+def test_a_real_model_gets_real_parameters_inside_of_a_fake_mode() -> None:
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(1, 5, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sigswap.convert(model, sigswap.SigmoidConfig(query_bias=True), example_inputs=(x, x, x))
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+    model(x, x, x)[0].square().sum().backward()
+    gradient = model.get_parameter("sigswap.0.query_weight").grad
+    assert gradient is not None and gradient.abs().max() > 0
 
 
 @pytest.mark.slow
