@@ -116,6 +116,7 @@ def test_interpreted_wrong_numbers_reach_nothing_outside(wrong: str, monkeypatch
 def test_interpreted_calls_are_dispatched_shard0(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value of few columns is copied first, and the rest runs as it is; what no kernel takes is plain PyTorch."""
     monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # no Hopper GPU
     monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(op, "implementation_for", lambda is_cuda: dispatch)
     ran = []
@@ -171,6 +172,7 @@ def assert_copied(call: Paged) -> None:
 def test_interpreted_many_rows_are_packed_sequences_shard1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernel of packed sequences stands for that of Hopper GPUs."""
     monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # no Hopper GPU
     monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(dispatch, "_usable", lambda names, device: [("hopper.forward", packed_kernel)])
     monkeypatch.setattr(dispatch, "PACKED_ROWS", 8)

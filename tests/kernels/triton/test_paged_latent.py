@@ -112,6 +112,7 @@ def test_interpreted_wrong_numbers_reach_nothing_outside(wrong: str, monkeypatch
 def test_interpreted_calls_are_dispatched_shard0(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value with memory of its own is plain PyTorch, as is what is wider."""
     monkeypatch.setattr(dispatch, "_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # no Hopper GPU
     monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(op, "implementation_for", lambda is_cuda: dispatch)
     ran = []
