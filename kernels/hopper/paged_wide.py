@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from sigswap.kernels.hopper.common import Tiles
@@ -20,6 +19,7 @@ from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of
 from sigswap.kernels.host.problem import MAX_PLANS, WIDEST_HEAD_DIM, WIDEST_VALUE_DIM, Problem, Signature
 from sigswap.kernels.host.results import empty_output
 from sigswap.kernels.host.tiles import limits_of
+from sigswap.kernels.triton.pages import band_of_longest, places_for
 from sigswap.kernels.triton.split_keys import MIN_KEYS, Parts, parts_of, splits_for
 
 FEW_HEADS = 32
@@ -73,29 +73,19 @@ def _plan(
     pages, kv_heads, page_size, _ = signature.key.shape
     sequences, columns = table.shape
     most_keys, device = columns * page_size, signature.device
-    group, total_q = signature.heads // kv_heads, signature.query.shape[2]
-    # Of all sequences the longest can be: what hides nothing there hides nothing in any.
-    _, left, right = signature.options.band(longest_q, most_keys)
-    has_left, has_right = left is not None and left < most_keys - 1, right is not None and right < longest_q - 1
-    if left is not None and has_left:
-        longest_k = min(longest_k, left + longest_q)
-
-    of_longest = triton.cdiv(group * longest_q, ROWS)
-    # Beside its own tiles a sequence gets at most one that is empty.
-    most_tiles = group * total_q // ROWS + sequences
-    alike = sequences * of_longest <= most_tiles
-    programs = (sequences * of_longest if alike else most_tiles) * kv_heads
+    band, longest_k = band_of_longest(signature, longest_q, longest_k, most_keys)
+    places = places_for(signature, sequences, longest_q, ROWS)
+    programs = places.total * kv_heads
     if splits is None:
         splits = splits_for(programs, longest_k, limits_of(device).multiprocessors)
     parts = parts_of(signature, out, splits, sums=False)
     # How many keys a sequence has is not known, and hence not whether the fast form is good enough.
     form = ACCURATE if signature.mixed_forms else signature.form()
     arguments = signature.arguments(q=signature.query, o=parts.target)
-    arguments |= {"q_len": longest_q, "left": left or 0, "right": right or 0, "FORM": form}
-    arguments |= {"HAS_LEFT": has_left, "HAS_RIGHT": has_right, "BOTTOM_RIGHT": True, "PAGE": page_size}
+    arguments |= band | {"q_len": longest_q, "FORM": form, "BOTTOM_RIGHT": True, "PAGE": page_size}
     arguments |= {"pages": pages, "most_keys": most_keys, "stride_table": table.strides[0], "sequences": sequences}
-    arguments |= parts.arguments | {"tiles": of_longest if alike else most_tiles, "ALIKE": alike}
-    arguments |= {"ALONE": group * longest_q <= ROWS}
+    arguments |= parts.arguments | {"ALIKE": places.alike, "ALONE": places.of_longest <= 1}
+    arguments |= {"tiles": places.of_longest if places.alike else places.total}
     halves, rest = Tiles(signature.key, KEYS, HALF), Tiles(signature.key, KEYS, REST)
     # Whether the lengths are aligned does not matter: no thread loads two of them at once.
     lengths, ends = contiguous_layout((sequences,)), contiguous_layout((sequences + 1,))

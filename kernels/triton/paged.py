@@ -42,7 +42,7 @@ from sigswap.kernels.triton.common import (
     single,
     unit_of,
 )
-from sigswap.kernels.triton.pages import load_paged, pages_of
+from sigswap.kernels.triton.pages import band_of_longest, load_paged, pages_of, places_for
 from sigswap.kernels.triton.split_keys import AT_ONCE, MIN_KEYS, Parts, parts_of, splits_for
 from sigswap.kernels.triton.wide_heads import main_and_rest, programs_at_once, shares_memory, tile_for
 
@@ -98,28 +98,19 @@ def _plan(
     kv_heads, page_size, device = signature.kv_heads, signature.key.shape[2], signature.device
     group = signature.heads // kv_heads
     most_keys = table.shape[1] * page_size
-    # Of all sequences the longest can be: what hides nothing there hides nothing in any.
-    _, left, right = signature.options.band(longest_q, most_keys)
-    has_left, has_right = left is not None and left < most_keys - 1, right is not None and right < longest_q - 1
-    if left is not None and has_left:
-        longest_k = min(longest_k, left + longest_q)
-
+    band, longest_k = band_of_longest(signature, longest_q, longest_k, most_keys)
     latent = signature.key.shape[3] > MAX_HEAD_DIM
     tile = _latent_tile(signature, group * longest_q) if latent else _tile(signature, group * longest_q, longest_k)
-    sequences, total_q = table.shape[0], signature.query.shape[2]
-    of_longest = triton.cdiv(group * longest_q, tile.rows)
-    # Beside its own tiles a sequence gets at most one that is empty.
-    most_tiles = group * total_q // tile.rows + sequences
-    alike = sequences * of_longest <= most_tiles
-    programs = (sequences * of_longest if alike else most_tiles) * kv_heads
+    sequences = table.shape[0]
+    places = places_for(signature, sequences, longest_q, tile.rows)
+    programs = places.total * kv_heads
     if splits is None:
         most = programs_at_once(signature, tile, shared=True) if latent else AT_ONCE * limits_of(device).multiprocessors
         splits = splits_for(programs, longest_k, most)
     parts = parts_of(signature, out, splits, sums=False)
     arguments = signature.arguments(q=signature.query, k=signature.key, v=signature.value, o=parts.target)
-    arguments |= {"q_len": longest_q, "left": left or 0, "right": right or 0, "pages": signature.key.shape[0]}
-    arguments |= {"HAS_LEFT": has_left, "HAS_RIGHT": has_right, "PAGE": page_size, "most_keys": most_keys}
-    arguments |= parts.arguments | {"sequences": sequences, "tiles": of_longest, "ALIKE": alike}
+    arguments |= band | {"q_len": longest_q, "pages": signature.key.shape[0], "PAGE": page_size, "most_keys": most_keys}
+    arguments |= parts.arguments | {"sequences": sequences, "tiles": places.of_longest, "ALIKE": places.alike}
     arguments |= {"stride_table": table.strides[0], "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     main, rest = main_and_rest(signature.key.shape[3]) if latent else (signature.widths[0], 0)
     arguments |= {"MAIN": main, "REST": rest, "SHARED": latent}

@@ -1,4 +1,5 @@
-"""Keys and values in pages of a cache: how Triton kernels read them, and how they become packed sequences.
+"""Keys and values in pages of a cache: how kernels are launched on them, how Triton's read them, and how they become
+packed sequences.
 
 Many rows of a sequence read its keys again and again. Then kernels of packed sequences, which are made for that, are so
 much faster that a copy pays: one launch for the keys, one for the values.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,13 +18,44 @@ from torch import Tensor
 
 from sigswap.kernels.host.launch import Launch
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, width
-from sigswap.kernels.host.problem import MAX_PLANS, Packed, Problem
+from sigswap.kernels.host.problem import MAX_PLANS, Packed, Problem, Signature
 
 KEYS = 64
 """Of a program."""
 
 STEP = 256
 """Of the keys that there is room for, in each sequence: so the next chunk of a prefill seldom makes new plans."""
+
+
+class Places(NamedTuple):
+    """Of all sequences' tiles of rows times query heads per key head."""
+
+    of_longest: int
+    """How many the longest sequence has."""
+    total: int
+    """For how many there are places, for each key head."""
+    alike: bool
+    """Whether each sequence has as many places as the longest; else it looks for its own."""
+
+
+def places_for(signature: Signature, sequences: int, longest_q: int, rows: int) -> Places:
+    """rows: of a tile."""
+    group = signature.heads // signature.kv_heads
+    of_longest = triton.cdiv(group * longest_q, rows)
+    # Beside its own tiles a sequence gets at most one that is empty.
+    most = group * signature.query.shape[2] // rows + sequences
+    alike = sequences * of_longest <= most
+    return Places(of_longest, sequences * of_longest if alike else most, alike)
+
+
+def band_of_longest(signature: Signature, longest_q: int, longest_k: int, most_keys: int) -> tuple[dict[str, Any], int]:
+    """What kernels are told of the band, and how many keys a tile of rows sees at most. Of all sequences the longest
+    can be: what hides nothing there hides nothing in any."""
+    _, left, right = signature.options.band(longest_q, most_keys)
+    has_left, has_right = left is not None and left < most_keys - 1, right is not None and right < longest_q - 1
+    if left is not None and has_left:
+        longest_k = min(longest_k, left + longest_q)
+    return {"left": left or 0, "right": right or 0, "HAS_LEFT": has_left, "HAS_RIGHT": has_right}, longest_k
 
 
 def packed(problem: Problem) -> Problem:
