@@ -49,14 +49,8 @@ from sigswap.kernels.hopper.backward_common import (
 )
 from sigswap.kernels.hopper.backward_wide_warps import compute_keys, compute_values, load
 from sigswap.kernels.hopper.common import Tiles
-from sigswap.kernels.hopper.grad_query import (
-    _BLOCK,
-    _KEYS,
-    PRODUCT_OPTIONS,
-    finish_columns_kernel,
-    product_kernel,
-)
-from sigswap.kernels.hopper.stored_ds import BLOCK, KEYS, Lines, lines_for, units_at_once
+from sigswap.kernels.hopper.grad_query import PRODUCT_OPTIONS, finish_columns_kernel, product_kernel
+from sigswap.kernels.hopper.stored_ds import _BLOCK, _KEYS, BLOCK, KEYS, Lines, lines_for, units_at_once
 from sigswap.kernels.host.launch import Described, Launch, by_rows
 from sigswap.kernels.host.layout import Layout, contiguous_layout, layout_of, new_tensor
 from sigswap.kernels.host.problem import MAX_PLANS, Gradients, Problem, Signature

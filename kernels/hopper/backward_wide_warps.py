@@ -34,8 +34,7 @@ from sigswap.kernels.hopper.backward_common import (
     unknown_zero,
 )
 from sigswap.kernels.hopper.common import load_tile, store_tile, sync
-from sigswap.kernels.hopper.grad_query import _BLOCK, _KEYS
-from sigswap.kernels.hopper.stored_ds import place_in_gluon
+from sigswap.kernels.hopper.stored_ds import _BLOCK, _KEYS, place_in_gluon
 from sigswap.kernels.triton.common import _AUTO, _FAST_BIAS, _LOG2E
 
 _SLOPE_SCALE = tl.constexpr(65536.0)

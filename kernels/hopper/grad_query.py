@@ -6,13 +6,11 @@ import triton
 import triton.language as tl
 
 from sigswap.kernels.hopper.backward_common import _ROWS
-from sigswap.kernels.hopper.stored_ds import BLOCK, KEYS, place_in_triton
+from sigswap.kernels.hopper.stored_ds import _BLOCK, _KEYS, place_in_triton
 from sigswap.kernels.triton.common import elements, store_rows
 
 PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 4}
 """Of product_kernel()'s launch."""
-
-_KEYS, _BLOCK = tl.constexpr(KEYS), tl.constexpr(BLOCK)
 
 
 @triton.jit
